@@ -75,11 +75,11 @@ class ClipConfig(Section):
     """The small M-CLIP that stage "clip" trains on pictures and their names in every language.
 
     Attributes:
-      text: the text tower; its `kind` is that of a text tower of `TOWERS`.
-      image: the image tower, in the same way.
-      scale: initial exp(log_scale), the factor of similarities in the loss "softmax".
+      text: the text tower; its `kind` names a text tower in `TOWERS`.
+      image: the image tower; its `kind` names an image tower in `TOWERS`.
+      scale: initial exp(log_scale), which multiplies the similarities in the loss "softmax".
       loss: a key of CONTRASTIVE.
-      lock_text: trains the image tower alone, for the published text tower in
+      lock_text: trains only the image tower, against the published text tower in
         config.sources.clip_text, which stays frozen; `text` is then not used.
     """
 
@@ -94,35 +94,34 @@ class ClipConfig(Section):
         default = type(self).scale
         if self.scale != default and not CONTRASTIVE[self.loss].takes_scale:
             raise FieldError(
-                f"scale={self.scale} is not for loss={self.loss!r}, which has an initial value of "
-                "its own; leave it out"
+                f"scale={self.scale} has no effect with loss={self.loss!r}, which has its own "
+                "initial value; leave it out"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class SourcesConfig(Section):
-    """Sources of weights. A workdir may also be the folder of one step in it.
+    """Sources of weights. Where a workdir is expected, one of its step folders also works.
 
     Attributes:
       model: workdir of an earlier stage, or a released CLIPTrans checkpoint, that a stage starts
         from or "evaluate" scores.
-      mbart: folder of a published translator of the kind config.model.translator, instead of
-        `model`.
-      clip: workdir of a run of stage "clip".
+      mbart: folder of a published translator of kind config.model.translator, instead of `model`.
+      clip: workdir of a "clip" run.
       clip_text, clip_image: folders of published towers, instead of `clip`; the text tower also
         beside a `clip` that was trained with config.clip.lock_text.
       siglip: folder of a published SigLIP 2 with both towers and their tokenizer, instead of
         `clip_text`, `clip_image` and config.clip_tokenizer.
-      clip_activation: activation of a published CLIP's MLPs, "quick_gelu" or "gelu", if no file
-        says it.
+      clip_activation: activation of a published CLIP's MLPs, "quick_gelu" or "gelu", if its files
+        do not say.
       clip_text_base: base model of an M-CLIP, if the `modelBase` of its config.json is a missing
         folder: "xlm-roberta-large", or a folder with a config.json.
-      weights: the weights to read from a published file with several: a key such as "model_ema",
-        or a prefix of the names such as "teacher.".
-      fetch: whether `mbart`, `clip_text`, `clip_image` and `siglip` may be names on the Hugging
-        Face hub, which are then downloaded.
+      weights: which weights to read from a published file with several: a key such as "model_ema",
+        or a name prefix such as "teacher.".
+      fetch: allows `mbart`, `clip_text`, `clip_image` and `siglip` to be Hugging Face hub ids,
+        which are downloaded.
       fresh: regex of parameter paths to initialise from scratch even if `model` has them.
-      leave: regex of parameter paths of `model` to ignore if this model lacks them.
+      leave: regex of parameter paths in `model` to ignore if this run's model lacks them.
     """
 
     model: str = ""
@@ -147,8 +146,8 @@ class SourcesConfig(Section):
             )
         if self.model and self.mbart:
             raise FieldError(
-                f"model={shown(self.model)} and mbart={shown(self.mbart)}: a run starts from one "
-                "of them"
+                f"model={shown(self.model)} and mbart={shown(self.mbart)}: a run starts from only "
+                "one of them"
             )
         if self.clip and self.clip_image:
             raise FieldError(
@@ -158,21 +157,21 @@ class SourcesConfig(Section):
 
     @property
     def translator(self) -> str:
-        """Folder of a published translator, or ""."""
+        """Folder of the published translator, or ""."""
         return self.mbart
 
     def after(self, stage: str) -> "SourcesConfig":
-        """The sources of a stage that starts from the workdir of an earlier one, if any."""
+        """These sources, with the workdir of the previous stage as the model, if there is one."""
         return dataclasses.replace(self, model=stage, mbart="") if stage else self
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe(Section):
-    """The training of one stage.
+    """How one stage is trained.
 
     Attributes:
-      optim: optimizer and length.
-      label_smoothing: share of a label's weight that is spread over all tokens.
+      optim: optimizer and length of training.
+      label_smoothing: share of the target probability that is spread over all tokens.
     """
 
     optim: OptimConfig = OptimConfig()
@@ -185,46 +184,47 @@ class Config(Section):
 
     Attributes:
       stage: one of RUNS.
-      seed: of everything random.
+      seed: seed of all randomness.
       precision: dtype of the networks, "float32" or "bfloat16"; parameters, softmax, norm
         statistics, losses and scores of hypotheses are always float32.
-      matmul_precision: of products in float32 on GPUs and TPUs: "default", the fastest (TF32 on a
-        GPU, bfloat16 on a TPU), "high" or "highest", that of float32. No effect on a CPU, and none
-        on products in bfloat16.
-      parity: reproduces the original's inconsistencies: the prefix before `</s>` in decoding, slots
-        1 to 10 visible to each other whatever they hold, gradients of micro-batches summed instead
-        of averaged, pictures whenever test tokens are dropped.
+      matmul_precision: precision of float32 matrix products on GPUs and TPUs: "default", the
+        fastest (TF32 on a GPU, bfloat16 on a TPU), "high", or "highest", full float32. No effect on
+        a CPU or on products in bfloat16.
+      parity: reproduces the original's inconsistencies: in decoding the prefix precedes `</s>`,
+        slots 1 to 10 attend to each other whatever they hold, gradients of micro-batches are summed
+        instead of averaged, and evaluation uses pictures whenever test tokens are dropped.
       data: texts and pictures.
-      languages: of the tokenizer and of stage "clip"; () for the two of the pair.
-      tokenizer: of the translation model.
-      clip_tokenizer: of the text tower in sources.clip_text; stage "clip" uses the translation
-        model's.
+      languages: languages of the tokenizer and of stage "clip"; () for the pair in `data`.
+      tokenizer: tokenizer of the translation model.
+      clip_tokenizer: tokenizer of the text tower in sources.clip_text; stage "clip" uses the
+        translation model's.
       clip: the towers that stage "clip" trains.
-      augment: augmentation of its training pictures.
+      augment: augmentation of the training pictures in stage "clip".
       model: the translation model.
       freeze: what captioning stages freeze, a key of `stages.FREEZES`.
-      unfreeze_clip: also trains the text tower, in stage "translate".
+      unfreeze_clip: also trains the text tower in stage "translate".
       caption_language: language of captions; "" for English if the pair has it.
       all_languages: whether captioning stages write both languages.
       noise: which source tokens are dropped.
-      test_side: the side that features are computed from in evaluation, "image" or "text"; "" for
-        the stage's.
-      batching: how sentences are padded and grouped.
+      test_side: the side whose features are used in evaluation, "image" or "text"; "" for the
+        stage's default.
+      batching: how sentences are padded and grouped into batches.
       decode: the search for translations.
-      valid_decode: whether evaluations translate the validation set, as choosing a checkpoint by
-        BLEU requires; otherwise they only compute loss and token accuracy.
-      valid_beams: beams of that search; 0 for those of `decode`.
-      label_chunk: memory of the label loss, in training and validation: the number of labels per
-        device whose float32 logits would fill it. Fewer take more time on a TPU or GPU.
+      valid_decode: whether evaluations translate the validation set, which is needed to choose a
+        checkpoint by BLEU; otherwise they only compute loss and token accuracy.
+      valid_beams: number of beams for translating the validation set; 0 for `decode.beams`.
+      label_chunk: memory budget of the label loss in training and validation, as the number of
+        labels per device whose float32 logits would fill it. Smaller is slower on a TPU or GPU.
       sources: weights to start from.
-      optim, label_smoothing: training of the stage, see Recipe; the pipeline has recipes instead.
-      recipes: training of each stage of the pipeline.
-      mesh: devices.
+      optim, label_smoothing: how the stage is trained, see Recipe; the pipeline has recipes
+        instead.
+      recipes: how each stage of the pipeline is trained.
+      mesh: how devices are arranged.
       run: logging, evaluation, checkpoints.
-      features: folder for features of frozen towers and ids of large corpora; "" for the
-        workdir's.
-      keep_text_features: whether a frozen text tower encodes each split once, into that folder;
-        otherwise every step runs it. Features of pictures are always stored.
+      features: folder where features of frozen towers and token ids of large corpora are cached; ""
+        for one in the workdir.
+      keep_text_features: whether a frozen text tower encodes each split once, into `features`;
+        otherwise it runs in every step. Features of pictures are always stored.
     """
 
     stage: Annotated[str, one_of(*RUNS)] = "translate"
@@ -277,7 +277,7 @@ class Config(Section):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The dtype that networks compute in."""
+        """The dtype in which networks compute."""
         return PRECISIONS[self.precision]
 
     @property
@@ -287,14 +287,14 @@ class Config(Section):
 
     @property
     def sentence_limit(self) -> int:
-        """Longest sentence of the translation model in tokens: as the tokenizer allows, and the
-        positions that remain after the prefix."""
+        """Longest sentence of the translation model in tokens: the tokenizer's limit, or the
+        positions left after the prefix if they are fewer."""
         room = self.model.sizes.positions - self.model.mapper.prefix
         return min(self.tokenizer.limit, room)
 
     @property
     def bleu(self) -> str:
-        """The BLEU to watch: "bleu_lower" of a model that writes in lower case alone."""
+        """The BLEU to watch: "bleu_lower" for a model that only writes lower case."""
         return "bleu_lower" if self.tokenizer.lower else "bleu"
 
     @property
@@ -308,7 +308,7 @@ class Config(Section):
         return self.has_prefix and (self.unfreeze_clip or not self.keep_text_features)
 
     def apply_parity(self) -> "Config":
-        """The config with the fields set that `parity` implies; call it once."""
+        """The config with the fields that `parity` implies set; call it only once."""
         if not self.parity:
             return self
         # Adam is invariant to the gradient's scale except for eps: summing over k micro-batches
@@ -388,11 +388,11 @@ class Config(Section):
 def choose_recipe(
     config: ml_collections.ConfigDict, recipes: dict[str, Recipe]
 ) -> ml_collections.ConfigDict:
-    """Sets the fields of the recipe of `config.stage`; the pipeline gets all under `recipes`.
+    """Applies the recipe of `config.stage`; the pipeline gets all recipes under `recipes`.
 
     Args:
-      config: a ConfigDict of `Config` with its stage set.
-      recipes: by stage; "evaluate" needs none.
+      config: a ConfigDict of `Config` whose stage is set.
+      recipes: recipe of each stage; "evaluate" needs none.
 
     Raises:
       ValueError: if the stage has no recipe.

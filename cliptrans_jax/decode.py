@@ -1,14 +1,14 @@
-"""Beam search with cached keys and values, one program with static shapes per source length.
+"""Beam search with a key-value cache, as one program with static shapes per source length.
 
-The search equals the original's (beam search of Hugging Face with early stopping) step by step;
-with one beam it is greedy decoding. Its cost is close to that of the decoder's matrix products:
+Step by step, the search matches the original's (Hugging Face's beam search with early stopping);
+with one beam it is greedy decoding. It costs little more than the decoder's matrix products:
 
-  - Keys and values of encoder states, prefix and language code are stored once per example, since
-    all its beams attend to the same.
+  - Keys and values of encoder states, prefix and language code are stored once per example, as all
+      of its beams share them.
   - Beams are never copied in the cache. Each step writes the keys of its W tokens into the next W
-    slots, and a table says which slots belong to a beam's past; the others are masked.
-  - The cache starts short and grows in a few parts, each with its own loop, so that early steps do
-    not attend to empty slots. It is written in place.
+    slots, and a table says which slots hold a beam's history; the others are masked.
+  - The cache starts short and grows in a few steps, each with its own loop, so that early tokens do
+      not attend to empty slots. It is updated in place.
   - When half of the examples are done, the others continue in a batch of half the size.
   - Only the 2 W best tokens of a beam can be among the 2 W best of all beams, so only their logits
     are normalised.
@@ -30,30 +30,30 @@ from common_jax.config import Section
 from common_jax.mesh import batch_shards, on_own_examples, put_rows, take_rows
 from common_jax.ranges import Count, Size, at_least, within
 
-NEVER = -1e9  # score of the beams that do not exist yet, as in the original
+NEVER = -1e9  # score of beams that do not exist yet, as in the original
 
-FIRST = 3  # length of hypotheses at the first step: start, language code, first word
+FIRST = 3  # length of hypotheses after the first step: start, language code, first word
 
-LONG_SORT = 16  # XLA for GPUs sorts whole rows to find more than this many of the largest
-SPAN = 512  # neighbouring scores of which `_top_k` then takes the maximum first
+LONG_SORT = 16  # for a larger k, XLA for GPUs finds the top k by sorting whole rows
+SPAN = 512  # neighbouring scores that `_top_k` then first reduces to their maximum
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig(Section):
-    """The search for translations; the defaults are the original's.
+    """Beam search; the defaults are the original's.
 
     Attributes:
       beams: open hypotheses per example; 1 is greedy decoding.
       max_new_tokens: longest output, including language code and `</s>`.
-      length_penalty: exponent of the length by which a hypothesis's log-probability is divided.
-      early_stopping: ends an example's search when `beams` hypotheses have ended; otherwise it
-        continues while an open one could still be better than the worst of these.
+      length_penalty: a hypothesis's log-probability is divided by its length to this power.
+      early_stopping: ends an example's search once `beams` hypotheses are finished; otherwise it
+        continues as long as an open one could still beat the worst of these.
       batch: sentences decoded at a time, over all devices.
       bucket: sources are padded to this many tokens, or to 2, 4, 8, ... times as many.
-      growth: parts in which the cache of decoded tokens grows to its full length. More parts waste
-        less attention on empty slots, and take longer to compile.
-      halvings: number of times that each device halves its batch when half of the examples are
-        done. Each one adds to the time to compile.
+      growth: number of lengths through which the cache of decoded tokens grows. More waste less
+        attention on empty slots, but take longer to compile.
+      halvings: how often each device may halve its batch, whenever half of the examples are done.
+        Each halving adds to compile time.
     """
 
     beams: Size = 5
@@ -72,13 +72,13 @@ class DecodeConfig(Section):
 
     @property
     def steps(self) -> int:
-        """Steps of the longest search. Start token and language code are read before the first one,
-        and the last token of an output is never read."""
+        """Steps of the longest search. Start token and language code are read before the first
+        step, and the last token of an output is never fed back."""
         return self.max_new_tokens - 2
 
     @property
     def parts(self) -> tuple[int, ...]:
-        """Number of steps that the cache has room for, in each part of the search."""
+        """Number of steps that the cache can hold, in each part of the search."""
         count = min(self.growth, self.steps)
         return tuple(-(-self.steps * part // count) for part in range(1, count + 1))
 
@@ -89,7 +89,7 @@ class Hypotheses:
     """Finished translations of every example, best first.
 
     Attributes:
-      tokens: start token, language code, words; then pads, no end token.
+      tokens: start token, language code and words, without an end token, then pads.
       lengths: of `tokens`.
       scores: sum of log-probabilities over length ** length_penalty; -inf for missing ones.
     """
@@ -102,13 +102,13 @@ class Hypotheses:
 @no_type_check  # while a tree is mapped it may hold anything
 @struct.dataclass
 class SearchState:
-    """A search between two steps.
+    """The state of a search between two steps.
 
     Attributes:
-      length: ids of every open hypothesis.
+      length: number of ids in each open hypothesis.
       tokens: open hypotheses.
-      scores: their log-probabilities, summed.
-      origins: the beam whose cache slot has each of their decoded tokens.
+      scores: their summed log-probabilities.
+      origins: for each of their decoded tokens, the beam whose cache slot holds it.
       finished: the best finished hypotheses.
       done: examples whose search is over.
       cache: keys and values.
@@ -138,7 +138,7 @@ class Candidates:
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """The steps of a search as pure functions, for one model and one config."""
+    """The steps of a search as pure functions, for a given model and config."""
 
     translator: Translator
     config: DecodeConfig
@@ -153,43 +153,43 @@ class Search:
         """The whole search; to be jitted.
 
         Args:
-          features: one per example; None if the model has no prefix.
-          source: source tokens with pads.
+          features: one CLIP feature per example; None if the model has no prefix.
+          source: padded source tokens.
           language: the code that each translation starts with.
         """
         states = self._encode(params, source)
         state, logits = self.start(params, features, source, states, language, steps=0)
-        # The first word needs no step: `start` has computed its scores.
+        # The first word needs no step of its own: `start` has computed its scores.
         state, _ = self.advance(state, logits)
-        # Each device halves its own examples, since moving one would move its cache too.
+        # Each device halves its own share, since moving an example would also move its cache.
         shards = batch_shards()
         share = len(source) // shards
         finished, rows = state.finished, jnp.arange(len(source)).reshape(shards, -1) % share
-        # As often as 2 divides a device's share.
+        # Only as often as 2 divides a device's share.
         halvings = min(self.config.halvings, (share & -share).bit_length() - 1)
         for halving in range(halvings + 1):
             if halving:
                 # `finished` has the whole batch; `rows` maps the examples of `state` to it.
                 finished = put_rows(finished, state.finished, rows)
-                # Open examples first. More than half are open only after the last step.
+                # Open examples come first. More than half are still open only after the last step.
                 keep = jnp.argsort(state.done.reshape(shards, -1), axis=1, stable=True)
                 keep = keep[:, : rows.shape[1] // 2]
                 rows = jnp.take_along_axis(rows, keep, axis=1)
                 source, state = take_rows(source, keep), take_rows(state, keep)
             # The smallest batch runs until all are done.
             enough = rows.shape[1] // 2 if halving < halvings else 0
-            # A halved batch gets the full cache at once: most of its steps are late.
+            # A halved batch gets the full cache at once: most of its steps come late in the search.
             for steps in self.config.parts if not halving else self.config.parts[-1:]:
                 state = state.replace(cache=self._grow(state.cache, steps))
                 state = self._search(params, source, state, steps=steps, enough=enough)
         return put_rows(finished, state.finished, rows)
 
     def _encode(self, params: Params, source: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-        """`Translator.encode`, of three quarters of the columns if no sentence is longer.
+        """`Translator.encode` of only three quarters of the columns, if all sentences fit in them.
 
-        Sources are padded to 16, 32, 64, ... tokens, so that few programs are compiled, and at the
-        full length the encoder takes up to a quarter of a search. A second encoder in the same
-        program compiles much faster than a second program.
+        Sources are padded to 16, 32, 64, ... tokens, so that few programs are compiled, and at full
+        length the encoder takes up to a quarter of the search time. A second encoder in the same
+        program compiles much faster than another program would.
         """
         full, short = source.shape[1], short_length(source.shape[1])
         beyond = source[:, short:] != self.translator.config.sizes.pad
@@ -210,7 +210,8 @@ class Search:
         steps: int,
         enough: int,
     ) -> SearchState:
-        """Runs steps while the cache has room and some device has over `enough` open examples."""
+        """Runs steps while the cache has room and any device has more than `enough` open
+        examples."""
 
         def unfinished(state: SearchState) -> jax.Array:
             open_ = jnp.sum(~state.done.reshape(batch_shards(), -1), axis=1)
@@ -234,14 +235,14 @@ class Search:
     ) -> tuple[SearchState, Float[Array, "B W V"]]:
         """The state in which every beam is [start, language], and the logits of the next token.
 
-        All beams but the first have a score of NEVER. The cache has room for `steps` steps, by
-        default for all.
+        All beams but the first have the score NEVER. The cache has room for `steps` steps, by
+        default for the whole search.
         """
         batch, beams, longest = source.shape[0], self.config.beams, self.config.max_length
         hidden, cache = self.prefill(params, features, source, states, language)
         cache = self._grow(cache, self.config.steps if steps is None else steps)
         logits = self.translator.call("logits", params, hidden[:, -1])
-        # All beams are equal at first; NEVER keeps copies out of the first choice.
+        # All beams start out equal; NEVER keeps the copies from being chosen at the first step.
         logits = jnp.broadcast_to(logits[:, None], (batch, beams, logits.shape[-1]))
         sizes = self.translator.config.sizes
         tokens = jnp.full((batch, beams, longest), sizes.pad, jnp.int32)
@@ -283,7 +284,7 @@ class Search:
     def step(
         self, params: Params, source: Int[Array, "B S"], state: SearchState
     ) -> tuple[SearchState, Float[Array, "B W V"]]:
-        """Reads the last token of every beam into the cache; returns the logits of the next one."""
+        """Feeds the last token of every beam, extends the cache, and returns the next logits."""
         beams, first = self.config.beams, self._slots(0)
         index = state.length - FIRST  # of the token among the decoded ones
         last = jax.lax.dynamic_index_in_dim(state.tokens, state.length - 1, 2, keepdims=False)
@@ -291,8 +292,8 @@ class Search:
         # Beam w writes its keys as beam w; `advance` passes the table on to its continuations.
         origins = state.origins.at[:, :, index].set(own)
 
-        # Slot first + t * W + w has the t-th token of what was beam w then. A beam attends to it if
-        # that is its own t-th token, and not to slots of later steps.
+        # Slot first + t * W + w holds the t-th token of what was then beam w. A beam attends to it
+        # if that is its own t-th token; slots of later steps are masked.
         times = jnp.arange((cache_slots(state.cache) - first) // beams)
         descends = origins[:, :, : len(times), None] == own
         descends = descends & (times <= index)[:, None]
@@ -316,12 +317,12 @@ class Search:
     def advance(
         self, state: SearchState, logits: Float[Array, "B W V"]
     ) -> tuple[SearchState, Candidates]:
-        """Chooses the next token of every beam, and moves hypotheses that end to the finished."""
+        """Chooses the next token of every beam, and moves hypotheses that end to `finished`."""
         config, beams = self.config, self.config.beams
         eos = self.translator.config.sizes.eos
         totals, tokens = self._continuations(state, logits)
 
-        # Of the 2 W best over all beams at most W end, one per beam, so at least W remain open.
+        # At most W of the 2 W best over all beams end, one per beam, so at least W remain open.
         count = min(2 * beams, totals.shape[1] * totals.shape[2])
         best, place = _top_k(totals.reshape(totals.shape[0], -1), count)
         token = jnp.take_along_axis(tokens.reshape(tokens.shape[0], -1), place, axis=1)
@@ -329,7 +330,7 @@ class Search:
         ends = token == eos
         finished = self._finish(state, best, beam, ends)
 
-        # The W best that do not end, in order: those that end are ranked last.
+        # The W best that do not end, in order: those that end sort last.
         rank = jnp.arange(count)
         order = jnp.argsort(jnp.where(ends, count + rank, rank), axis=1)[:, :beams]
         next_scores, next_tokens, next_beams = (
@@ -359,11 +360,11 @@ class Search:
     def _continuations(
         self, state: SearchState, logits: Float[Array, "B W V"]
     ) -> tuple[Float[Array, "B W candidates"], Int[Array, "B W candidates"]]:
-        """Total scores and tokens of each beam's best continuations. The last step forces the end,
-        at no cost."""
+        """Total scores and tokens of each beam's best continuations. The last step forces the end
+        token, at no cost in score."""
         count = min(2 * self.config.beams, logits.shape[-1])
-        # Both functions below read the logits. Without a barrier XLA would add the bias twice, once
-        # fused into each.
+        # Both functions below read the logits. Without a barrier, XLA would fuse the addition of
+        # the bias into both, and so compute it twice.
         logits = jax.lax.optimization_barrier(logits)
         best, tokens = _top_k(logits, count)
         scores = best - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
@@ -381,7 +382,8 @@ class Search:
         beam: Int[Array, "B candidates"],
         ends: Bool[Array, "B candidates"],
     ) -> Hypotheses:
-        """The W best of the finished hypotheses and of those among the W best that end now."""
+        """The W best of the finished hypotheses and of the W best candidates that end in this
+        step."""
         beams, old = self.config.beams, state.finished
         values = best[:, :beams] / state.length.astype(best.dtype) ** self.config.length_penalty
         counts = ends[:, :beams] & ~state.done[:, None]
@@ -397,25 +399,26 @@ class Search:
         )
 
     def _slots(self, steps: int) -> int:
-        """Number of slots of a cache with room for so many steps."""
+        """Number of slots of a cache for this many steps."""
         return self.translator.prefix_length + 2 + steps * self.config.beams
 
     def _grow(self, cache: Cache, steps: int) -> tuple[tuple, ...]:
-        """The cache with room for so many steps."""
+        """The cache, grown to hold this many steps."""
         return grow_cache(cache, self._slots(steps))
 
 
 def short_length(full: int) -> int:
-    """The columns that the encoder computes of `full`, where the others are pads."""
+    """How many of `full` columns the encoder computes if the rest are pads."""
     return full - full // 4
 
 
 def _top_k(
     x: Float[Array, "B ..."], count: int
 ) -> tuple[Float[Array, "B ..."], Int[Array, "B ..."]]:
-    """The largest along the last axis, and their indices, computed on each device's own examples.
+    """The k largest along the last axis and their indices, computed by each device for its
+    examples.
 
-    XLA alone would gather the scores of all examples on every device.
+    Left to itself, XLA would gather the scores of all examples on every device.
     """
     few = count <= LONG_SORT or x.shape[-1] <= count * SPAN
     choose = functools.partial(jax.lax.top_k if few else _top_k_of_spans, k=count)
@@ -426,17 +429,17 @@ def _top_k(
 def _top_k_of_spans(
     x: Float[Array, "... V"], k: int
 ) -> tuple[Float[Array, "... {k}"], Int[Array, "... {k}"]]:
-    """`jax.lax.top_k`, with the same order of equals, without sorting whole rows.
+    """`jax.lax.top_k` without sorting whole rows; ties come in the same order.
 
-    The k largest lie in the k spans with the largest maxima, the first of equal ones: any other
-    span is outdone by an entry of each.
+    The k largest are in the k spans with the largest maxima, earlier spans first among ties: each
+    of these spans has an entry that beats all of any other span.
     """
     padded = jnp.pad(
         x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % SPAN)], constant_values=-jnp.inf
     )
     spans = padded.reshape(*x.shape[:-1], -1, SPAN)
     _, chosen = jax.lax.top_k(jnp.max(spans, axis=-1), k)
-    chosen = jnp.sort(chosen, axis=-1)  # so that equals keep their order
+    chosen = jnp.sort(chosen, axis=-1)  # so that ties keep their order
     entries = jnp.take_along_axis(spans, chosen[..., None], axis=-2)
     best, place = jax.lax.top_k(entries.reshape(*x.shape[:-1], -1), k)
     span = jnp.take_along_axis(chosen, place // SPAN, axis=-1)

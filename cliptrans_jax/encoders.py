@@ -1,4 +1,5 @@
-"""The frozen towers: sentences and pictures to features, computed once and stored."""
+"""The frozen towers, from sentences and pictures to features, which are computed once and
+cached."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,12 +32,12 @@ TEXT_BATCH, IMAGE_BATCH = 256, 128
 
 @dataclasses.dataclass(frozen=True)
 class TextTower:
-    """Sentences to features.
+    """Maps sentences to features.
 
     Attributes:
-      config: sizes of a text tower of `TOWERS`.
-      params: numpy arrays, until features are computed, which moves them to the devices.
-      tokenizer: frames sentences for it; None if the tower only has shapes.
+      config: sizes of a text tower in `TOWERS`.
+      params: numpy arrays until features are computed, which moves them to the devices.
+      tokenizer: tokenizes sentences for the tower; None if the tower only has shapes.
     """
 
     config: Any
@@ -51,25 +52,25 @@ class TextTower:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sentence."""
+        """Length in tokens of the longest sentence that the tower can read."""
         return self.config.longest
 
     def apply(
         self, params: Any, ids: Int[Array, "B S"], *, dropout: jax.Array | None = None
     ) -> Float[Array, "B M"]:
-        """Features of framed ids with pads."""
+        """Features of padded framed ids."""
         tower = tower_of(self.config)
         return tower.apply(self.config, self.dtype, params, ids, dropout=dropout)
 
     def encode(
         self, ids: Sequence[np.ndarray], *, mesh: Mesh, title: str = "features"
     ) -> Float32[np.ndarray, "B M"]:
-        """One feature per framed sentence, computed on all devices of the mesh.
+        """Computes one feature per framed sentence on all devices of the mesh.
 
         Sentences are sorted by length, so that batches contain little padding.
 
         Raises:
-          ValueError: for no sentences, or for one that the tower cannot read.
+          ValueError: if there are no sentences, or one that the tower cannot read.
         """
         self._check(ids)
         order = by_length(ids)
@@ -94,22 +95,22 @@ class TextTower:
                 )
             if not 1 <= len(sentence) <= self.longest:
                 raise ValueError(
-                    f"ids[{place}] has {len(sentence)} tokens, and the tower takes 1 to "
+                    f"ids[{place}] has {len(sentence)} tokens, but the tower takes 1 to "
                     f"{self.longest}; lower max_length of config.clip_tokenizer or, for a tower of "
                     "a run, of config.tokenizer"
                 )
             if sentence.min() < 0 or sentence.max() >= vocab:
                 raise ValueError(
-                    f"ids[{place}] has ids from {sentence.min()} to {sentence.max()}, and the "
-                    f"tower has 0 to {vocab - 1}; take the tokenizer that it was trained with"
+                    f"ids[{place}] has ids from {sentence.min()} to {sentence.max()}, but the "
+                    f"tower has 0 to {vocab - 1}; use the tokenizer that it was trained with"
                 )
 
     def apply_batch(self, params: Any, batch: Mapping[str, jax.Array]) -> Float[Array, "B M"]:
-        """Features of a batch of `encode`."""
+        """Features of one batch in `encode`."""
         return self.apply(params, batch["ids"])
 
     def batch_shapes(self, mesh: Mesh, *, tokens: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of a batch of `encode` over all hosts, with sentences padded to `tokens`."""
+        """Shapes of a global batch in `encode`, with sentences padded to `tokens`."""
         batch = whole_batch(TEXT_BATCH, mesh)
         return {
             "ids": jax.ShapeDtypeStruct((batch, min(tokens, self.longest)), np.int32),
@@ -119,7 +120,7 @@ class TextTower:
 
 @dataclasses.dataclass(frozen=True)
 class ImageTower:
-    """Pictures to features; the fields are those of `TextTower`."""
+    """Maps pictures to features; fields as in `TextTower`."""
 
     config: Any
     params: Mapping[str, Any]
@@ -135,7 +136,7 @@ class ImageTower:
         return tower_of(self.config).apply(self.config, self.dtype, params, images)
 
     def prepare(self, image: np.ndarray) -> Float32[np.ndarray, "I J 3"]:
-        """A picture in the tower's size and normalisation; see `prepare_picture`."""
+        """A picture resized and normalised for the tower; see `prepare_picture`."""
         return prepare_picture(image, self.config.image, tower_of(self.config).pictures)
 
     def apply_batch(self, params: Any, batch: Mapping[str, jax.Array]) -> Float[Array, "B M"]:
@@ -143,7 +144,7 @@ class ImageTower:
         return self.apply(params, batch["image"])
 
     def batch_shapes(self, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of a batch of prepared pictures over all hosts."""
+        """Shapes of a global batch of prepared pictures."""
         batch, side = whole_batch(IMAGE_BATCH, mesh), self.config.image
         return {
             "image": jax.ShapeDtypeStruct((batch, side, side, 3), np.float32),
@@ -158,7 +159,8 @@ class ImageTower:
 def published_text(
     published: Pretrained, tokenizer: TokenizerConfig, *, dtype: DTypeLike
 ) -> TextTower:
-    """A published text tower with its tokenizer, whose sentences are cut to the tower's positions.
+    """A published text tower with its tokenizer, which truncates sentences to the tower's
+    positions.
 
     Raises:
       ValueError: if the tokenizer is not the tower's.
@@ -174,7 +176,7 @@ def published_text(
     read = load_tokenizer(cut, key="config.clip_tokenizer")
     if read.vocab != config.vocab:
         raise ValueError(
-            f"config.clip_tokenizer.path={tokenizer.path!r} has {read.vocab} tokens, and the table "
+            f"config.clip_tokenizer.path={tokenizer.path!r} has {read.vocab} tokens, but the table "
             f"of the text tower in {tower} has {config.vocab} rows; give the folder of the "
             "tokenizer that the tower was trained with"
         )
@@ -184,7 +186,7 @@ def published_text(
 def text_features(
     tower: TextTower, corpus: Corpus, language: str, *, folder: epath.PathLike, mesh: Mesh
 ) -> Float32[np.ndarray, "B M"]:
-    """One feature per sentence of a language, read from `folder` if it has those of the same tower
+    """One feature per sentence of a language; read from `folder` if it has them, of the same tower
     and sentences."""
     move_to_devices(tower.params, replicated(mesh))
     ids = encode_corpus(tower.tokenizer, corpus, language, frame=None, folder=folder)
@@ -201,15 +203,15 @@ def text_features(
 def image_features(
     tower: ImageTower, corpus: Corpus, *, folder: epath.PathLike, mesh: Mesh, workers: int = 0
 ) -> Float32[np.ndarray, "B M"]:
-    """One feature per example, read from `folder` if it has those of the same tower and pictures.
+    """One feature per example; read from `folder` if it has them, of the same tower and pictures.
 
-    A picture of several examples, such as one of COCO with five captions, is encoded once.
+    A picture that several examples share, such as one of COCO with five captions, is encoded once.
 
     Args:
-      workers: processes that read and prepare pictures; 0 for this one.
+      workers: processes that load and preprocess pictures; 0 for this process.
 
     Raises:
-      ValueError: if the corpus has no pictures, or for a picture that cannot be read.
+      ValueError: if the corpus has no pictures, or one cannot be read.
     """
     images = corpus.require_images()
     place: dict[str, int] = {}  # name of a picture -> its row among the encoded ones
@@ -238,7 +240,7 @@ def image_features(
 
 @dataclasses.dataclass(frozen=True)
 class _Pictures:
-    """The pictures of a corpus at `rows`; `arrays` is None: they are read one by one."""
+    """The pictures of a corpus at `rows`. `arrays` is None, so that they are read one by one."""
 
     images: Images
     rows: Int[np.ndarray, " B"]
@@ -260,7 +262,7 @@ def by_length(ids: Sequence[np.ndarray]) -> Int[np.ndarray, " B"]:
 def _text_batches(
     ids: Sequence[np.ndarray], pad_id: int, room: int, mesh: Mesh
 ) -> Iterator[dict[str, np.ndarray]]:
-    """This host's rows of each batch, padded to its longest sentence but to at most `room`."""
+    """This host's rows of each batch, padded to the batch's longest sentence, at most to `room`."""
     batch = whole_batch(min(len(ids), TEXT_BATCH), mesh)
     count = batch // jax.process_count()
     first_row = jax.process_index() * count
@@ -277,23 +279,23 @@ def _text_batches(
 
 
 def whole_batch(count: int, mesh: Mesh) -> int:
-    """The smallest batch of at least `count` examples that divides over all devices."""
+    """The smallest batch size of at least `count` that is a multiple of the number of devices."""
     return -(-count // mesh.size) * mesh.size
 
 
 def _settings(tower: TextTower | ImageTower) -> list[str]:
-    """What features depend on besides weights and inputs."""
+    """What features depend on besides weights and inputs, for the fingerprint."""
     precision = jax.config.jax_default_matmul_precision  # config.matmul_precision sets it
     return [repr(tower.config), str(tower.dtype), *([precision] if precision else [])]
 
 
 def _bytes(ids: Ragged) -> tuple[Int32[np.ndarray, " _"], Int64[np.ndarray, " B"]]:
-    """Arrays that are unique to these sentences: their ids and lengths."""
+    """Arrays that identify the sentences: their ids and lengths."""
     return ids.flat, ids.lengths.astype(np.int64)
 
 
 def _samples(images: Images) -> list[np.ndarray]:
-    """The pixels of three pictures, to notice other files under the same names. Reading all of them
+    """The pixels of three pictures, to detect other files under the same names. Reading all of them
     would take as long as computing their features."""
     places = sorted({0, len(images) // 2, len(images) - 1})
     try:

@@ -1,7 +1,7 @@
-"""Feature vectors of frozen encoders, computed once for a whole set and cached in files.
+"""Features from frozen encoders, computed once for a whole set and cached in files.
 
-The originals trust any cache file. Here a file has a fingerprint of the encoder's weights and of
-the texts or pictures, and is used only if the fingerprint matches.
+The original implementations trust any cache file. Here a file has a fingerprint of the encoder's
+weights and of its inputs, and is only used if the fingerprint matches.
 """
 
 import functools
@@ -34,17 +34,18 @@ Apply = Callable[[Any, Batch], Float[Array, "B M"]]
 
 Encoded = tuple[Float[Array, "B M"], Float[Array, " B"], Int[Array, " B"]]  # features, mask, rows
 
-BLOCK = 1 << 22  # values of a leaf whose checksum is computed at once
-LOG_SECONDS = 20  # between log lines, if there is no terminal for a progress bar
-# Larger files stay on the disk, and batches read their rows from it; smaller ones are read whole.
+BLOCK = 1 << 22  # values of a leaf per checksum call
+LOG_SECONDS = 20  # seconds between log lines, if there is no terminal for a progress bar
+# Larger files are memory-mapped, and batches read their rows from disk; smaller ones are read
+# whole.
 MAPPED_BYTES = 1 << 26
-BROADCAST_BYTES = 1 << 26  # at most, per broadcast to the other hosts through their devices
+BROADCAST_BYTES = 1 << 26  # limit per broadcast from the first host, through the devices
 
 
 def encode_program(apply: Apply, mesh: Mesh) -> Callable[..., Encoded]:
     """encode(params, batch, row) -> (features (B, M), mask, row), jitted and replicated.
 
-    Rows carry their numbers, since the devices of a mesh need not be in the order of the hosts.
+    Rows carry their indices, since the devices of a mesh need not be in the order of the hosts.
     """
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
@@ -63,31 +64,31 @@ def encode_all(
     size: int | None = None,
     title: str = "features",
 ) -> Float32[np.ndarray, "B M"]:
-    """The features of all examples in order, on every host.
+    """Computes the features of all examples, in order, on every host.
 
     Args:
       apply: the encoder; jitted here, with the batch split over all axes of `mesh`.
-      params: its parameters, on `mesh` or not on a device yet.
-      batches: those of `common_jax.inputs.eval_batches`: this host's rows of each global batch,
-        with `_mask` 0 on the padding after the last example.
+      params: its parameters, on `mesh` or still on the host.
+      batches: from `common_jax.inputs.eval_batches`: this host's rows of each global batch, with
+        `_mask` 0 for the padding after the last example.
       size: expected number of examples; None for any.
-      title: for the progress bar or the log.
+      title: title of the progress bar and of log lines.
 
     Raises:
-      ValueError: if there are no batches, a batch does not divide over the mesh, the number of
-        examples is not `size`, or one before the last is masked out: all later features would
-        belong to the wrong example.
+      ValueError: if there are no batches, a batch is not a multiple of the mesh, the number of
+        examples is not `size`, or one before the last is masked out, after which all features would
+        belong to the wrong examples.
       FloatingPointError: for features that are not finite.
     """
     encode = encode_program(apply, mesh)
-    # Else every call would transfer them again.
+    # Otherwise every call would transfer them again.
     whole = replicated(mesh)
     params = jax.tree.map(lambda x: put(x, whole) if isinstance(x, np.ndarray) else x, params)
     parts, masks = [], []
 
     def collect(encoded: Encoded) -> None:
         features, mask, row = map(np.asarray, encoded)
-        order = np.argsort(row)  # from the order of devices to that of examples
+        order = np.argsort(row)  # from device order to example order
         parts.append(features[order])
         masks.append(mask[order])
 
@@ -116,11 +117,10 @@ def encode_all(
 
 
 def fingerprint(params: Any, *content: Any) -> str:
-    """A hexadecimal digest of an encoder's weights and of what it encodes.
+    """A hexadecimal digest of an encoder's weights and its inputs.
 
-    Checksums of the weights are computed on their devices, and do not depend on the sharding. The
-    digest depends on every value, shape, dtype and name, and on every part of the content and their
-    order.
+    Checksums of the weights are computed on their devices and do not depend on the sharding. The
+    digest covers every value, shape, dtype and name, and every part of the content in order.
 
     Args:
       params: nested dict of arrays with at most 32 bits per value.
@@ -132,7 +132,7 @@ def fingerprint(params: Any, *content: Any) -> str:
     """
     digest = hashlib.sha256(b"features 1")
     flat = traverse_util.flatten_dict(params, sep="/")
-    # All checksums are dispatched before the first one is waited for.
+    # All checksums are dispatched before waiting for the first.
     sums = {path: _checksum_of(leaf) for path, leaf in sorted(flat.items())}
     for path, value in sums.items():
         leaf = flat[path]
@@ -149,17 +149,17 @@ def cached(
     fingerprint: str,
     compute: Callable[[], Float32[np.ndarray, "B M"]],
 ) -> Float32[np.ndarray, "B M"]:
-    """The features of `compute()`, read from `folder/name.npz` if its fingerprint matches.
+    """The result of `compute()`, or the content of `folder/name.npz` if its fingerprint matches.
 
-    Otherwise all hosts compute them, and the first one writes the file atomically. Only the first
-    host decides whether the file fits, so that hosts agree, and it sends the features to the
-    others, so that they need no shared disk. Files from MAPPED_BYTES on are memory-mapped, by all
-    hosts if all of them see the file. A damaged file is replaced, with a warning.
+    If not, all hosts compute the features, and the first one writes the file atomically. Only the
+    first host decides whether the file matches, so that hosts agree, and it sends the features to
+    the others, so that no shared disk is needed. Files of at least MAPPED_BYTES are memory-mapped,
+    by all hosts if all of them see the file. A damaged file is replaced, with a warning.
 
     Args:
-      folder: created if missing; may be on an object store.
-      name: of the file, without a suffix.
-      fingerprint: of everything that determines the features.
+      folder: created if missing; may be in an object store.
+      name: name of the file, without suffix.
+      fingerprint: fingerprint of everything that determines the features.
       compute: called on every host or on none.
     """
     path, features = epath.Path(folder) / f"{name}.npz", None
@@ -194,7 +194,7 @@ def _checked(
     features: Float32[np.ndarray, "_ M"], real: Bool[np.ndarray, " _"], size: int | None, title: str
 ) -> Float32[np.ndarray, "B M"]:
     count = int(real.sum())
-    # Padding may only follow the last example: a gap would shift all later features.
+    # Padding may only follow the last example: a gap would shift all features after it.
     if not real[:count].all():
         missing = np.flatnonzero(~real[: np.flatnonzero(real)[-1]])
         raise ValueError(
@@ -222,7 +222,7 @@ def _checksum_of(leaf: Any) -> UInt32[Array, "2"]:
     rows = BLOCK // max(1, math.prod(leaf.shape[1:]))
     if leaf.ndim == 0 or len(leaf) <= rows or (mesh is not None and mesh.size > 1):
         return checksum(leaf, np.uint32(0))
-    # XLA for CPUs keeps what it sums in memory, twice the size of the leaf.
+    # XLA for CPUs materialises what it sums, at twice the size of the leaf.
     rows = max(1, rows)
     stride = leaf.size // len(leaf)
     firsts = range(0, len(leaf), rows)
@@ -230,18 +230,18 @@ def _checksum_of(leaf: Any) -> UInt32[Array, "2"]:
     return functools.reduce(jnp.add, parts)
 
 
-# Cached, since a new jitted function for every leaf would compile equal shapes again.
+# Cached, since a new jitted function per leaf would recompile for equal shapes.
 @functools.lru_cache(maxsize=8)
 def _checksum_on(mesh: Mesh | None) -> Callable[[Any, np.uint32], UInt32[Array, "2"]]:
     return jax.jit(_checksum, out_shardings=None if mesh is None else replicated(mesh))
 
 
 def _checksum(x: Array, first: UInt32[Array, ""]) -> UInt32[Array, "2"]:
-    """Two sums, modulo 2^32, of the bit patterns of all values, each mixed with its position, of
-    which `first` is that of the first value.
+    """Two sums, modulo 2^32, over the bit patterns of all values, each mixed with its position;
+    `first` is the position of the first value.
 
-    Mixing is a bijection, so a single changed value always changes both sums, and sums do not
-    depend on the sharding. With a product instead, two values could change signs unnoticed.
+    Mixing is a bijection, so changing a single value always changes both sums, and sums do not
+    depend on the sharding. With products instead, two values could flip their signs unnoticed.
     """
     if x.dtype == bool:
         x = x.astype(jnp.uint8)
@@ -257,14 +257,15 @@ def _checksum(x: Array, first: UInt32[Array, ""]) -> UInt32[Array, "2"]:
 
 
 def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """A bijection of 32-bit numbers, the finalizer of MurmurHash3."""
+    """A bijection of 32-bit numbers: the finalizer of MurmurHash3."""
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
 def _add(digest: Any, part: Any) -> None:
-    """Adds a part with its kind and length, so that different splits have different digests."""
+    """Adds a part with its kind and length, so that parts split differently have different
+    digests."""
     if isinstance(part, np.ndarray):
         if part.dtype.hasobject:
             raise TypeError("an array of objects cannot be hashed; give texts or numbers")
@@ -282,17 +283,17 @@ def _add(digest: Any, part: Any) -> None:
 def _read(path: epath.Path, fingerprint: str) -> Float32[np.ndarray, "B M"] | None:
     """The features of an intact file with this fingerprint, else None; the log says why."""
     if not path.exists():
-        logging.info("%s does not exist yet, computing it", path)
+        logging.info("%s does not exist yet; computing it", path)
         return None
     try:
         mapped = path.stat().length >= MAPPED_BYTES
         stored, arrays = read_arrays(path, {"features": (np.float32, 2)}, mapped=mapped)
     except (OSError, ValueError) as error:
-        logging.warning("%s; the features of %s are computed again", error, path.name)
+        logging.warning("%s; recomputing the features of %s", error, path.name)
         return None
     if stored != fingerprint:
         logging.info(
-            "%s was made from other weights, texts or pictures (%s, now %.12s), computing it again",
+            "%s was made from other weights, texts or pictures (%s, now %.12s); recomputing it",
             *(path, plain(stored[:12]), fingerprint),
         )
         return None
@@ -305,8 +306,8 @@ def _from_first_host(
     features: Float32[np.ndarray, "B M"] | None,
     read: Callable[[], Float32[np.ndarray, "B M"] | None],
 ) -> Float32[np.ndarray, "_ M"] | None:
-    """The first host's array, on every host; `read` reads a large one from the first host's file,
-    where this host sees it."""
+    """Returns the first host's array on every host; `read` reads a large one from the first host's
+    file if this host sees it."""
     if jax.process_count() == 1:
         return features
     shape = (-1, -1) if features is None else features.shape
@@ -322,6 +323,6 @@ def _from_first_host(
     step = max(1, BROADCAST_BYTES // max(1, 4 * width))
     for start in range(0, rows, step):
         part = multihost_utils.broadcast_one_to_all(received[start : start + step])
-        if features is None:  # those of a file that is mapped cannot be changed
+        if features is None:  # features in a mapped file are read-only
             received[start : start + step] = part
     return received

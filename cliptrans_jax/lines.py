@@ -1,4 +1,4 @@
-"""Lines of text to translate, read and translated part by part."""
+"""Lines of text to translate, read and translated incrementally."""
 
 import dataclasses
 import itertools
@@ -15,7 +15,7 @@ from cliptrans_jax.loading import LoadedModel
 from cliptrans_jax.stages import STAGES
 from common_jax.inputs.pictures import decode_picture, read_file
 
-ENDLESS = 2**31  # tokens, more than any sentence has
+ENDLESS = 2**31  # more tokens than any sentence has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Line:
     """A line of a file.
 
     Attributes:
-      place: file and number of the line, for messages.
+      place: file and line number, for messages.
       text: the sentence; "" for a blank line.
-      picture: file of its picture, or None.
+      picture: its picture file, or None.
     """
 
     place: str
@@ -62,13 +62,13 @@ def add_pictures(
     """Yields the lines with their pictures; a line without text and name stays blank.
 
     Args:
-      lines: without `names` each is a sentence, a tab, and the name of its picture.
-      pictures: folder of the pictures, or the one picture of all lines.
-      names: of the pictures, one per line.
+      lines: sentences; without `names`, each is followed by a tab and the name of its picture.
+      pictures: folder of the pictures, or one picture for all lines.
+      names: names of the pictures, one per line.
 
     Raises:
-      ValueError: for a line without a name, or another number of names.
-      FileNotFoundError: for a picture that does not exist.
+      ValueError: if a line has no name, or the numbers of lines and names differ.
+      FileNotFoundError: if a picture does not exist.
     """
     if not pictures.exists():
         raise FileNotFoundError(f"--pictures={pictures} does not exist; give a folder or a picture")
@@ -109,8 +109,8 @@ def translate_lines(
     """Yields every line with its hypotheses, best first; blank lines have none.
 
     Args:
-      model: the model. Sentences with more tokens than it reads are cut, with a warning each.
-      lines: in any number; all have a picture, or none has, except for blank ones.
+      model: the model. Sentences that are too long for it are truncated, with a warning each.
+      lines: any number of lines. Apart from blank ones, all or none have a picture.
       size: lines that are read and translated at a time.
     """
     lines = iter(lines)
@@ -142,12 +142,12 @@ def _warn_of_cuts(model: LoadedModel, lines: list[Line]) -> None:
     tokenizer = model.tokenizer
     whole = dataclasses.replace(tokenizer, limit=ENDLESS)
     if STAGES[model.config.stage].captioning:
-        return  # whose encoder reads no sentence
+        return  # the encoder reads no sentences
     source = model.pair[0]
     for line, ids in zip(lines, whole.encode([x.text for x in lines], source), strict=True):
         if len(ids) > tokenizer.limit:
             logging.warning(
-                "%s has %d tokens, and the model reads the first %d",
+                "%s has %d tokens, but the model only reads the first %d",
                 line.place,
                 len(ids) - 2,  # without the frame
                 tokenizer.limit - 2,

@@ -33,7 +33,7 @@ class LoadedModel:
     """A trained translation model.
 
     Attributes:
-      params: of the translator in its subtree, "mapper", and "clip" if its text tower was trained.
+      params: the translator in its subtree, "mapper", and "clip" if the text tower was trained.
       data: loads the towers on first use.
       search: the compiled search.
     """
@@ -47,7 +47,7 @@ class LoadedModel:
 
     @property
     def pair(self) -> tuple[str, str]:
-        """The languages of sentences and outputs; in captioning both are that of the captions."""
+        """Languages of input and output; in captioning, both are the language of the captions."""
         if STAGES[self.config.stage].captioning:
             return (caption_language(self.config),) * 2
         return self.config.data.pair
@@ -58,24 +58,24 @@ class LoadedModel:
         """The hypotheses of every sentence, best first, with their scores.
 
         As in training, sentences are stripped, and line breaks become spaces. Sentences with more
-        tokens than positions are truncated, with a line in the log. A run of a captioning stage
-        writes captions: of pictures or, without them, of the sentences' features. As in its
-        training, its encoder sees what config.noise leaves of a sentence, by default nothing.
+        tokens than positions are truncated, which is logged. A run of a captioning stage writes
+        captions from features of the pictures or, without pictures, of the sentences. As in its
+        training, its encoder sees only what config.noise leaves of a sentence, by default nothing.
 
         Args:
-          sentences: a list in the first language of `pair`. With pictures they may be empty.
-          pictures: uint8 (I, J, 3) RGB, (I, J, 4) or (I, J), one per sentence; features are then
-            computed from the pictures, not from the sentences.
+          sentences: a list in the first language of `pair`. Given pictures, they may be empty.
+          pictures: uint8 (I, J, 3) RGB, (I, J, 4) or (I, J), one per sentence; if given, features
+            are computed from the pictures, not from the sentences.
 
         Raises:
-          ValueError: for no sentences, one that is empty or no text, another number of pictures, an
-            array that is no picture, or pictures for a model without a prefix.
+          ValueError: if there are no sentences, one is empty or not a string, the number of
+            pictures differs, an array is not a picture, or the model takes no pictures.
         """
         sentences = _lines(sentences, allow_empty=pictures is not None)
         pictures = None if pictures is None else _checked_pictures(pictures, len(sentences))
         if pictures is not None and not self.config.has_prefix:
             raise ValueError(
-                "this model takes no pictures: config.model.mapper.prefix is 0 in its run; leave "
+                "this model takes no pictures, as its run has config.model.mapper.prefix=0; leave "
                 "them out"
             )
         source, target = self.pair
@@ -97,7 +97,7 @@ class LoadedModel:
         return [hypotheses[index] for index in range(len(sentences))]
 
     def _encode(self, sentences: Sequence[str], pictures: Sequence[np.ndarray] | None):
-        """Features, or tokens for the text tower; None for what is not needed."""
+        """Features, and tokens for the text tower; None for whichever is not needed."""
         if not self.config.has_prefix:
             return None, None
         if pictures is not None:
@@ -106,7 +106,7 @@ class LoadedModel:
             return None, self.data.text_tower.tokenizer.encode(sentences, None)
         return self._sentences.sentences(sentences), None
 
-    # On the devices from the first call on, so that further calls only compute.
+    # Moved to the devices on the first call, so that later calls only compute.
     @functools.cached_property
     def _sentences(self) -> Resident:
         return Resident(self.data.text_tower, self.mesh, self.config.decode.batch)
@@ -117,7 +117,7 @@ class LoadedModel:
 
 
 def _lines(sentences: object, *, allow_empty: bool) -> list[str]:
-    """The sentences, normalised as by the readers of corpora."""
+    """The sentences, normalised in the same way as those of corpora."""
     lines = require_texts(sentences, name="sentences")
     if not lines:
         raise ValueError("sentences is empty; give at least one sentence")
@@ -155,15 +155,16 @@ def _checked_pictures(pictures: object, count: int) -> list[np.ndarray]:
 
 
 def load_model(source: epath.PathLike, *, mesh: Mesh | None = None) -> LoadedModel:
-    """Loads the best checkpoint of a run by the validation set.
+    """Loads a run's best checkpoint on the validation set.
 
     Args:
-      source: the run's workdir, that of a pipeline, or the folder of one step to load.
-      mesh: devices; None for the first only.
+      source: the run's workdir, a pipeline's workdir, or one step's folder.
+      mesh: devices; None for only the first.
 
     Raises:
       FileNotFoundError: if there is no finished checkpoint.
-      ValueError: for stage "clip", which trains no translation model, or a run of the other system.
+      ValueError: for a run of stage "clip", which trains no translation model, or of the other
+        system.
     """
     return load_finished(find(source, TRANSLATION_STAGES), mesh=mesh)
 

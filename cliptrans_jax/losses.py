@@ -14,11 +14,11 @@ def label_loss(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """CLIPTrans loss:  sum_bt w_bt ((1 - e) (-log p_bt,label) + e/V sum_v (-log p_btv)).
 
-    p = softmax(logits) in float32; w = 1 where the label is neither negative nor a pad, else 0;
-    e = smoothing, 0 in the original.
+    p = softmax(logits) in float32; w = 1 if the label is neither negative nor a pad, else 0; e =
+    smoothing, 0 in the original.
 
     Returns:
-      The sum, and sum_bt w_bt: the original's loss is the first over the second.
+      The sum, and sum_bt w_bt; the original's loss is the former divided by the latter.
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     weights = counts(labels, pad=pad).astype(logits.dtype)
@@ -39,12 +39,12 @@ def states_loss(
     smoothing: float = 0.0,
     chunk: int = CHUNK,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """`label_loss` of the logits of `states`, which are never in memory all at once; see
+    """`label_loss` of the logits of `states`, which are never all in memory at once; see
     `models.linear_loss`.
 
     Args:
-      readout: multiplied in the dtype of the states.
-      chunk: labels per device whose logits, in float32, would take the memory that may be used.
+      readout: matrix and bias; the product is computed in the dtype of the states.
+      chunk: memory budget, as the number of labels per device whose float32 logits would fill it.
     """
     kind = jnp.promote_types(states.dtype, jnp.float32)
     bias = jnp.zeros(len(readout.matrix)) if readout.bias is None else readout.bias

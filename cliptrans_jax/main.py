@@ -37,12 +37,12 @@ One stage, from the weights of other runs, with another number of beams:
 
 Flags:"""
 
-# The command that uses a run of a stage, by the network that it trains.
+# The command that uses a stage's run, by the network that the stage trains.
 USES = {
     Trains.TOWERS: "cliptrans features {} FILE",
     Trains.TRANSLATOR: 'cliptrans translate {} "SENTENCE"',
 }
-CAPTIONS = " --pictures PICTURE"  # what to add for a stage that looks at pictures
+CAPTIONS = " --pictures PICTURE"  # added for a stage that looks at pictures
 
 
 def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
@@ -66,8 +66,8 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
 
 
 def _conclude(result: Mapping[str, Any], config: Config, run: epath.Path) -> None:
-    """The last lines of the command: the scores, and the command that uses the run."""
-    scores = result.get("test", result)  # of the test split, where it is translated
+    """Logs the final lines: the scores, and the command that uses the run."""
+    scores = result.get("test", result)  # scores of the test split, if it was translated
     shown = (config.bleu, "chrf", "val/loss", "val/accuracy")
     use = USES.get(trains(config.stage), "")
     stage = STAGES.get(config.stage)
@@ -79,9 +79,10 @@ def _conclude(result: Mapping[str, Any], config: Config, run: epath.Path) -> Non
 
 
 def check_places(config: Config, workdir: epath.Path) -> None:
-    """Raises OSError, naming the field, if a source is missing or an output folder cannot be made.
+    """Raises OSError, naming the field, if a source is missing or an output folder cannot be
+    created.
 
-    A run that has results no longer needs its sources.
+    A run that already has results no longer needs its sources.
     """
     check_output("--workdir", workdir)
     if config.features:
@@ -105,7 +106,7 @@ def _report(config: Config, workdir: epath.Path, folders: list[str]) -> None:
 
 
 def check_run(config: Config, mesh: Mesh, *, key: str = "config") -> None:
-    """Raises ValueError if a batch of training or decoding does not divide over the mesh.
+    """Raises ValueError if the batch size of training or decoding is not a multiple of the mesh.
 
     Args:
       key: path of the section with `optim`, for messages.

@@ -1,6 +1,6 @@
 """Reads published weights into our parameters, and exports ours for other software.
 
-Formats: folders of Hugging Face, files of OpenAI and OpenCLIP, and CLIPTrans' checkpoints; see
+Formats: Hugging Face folders, files of OpenAI and OpenCLIP, and CLIPTrans' checkpoints; see
 `tensors.kinds.KINDS`.
 """
 
@@ -56,13 +56,13 @@ from common_jax.weights.table import (
     write,
 )
 
-# Files to download: configs and tokenizer, and the weights in one of two formats.
+# Files to download: configs, tokenizer, and the weights in one of two formats.
 ABOUT = (
     *("config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json"),
     *("tokenizer_config.json", "special_tokens_map.json", "sentencepiece.bpe.model"),
     *("vocab.json", "merges.txt", "vocab.txt"),
 )
-ADVICE = "check that the model's config (sizes, mapping network, prefix length) is that of the file"
+ADVICE = "check that the model's config (sizes, mapping network, prefix length) matches the file"
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 TORCH = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin")
 
@@ -80,26 +80,26 @@ def load(
     """Reads published weights.
 
     Args:
-      source: a folder of Hugging Face (config.json and weights), a file or shards that
-        `common_jax.weights` reads, or with `fetch` a model's id on the Hugging Face hub.
+      source: a Hugging Face folder (config.json and weights), a file or shards that
+        `common_jax.weights` reads, or with `fetch` a model id on the Hugging Face hub.
       kind: a key of `tensors.kinds.KINDS`, or several, of which the first one in the file is read;
-        None to infer it from config.json or the tensors' names, where a whole CLIP is read as its
-        image tower. Towers may also be below "clip." in a CLIPTrans checkpoint that trained them.
-      config: sizes, instead of those in the JSON files beside the weights or, without these, of the
-        tensors' shapes. Shapes do not show heads, ids and epsilons: those of the published models
-        are then assumed, and listed under "assumed" in the account.
+        None to infer it from config.json or the tensors' names, in which case a whole CLIP is read
+        as its image tower. A CLIPTrans checkpoint that trained towers has them below "clip.".
+      config: sizes to use instead of those in the JSON files beside the weights or, without such
+        files, in the tensors' shapes. Shapes do not show heads, ids and epsilons: those of the
+        published models are then assumed, and listed under "assumed" in the account.
       fetch: whether `source` may be downloaded.
-      weights: the weights to read from a file with several: a key of a training checkpoint, such as
-        "model_ema", or a prefix of the names with its dot, such as "teacher.".
-      activation: of a CLIP tower's MLPs, "quick_gelu" or "gelu", if no file says it: files of
-        OpenAI and OpenCLIP have the same names.
-      base: base model of an M-CLIP, instead of `modelBase` in its config.json.
+      weights: which weights to read from a file with several: a key of a training checkpoint, such
+        as "model_ema", or a prefix of the names with its dot, such as "teacher.".
+      activation: activation of a CLIP tower's MLPs, "quick_gelu" or "gelu", if no file says:
+        tensors of OpenAI and OpenCLIP have the same names.
+      base: base model of an M-CLIP, overrides `modelBase` in its config.json.
 
     Raises:
       FileNotFoundError: if the source does not exist or cannot be downloaded.
       ValueError: for a file that cannot be read, is of no known kind, or does not fit the config;
-        an unsupported setting in a JSON file; an unknown or contradictory activation; numbers that
-        are not finite.
+        an unsupported setting in a JSON file; an unknown or contradictory activation; non-finite
+        numbers.
     """
     allowed = (kind,) if isinstance(kind, str) else kind or ()
     if unknown := [name for name in allowed if name not in KINDS]:
@@ -155,7 +155,8 @@ def _config(
     activation: str,
     base: str,
 ) -> tuple[Any, tuple[tuple[str, str], ...], tuple[str, ...]]:
-    """The config of a layout's tensors, its assumed fields, and notes on where others are from."""
+    """The config of a layout's tensors, its assumed fields, and notes on where other fields are
+    from."""
     content, file = about.get(layout.about), str(path)
     if base and not (content is not None and "modelBase" in content):
         raise ValueError(
@@ -178,55 +179,55 @@ def _config(
             assumed.remove("activation")
     elif layout.varied and activation not in ("", config.activation):
         raise ValueError(
-            f"{file}: its {layout.about} says activation={config.activation!r}, and "
-            f"config.sources.clip_activation={activation!r}; leave the latter out"
+            f"{file}: its {layout.about} says activation={config.activation!r}, but "
+            f"config.sources.clip_activation={activation!r} is set; leave the latter out"
         )
     fields = {name: operator.attrgetter(name)(config) for name in assumed}
     return config, tuple((name, repr(value)) for name, value in fields.items()), notes
 
 
 def _unused(layout: Layout, content: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """Notes on rates of training in a JSON file that have no effect here."""
+    """Notes on dropout rates in a JSON file that have no effect here."""
     rates = {key: (content or {}).get(key) for key in layout.about_unused}
     return tuple(
-        f"{key}={brief(rate)} of its {layout.about} has no effect here, also not in training"
+        f"{key}={brief(rate)} in its {layout.about} has no effect here, not even in training"
         for key, rate in rates.items()
         if rate
     )
 
 
 def _activation(layout: Layout, path: Path, choice: str) -> tuple[str, tuple[str, ...]]:
-    """The activation of a CLIP without a config file, and a note if the weights' file says it."""
+    """The activation of a CLIP without a config file, and a note if the weights file reveals it."""
     if "QuickGELU" in module_classes(path):
         if choice not in ("", "quick_gelu"):
             raise ValueError(
-                f"{path} holds modules QuickGELU, and config.sources.clip_activation={choice!r}; "
-                "leave the latter out"
+                f"{path} has QuickGELU modules, but config.sources.clip_activation={choice!r} is "
+                "set; leave the latter out"
             )
-        return "quick_gelu", ("activation='quick_gelu', from its modules QuickGELU",)
+        return "quick_gelu", ("activation='quick_gelu', from its QuickGELU modules",)
     if choice or path.name in layout.quick:
         return choice or "quick_gelu", ()
     raise ValueError(
-        f"{path} does not say which activation its towers were trained with, and models whose "
-        "tensors look the same differ in it (OpenAI's have the quick GELU, OpenCLIP's most often "
-        f"the GELU): put its {layout.about} beside it, or set "
+        f"{path} does not say which activation its towers were trained with, and models with the "
+        "same tensors differ in it (OpenAI's use quick GELU, most of OpenCLIP's use GELU): put its "
+        f"{layout.about} beside it, or set "
         "--config.sources.clip_activation=quick_gelu or gelu (`activation` of pretrained.load)"
     )
 
 
 def _require_pictures(about: Beside, pictures: Pictures, file: str) -> None:
-    """Raises ValueError if a file beside the weights says another mean, std, filter or crop."""
+    """Raises ValueError if a file beside the weights has another mean, std, filter or crop."""
     resample, ours = about.get(PREPROCESSOR, {}).get("resample"), pictures.resampling
     if resample not in (None, Image.Resampling[ours]):
         raise ValueError(
-            f"{file}: {PREPROCESSOR} says resample={brief(resample)}, and the tower's pictures are "
-            f"resized with {int(Image.Resampling[ours])}, {ours}; take a model with this filter"
+            f"{file}: {PREPROCESSOR} says resample={brief(resample)}, but the tower's pictures are "
+            f"resized with {int(Image.Resampling[ours])}, {ours}; use a model with this filter"
         )
     crops = about.get(PREPROCESSOR, {}).get("do_center_crop", pictures.crops)
     if bool(crops) != pictures.crops:
         raise ValueError(
-            f"{file}: {PREPROCESSOR} says do_center_crop={brief(crops)}, and the tower's pictures "
-            f"are {_cut(pictures)}; take a model with pictures like these"
+            f"{file}: {PREPROCESSOR} says do_center_crop={brief(crops)}, but the tower's pictures "
+            f"are {_cut(pictures)}; use a model whose pictures are, too"
         )
     asked = open_clip_pictures(about)
     wanted = {
@@ -236,8 +237,8 @@ def _require_pictures(about: Beside, pictures: Pictures, file: str) -> None:
     for key, value in wanted.items():
         if asked.get(key, value) != value:
             raise ValueError(
-                f"{file}: {open_clip.FILE} says {key}={brief(asked[key])}, and the tower's "
-                f"pictures are resized with {ours} and {_cut(pictures)}; take one with {value!r}"
+                f"{file}: {open_clip.FILE} says {key}={brief(asked[key])}, but the tower's "
+                f"pictures are resized with {ours} and {_cut(pictures)}; use one with {value!r}"
             )
     name, *statistics = picture_numbers(about)
     expected = {"mean": pictures.mean, "std": pictures.std}
@@ -248,8 +249,8 @@ def _require_pictures(about: Beside, pictures: Pictures, file: str) -> None:
             same = False
         if numbers is not None and not same:
             raise ValueError(
-                f"{file}: {name} says {key}={brief(numbers)}, and the tower's pictures are "
-                f"prepared with {[round(x, 6) for x in ours]}; take a model with these"
+                f"{file}: {name} says {key}={brief(numbers)}, but the tower's pictures are "
+                f"prepared with {[round(x, 6) for x in ours]}; use a model with these"
             )
 
 
@@ -264,13 +265,13 @@ def save(
     *,
     tokenizer_files: Sequence[str | os.PathLike] = (),
 ) -> None:
-    """Writes a folder that `transformers` loads as the class of its config.json, atomically.
+    """Atomically writes a folder that `transformers` loads as the class named in its config.json.
 
     Args:
-      folder: new, empty, or with this same content.
-      params: of a translator, below its subtree.
+      folder: new, empty, or with exactly this content.
+      params: parameters of a translator, below its subtree.
       config: its sizes.
-      tokenizer_files: copied beside the weights.
+      tokenizer_files: files to copy beside the weights.
 
     Raises:
       FileExistsError: if the folder has other content.
@@ -305,13 +306,13 @@ def save(
 
 
 def save_cliptrans(path: str | os.PathLike, params: Mapping[str, Any], config: ModelConfig) -> None:
-    """Writes {"mbart": ..., "mapper": ...} as one `.safetensors` file under the names of CLIPTrans'
-    checkpoints, with the shared embedding once.
+    """Writes {"mbart": ..., "mapper": ...} as one `.safetensors` file with the names of CLIPTrans'
+    checkpoints; the shared embedding is stored once.
 
     Raises:
       FileExistsError: if the file exists with other content.
       FileNotFoundError: if its folder is missing.
-      ValueError: if the parameters do not fit `config`, or for another suffix.
+      ValueError: if the parameters do not fit `config`, or the suffix is another.
     """
     write_tensors(path, _tensors(kinds.CLIPTRANS, params, config))
 
@@ -319,8 +320,8 @@ def save_cliptrans(path: str | os.PathLike, params: Mapping[str, Any], config: M
 def cliptrans_tensors(
     params: Mapping[str, Any], config: ModelConfig
 ) -> tuple[dict[str, np.ndarray], Account]:
-    """{"mbart": ..., "mapper": ...} under the names of CLIPTrans' checkpoints, with the shared
-    embedding under all its names, and the account of the names.
+    """{"mbart": ..., "mapper": ...} with the names of CLIPTrans' checkpoints, where the shared
+    embedding has several, and the account of the names.
 
     Raises:
       ValueError: if the parameters do not fit `config`.
@@ -333,14 +334,14 @@ def cliptrans_tensors(
 
 
 def place(params: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict[str, Any]:
-    """Puts numpy parameters on devices, each of which gets only its own shard.
+    """Puts numpy parameters on devices; each device gets only its own shard.
 
     Args:
       params: nested dict of numpy arrays.
       shapes: nested dict of ShapeDtypeStructs with shardings.
 
     Raises:
-      ValueError: naming every parameter that is missing, unknown or of another shape.
+      ValueError: naming all parameters that are missing, unknown or of another shape.
     """
     _require(params, shapes)
 
@@ -353,10 +354,10 @@ def place(params: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict[str, Any
 
 
 def find(source: str | os.PathLike, *, fetch: bool) -> Path:
-    """The local path of the source of `load`; raises as it does."""
+    """The local path of `load`'s source; raises as `load` does."""
     path, name = Path(source), str(source)
     if "://" in name:
-        raise ValueError(f"{name} must be on a disk of this machine; copy it to one first")
+        raise ValueError(f"{name} must be on a local disk; copy it to one first")
     if path.exists() or path.name.endswith(SUFFIXES):
         return path
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
@@ -373,8 +374,8 @@ def find(source: str | os.PathLike, *, fetch: bool) -> Path:
     except Exception as error:  # errors of the hub and of its HTTP library
         raise FileNotFoundError(
             f"{name} cannot be fetched from Hugging Face's hub ({type(error).__name__}: {error}); "
-            "without network, fetch it elsewhere (`hf download`), copy the folder here and give "
-            "its path"
+            "without network access, fetch it elsewhere (`hf download`), copy the folder here and "
+            "give its path"
         ) from error
     return Path(folder)
 
@@ -390,6 +391,6 @@ def _require(params: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
     """Raises ValueError if parameters do not have the expected shapes."""
     if problems := list_differences(params, shapes):
         raise ValueError(
-            f"the parameters are not of this model ({len(problems)} differ):"
+            f"the parameters do not belong to this model ({len(problems)} differ):"
             f"{list_problems(problems)}\ngive the config that they were trained with"
         )

@@ -1,4 +1,4 @@
-"""Towers that stay on the devices, for sentences and pictures that come part by part."""
+"""Towers that stay on the devices, for sentences and pictures that arrive in parts."""
 
 import dataclasses
 import functools
@@ -17,12 +17,12 @@ from common_jax.mesh import move_to_devices, replicated, to_devices
 
 @dataclasses.dataclass(frozen=True)
 class Resident:
-    """A tower whose weights are moved to the devices once, and which is compiled once per shape.
+    """A tower that is moved to the devices once, and compiled once per shape.
 
     Attributes:
-      tower: of sentences or of pictures.
-      mesh: devices, over all of which a batch is split.
-      batch: sentences or pictures at a time; smaller sets are padded to it.
+      tower: a text or image tower.
+      mesh: devices; a batch is split over all of them.
+      batch: sentences or pictures per call; smaller sets are padded to it.
     """
 
     tower: TextTower | ImageTower
@@ -30,10 +30,10 @@ class Resident:
     batch: int
 
     def sentences(self, texts: Sequence[str]) -> Float32[np.ndarray, "B M"]:
-        """One feature per sentence; longer ones than the tower reads are cut, with a warning."""
+        """One feature per sentence; those too long for the tower are truncated, with a warning."""
         tower = self.tower
-        # A trained tower has as few positions as its longest training sentence may need, and the
-        # tokenizer is the translator's.
+        # A tower trained here may have fewer positions than its tokenizer, the translator's,
+        # allows.
         limit = min(tower.tokenizer.limit, tower.longest)
         ids = dataclasses.replace(tower.tokenizer, limit=limit).encode(texts, None)
         order = by_length(ids)
@@ -62,7 +62,7 @@ class Resident:
         return jax.jit(self.tower.apply, out_shardings=replicated(self.mesh))
 
     def _encode(self, inputs: np.ndarray) -> Float32[np.ndarray, "B M"]:
-        """The features of at most a batch; copies of the last input fill it up."""
+        """The features of at most one batch, which is filled up with copies of the last input."""
         count = len(inputs)
         width = [(0, self.batch - count), *[(0, 0)] * (inputs.ndim - 1)]
         batch = to_devices({"inputs": np.pad(inputs, width, mode="edge")}, self.mesh)

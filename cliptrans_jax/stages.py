@@ -1,6 +1,6 @@
-"""The stages of CLIPTrans as values of one table (paper, section 3; src/main.py).
+"""The stages of CLIPTrans, as one table (paper, section 3; src/main.py).
 
-A stage is a kind of run that trains. The table's order is that of a pipeline.
+A stage is a kind of training run. The pipeline runs them in the table's order.
 """
 
 import dataclasses
@@ -17,17 +17,17 @@ class Side(enum.Enum):
     """The side of a pair that CLIP features are computed from."""
 
     IMAGE = "image"
-    TEXT = "text"  # of the sentence that the encoder reads
+    TEXT = "text"  # the sentence that the encoder reads
 
 
 class Trains(enum.Enum):
     """The network that a stage trains."""
 
-    TOWERS = "towers"  # both, on pairs of a text and a picture
+    TOWERS = "towers"  # both towers, on text-picture pairs
     TRANSLATOR = "translator"
 
 
-# Sections and fields of the config that stages read.
+# Config sections and fields that several stages read.
 TOWERS = ("clip", "augment")
 LOCKED = (
     *(f"sources.{name}" for name in ("clip_text", "clip_text_base", "clip_activation", "weights")),
@@ -44,18 +44,18 @@ CAPTION = ("freeze", "caption_language", "all_languages")
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A kind of run that trains.
+    """A kind of training run.
 
     Attributes:
       trains: the network that it trains.
-      reads: config sections and fields that it reads, in addition to those of every run; other
-        flags have no effect.
+      reads: config sections and fields that it reads, in addition to those that every run reads;
+        other flags have no effect.
       evaluators: keys of `evaluators.table.EVALUATORS`, run on its validation set.
-      train, test: the side that features are computed from in training and in evaluation, for
-        stages of the translator.
-      captioning: the encoder reads the target itself with dropped tokens, not a sentence in the
-        source language; such a stage comes first.
-      unfreezes_tower: whether config.unfreeze_clip may train the text tower too, which cannot
+      train, test: for stages that train a translator: the side that features are computed from, in
+        training and in evaluation.
+      captioning: whether the encoder reads the target itself with dropped tokens, instead of a
+        sentence in the source language; such a stage comes first.
+      unfreezes_tower: whether config.unfreeze_clip may also train the text tower, which cannot
         learn from pictures.
       parity_pictures: whether the original evaluates with pictures when test tokens are dropped.
     """
@@ -74,8 +74,8 @@ STAGES: Mapping[str, Stage] = types.MappingProxyType(
     {
         "clip": Stage(
             Trains.TOWERS,
-            # Its tokenizer is the translation model's, limited by that model's positions, unless a
-            # published text tower stays frozen.
+            # Unless a published text tower stays frozen, the tokenizer is the translation model's,
+            # and limited by that model's positions.
             (
                 *TOWERS, *LOCKED, "optim", "model.mapper.prefix", "model.translator",
                 *(f"model.{name}.{key}" for name in TRANSLATORS for key in ("vocab", "positions")),
@@ -123,8 +123,8 @@ def trains(stage: Any) -> Trains | None:
     return None if known is None else known.trains
 
 
-# Parts of the translator that captioning stages freeze, as fields of its `Architecture`. The
-# original freezes the encoder and the embedding, which encoder, decoder and output share.
+# What captioning stages freeze, as fields of the translator's `Architecture`. The original freezes
+# the encoder and the embedding, which encoder, decoder and output layer share.
 FREEZES = {"encoder": ("embedding", "encoder"), "encoder_layers": ("encoder",), "nothing": ()}
 
 
@@ -134,7 +134,7 @@ def trainable(stage: Stage, freeze: str, architecture: Architecture) -> str:
     Args:
       stage: a value of STAGES.
       freeze: a key of FREEZES; used by captioning stages only.
-      architecture: of the translator.
+      architecture: the translator's record.
     """
     frozen = [architecture.buffers]
     if stage.captioning:

@@ -1,4 +1,4 @@
-"""M-CLIP's vectors of sentences and pictures in files, which share one space."""
+"""M-CLIP's vectors, in one shared space, of sentences and pictures from files."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class Item:
     """A sentence or a picture.
 
     Attributes:
-      name: file of the picture, or file and line of the sentence.
+      name: the picture's file, or the sentence's file and line.
       text: the sentence; "" for a picture.
       picture: the file, or None for a sentence.
     """
@@ -32,14 +32,14 @@ class Item:
 
 
 def list_items(paths: Sequence[str]) -> list[Item]:
-    """The sentences and pictures of files and folders, in order.
+    """Lists the sentences and pictures in files and folders, in order.
 
     Args:
-      paths: text files with a sentence per line, of which blank ones are left out; pictures, by
-        their suffix; folders, whose pictures at any depth are taken in the order of their names.
+      paths: text files with one sentence per line, whose blank lines are skipped; pictures,
+        recognised by their suffix; folders, whose pictures at any depth are sorted by name.
 
     Raises:
-      FileNotFoundError: for a missing path.
+      FileNotFoundError: if a path does not exist.
       ValueError: for a folder without pictures, a text file without sentences, or text that is not
         UTF-8.
     """
@@ -62,7 +62,7 @@ def list_items(paths: Sequence[str]) -> list[Item]:
 
 
 def encode_items(run: Finished, items: Sequence[Item], mesh: Mesh) -> Float32[np.ndarray, "B M"]:
-    """One vector per item, by the towers of a run."""
+    """One vector per item, computed by a run's towers."""
     vectors: dict[int, np.ndarray] = {}
     texts = [row for row, item in enumerate(items) if item.picture is None]
     pictures = [row for row, item in enumerate(items) if item.picture is not None]
@@ -83,7 +83,7 @@ def encode_items(run: Finished, items: Sequence[Item], mesh: Mesh) -> Float32[np
 
 
 def as_arrays(items: Sequence[Item], vectors: Float32[np.ndarray, "B M"]) -> dict[str, np.ndarray]:
-    """The vectors as `features`, beside `names` and `texts` (empty for pictures)."""
+    """The vectors as `features`, with `names` and `texts` (empty for pictures)."""
     return {
         "features": vectors,
         "names": np.array([item.name for item in items]),

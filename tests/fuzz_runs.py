@@ -54,7 +54,7 @@ def _read_features(path: Path) -> np.ndarray:
         found = cached(path.parent, path.stem, PRINT, lambda: calls.append(1) or FEATURES)
     if calls:
         assert same(found, FEATURES)
-        _require_one_warning(records, "computed again")
+        _require_one_warning(records, "recomputing")
     return found
 
 

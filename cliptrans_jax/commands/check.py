@@ -1,4 +1,4 @@
-"""`cliptrans check`: the contents of a config's data, and all problems that stop a run."""
+"""`cliptrans check`: what a config's data contains, and every problem that would stop a run."""
 
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ EXAMPLE = """Example:
 
 
 def checker() -> "Checker":
-    """This package's part of checking."""
+    """The checks of this package."""
     from cliptrans_jax.commands.check_corpora import check_cliptrans
     from cliptrans_jax.config import Config
     from cliptrans_jax.data.own import settings_of

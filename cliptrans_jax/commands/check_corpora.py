@@ -1,4 +1,4 @@
-"""A report of the sentences and pictures of a config, by split."""
+"""Reports on the sentences and pictures that a config reads, split by split."""
 
 import collections
 import dataclasses
@@ -17,13 +17,13 @@ from common_jax.inputs.names import listed
 
 @dataclasses.dataclass
 class Need:
-    """The parts of a split that the stages of a run read.
+    """What the stages of a run read from a split.
 
     Attributes:
-      languages: of sentences.
-      filled: the languages in which there must be sentences.
+      languages: the languages of the sentences.
+      filled: the languages that must not be empty.
       pictures: whether any stage reads pictures.
-      strict: whether any of these stages needs every picture.
+      strict: whether any of these stages fails if a picture is missing.
       batch: the largest number of training examples per step.
     """
 
@@ -35,7 +35,7 @@ class Need:
 
 
 def needs_of(runs: Iterable[Config]) -> dict[str, Need]:
-    """Maps the key of config.data that names splits to the parts that the runs read."""
+    """Maps each key of config.data that names splits to what the runs read from them."""
     needs: dict[str, Need] = collections.defaultdict(Need)
     tests = ("test_split", "further_tests")
     for run in runs:
@@ -92,14 +92,14 @@ def _check_split(config: Config, key: str, split: str, need: Need, findings: Fin
                 findings.problem(f"{corpus.name} has no sentence in {language!r}")
     if not readable:
         return
-    # Problems of single files are recorded by now, but the files may still differ in length.
+    # Problems with single files are already reported, but the files may still differ in length.
     corpus = findings.attempt(load_corpus, data, split, readable, with_images=need.pictures)
     if corpus is None:
         return
     if 0 < len(corpus) < need.batch:
         findings.problem(
             f"a batch of {need.batch} is more than the {len(corpus)} examples of {corpus.name}; "
-            "lower config.optim.batch, or that of the stage's recipe"
+            "lower config.optim.batch, or optim.batch in the stage's recipe"
         )
     if need.pictures:
         _check_pictures(corpus, need, data.bad_share, findings)

@@ -11,21 +11,23 @@ from common_jax.commands.arguments import add_run
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     add_run(parser)
-    parser.add_argument("--split", help="the corpus's name of it; by default the run's test split")
+    parser.add_argument(
+        "--split", help="split to score, as the corpus names it; default: the run's test split"
+    )
     parser.add_argument(
         "--out", metavar="DIR", help="folder for scores.json, translations.tsv and features/"
     )
-    parser.add_argument("--json", action="store_true", help="print the content of scores.json")
+    parser.add_argument("--json", action="store_true", help="print scores.json")
     parser.epilog = (
-        "The corpus is that of the run's config.data. Any field of it, and of the search, can be "
-        "changed:\n"
+        "The corpus is the one in the run's config.data. Any of its fields, and any field of the "
+        "search, can be changed:\n"
         "  --data.source=text --data.path=/data/mine --data.test_split=val\n"
         "  --decode.beams=10 --config.test_side=image"
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the scores, and writes them where --out says."""
+    """Prints the scores, and writes them to --out if given."""
     from etils import epath
 
     from cliptrans_jax.runs.evaluate import rescore

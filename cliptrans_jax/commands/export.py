@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes the folder, and uploads it where that is asked for."""
+    """Writes the folder, and uploads it if requested."""
     from cliptrans_jax.export.folder import export
     from cliptrans_jax.runs.finished import find
     from common_jax.commands.hub import conclude

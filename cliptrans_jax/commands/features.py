@@ -21,17 +21,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         metavar="FILE.npz",
         required=True,
-        help="arrays features (N, M), names (N,) and texts (N,)",
+        help="output file with the arrays features (N, M), names (N,) and texts (N,)",
     )
     parser.add_argument(
         "--unit",
         action="store_true",
-        help="vectors of length 1, whose products are cosine similarities",
+        help="normalise vectors to length 1, so that dot products are cosine similarities",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes the vectors of all files."""
+    """Writes the vectors of all inputs."""
     import numpy as np
 
     from cliptrans_jax.runs.finished import find

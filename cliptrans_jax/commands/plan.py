@@ -1,4 +1,4 @@
-"""`cliptrans plan`: memory and time of a run's step on TPUs or GPUs that you do not have."""
+"""`cliptrans plan`: memory and time per step on TPUs or GPUs that you do not have."""
 
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ MULTI30K = 29_000  # training examples
 
 
 def planner() -> "Planner":
-    """This package's part of compiling."""
+    """Makes the programs to compile for this package."""
     from cliptrans_jax.config import Config
     from common_jax.commands.plan.compile import Planner
 
@@ -25,7 +25,7 @@ def planner() -> "Planner":
 
 
 def make_step(asked: "Config", mesh: "Mesh", options: "Options") -> "Step":
-    """The train step of a stage of the table, or the program of a frozen tower."""
+    """The train step of a stage, or the program that runs a frozen tower."""
     import dataclasses
 
     from cliptrans_jax.main import check_run
@@ -38,15 +38,16 @@ def make_step(asked: "Config", mesh: "Mesh", options: "Options") -> "Step":
         return encode_step(asked, mesh, options)
     if asked.stage not in TRANSLATION_STAGES:
         raise ValueError(
-            f"config.stage={asked.stage!r} must be one of {list(TRANSLATION_STAGES)}, each of "
-            "which is a program of its own"
+            f"config.stage={asked.stage!r} must be one of {list(TRANSLATION_STAGES)}: each "
+            "compiles to its own program"
         )
     check_run(asked, mesh)
     optim = asked.apply_parity().optim
     examples = options.examples or max(MULTI30K, optim.batch)
     sizes = {"examples": examples, "tokens": options.tokens}
     task = translation.describe(asked, mesh, **sizes)
-    # The length of a loop over chunks of labels is data; in one chunk operations can be counted.
+    # A loop over chunks of labels has a data-dependent trip count, so its operations cannot be #
+    # counted. With all labels in one chunk there is no loop.
     whole = dataclasses.replace(asked, label_chunk=optim.batch * options.tokens)
     flops = step_flops(translation.describe(whole, mesh, **sizes), optim)
     savers = [f"{asked.model.key}.remat", "config.label_chunk"]
@@ -54,9 +55,9 @@ def make_step(asked: "Config", mesh: "Mesh", options: "Options") -> "Step":
 
 
 def encode_step(config: "Config", mesh: "Mesh", options: "Options") -> "Step":
-    """The program of features of sentences or pictures, with all parameters on every device.
+    """The program that computes features of sentences or pictures, with parameters replicated.
 
-    Towers have the sizes of config.clip, and published ones their default sizes.
+    Towers trained here have the sizes in config.clip, published ones their default sizes.
     """
     import jax
     import numpy as np

@@ -1,4 +1,4 @@
-"""`cliptrans show RUN_OR_CONFIG`: config, parameters, and operations of a step."""
+"""`cliptrans show RUN_OR_CONFIG`: config, parameters, and FLOPs per step."""
 
 import argparse
 from collections.abc import Iterator
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from cliptrans_jax.config import Config
     from common_jax.commands.show import Training
 
-TOKENS = 64  # of a sentence where it may have so many; operations are in proportion to it
-EPOCH = 1000  # steps of an epoch; neither parameters nor operations depend on it
+TOKENS = 64  # per sentence, if it may be that long; FLOPs are proportional to it
+EPOCH = 1000  # steps per epoch; neither parameters nor FLOPs depend on it
 
 
 def run(args: argparse.Namespace) -> None:
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def trainings(config: "Config", mesh: "Mesh") -> "Iterator[Training]":
-    """Yields the runs of a config that train."""
+    """Yields the training runs of a config."""
     import dataclasses
 
     from etils import epath
@@ -39,10 +39,10 @@ def trainings(config: "Config", mesh: "Mesh") -> "Iterator[Training]":
     runs = plan(config, epath.Path()) if config.stage == "pipeline" else [("", config)]
     for folder, one in runs:
         tokens = min(TOKENS, one.tokenizer.limit)
-        name = f"{folder or one.stage}, {tokens} tokens a sentence"
+        name = f"{folder or one.stage}, {tokens} tokens per sentence"
         if one.stage in TRANSLATION_STAGES:
-            # The length of a loop over chunks of labels is data; in one chunk operations can be
-            # counted.
+            # A loop over chunks of labels has a data-dependent trip count, so its operations cannot
+            # # be counted. With all labels in one chunk there is no loop.
             whole = dataclasses.replace(one, label_chunk=one.optim.batch * tokens)
             examples = EPOCH * one.optim.batch
             task = translation.describe(whole, mesh, examples=examples, tokens=tokens)
@@ -52,7 +52,7 @@ def trainings(config: "Config", mesh: "Mesh") -> "Iterator[Training]":
 
 
 COMMAND = Command(
-    "the config with the meaning of every field, the parameters, the FLOPs of a step",
+    "the config with the meaning of every field, the parameters, the FLOPs per step",
     add_show_arguments,
     run,
     rest=("--config.",),

@@ -1,4 +1,4 @@
-"""`cliptrans sweep`: a config for every setting of a grid and several seeds."""
+"""`cliptrans sweep`: one config per setting of a grid and seed."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +12,11 @@ Example:
   cliptrans sweep --config=cliptrans/emoji.py:stage=translate --workdir=runs/rates \\
       --grid='optim.lr=1e-4,3e-4' --seeds=3 --config.sources.clip=runs/emoji/clip
 """
-OUTCOMES = {"clip": ("result.json",), "evaluate": ("scores.json",)}  # of the other stages both
+OUTCOMES = {"clip": ("result.json",), "evaluate": ("scores.json",)}  # other stages: both files
 
 
 def program() -> "Program":
-    """This package's part of a sweep."""
+    """What a sweep needs to know about this package."""
     from cliptrans_jax.config import READS, Config
     from common_jax.commands.sweep.cells import Program
 
@@ -24,7 +24,7 @@ def program() -> "Program":
 
 
 def results(config: Any) -> "tuple[str | None, Files]":
-    """The folder of the run that a cell is about, and all files."""
+    """The folder of the run whose results a cell reports, and the files that it must have."""
     from cliptrans_jax.runs import pipeline
     from common_jax.commands.sweep.cells import NOWHERE
 

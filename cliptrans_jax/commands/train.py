@@ -6,7 +6,7 @@ from common_jax.commands.shared import passing
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trains as the flags say."""
+    """Trains with the given flags."""
     from cliptrans_jax.config import READS, SYSTEM
     from cliptrans_jax.main import DESCRIPTION, main
     from common_jax import app

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "sentences",
         metavar="SENTENCE",
         nargs="*",
-        help="without sentences and --file, lines of standard input are translated",
+        help="without sentences or --file, lines of standard input are translated",
     )
     parser.add_argument(
         "--file", metavar="FILE", help="UTF-8 text with a sentence per line, plain or .gz"
@@ -31,13 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pictures",
         metavar="PATH",
-        help="folder of pictures, whose names follow the sentences after a tab; or one picture, "
-        "for all sentences. Features are then those of the pictures",
+        help="folder of pictures, each named after its sentence, separated by a tab; or one "
+        "picture for all sentences. Features are then computed from the pictures",
     )
     parser.add_argument(
         "--picture-names", metavar="FILE", help="names of the pictures, one per line"
     )
-    parser.add_argument("--beams", type=int, help="beams of the search; 1 is greedy")
+    parser.add_argument("--beams", type=int, help="number of beams; 1 is greedy decoding")
     parser.add_argument("--length-penalty", type=float, help="above 1 favours long translations")
     parser.add_argument("--n-best", type=int, default=1, help="translations per sentence")
     parser.add_argument("--scores", action="store_true", help="print the score of each translation")
@@ -45,12 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch",
         type=int,
-        help="sentences translated at a time, by default as in the run, and 1 at a terminal",
+        help="sentences translated at a time; default: as in the run, or 1 at a terminal",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the translations of all sentences, in order, as they are found."""
+    """Prints the translations of all sentences, in order, as they become available."""
     from cliptrans_jax.lines import translate_lines
     from cliptrans_jax.loading import load_finished
     from cliptrans_jax.runs.finished import find
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     lines = _lines(args)
     if _is_whole(args):
-        lines = list(lines)  # all lines and names of pictures are checked before the first one
+        lines = list(lines)  # checks all lines and picture names before translating the first
     settings = read_settings(args.rest) | _search_settings(args)
     trained = find(args.run, TRANSLATION_STAGES, settings)
     decode, mesh = trained.config.decode, make_mesh(trained.config.mesh)
@@ -89,7 +89,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _is_whole(args: argparse.Namespace) -> bool:
-    """True if all sentences are there, which those of standard input need not be."""
+    """True if all sentences are available up front; standard input may still be growing."""
     return bool(args.sentences or args.file)
 
 
@@ -132,7 +132,7 @@ def _search_settings(args: argparse.Namespace) -> dict[str, str]:
 def _format(
     args: argparse.Namespace, number: int, line: "Line", hypotheses: "list[Hypothesis]"
 ) -> str:
-    """The output of a sentence: a line, with several translations a line each."""
+    """The output for a sentence: one line per translation."""
     if args.json:
         picture = {} if line.picture is None else {"picture": str(line.picture)}
         found = [{"text": one.text, "score": round(one.score, 6)} for one in hypotheses]
@@ -144,7 +144,7 @@ def _format(
     for one in hypotheses:
         cells = [str(number)] if args.n_best > 1 else []
         cells += [f"{one.score:.4f}"] if args.scores else []
-        # A line break would shift all lines after it.
+        # A line break would put all following output lines out of step with the input.
         rows.append("\t".join([*cells, re.sub(r"\s", " ", one.text)]))
     return "\n".join(rows)
 

@@ -1,4 +1,4 @@
-"""The record of a contrastive loss: its formula and its learned numbers."""
+"""The record of a contrastive loss: its formula and its learned scalars."""
 
 import dataclasses
 import math
@@ -13,11 +13,11 @@ Numbers = Mapping[str, Float[Array, ""]]
 
 @dataclasses.dataclass(frozen=True)
 class Learned:
-    """A number that is learned with a loss.
+    """A learned scalar of a loss.
 
     Attributes:
       start: initial value; None for log(config.clip.scale).
-      most: upper limit in the loss; None for no limit.
+      most: upper bound applied in the loss; None for no bound.
     """
 
     start: float | None = None
@@ -26,12 +26,12 @@ class Learned:
 
 @dataclasses.dataclass(frozen=True)
 class Contrastive:
-    """A loss of the pairs in a batch, against all other combinations of its texts and images.
+    """A loss that contrasts the pairs in a batch with all other combinations of text and image.
 
     Attributes:
-      loss: (texts (B, M), images (B, M), and the learned numbers by name) -> scalar.
-      learned: by the name of the parameter under "clip".
-      metrics: learned numbers -> metrics of a training step.
+      loss: (texts (B, M), images (B, M), learned scalars by name) -> scalar.
+      learned: learned scalars by the name of their parameter under "clip".
+      metrics: learned scalars -> metrics of a training step.
     """
 
     loss: Callable[..., Float[Array, ""]]
@@ -44,7 +44,7 @@ class Contrastive:
         return any(number.start is None for number in self.learned.values())
 
     def init(self, scale: float) -> dict[str, Float[Array, ""]]:
-        """Initial values of the learned numbers."""
+        """Initial values of the learned scalars."""
         starts = {name: number.start for name, number in self.learned.items()}
         return {
             name: jnp.asarray(math.log(scale) if start is None else start)
@@ -52,7 +52,7 @@ class Contrastive:
         }
 
     def limit(self, params: Mapping[str, Any]) -> dict[str, Float[Array, ""]]:
-        """The learned numbers in `params`, clipped to their limits."""
+        """The learned scalars in `params`, clipped to their bounds."""
         return {
             name: params[name] if number.most is None else jnp.minimum(params[name], number.most)
             for name, number in self.learned.items()

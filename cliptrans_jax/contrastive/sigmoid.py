@@ -18,8 +18,8 @@ def sigmoid_loss(
 ) -> Float[Array, ""]:
     """SigLIP loss (algorithm 1):  -1/B sum_bc log sigmoid(z_bc (exp(log_scale) x_b . y_c + bias)).
 
-    z_bc = 1 where b = c, else -1; x and y are texts and images of unit length. Each combination of
-    text and image has its own term, so there is no sum over the batch inside the logarithm.
+    z_bc = 1 if b = c, else -1; x and y are text and image features of unit length. Each combination
+    of text and image has its own term: there is no softmax over the batch.
     """
     logits = jnp.exp(log_scale) * (unit(texts) @ unit(images).T) + bias
     signs = 2 * jnp.eye(len(texts), dtype=logits.dtype) - 1
@@ -30,7 +30,7 @@ def _metrics(learned: Numbers) -> Numbers:
     return {"scale": jnp.exp(learned["log_scale"]), "bias": learned["bias"]}
 
 
-# With t' = log 10 and b = -10 all combinations start as negatives, as nearly all of them are.
+# With t' = log 10 and b = -10 every pair starts out as a negative, as nearly all of them are.
 SIGMOID = Contrastive(
     loss=sigmoid_loss,
     learned={"log_scale": Learned(start=math.log(10)), "bias": Learned(start=-10.0)},

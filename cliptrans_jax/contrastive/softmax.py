@@ -15,7 +15,7 @@ def softmax_loss(
     """CLIP loss (figure 3):  1/(2B) sum_b (-log p_bb - log q_bb).
 
     p and q are the softmax over rows and columns of exp(log_scale) x_b . y_c, where x and y are
-    texts and images of unit length.
+    text and image features of unit length.
     """
     scores = jnp.exp(log_scale) * (unit(texts) @ unit(images).T)
     rows, columns = jax.nn.log_softmax(scores, axis=1), jax.nn.log_softmax(scores, axis=0)

@@ -1,5 +1,4 @@
-"""Byte-pair vocabularies (BPE): CLIP's and those trained here, over bytes, and Gemma's, over
-characters."""
+"""Byte-pair encodings (BPE): CLIP's and those trained here work on bytes, Gemma's on characters."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,16 +12,16 @@ from cliptrans_jax.data.token_files import added_message, parsing, read_record, 
 from common_jax.untrusted import as_text, brief, plain
 
 CLIP_BOS, CLIP_EOS = "<|startoftext|>", "<|endoftext|>"
-# The first tokens of Gemma; no text is cut into them.
+# Gemma's first tokens; no text is tokenised to them.
 GEMMA_CONTROLS = ("<pad>", "<eos>", "<bos>", "<unk>")
 SPACE = "▁"  # in Gemma's pieces
 WORD_END = "</w>"  # suffix of CLIP's pieces at the end of a word
-# CLIP's words, which are then cut into pieces. Its two control tokens are not words here.
+# CLIP's pre-tokenisation into words. Its two control tokens are left out: in a text they are text.
 CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def define(tokenizer: tokenizers.Tokenizer) -> bytes:
-    """Returns all that determines what a tokenizer does."""
+    """Returns everything that determines a tokenizer's output."""
     return f"tokenizers {tokenizers.__version__}\n{tokenizer.to_str()}".encode()
 
 
@@ -51,13 +50,13 @@ def clip_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> toke
 def gemma_tokenizer(
     vocab: dict[str, int], merges: list[tuple[str, str]], words: list[str]
 ) -> tokenizers.Tokenizer:
-    """Builds Gemma's tokenizer with SigLIP 2's lower-casing, without control tokens, from what
-    `read_gemma_file` returns.
+    """Builds Gemma's tokenizer with SigLIP 2's lower-casing, without control tokens, from the
+    result of `read_gemma_file`.
 
     Raises:
       ValueError: the library rejects the vocabulary.
     """
-    # Control tokens in a text are text, so nothing is merged to one.
+    # Control tokens in a text are ordinary text, so no merge may produce one.
     merges = [pair for pair in merges if "".join(pair) not in GEMMA_CONTROLS]
     model = _model(vocab, merges, unk_token=GEMMA_CONTROLS[UNK], fuse_unk=True, byte_fallback=True)
     tokenizer = tokenizers.Tokenizer(model)
@@ -67,13 +66,14 @@ def gemma_tokenizer(
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    # Found in the text before it is lower-cased, such as "<table>" and several line breaks.
+    # Matched before the text is lower-cased: "<table>", runs of line breaks and so on.
     tokenizer.add_tokens([tokenizers.AddedToken(word, normalized=False) for word in words])
     return tokenizer
 
 
 def byte_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
-    """Builds a tokenizer that was trained here: it cuts any text, white space included, as bytes.
+    """Builds a tokenizer that was trained here, which splits any text, white space included, as
+    bytes.
 
     Raises:
       ValueError: the library rejects the vocabulary, or it lacks a byte.
@@ -84,7 +84,7 @@ def byte_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> toke
 
 
 def byte_level(model: models.BPE) -> tokenizers.Tokenizer:
-    """Returns a tokenizer of a byte-level model, which may still be untrained."""
+    """Returns the tokenizer of a byte-level model, which may still be untrained."""
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -92,10 +92,10 @@ def byte_level(model: models.BPE) -> tokenizers.Tokenizer:
 
 
 def parse(record: Mapping[str, Any]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Returns vocabulary and merges of the `model` of a `tokenizer.json`.
+    """Returns the vocabulary and merges in the `model` of a `tokenizer.json`.
 
     Raises:
-      ValueError: no vocabulary with ids from 0 without a gap, or no list of merges.
+      ValueError: there is no vocabulary with contiguous ids from 0, or no list of merges.
     """
     model = record.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
@@ -113,7 +113,7 @@ def read_clip_files(folder: Path) -> tuple[Path, dict[str, int], list[tuple[str,
       The file of the vocabulary, the vocabulary, and the merges.
 
     Raises:
-      FileNotFoundError: no merges.txt beside vocab.json.
+      FileNotFoundError: vocab.json has no merges.txt beside it.
       ValueError: a file with other content; the message names it.
     """
     path = folder / "tokenizer.json"
@@ -144,10 +144,10 @@ def read_clip_files(folder: Path) -> tuple[Path, dict[str, int], list[tuple[str,
 
 
 def read_gemma_file(path: Path) -> tuple[dict[str, int], list[tuple[str, str]], list[str]]:
-    """Reads the `tokenizer.json` of a SigLIP 2.
+    """Reads a SigLIP 2's `tokenizer.json`.
 
     Returns:
-      The vocabulary, the merges, and the tokens that are words of a text and are not merged.
+      The vocabulary, the merges, and the tokens that are matched as whole words, without merges.
 
     Raises:
       ValueError: a file with other content; the message names it.
@@ -177,7 +177,7 @@ def read_gemma_file(path: Path) -> tuple[dict[str, int], list[tuple[str, str]], 
 
 
 def require_vocab(vocab: Any) -> dict[str, int]:
-    """Returns the vocabulary; raises ValueError unless its ids are integers from 0, each once."""
+    """Returns the vocabulary; raises ValueError unless its ids are 0, 1, 2, ..., each once."""
     if not isinstance(vocab, dict) or not vocab:
         raise ValueError("it has no vocabulary")
     if not all(type(place) is int for place in vocab.values()):
@@ -200,5 +200,5 @@ def _model(vocab: dict[str, int], merges: list[tuple[str, str]], **more: str | b
         raise ValueError(f"its vocabulary lacks tokens of the merge {brief(missing[0])}")
     try:
         return models.BPE(vocab=vocab, merges=merges, **more)
-    except Exception as error:  # the library raises no narrower type
+    except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"the library rejects it: {plain(str(error))}") from error

@@ -1,4 +1,4 @@
-"""The sources of sentences and pictures: the embedded emoji, Multi30k, WIT, WMT, COCO and a user's
+"""The sources of sentences and pictures: the built-in emoji, Multi30k, WIT, WMT, COCO and a user's
 own files."""
 
 import dataclasses
@@ -19,20 +19,20 @@ class DataConfig(Section):
 
     Attributes:
       source: a key of SOURCES.
-      path: the folder of the source; `emoji` has none; of `table` also a single file.
-      source_language, target_language: two codes that the source has, such as "en" and "de";
-        `coco` has only the first.
-      train_split, valid_split, test_split: the source's names: train, val, test for `emoji`;
-        train, val, test_2016_flickr and so on for `multi30k`; train, valid, test for `wit`; names
-        of files for `wmt` and `text`, and for `table` too, or those in the column `split` of one
-        file; train2017, val2017 and so on for `coco`.
-      further_tests: splits that are translated and scored as well as test_split; `emoji` has
-        compositions, for train_split rest.
-      workers: processes that read and prepare pictures; 0 does it in the training thread.
-      bad_share: share of the pictures that may be unreadable before the run stops.
+      path: folder of the source; for `table` also a single file; `emoji` has none.
+      source_language, target_language: two language codes of the source, such as "en" and "de";
+        `coco` only uses the first.
+      train_split, valid_split, test_split: names of splits in the source: train, val, test for
+        `emoji`; train, val, test_2016_flickr and so on for `multi30k`; train, valid, test for
+        `wit`; names of files for `wmt` and `text`, and for `table` too, or those in the column
+        `split` of one file; train2017, val2017 and so on for `coco`.
+      further_tests: splits to translate and score in addition to test_split; `emoji` has
+        compositions, to be used with train_split rest.
+      workers: processes that load and preprocess pictures; 0 does it in the training process.
+      bad_share: share of pictures that may be unreadable before the run stops.
       emoji_size: side in pixels at which emoji are drawn.
-      emoji_flags: whether countries' flags are among the emoji. Their names are proper nouns, which
-        a network cannot guess from picture or text unless training has shown them.
+      emoji_flags: whether to include country flags. Their names are proper nouns, which a network
+        cannot guess from picture or text unless it was trained on them.
     """
 
     source: Annotated[str, key_of(lambda: SOURCES)] = "emoji"
@@ -53,8 +53,8 @@ class DataConfig(Section):
         tests = (self.valid_split, self.test_split, *self.further_tests)
         if (self.source, self.train_split) == ("emoji", "train") and "compositions" in tests:
             raise FieldError(
-                "train_split='train' has the names of the split 'compositions', so training would "
-                "show them; set train_split='rest'"
+                "train_split='train' contains the split 'compositions', so training would include "
+                "these test examples; set train_split='rest'"
             )
         if (self.path == "") != (self.source == "emoji"):
             rule = "must be empty" if self.source == "emoji" else "must be its folder"
@@ -75,26 +75,27 @@ class DataConfig(Section):
 
     @property
     def further(self) -> dict[str, str]:
-        """`further_tests` by the folder of their scores in a run, a prefix of metrics as well."""
+        """`further_tests` by the folder of their scores in a run, which also prefixes their
+        metrics."""
         return {f"test_{split}": split for split in self.further_tests}
 
 
 def load_corpus(
     config: DataConfig, split: str, languages: Sequence[str], *, with_images: bool = False
 ) -> Corpus:
-    """Loads the examples of a split in some languages.
+    """Loads a split in the given languages.
 
     Args:
       config: config.data.
-      split: the source's name of it.
-      languages: those to read, at least one. `wit`, `wmt` and `coco` have only those of
+      split: name of the split in the source.
+      languages: languages to read, at least one. `wit`, `wmt` and `coco` have only those in
         `config.pair`.
-      with_images: opens the pictures too; `wit` then leaves out the examples without one. If a
-        source has no pictures, `Corpus.require_images` gives the reason.
+      with_images: also opens the pictures; `wit` then leaves out examples without one. If a source
+        has no pictures, `Corpus.require_images` gives the reason.
 
     Raises:
-      FileNotFoundError: a missing file or folder; the message lists those present.
-      ValueError: an unknown split or language; files that do not fit each other.
+      FileNotFoundError: a file or folder is missing; the message lists those present.
+      ValueError: an unknown split or language; files that do not match each other.
     """
     assert languages, "no language is requested"
     for language in languages:
@@ -110,7 +111,7 @@ def load_corpus(
 
 
 def _language_problem(source: str, language: str) -> str | None:
-    """Describes the problem with a language of a source; None where there is none."""
+    """Says why a source cannot have a language; None if it can."""
     known = LANGUAGES.get(source)
     if known is None or language in known:
         return None
@@ -149,7 +150,7 @@ def _load_wit(
 def _load_wmt(
     config: DataConfig, split: str, languages: tuple[str, ...], with_images: bool
 ) -> Corpus:
-    del with_images  # the corpus gives the reason why it has none
+    del with_images  # the corpus itself says why it has none
     return layouts.load_wmt(_root(config), split, languages, pair=config.pair)
 
 
@@ -195,7 +196,7 @@ SOURCES: Mapping[str, Callable[[DataConfig, str, tuple[str, ...], bool], Corpus]
     "table": _load_table,
 }
 
-# Languages of the sources that have fixed ones; the others have those of their files.
+# Languages of the sources that have a fixed set; the others have whatever their files contain.
 LANGUAGES: Mapping[str, tuple[str, ...]] = {
     "emoji": emoji_set.LANGUAGES,
     "multi30k": layouts.MULTI30K_LANGUAGES,

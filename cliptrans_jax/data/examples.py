@@ -1,4 +1,4 @@
-"""A stage's examples: the sentences of encoder and decoder, the side of the features, and dropped
+"""A stage's examples: encoder and decoder sentences, which side the features come from, and dropped
 tokens (CLIPTrans, src/dataset.py and src/multi30k.py)."""
 
 import dataclasses
@@ -13,7 +13,7 @@ from common_jax.config import Section
 from common_jax.inputs.ragged import Picked, take
 from common_jax.ranges import Fraction
 
-Tokens = Sequence[np.ndarray]  # framed sentences, int32 ids; in large corpora `Ragged` or `Picked`
+Tokens = Sequence[np.ndarray]  # framed sentences, int32 ids; `Ragged` or `Picked` for large corpora
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +21,9 @@ class NoiseConfig(Section):
     """Dropping of tokens from the encoder's sentence. Captioning stages always drop.
 
     Attributes:
-      mask_prob: probability of dropping a token; the language code and `</s>` always stay, so 1
+      mask_prob: probability of dropping a token; the language code and `</s>` are always kept, so 1
         leaves only these two.
-      train, test: drops tokens in translation as well, in training and in evaluation.
+      train, test: also drops tokens in translation stages, in training and in evaluation.
     """
 
     mask_prob: Fraction = 1.0
@@ -33,14 +33,14 @@ class NoiseConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """The examples of a stage before tokens are dropped, in sequences of equal length.
+    """The examples of a stage before tokens are dropped; all fields have one entry per example.
 
     Attributes:
-      source, target: framed ids of the encoder's and the decoder's sentences.
+      source, target: framed ids of the encoder and decoder sentences.
       side: whether features are of images or of texts.
       rows: each example's row of the corpus, for its picture, key and texts.
-      languages: source and target language of each example; text features are of the source.
-      drops: whether tokens of the source are dropped.
+      languages: source and target language of each example; text features use the source.
+      drops: whether source tokens are dropped.
     """
 
     source: Tokens
@@ -59,7 +59,7 @@ class Examples:
         return sorted({source for source, _ in self.languages})
 
     def of_rows_with_sentences(self, corpus: Corpus) -> "Examples":
-        """Leaves out the examples whose source or target the corpus lacks."""
+        """Leaves out examples whose source or target sentence is missing from the corpus."""
         present = {pair: np.zeros(len(corpus), bool) for pair in set(self.languages)}
         for pair, marks in present.items():
             marks[corpus.rows_with(pair)] = True
@@ -76,7 +76,7 @@ class Examples:
         )
 
     def of_source(self, by_language: Mapping[str, Sequence[np.ndarray] | np.ndarray]) -> Picked:
-        """Picks each example's entry from arrays by source language and row."""
+        """Picks each example's entry, by its source language and row."""
         return Picked.of(by_language, [source for source, _ in self.languages], self.rows)
 
     def features(
@@ -84,7 +84,7 @@ class Examples:
         images: Float32[np.ndarray, "_ M"] | None,
         texts: Mapping[str, Float32[np.ndarray, "_ M"]],
     ) -> Picked:
-        """Picks each example's feature from the features of the corpus's rows."""
+        """Picks each example's feature from those of the whole corpus."""
         if self.side is Side.IMAGE:
             assert images is not None
             return Picked((images,), np.zeros(len(self), np.uint8), self.rows)
@@ -108,10 +108,10 @@ def choose_examples(
       stage: an entry of STAGES.
       tokens: framed ids of a corpus by language.
       pair: source and target language.
-      train: whether they are for training.
+      train: whether the examples are for training.
       noise: see NoiseConfig.
-      side: replaces the stage's side of the features; for evaluation.
-      caption_language: language of captioning stages; "" for `default_caption_language`.
+      side: overrides the side that features come from, in evaluation.
+      caption_language: language of captions; "" for `default_caption_language`.
       all_languages: captions in both languages: an example per sentence of the target language,
         then one per sentence of the source language.
 
@@ -148,27 +148,27 @@ def default_caption_language(pair: tuple[str, str]) -> str:
 
 
 def empties_source(stage: Stage, noise: NoiseConfig) -> bool:
-    """Returns True where training drops all of the encoder's sentence but its frame."""
+    """Returns True if training drops all of the encoder's sentence but its frame."""
     return (stage.captioning or noise.train) and noise.mask_prob == 1
 
 
 def drop_tokens(
     ids: Int32[np.ndarray, " S"], draws: Float32[np.ndarray, " S"], mask_prob: float
 ) -> Int32[np.ndarray, " _"]:
-    """Keeps the tokens whose draw, uniform in [0, 1), is above `mask_prob`, and the first and last
+    """Keeps the first and last token, and those whose uniform draw in [0, 1) is above `mask_prob`
     (mask_inputs_). Dropped tokens leave no gap."""
     return ids[keep_mask(draws, mask_prob)]
 
 
 def keep_mask(draws: Float32[np.ndarray, " S"], mask_prob: float) -> Bool[np.ndarray, " S"]:
-    """Returns True for tokens that stay."""
+    """Returns True for tokens to keep."""
     keep = draws > np.float32(mask_prob)
     keep[0] = keep[-1] = True
     return keep
 
 
 def pad(sentences: Tokens, length: int, *, pad_id: int) -> Int32[np.ndarray, "B S"]:
-    """Returns sentences as rows of one array, padded at the end.
+    """Returns sentences as the rows of one array, padded at the end.
 
     Raises:
       ValueError: a sentence longer than `length`.

@@ -1,4 +1,5 @@
-"""Batches of a stage: sentences grouped, padded to few lengths, with tokens dropped per epoch.
+"""Batches of a stage: sentences grouped by length, padded to a few lengths, tokens dropped anew in
+each epoch.
 
 The content of a batch and its padded length depend only on (seed, epoch, place): all hosts agree
 on them without communication.
@@ -26,7 +27,7 @@ from common_jax.inputs.ragged import elements, lengths_of
 from common_jax.ranges import Size
 
 Batch = dict[str, np.ndarray]
-TRIVIAL = 2  # tokens of a source without words: language code and end
+TRIVIAL = 2  # tokens of a source without words: language code and </s>
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +35,12 @@ class BatchingConfig(Section):
     """Padding and grouping of sentences.
 
     Attributes:
-      bucket: batches are padded to this many tokens, or to twice, four times as many and so on, so
-        few lengths are compiled.
-      half_steps: also pads to one and a half times each of these lengths: less padding, and twice
-        as many programs to compile.
-      window: number of batches whose sentences are sorted by length together, which leaves less
-        padding; 1 keeps the order of the epoch.
+      bucket: batches are padded to this many tokens, or 2, 4, ... times as many, so that few
+        lengths are compiled.
+      half_steps: also pads to 1.5 times each of these lengths: less padding, but twice as many
+        programs to compile.
+      window: number of batches whose sentences are sorted by length together, which reduces
+        padding; 1 keeps the epoch's random order.
     """
 
     bucket: Size = 16
@@ -49,22 +50,22 @@ class BatchingConfig(Section):
     def padded(self, longest: int) -> int:
         """Returns the padded length of a batch whose longest sentence has `longest` tokens."""
         length = self.bucket * 2 ** max(0, math.ceil(math.log2(longest / self.bucket)))
-        half_step = length * 3 // 4  # 1.5 times the next shorter one
+        half_step = length * 3 // 4  # 1.5 times the next shorter length
         fits = length > self.bucket and longest <= half_step
         return half_step if self.half_steps and fits else length
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The examples of a stage with their features, for batches.
+    """The examples of a stage with their features.
 
     Attributes:
-      examples: sentences.
-      features: a CLIP feature per example; None if the model takes none, or computes them itself.
-      clip_tokens: sentences that a model with a text tower computes features from, framed for the
-        tower; None for other models.
-      pad: the padding id, the same in every tokenizer.
-      room: number of positions that the model has after its prefix, the limit of padded lengths.
+      examples: the sentences.
+      features: one CLIP feature per example; None if the model takes none or computes its own.
+      clip_tokens: sentences framed for the text tower, if the model runs one to compute features;
+        else None.
+      pad: the padding id, the same for every tokenizer.
+      room: positions that the model has left after its prefix, the limit of padded lengths.
       clip_room: the same for the text tower; None without `clip_tokens`.
     """
 
@@ -85,10 +86,10 @@ class TrainFeed:
 
     Attributes:
       inputs: the examples with features.
-      noise: probability of dropped tokens, for stages that drop any.
+      noise: probability of dropping a token, in stages that drop any.
       batching: padding and grouping.
-      batch: examples of a batch over all hosts.
-      seed: of order and draws.
+      batch: global batch size, over all hosts.
+      seed: seed of the order and of dropped tokens.
       shard: (this host, number of hosts).
     """
 
@@ -101,12 +102,13 @@ class TrainFeed:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in an epoch; the remaining examples are left out."""
+        """Full batches per epoch; the remaining examples are left out."""
         return steps_per_epoch(len(self.inputs), self.batch)
 
     def batches(self, start: int) -> Iterator[Batch]:
         """Yields batches from global step `start` on, without end."""
-        # No state but the step: a run resumes in the middle of an epoch by computing its place.
+        # The step is the only state: a run that resumes in the middle of an epoch computes its
+        # place.
         rows = host_rows(self.batch, self.shard)
         for step in itertools.count(start):
             epoch, place = divmod(step, self.steps_per_epoch)
@@ -117,8 +119,8 @@ class TrainFeed:
             )  # fmt: skip
 
     def shapes(self, micro_batch: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns shapes and dtypes of a micro-batch over all hosts; some batches are longer."""
-        # One collated example, so that keys and dtypes cannot differ from those of real batches.
+        """Returns shapes and dtypes of a global micro-batch; some batches have longer sentences."""
+        # Taken from one collated example, so that keys and dtypes match those of real batches.
         example = collate(
             self.inputs, np.arange(1), slice(0, 1), self.batching, noise=self.noise,
             seed=self.seed, epoch=0,
@@ -135,7 +137,7 @@ class TrainFeed:
         return _sort_windows(self, epoch)
 
 
-# Cached, since sorting takes longer than a batch; two entries for batches made ahead of an epoch.
+# Cached, since sorting takes longer than a batch; two entries, since prefetching crosses epochs.
 @functools.lru_cache(maxsize=2)
 def _sort_windows(feed: TrainFeed, epoch: int) -> Int64[np.ndarray, " B"]:
     """Sorts the sentences of each window of batches by length, then shuffles its batches."""
@@ -149,7 +151,7 @@ def _sort_windows(feed: TrainFeed, epoch: int) -> Int64[np.ndarray, " B"]:
     for first in range(0, count, feed.batching.window):
         window = order[first * batch : min(first + feed.batching.window, count) * batch]
         by_length = window[np.argsort(lengths[window], kind="stable")].reshape(-1, batch)
-        # Shuffled, or the lengths would rise within every window.
+        # Shuffled, or lengths would grow within every window.
         batches.extend(by_length[generator.permutation(len(by_length))])
     return np.concatenate(batches)
 
@@ -168,17 +170,17 @@ def collate(
 
     Args:
       inputs: all examples.
-      indices: the batch's examples, over all hosts.
-      rows: this host's rows of them.
+      indices: the examples of the global batch.
+      rows: this host's rows of the global batch.
       batching: determines the padded length.
-      noise: probability of a dropped token.
-      seed, epoch: of the draws of dropped tokens, with the example's number.
+      noise: probability of dropping a token.
+      seed, epoch: with the example's number, they determine which tokens are dropped.
 
     Returns:
       `source` [B, S] and `labels` [B, T] int32, and `features` [B, M] or `clip_tokens` [B, S].
     """
-    # Lengths come from the sentences of all hosts, after dropping: every host must pad to the same
-    # shape, and each draws the dropped tokens of the whole batch to know it.
+    # Every host must pad to the same shape. So each host drops tokens in the whole global batch and
+    # takes the longest sentence of all hosts.
     examples = inputs.examples
     sources = elements(examples.source, indices)
     if examples.drops:
@@ -211,7 +213,7 @@ def batch_shapes(
     Args:
       batch: number of examples.
       tokens: padded length of the sentences.
-      source: padded length of the encoder's sentences, where it differs.
+      source: padded length of the encoder's sentences, if it differs.
       features: width of the features; 0 for none.
       clip_tokens: padded length of the text tower's sentences; 0 for none.
     """
@@ -236,17 +238,17 @@ def evaluation_batches(
     shard: tuple[int, int],
     by_length: bool = False,
 ) -> Iterator[Batch]:
-    """Yields all examples once; copies of the last example fill up the last batch.
+    """Yields all examples once; the last batch is filled up with copies of the last example.
 
     Every batch also has `_mask` [B], 0 for these copies, and `_index` [B], the example. The same
     tokens are dropped in every pass.
 
     Args:
       inputs: all examples.
-      batch: examples of a batch over all hosts.
+      batch: global batch size, over all hosts.
       batching, noise, seed: as in `TrainFeed`.
       shard: (this host, number of hosts).
-      by_length: starts with long sources, so batches have sentences of similar length.
+      by_length: sorts by source length, longest first, so that batches contain little padding.
     """
     order = np.arange(len(inputs))
     if by_length:
@@ -263,8 +265,8 @@ def evaluation_batches(
 
 
 def _drop(ids: np.ndarray, place: tuple[int, int, int], mask_prob: float) -> np.ndarray:
-    """The tokens that stay; `place` is (seed, epoch, example)."""
-    # No draw is above 1, and making a generator takes most of the time of a batch.
+    """The tokens to keep; `place` is (seed, epoch, example)."""
+    # With mask_prob=1 no draw can matter, and creating a generator is most of the cost of a batch.
     if mask_prob == 1:
         draws = np.zeros(len(ids), np.float32)
     else:
@@ -274,7 +276,7 @@ def _drop(ids: np.ndarray, place: tuple[int, int, int], mask_prob: float) -> np.
 
 def _padded_length(sentences: Sequence[np.ndarray], batching: BatchingConfig, room: int) -> int:
     longest = max(len(ids) for ids in sentences)
-    # Sources without words keep their two tokens: in captioning a whole bucket would be padding.
+    # Sources without words are not padded to a bucket: in captioning all of it would be padding.
     return longest if longest <= TRIVIAL else min(batching.padded(longest), room)
 
 

@@ -1,8 +1,8 @@
 """The frame that every tokenizer here puts around a sentence.
 
-With a language it is [language, pieces..., </s>], as the translator has source and target; without
-one it is [<s>, pieces..., </s>], as the text encoders of M-CLIP and CLIP have it, or
-[pieces..., </s>], as SigLIP 2's has it.
+With a language it is [language, pieces..., </s>], for the translator's source and target. Without
+one it is [<s>, pieces..., </s>], for the text encoders of M-CLIP and CLIP, or [pieces..., </s>],
+for SigLIP 2's.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ from common_jax.untrusted import brief
 
 BOS, PAD, EOS, UNK = 0, 1, 2, 3
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
-PART = 4096  # sentences that a thread encodes at a time
-Part = tuple[Int32[np.ndarray, " _"], Int32[np.ndarray, " _"]]  # ids of sentences, and their counts
+PART = 4096  # sentences that a thread encodes per call
+Part = tuple[Int32[np.ndarray, " _"], Int32[np.ndarray, " _"]]  # flat ids, and their counts
 
 
 @runtime_checkable
@@ -34,7 +34,7 @@ class Tokenizer(Protocol):
     """Converts sentences to ids and back.
 
     Attributes:
-      vocab: number of ids, the rows of an embedding.
+      vocab: number of ids, which is the number of rows of an embedding.
       pad: id of padding.
       eos: id of the last token of every sentence.
       languages: the codes that `language_id` knows.
@@ -48,53 +48,56 @@ class Tokenizer(Protocol):
     def languages(self) -> tuple[str, ...]: ...
 
     def language_id(self, language: str) -> int:
-        """Returns the token of a language; raises ValueError, with the known ones, for others."""
+        """Returns the token of a language; raises ValueError, listing the known ones, for
+        others."""
         ...
 
     def encode(self, texts: Sequence[str], language: str | None) -> Ragged:
-        """Returns int32 ids [language, pieces..., </s>] of each text; for None [<s>, ..., </s>], or
-        [..., </s>] of a tokenizer without <s>.
+        """Returns int32 ids of each text: [language, pieces..., </s>], or without a language [<s>,
+        pieces..., </s>], or [pieces..., </s>] if the tokenizer has no <s>.
 
-        Control tokens in a text are ordinary text: "</s>" is four characters and does not end it.
-        Long sentences are cut before the final `</s>`, and the log gives their number.
+        Control tokens in a text are ordinary text: "</s>" is four characters, not the end.
+        Sentences that are too long are truncated but keep the final `</s>`; the log says how many.
 
         Raises:
-          ValueError: an unknown language, or texts that are not a sequence of Unicode texts.
+          ValueError: an unknown language, or texts that are not a sequence of valid Unicode
+            strings.
         """
         ...
 
     def encode_parts(self, texts: Sequence[str], language: str | None) -> Iterator[Part]:
-        """Yields what `encode` returns in consecutive parts, which all cores make."""
+        """Yields the result of `encode` in consecutive parts, computed on all cores."""
         ...
 
     def fingerprint(self, language: str | None) -> str:
-        """Returns a digest of all that determines what `encode` makes of a text."""
+        """Returns a digest of everything that determines the output of `encode`, except the
+        texts."""
         ...
 
     def decode(self, ids: Iterable[int | np.integer]) -> str:
-        """Returns the text of ids, up to the first `</s>` after the first id.
+        """Returns the text of the ids, up to the first `</s>` after the first id.
 
-        Special tokens and languages, which have no text, are left out.
+        Special tokens and language codes have no text and are left out.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class FramedTokenizer:
-    """A `Tokenizer` from functions that cut and join text, which adds the frame.
+    """A `Tokenizer` that adds the frame, given functions that split and join text.
 
     Attributes:
-      cut: maps texts to ids of their pieces; called by several threads at once.
+      cut: maps texts to ids of their pieces; must be thread-safe.
       join: maps ids of pieces to text.
-      definition: returns all that determines what `cut` does.
+      definition: returns everything that determines the result of `cut`.
       vocab, pad, eos: as in `Tokenizer`.
-      language_ids: token of each language.
-      special: ids that have no text.
-      limit: most tokens of a sentence, frame included.
-      bos: the first token without a language; None for none.
+      language_ids: token id of each language.
+      special: ids without text.
+      limit: largest number of tokens per sentence, frame included.
+      bos: first token of a sentence without a language; None for none.
     """
 
-    # Functions, not a subclass per kind: tokenizers differ only in how they cut and join.
+    # Functions, not a subclass per kind: tokenizers differ only in how they split and join.
     cut: Callable[[list[str]], list[list[int]]]
     join: Callable[[list[int]], str]
     definition: Callable[[], bytes]
@@ -126,15 +129,15 @@ class FramedTokenizer:
     def encode_parts(self, texts: Sequence[str], language: str | None) -> Iterator[Part]:
         start = self._start(language)
         texts = texts if isinstance(texts, Lines) else require_texts(texts)
-        # At least one part, which may be empty.
+        # At least one part, even if it is empty.
         pieces = [texts[first : first + PART] for first in range(0, len(texts) or 1, PART)]
         encode, too_long = functools.partial(self._encode_part, start), 0
         with contextlib.ExitStack() as stack:
             encoded = map(encode, pieces)
             if len(pieces) > 1:
-                # Threads are enough: the libraries cut texts without Python's lock.
+                # Threads are enough: the tokenizer libraries release the GIL.
                 pool = futures.ThreadPoolExecutor(os.cpu_count())
-                # Whoever stops early, as where the disk is full, does not wait for the rest.
+                # A caller that stops early, for example because the disk is full, does not wait.
                 stack.callback(pool.shutdown, cancel_futures=True)
                 encoded = pool.map(encode, pieces)
             for flat, lengths, count in encoded:
@@ -142,20 +145,20 @@ class FramedTokenizer:
                 yield flat, lengths
         if too_long:
             logging.warning(
-                "%d of %d sentences have more than %d tokens, and are cut there",
+                "%d of %d sentences have more than %d tokens and are truncated",
                 *(too_long, len(texts), self.limit - len(start) - 1),
             )
 
     def _encode_part(
         self, start: Sequence[int], texts: Sequence[str]
     ) -> tuple[Int32[np.ndarray, " _"], Int32[np.ndarray, " B"], int]:
-        """Returns the ids of all texts, their counts, and how many texts were too long."""
+        """Returns the ids of all texts, the ids per text, and how many texts were too long."""
         texts = list(texts)
         sentences = self.cut(texts)
         counts = np.fromiter(map(len, sentences), np.int64, len(texts))
         pieces = np.fromiter(itertools.chain.from_iterable(sentences), np.int64, counts.sum())
         self._check(texts, counts, pieces)
-        # Pieces are cut, not ids: every sentence keeps its frame, whatever its length.
+        # Pieces are truncated before framing, so a sentence of any length keeps its frame.
         room = self.limit - len(start) - 1
         too_long = int(np.sum(counts > room))
         if too_long:
@@ -173,11 +176,11 @@ class FramedTokenizer:
     def _check(
         self, texts: Sequence[str], counts: Int64[np.ndarray, " B"], pieces: Int64[np.ndarray, " _"]
     ) -> None:
-        """Raises ValueError, with the text, for a piece that no text may have."""
-        # Checked here, since an embedding silently gives NaN for an id beyond its table.
+        """Raises ValueError, quoting the text, for a piece that must not occur in text."""
+        # Checked here, since an embedding silently returns NaN for an id beyond its table.
         beyond = (pieces < 0) | (pieces >= self.vocab)
-        # A piece of text may be unknown, but never another special token. CLIP's unknown token is
-        # also its end token, which would end the sentence there.
+        # A piece may be the unknown token, but no other special token. CLIP's unknown token is also
+        # its end token, and would end the sentence.
         wrong = beyond | np.isin(pieces, [*(self.special - {UNK})])
         if wrong.any():
             place = np.argmax(wrong)
@@ -187,7 +190,7 @@ class FramedTokenizer:
             raise ValueError(f"the tokenizer's vocabulary lacks characters of {text}")
 
     def _start(self, language: str | None) -> list[int]:
-        """Returns the ids before the pieces."""
+        """Returns the ids that precede the pieces."""
         first = self.bos if language is None else self.language_id(language)
         return [] if first is None else [first]
 
@@ -197,20 +200,20 @@ class FramedTokenizer:
 
     def decode(self, ids: Iterable[int | np.integer]) -> str:
         ids = [int(i) for i in ids]
-        # The first id may be `</s>` itself, which decoding starts with.
+        # The first id may be `</s>`, as decoding starts with it.
         if self.eos in ids[1:]:
             ids = ids[: ids.index(self.eos, 1)]
         return self.join([i for i in ids if i not in self.special])
 
 
 def require_fits(tokenizer: Tokenizer, *, vocab: int, special: Mapping[str, int], key: str) -> None:
-    """Raises ValueError unless a network can read a tokenizer's ids.
+    """Raises ValueError unless a network can read the tokenizer's ids.
 
     Args:
       tokenizer: the tokenizer.
-      vocab: rows of the network's table; an id beyond them gives NaN.
-      special: the network's ids of "pad" and "eos", or of those that it has.
-      key: of the network's config, for messages.
+      vocab: rows of the network's embedding table; an id beyond them gives NaN.
+      special: the network's ids of "pad" and "eos", as far as it has them.
+      key: path of the network's config, for messages.
     """
     if tokenizer.vocab > vocab:
         raise ValueError(
@@ -229,11 +232,11 @@ def require_texts(texts: object, *, name: str = "texts") -> list[str]:
 
     Args:
       texts: the texts.
-      name: of the argument, for messages.
+      name: name of the argument, for messages.
 
     Raises:
-      ValueError: a single text instead of several, anything that is not text, or a text with half
-        of a surrogate pair, which is not a character.
+      ValueError: a single string instead of several, anything that is not a string, or a string
+        with an unpaired surrogate, which is not a character.
     """
     # A str is a sequence of str: without this check each of its characters would be a sentence.
     if isinstance(texts, str | bytes | Mapping | Set) or not isinstance(texts, Iterable):

@@ -28,19 +28,19 @@ WIT_LANGUAGES = tuple(sorted({code for pair in WIT_FOLDERS for code in pair.spli
 WIT_SPLITS = ("train", "valid", "test")
 # The original calls Multi30k's validation set a test set of 2016.
 VALIDATION = ("val", "test_2016_val")
-# The name of a picture contains its folder in COCO.
+# In COCO, a picture's name includes its folder.
 COCO_NAME = re.compile(r"COCO_(?P<folder>(train|val|test)\d{4})_\d+\.jpg")
 
 
 def load_multi30k(root: Path, split: str, languages: Sequence[str], *, with_images: bool) -> Corpus:
-    """Loads Multi30k in its published layout or the original's (CLIPTrans, data/multi30k).
+    """Loads Multi30k in its published layout or in CLIPTrans' (data/multi30k).
 
-    Texts are `ROOT/raw/SPLIT.LANGUAGE`, plain or gzipped, or those below `ROOT/text/data/task1`;
+    Texts are `ROOT/raw/SPLIT.LANGUAGE`, plain or gzipped, or the same below `ROOT/text/data/task1`;
     image names are in `image_splits/SPLIT.txt` beside `raw`, cut at "#"; images are in
     `ROOT/images/SPLIT` or all together in `ROOT/images`. Those of COCO, in "test_2017_mscoco", may
     also be in COCO's layout, in `train2014` and `val2014` below ROOT or `ROOT/images`. "val" and
-    "test_2016_val" are the same split. A corpus without image names or images has only texts, and
-    the reason in `no_images`.
+    "test_2016_val" are the same split. Without image names or images, the corpus has only texts,
+    and `no_images` says why.
 
     Raises:
       FileNotFoundError: no such folder, split or language.
@@ -79,7 +79,7 @@ def load_multi30k(root: Path, split: str, languages: Sequence[str], *, with_imag
 
 
 def _coco_places(names: Sequence[str]) -> tuple[str, ...]:
-    """Returns FOLDER/NAME of COCO's pictures; () where any is not one of COCO's."""
+    """Returns FOLDER/NAME of COCO's pictures; () if any name is not COCO's."""
     matches = [COCO_NAME.fullmatch(name) for name in names]
     if not all(matches):
         return ()
@@ -89,22 +89,22 @@ def _coco_places(names: Sequence[str]) -> tuple[str, ...]:
 def load_coco(
     root: Path, split: str, languages: Sequence[str], *, language: str, with_images: bool
 ) -> Corpus:
-    """Loads COCO's captions in their published layout, for captioning in one language.
+    """Loads COCO's captions in the published layout, for captioning in one language.
 
     `ROOT/annotations/captions_SPLIT.json` (or in ROOT itself) has `images` (id, file_name) and
     `annotations` (image_id, caption); images are in `ROOT/SPLIT`, `ROOT/images/SPLIT` or
-    `ROOT/images`. Each caption is an example, so an image occurs as often as it has captions.
+    `ROOT/images`. Each caption is an example, so an image occurs once per caption.
 
     Args:
       root: the folder.
       split: COCO's name of it, such as "train2017" or "val2014".
-      languages: those to read; sentences in others than `language` are empty.
-      language: of the captions.
-      with_images: opens the images too.
+      languages: languages to read; sentences in any but `language` are empty.
+      language: language of the captions.
+      with_images: also opens the images.
 
     Raises:
       FileNotFoundError: no such file; the message lists the splits present.
-      ValueError: a malformed file, or captions of images that it lacks.
+      ValueError: a malformed file, or captions of images that it does not list.
     """
     path = _coco_file(root, split)
     try:
@@ -112,7 +112,7 @@ def load_coco(
         files = {image["id"]: as_text(image["file_name"]) for image in record["images"]}
         pairs = [(note["image_id"], as_text(note["caption"])) for note in record["annotations"]]
         captions = tuple(" ".join(caption.split()) for _, caption in pairs)
-        # Raises where a text has half of a surrogate pair, which is not a character.
+        # Raises for an unpaired surrogate, which is not a character.
         "".join((*captions, *files.values())).encode()
     except RefusedError as refused:
         raise ValueError(f"{path} {refused}; fetch it again") from None
@@ -123,7 +123,7 @@ def load_coco(
         ) from error
     if unknown := sorted({str(image) for image, _ in pairs if image not in files}):
         raise ValueError(
-            f"{path} has captions of {len(unknown)} images it lacks: {listed(unknown)}"
+            f"{path} has captions of {len(unknown)} images it does not list: {listed(unknown)}"
         )
     keys, images, reason = tuple(files[image] for image, _ in pairs), None, TEXTS_ALONE
     if with_images:
@@ -158,15 +158,15 @@ def load_wit(
     `ROOT/A_B`, of the two languages in either order, has `SPLIT.LANGUAGE`, `SPLIT_url.txt`,
     `SPLIT_image.txt` and `images/`. In `SPLIT_image.txt`, line 0 has the indices, separated by
     commas, of images that could not be fetched (or is empty), and line i + 1 the file of image i.
-    With images, rows whose image is in line 0 or not in `images/` are left out of both texts and
-    images; without images, the texts are complete.
+    With images, rows whose image is listed in line 0 or missing from `images/` are left out
+    altogether; without images, all texts are kept.
 
     Args:
       root: the folder.
       split: one of WIT_SPLITS.
       languages: one or both of `pair`.
       pair: the two languages of the folder.
-      with_images: opens the images too.
+      with_images: also opens the images.
 
     Raises:
       FileNotFoundError: no such pair, folder, split or language.

@@ -1,7 +1,7 @@
-"""Readers of a user's own sentences: parallel text files, and tables with a column per language.
+"""Readers for a user's own data: parallel text files, and tables with a column per language.
 
-An example may lack sentences in some languages, or its picture. An example without a sentence in
-any language that is read is left out, and where pictures are read, an example without one is, too.
+An example may lack a picture, or sentences in some languages. It is left out if it has no sentence
+in any of the languages to read or, if pictures are read, no picture.
 """
 
 import collections
@@ -29,9 +29,9 @@ from common_jax.inputs.tables import find_table, is_table, read_table, table_nam
 from common_jax.inputs.texts import find_text, read_lines
 from common_jax.ranges import did_you_mean
 
-PICTURE, SPLIT = "picture", "split"  # columns of a table, beside those of languages
+PICTURE, SPLIT = "picture", "split"  # columns of a table besides the languages
 TEXT_FILE = re.compile(r"(?P<split>.+)\.(?P<language>[a-z]{2}([_-]\w+)?)")
-# Usual names of splits by field, the likelier first.
+# Usual split names for each field, the most likely first.
 SPLITS = {
     "train_split": ("train", "training"),
     "valid_split": ("val", "valid", "validation", "dev"),
@@ -106,14 +106,14 @@ def load_table(path: Path, split: str, languages: Sequence[str], *, with_images:
 
 
 def settings_of(path: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of config.data that read the sentences at `path`; {} if none lie there.
+    """Returns the fields of config.data that load the sentences at `path`; {} if there are none.
 
     Args:
       path: a folder, or a table.
-      given: the config.data that is asked about; its languages and splits are kept if they fit.
+      given: the config.data to adapt; its languages and splits are kept if they exist there.
 
     Raises:
-      ValueError: a table that cannot be read.
+      ValueError: a table cannot be read.
     """
     root = Path(path).expanduser()
     if (root.is_file() and is_table(root)) or (root.is_dir() and table_names(root)):
@@ -148,7 +148,7 @@ def _columns(root: Path, train_split: str) -> tuple[list[str], Sequence[str]]:
 
 
 def _parallel_files(root: Path) -> tuple[list[str], Sequence[str]]:
-    """Returns languages and splits of the files SPLIT.LANGUAGE that have a parallel one."""
+    """Returns languages and splits of those files SPLIT.LANGUAGE that have a parallel file."""
     names = (entry.name.removesuffix(".gz") for entry in root.iterdir() if entry.is_file())
     matches = map(TEXT_FILE.fullmatch, names)
     pairs = {(match["split"], match["language"]) for match in matches if match}
@@ -166,15 +166,15 @@ def _choose(
     roots: Sequence[Path],
     reason: str,
 ) -> Corpus:
-    """Returns the examples that have a sentence and, if `roots` are given, a picture.
+    """Returns a corpus of the examples that have a sentence and, if `roots` are given, a picture.
 
     Args:
-      name: of the corpus.
+      name: name of the corpus.
       texts: sentences by language.
-      names: of the pictures; "" where there is none.
-      keys: of the examples.
-      roots: folders of the pictures, the first that has any of them counts; () for texts alone.
-      reason: why there are no pictures; "" where there are.
+      names: file names of the pictures; "" for an example without one.
+      keys: keys of the examples.
+      roots: folders to look for the pictures in; the first that has any is used. () for texts only.
+      reason: why there are no pictures; "" if there are.
     """
     needs_picture = bool(roots) and not reason
     kept = np.any([lengths_of(sentences) > 0 for sentences in texts.values()], axis=0)

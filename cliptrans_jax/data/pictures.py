@@ -1,5 +1,5 @@
-"""Pictures as the towers take them, and random changes of them for contrastive training. Numpy and
-PIL."""
+"""Preprocessing of pictures for the towers, and augmentation for contrastive training. Uses numpy
+and PIL."""
 
 import dataclasses
 import math
@@ -14,31 +14,31 @@ from common_jax.ranges import BelowOne, within
 
 
 def prepare_picture(image: np.ndarray, size: int, pictures: Pictures = CLIP_PICTURES) -> np.ndarray:
-    """A picture as a tower takes it: resized to a square, cropped to one if `pictures.crops`, and
-    normalised.
+    """A picture as a tower's input: resized to a square, or resized and cropped if
+    `pictures.crops`, and normalised.
 
     Args:
       image: uint8 (I, J, 3), (I, J, 4) or (I, J).
-      size: side of the square that comes out, 224 for CLIP ViT-B/32.
-      pictures: the numbers and the filter of the tower.
+      size: side of the output, 224 for CLIP ViT-B/32.
+      pictures: mean, std, filter and cropping of the tower.
 
     Returns:
       float32 (size, size, 3).
 
     Raises:
-      ValueError: another shape; values of another type, whose range nobody knows.
+      ValueError: another shape, or another dtype, whose range of values is unknown.
     """
     image = np.asarray(image)
     flat = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))
     if image.dtype != np.uint8 or not flat or not image.size:
         raise ValueError(
-            f"a picture of {image.dtype} {image.shape}; give uint8 from 0 to 255 of shape "
+            f"a picture is {image.dtype} {image.shape}; give uint8 from 0 to 255 of shape "
             "(rows, columns), (rows, columns, 3) or (rows, columns, 4)"
         )
     picture = Image.fromarray(image).convert("RGB")
     width, height = picture.size
     short = min(width, height)
-    # The long side is cut to whole pixels, not rounded, as CLIP's processors do.
+    # The long side is rounded down to whole pixels, as CLIP's processors do.
     resized = (size * width // short, size * height // short) if pictures.crops else (size, size)
     if resized != picture.size:
         picture = picture.resize(resized, Image.Resampling[pictures.resampling])
@@ -50,15 +50,16 @@ def prepare_picture(image: np.ndarray, size: int, pictures: Pictures = CLIP_PICT
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig(Section):
-    """Largest changes of a training picture; each is drawn uniformly up to its limit.
+    """Strengths of augmentation of a training picture; each change is drawn uniformly up to its
+    limit.
 
     Attributes:
-      shift: share of the side, in both directions.
-      scale: from 1 - scale to 1 + scale.
-      rotate: degrees to either side.
-      flip: mirrors half of the pictures. Mirrored letters and arrows mean something else.
+      shift: largest shift along each axis, as a share of the side.
+      scale: scales by 1 - scale to 1 + scale.
+      rotate: largest rotation in either direction, in degrees.
+      flip: mirrors half of the pictures. Beware: mirrored letters and arrows change their meaning.
       brightness, contrast, saturation: factors from 1 - x to 1 + x.
-      fill: grey value of uncovered pixels.
+      fill: grey value of pixels outside the original picture.
     """
 
     shift: BelowOne = 0.08
@@ -74,12 +75,12 @@ class AugmentConfig(Section):
 def augment_picture(
     image: np.ndarray, config: AugmentConfig, generator: np.random.Generator
 ) -> np.ndarray:
-    """Shifts, scales, rotates and perhaps mirrors a picture, and changes its colours.
+    """Randomly shifts, scales, rotates, mirrors and recolours a picture.
 
     Args:
       image: uint8 (I, J, 3).
-      config: the largest changes.
-      generator: source of all random numbers, equally many for every config.
+      config: strengths of augmentation.
+      generator: source of random numbers; every config draws the same number of them.
 
     Returns:
       uint8 (I, J, 3).
@@ -116,7 +117,8 @@ def _pixel_matrix(
     degrees: float,
     mirror: bool,
 ) -> tuple[float, ...]:
-    """Returns PIL's six numbers, which map a pixel (column, row) of the result to its source."""
+    """Returns PIL's six affine coefficients, which map an output pixel (column, row) to its
+    source."""
     centre = np.array(size) / 2
     cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     matrix = np.array([[cosine, -sine], [sine, cosine]]) / scale

@@ -1,5 +1,5 @@
 """The published tokenizers of mBART-50, NLLB-200, M2M-100, XLM-R, CLIP, SigLIP 2 and LaBSE, read
-from the folder of their files."""
+from local folders."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from cliptrans_jax.translators.nllb_languages import (
 from common_jax.ranges import did_you_mean, shown
 from common_jax.untrusted import as_text, plain
 
-# mBART-50's tokens of languages, in the order of their ids.
+# mBART-50's language tokens, in the order of their ids.
 MBART50_TOKENS = (
     *("ar_AR", "cs_CZ", "de_DE", "en_XX", "es_XX", "et_EE", "fi_FI", "fr_XX", "gu_IN", "hi_IN"),
     *("it_IT", "ja_XX", "kk_KZ", "ko_KR", "lt_LT", "lv_LV", "my_MM", "ne_NP", "nl_XX", "ro_RO"),
@@ -34,7 +34,7 @@ MBART50_TOKENS = (
 )
 MBART50_CODES: Mapping[str, str] = {token[:2]: token for token in MBART50_TOKENS}
 MASK = "<mask>"
-MOST = 100  # languages that a message lists
+MOST = 100  # languages to list in a message
 BERT_FRAME, BERT_UNK = ("[CLS]", "[SEP]", "[PAD]"), "[UNK]"
 
 
@@ -43,14 +43,14 @@ class PublishedTokenizer:
     """A published tokenizer.
 
     Attributes:
-      repository: repository of its files on the Hugging Face hub.
-      files: the files that contain all of it, or all but `order`; one of them is needed.
+      repository: its repository on the Hugging Face hub.
+      files: files any one of which contains the whole tokenizer, except for `order`.
       codes: token of each language.
-      last: the tokens after the pieces, in the order of their ids.
+      last: tokens that follow the pieces, in the order of their ids.
       bpe: whether SentencePiece merges pairs, see `sentencepieces.PieceModel`.
-      order: a further file that is needed, with the ids of the special tokens and pieces; "" if
-        pieces have them in the order of the model.
-      hub_file: the file without which `transformers` gives tokens other ids, if there is one.
+      order: another required file, with the ids of special tokens and pieces; "" if ids follow the
+        order of the model.
+      hub_file: the file without which `transformers` assigns other ids, if there is one.
     """
 
     repository: str
@@ -99,8 +99,7 @@ PUBLISHED: Mapping[str, PublishedTokenizer] = {
 
 
 def language_problem(kind: str, language: str) -> str | None:
-    """Describes the problem with a language of a tokenizer whose languages are fixed; None where
-    there is none."""
+    """Says why a tokenizer with a fixed set of languages cannot have this one; None if it can."""
     codes = PUBLISHED[kind].codes if kind in PUBLISHED else {}
     if not codes or language in codes:
         return None
@@ -113,13 +112,13 @@ def language_problem(kind: str, language: str) -> str | None:
 
 
 def load_published(kind: str, path: str, *, limit: int, key: str) -> FramedTokenizer:
-    """Loads the tokenizer in a folder.
+    """Loads a published tokenizer from a folder.
 
     Args:
       kind: a key of PUBLISHED.
-      path: the folder, as in the config.
-      limit: most tokens of a sentence, frame included.
-      key: of the config's section, for messages.
+      path: the folder, as given in the config.
+      limit: largest number of tokens per sentence, frame included.
+      key: path of the config's section, for messages.
 
     Raises:
       FileNotFoundError: the folder lacks the files of the kind.
@@ -149,13 +148,13 @@ def load_published(kind: str, path: str, *, limit: int, key: str) -> FramedToken
 def _find_model(kind: str, folder: Path) -> PieceModel:
     """Returns the model of a folder.
 
-    SentencePiece's own file has priority over tokenizer.json; if both exist they must agree.
+    SentencePiece's own file takes precedence over tokenizer.json; if both exist, they must agree.
     """
     published, model = PUBLISHED[kind], None
     if (folder / PIECES).is_file():
         model = sentencepieces.read_model(folder / PIECES, bpe=published.bpe)
     if JSON in published.files and (folder / JSON).is_file():
-        # Also those of other kinds, so that their files are recognised.
+        # Includes tokens of other kinds, so that their files are recognised.
         last = {token for other in PUBLISHED.values() for token in other.last}
         json_model = sentencepieces.read_tokenizer_json(folder / JSON, last, bpe=published.bpe)
         _require_last(kind, json_model.path, json_model.extra)
@@ -220,8 +219,8 @@ def _sentencepiece(
     processor = model.processor()
     names, first = [*order, *published.last], len(order)
     ids_of = {name: place for place, name in enumerate(order)}
-    # By SentencePiece's number of a piece. Its first three are <unk>, <s> and </s>, of which only
-    # <unk> is in its output.
+    # Indexed by SentencePiece's id. Its first three are <unk>, <s> and </s>, of which it only
+    # outputs <unk>.
     ids_of_pieces = [UNK] * 3 + [ids_of.get(piece, UNK) for piece, _ in model.pieces]
     places = {name: first + place for place, name in enumerate(published.last)}
 
@@ -304,7 +303,7 @@ def _siglip2(folder: Path, limit: int) -> FramedTokenizer:
 
 
 def _labse(folder: Path, limit: int) -> FramedTokenizer:
-    """BERT's word pieces, cased, framed as [CLS], ..., [SEP]."""
+    """BERT's cased WordPiece, framed as [CLS], ..., [SEP]."""
     path, vocab = _read_words(folder)
     if missing := [name for name in (*BERT_FRAME, BERT_UNK) if name not in vocab]:
         raise ValueError(f"{path} lacks {', '.join(missing)}; fetch it again")
@@ -329,7 +328,7 @@ def _labse(folder: Path, limit: int) -> FramedTokenizer:
 
 
 def _read_words(folder: Path) -> tuple[Path, dict[str, int]]:
-    """The file of a vocabulary of word pieces, and the vocabulary."""
+    """A WordPiece vocabulary, and the file that it comes from."""
     path = folder / JSON
     if not path.is_file():
         path = folder / WORDS
@@ -350,7 +349,7 @@ def _read_words(folder: Path) -> tuple[Path, dict[str, int]]:
     return path, vocab
 
 
-# Of the kinds whose files are not SentencePiece's.
+# Loaders of the kinds that do not use SentencePiece.
 READERS: Mapping[str, Callable[[Path, int], FramedTokenizer]] = {
     "clip": _clip,
     "siglip2": _siglip2,

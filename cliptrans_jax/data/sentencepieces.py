@@ -1,8 +1,8 @@
-"""SentencePiece's models, unigram or BPE, from either of the files that they are published in.
+"""SentencePiece models, unigram or BPE, from either of the files in which they are published.
 
-The library itself cuts sentences, as in the original, whichever file the pieces come from: other
-implementations of its normaliser differ in decomposed Hangul and kana, in accents after wide
-letters, and in white space. It treats a token such as "</s>" in a sentence as text.
+Whichever file the pieces come from, the library itself tokenises, as in the original: other
+implementations of its normaliser differ for decomposed Hangul and kana, accents after wide letters,
+and white space. The library treats a token such as "</s>" in a sentence as text.
 """
 
 import base64
@@ -22,11 +22,11 @@ from cliptrans_jax.data.framing import SPECIAL, UNK
 from cliptrans_jax.data.token_files import parsing, read_record, require_bounded
 from common_jax.untrusted import as_text, brief, plain
 
-# The first tokens of a model; no text is cut into them.
+# The first tokens of a model; no text is tokenised to them.
 CONTROLS = ("<unk>", "<s>", "</s>")
 # Normalisers in tokenizer.json that only repeat the model's own flags.
 HARMLESS = ("Replace", "Strip")
-# Wide letters and digits, and their form in NFKC after the library's leading space.
+# Wide letters and digits, and their NFKC form after the library's leading space.
 PROBE = ("ＡＢＣ１２３", "▁ABC123")
 
 
@@ -39,8 +39,8 @@ class PieceModel:
       pieces: (piece, score), without special tokens and languages.
       extra: tokens after the pieces, such as languages; () if the file does not list them.
       charsmap: the normaliser in SentencePiece's compiled form.
-      bpe: whether sentences are cut by merging pairs, of which the one with the highest score comes
-        first; otherwise into the pieces with the largest sum of scores (unigram).
+      bpe: whether sentences are split by merging pairs, highest score first; otherwise into the
+        pieces with the largest sum of scores (unigram).
     """
 
     path: Path
@@ -64,10 +64,10 @@ class PieceModel:
         Raises:
           ValueError: the library rejects the model, or it does not normalise text to NFKC.
         """
-        # Before the library sees it: it would follow a wrong offset out of its memory.
+        # Checked before the library sees it, which would follow a wrong offset out of bounds.
         _check_charsmap(self.path, self.charsmap)
-        # Built again rather than passed on, so that a file cannot switch anything else on: other
-        # fields of the model keep the library's defaults.
+        # Rebuilt rather than passed on, so that a file cannot switch on anything else: other fields
+        # of the model keep the library's defaults.
         model = sentencepiece_model_pb2.ModelProto()
         kinds = model.SentencePiece.Type
         for name, kind in zip(CONTROLS, (kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL), strict=True):
@@ -80,12 +80,12 @@ class PieceModel:
             model.normalizer_spec.precompiled_charsmap = self.charsmap
             processor = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
             normalised = processor.normalize(PROBE[0])
-        # protobuf raises ValueError for pieces that are not UTF-8, the library RuntimeError.
+        # For pieces that are not UTF-8 protobuf raises ValueError; the library raises RuntimeError.
         except (ValueError, RuntimeError) as error:
             raise ValueError(
                 f"{self.path} is rejected by sentencepiece: {plain(str(error))}"
             ) from error
-        # An empty normaliser is valid to the library, and would silently change the ids.
+        # The library accepts an empty normaliser, which would silently change the ids.
         if normalised != PROBE[1]:
             raise ValueError(
                 f"{self.path} does not normalise text (NFKC): {PROBE[0]!r} becomes {normalised!r}, "
@@ -96,10 +96,10 @@ class PieceModel:
 
 
 def read_model(path: Path, *, bpe: bool) -> PieceModel:
-    """Reads the model in a `sentencepiece.bpe.model`, which is unigram or BPE as `bpe` says.
+    """Reads the model in a `sentencepiece.bpe.model`, which must be BPE if `bpe`, else unigram.
 
     Raises:
-      ValueError: the file is not such a model of plain pieces.
+      ValueError: the file is not such a model, or has pieces of other types.
     """
     try:
         model = sentencepiece_model_pb2.ModelProto.FromString(require_bounded(path).read_bytes())
@@ -127,11 +127,11 @@ def read_tokenizer_json(path: Path, extra: Collection[str], *, bpe: bool) -> Pie
 
     Args:
       path: the file.
-      extra: tokens that may follow the pieces, which end before the first of these.
+      extra: tokens that may follow the pieces; the pieces end before the first of these.
       bpe: whether the model is BPE; otherwise it is unigram.
 
     Raises:
-      ValueError: the file is not such a model in this order, or has another normaliser.
+      ValueError: the file is not such a model, has another order, or another normaliser.
     """
     record = read_record(path)
     with parsing(path, f"a tokenizer.json of a {_name(bpe)} model"):
@@ -148,8 +148,8 @@ def read_tokenizer_json(path: Path, extra: Collection[str], *, bpe: bool) -> Pie
             f"{path} begins with the tokens {brief(names[: len(SPECIAL)])} and not with "
             f"{', '.join(SPECIAL)}: it belongs to another tokenizer"
         )
-    # Files list languages either in the vocabulary or among the added tokens; cut at the first one,
-    # both give the same pieces.
+    # Some files list languages in the vocabulary, others among the added tokens. Stopping at the
+    # first language gives the same pieces for both.
     ends = [place for place, name in enumerate(names) if name in extra]
     end = min([*ends, len(vocab)])
     return PieceModel(path, vocab[len(SPECIAL) : end], tuple(names[end:]), charsmap, bpe)
@@ -159,7 +159,7 @@ def added_tokens(folder: Path) -> list[str]:
     """Returns the tokens that other files of a folder add to a `sentencepiece.bpe.model`.
 
     Raises:
-      ValueError: a file that is not in the form of `transformers`.
+      ValueError: a file is not in the format of `transformers`.
     """
     added: list[str] = []
     for name in ("added_tokens.json", "tokenizer_config.json"):
@@ -191,10 +191,10 @@ def _model_type(model: sentencepiece_model_pb2.ModelProto, bpe: bool) -> int:
 
 def _ranked(record: Mapping[str, Any]) -> list[tuple[str, float]]:
     """Returns the tokens of a BPE model in the order of their ids, with scores as SentencePiece's
-    trainer writes them, which fall by 1 from each to the next.
+    trainer writes them: each is 1 less than the one before.
 
     Raises:
-      ValueError: the merges have another order, by which sentences would be cut in another way.
+      ValueError: the merges have another order, which would split sentences differently.
     """
     vocab, merges = byte_pairs.parse(record)
     places = [vocab.get(left + right, -1) for left, right in merges]
@@ -209,8 +209,8 @@ def _added(tokens: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[st
     """Returns the added tokens after the vocabulary, in the order of their ids."""
     places = {int(token["id"]): as_text(token["content"]) for token in tokens}
     count = len(names)
-    # Some tokens repeat entries of the vocabulary, which must agree; the others extend it, without
-    # a gap.
+    # Some added tokens repeat entries of the vocabulary and must agree with them; the others extend
+    # it without a gap.
     within = all(names[place] == token for place, token in places.items() if 0 <= place < count)
     after = sorted(place for place in places if not 0 <= place < count)
     if not within or after != [*range(count, count + len(after))]:
@@ -219,10 +219,10 @@ def _added(tokens: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[st
 
 
 def _charsmap(normalizer: Mapping[str, Any] | None) -> bytes:
-    """Returns SentencePiece's compiled normaliser; b"" where there is none.
+    """Returns SentencePiece's compiled normaliser; b"" if there is none.
 
     Raises:
-      ValueError: there is another one as well.
+      ValueError: there is a normaliser of another type.
     """
     charsmap = b""
     for part in _parts(normalizer):
@@ -239,10 +239,10 @@ def _parts(normalizer: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
 
 
 def _check_charsmap(path: Path, charsmap: bytes) -> None:
-    """Raises ValueError unless every offset of a compiled normaliser stays within it.
+    """Raises ValueError if any offset in a compiled normaliser points outside of it.
 
-    The library follows the offsets without checks. A normaliser is the length of a double-array
-    trie in bytes, the trie, and the texts that its leaves point to, which end with a zero byte.
+    The library follows the offsets without checks. A normaliser consists of the length of a
+    double-array trie in bytes, the trie, and the zero-terminated texts that its leaves point to.
     """
     if not charsmap:
         return  # the probe of `processor` detects this
@@ -251,13 +251,14 @@ def _check_charsmap(path: Path, charsmap: bytes) -> None:
     sound = size % 1024 == 0 and size > 0 and texts.endswith(b"\0")
     if sound:
         units = np.frombuffer(charsmap, "<u4", size // 4, 4)
-        # The layout of Darts-clone: a unit's children are at its place XOR its offset XOR a byte,
-        # its leaf at byte 0. Bit 31 marks leaves, bit 8 units that have one, and bit 9 offsets that
-        # are shifted by 8.
+        # The layout of Darts-clone: a unit's children are at its index XOR its offset XOR a byte,
+        # its leaf at byte 0. Bit 31 marks leaves, bit 8 units that have a leaf, and bit 9 offsets
+        # that are shifted by 8.
         offsets = (units >> 10).astype(np.int64) << np.where(units & 0x200, 8, 0)
         inner = np.flatnonzero(units < 1 << 31)
         children = inner ^ offsets[inner]
-        # The children of a unit differ in the low byte alone, so its largest one is enough.
+        # Indices of a unit's children differ only in the low byte, so checking the largest is
+        # enough.
         sound = bool(np.all(children | 0xFF < len(units)))
     if sound:
         leaves = units[children[(units[inner] & 0x100) > 0]] & 0x7FFFFFFF

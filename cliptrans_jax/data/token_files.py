@@ -1,4 +1,4 @@
-"""Bounded reading of tokenizers' files, whose content is not trusted."""
+"""Size-limited reading of tokenizer files, whose content is not trusted."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -8,17 +8,17 @@ from typing import Any
 from common_jax.untrusted import plain
 from common_jax.workdir import read_json
 
-# Several times the size of the largest published file, Gemma's.
+# Several times the largest published file, Gemma's.
 MAX_BYTES = 1 << 27
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Reads the object in a JSON file; raises ValueError, which names it, for anything else."""
+    """Reads a JSON file with one object; raises ValueError, naming the file, for anything else."""
     return read_json(require_bounded(path))
 
 
 def require_bounded(path: Path) -> Path:
-    """Returns the path; raises ValueError where the file is larger than any tokenizer's."""
+    """Returns the path; raises ValueError if the file is larger than any tokenizer's."""
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(
             f"{path} has {path.stat().st_size} bytes, more than any tokenizer's {MAX_BYTES}; fetch "
@@ -29,8 +29,8 @@ def require_bounded(path: Path) -> Path:
 
 @contextlib.contextmanager
 def parsing(path: Path, kind: str) -> Iterator[None]:
-    """Turns what goes wrong with the content of a file into a ValueError that says that the file is
-    not `kind`."""
+    """Turns any error about a file's content into a ValueError saying that the file is not
+    `kind`."""
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
@@ -40,10 +40,10 @@ def parsing(path: Path, kind: str) -> Iterator[None]:
 
 
 def added_message(path: Path, added: Sequence[str]) -> str:
-    """Returns the message about tokens that were added to a published tokenizer."""
+    """Returns the message for a published tokenizer to which tokens were added."""
     more = f" and {len(added) - 5} more" if len(added) > 5 else ""
     return (
         f"{path} has tokens that the published tokenizer lacks: "
         f"{plain(', '.join(added[:5]))}{more}. No network here has them in its table; use the "
-        "folder of the published tokenizer, where all other tokens have the same ids"
+        "folder of the published tokenizer, in which all other tokens have the same ids"
     )

@@ -32,9 +32,9 @@ from common_jax.ranges import Size, key_of, shown
 from common_jax.untrusted import plain
 from common_jax.workdir import read_arrays, read_json, write_arrays, write_bytes
 
-# Sentences of a split. Two cores encode fewer in about 2 s, so that a file would save little.
+# Sentences per split. Two cores encode fewer in about 2 s, so caching those would save little.
 LARGE = 1 << 17
-# Byte-level pieces start from all bytes, so no character is unknown.
+# A byte-level vocabulary contains all bytes, so no character is unknown.
 BYTES = 256
 
 
@@ -45,9 +45,9 @@ class TokenizerConfig(Section):
     Attributes:
       kind: a key of KINDS.
       path: the folder of a published tokenizer's files; empty for `trained`.
-      vocab: of `trained`: largest number of ids, languages included.
-      lower: of `trained`: lower-cases all texts, so that outputs are in lower case too.
-      max_length: most tokens of a sentence, frame included; None for the kind's limit.
+      vocab: for `trained`: largest number of ids, languages included.
+      lower: for `trained`: lower-cases all texts, so outputs are in lower case too.
+      max_length: largest number of tokens per sentence, frame included; None for the kind's limit.
     """
 
     kind: Annotated[str, key_of(lambda: KINDS)] = "trained"
@@ -71,8 +71,8 @@ class TokenizerConfig(Section):
             )
         if self.lower and self.kind != "trained":
             raise FieldError(
-                f"lower=True is for kind='trained': {self.kind!r} is published, and lower-cases "
-                "texts or does not"
+                f"lower=True is for kind='trained': {self.kind!r} is published, which fixes "
+                "whether texts are lower-cased"
             )
         if (self.path == "") != (self.kind == "trained"):
             rule = "must be empty" if self.kind == "trained" else "must be its folder"
@@ -80,7 +80,7 @@ class TokenizerConfig(Section):
 
     @property
     def limit(self) -> int:
-        """Most tokens of a sentence, frame included."""
+        """Largest number of tokens per sentence, frame included."""
         return LIMITS[self.kind] if self.max_length is None else self.max_length
 
 
@@ -92,12 +92,12 @@ def load_tokenizer(
     languages: Sequence[str] = (),
     path: os.PathLike | str | None = None,
 ) -> Tokenizer:
-    """Loads the tokenizer of `config` without downloading anything.
+    """Loads the tokenizer of `config`; downloads nothing.
 
     Args:
       config: the tokenizer's section.
-      key: name of that section, for messages.
-      sentences, languages, path: of `trained`: see `load_or_train_tokenizer`.
+      key: path of that section, for messages.
+      sentences, languages, path: for `trained`: see `load_or_train_tokenizer`.
 
     Raises:
       FileNotFoundError: the folder lacks the files of the kind.
@@ -114,18 +114,18 @@ def encode_corpus(
     frame: str | None,
     folder: os.PathLike | str,
 ) -> Ragged:
-    """Returns the ids of a corpus's sentences in a language.
+    """Returns the ids of a corpus's sentences in one language.
 
-    Those of LARGE corpora are memory-mapped from a file in `folder`, with a fingerprint of texts
-    and tokenizer. If it is missing or damaged, the first host makes it while the others wait; a
-    host that does not see that file makes its own. Processes that are not of one run may make the
-    same file at the same time: each replaces it as a whole. A bucket has no such files.
+    For LARGE corpora they are memory-mapped from a file in `folder`, whose name contains a
+    fingerprint of texts and tokenizer. If it is missing or damaged, the first host writes it while
+    the others wait; a host that does not see that file writes its own. Separate runs may write the
+    same file at the same time: each replaces it atomically. In a bucket no files are written.
 
     Args:
       tokenizer: the tokenizer.
-      corpus: has the sentences.
-      language: of the sentences.
-      frame: language of the frame; None for that of a text tower.
+      corpus: the sentences.
+      language: language of the sentences.
+      frame: language of the frame; None for a text tower's frame.
       folder: created if missing.
 
     Raises:
@@ -138,7 +138,7 @@ def encode_corpus(
     digest = hashlib.sha256(f"ids 1 {tokenizer.fingerprint(frame)}".encode())
     for array in (texts.utf8.lengths, texts.utf8.starts, texts.utf8.flat):
         digest.update(np.ascontiguousarray(array).data)
-    # Part of the name, so that no run replaces the file of another one that reads it.
+    # Part of the name, so that no run replaces a file that another one is reading.
     fingerprint = digest.hexdigest()
     path = epath.Path(folder) / f"{corpus.slug}.{language}.{fingerprint[:16]}.ids.npz"
     make = functools.partial(_write_ids, path, fingerprint, tokenizer, texts, frame)
@@ -164,7 +164,7 @@ def _read_ids(path: epath.Path, fingerprint: str) -> Ragged | None:
         if stored != fingerprint or ids.lengths.min() < 1 or ids.lengths.sum() != len(ids.flat):
             raise ValueError(f"{path} is damaged (its arrays do not fit each other or its name)")
     except (OSError, ValueError) as error:
-        logging.warning("%s; the ids are made again", error)
+        logging.warning("%s; recomputing the ids", error)
         return None
     return ids
 
@@ -175,7 +175,7 @@ def _write_ids(
     start = time.perf_counter()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # An npz begins with the size of an array, so ids wait for the last of them on the disk.
+        # An npz entry starts with the array's size, so ids are spooled to disk until all are known.
         with tempfile.TemporaryFile(dir=path.parent) as file:
             lengths = []
             for ids, counts in tokenizer.encode_parts(texts, frame):
@@ -186,8 +186,8 @@ def _write_ids(
             write_arrays(path, fingerprint, arrays)
     except OSError as error:
         logging.warning(
-            "%s cannot be written (%s): its ids stay in memory, and every start makes them again; "
-            "make room there, or give another folder as config.features",
+            "%s cannot be written (%s): its ids stay in memory and are recomputed at every start; "
+            "free some space there, or set config.features to another folder",
             *(path, error),
         )
         return tokenizer.encode(texts, frame)
@@ -204,18 +204,18 @@ def load_or_train_tokenizer(
 ) -> FramedTokenizer:
     """Loads the tokenizer in the file `path`, or trains it and writes that file.
 
-    It merges pairs of bytes (BPE), so decoding restores every text, whatever its characters. Ids
-    are <s>, <pad>, </s>, <unk>, the pieces, the languages in order and <mask>. The same sentences
-    give the same ids in every process.
+    It is a byte-level BPE, so decoding restores any text exactly. Ids are <s>, <pad>, </s>, <unk>,
+    the pieces, the languages in order, and <mask>. The same sentences give the same ids in every
+    process.
 
     Args:
       config: the tokenizer's section.
-      sentences: to train on, in all languages together; None if the file exists.
-      languages: those with a token.
+      sentences: training sentences in all languages together; None if the file exists.
+      languages: languages that get a token.
       path: a JSON file.
 
     Raises:
-      FileNotFoundError: no file and no sentences.
+      FileNotFoundError: there is neither the file nor sentences.
       ValueError: the file belongs to other sentences, languages or size, or is damaged.
     """
     path, languages = epath.Path(path), tuple(languages)
@@ -244,10 +244,10 @@ def load_or_train_tokenizer(
 
 
 def _read(path: epath.Path) -> tuple[dict[str, Any], tokenizers.Tokenizer]:
-    """Returns the origin of a trained tokenizer, and its pieces.
+    """Returns a trained tokenizer, preceded by the record of what it was made from.
 
     Raises:
-      ValueError: the file is not one of `_train`.
+      ValueError: the file was not written by `_train`.
     """
     try:
         record = read_json(path)
@@ -270,9 +270,9 @@ def _read(path: epath.Path) -> tuple[dict[str, Any], tokenizers.Tokenizer]:
 def _origin(
     config: TokenizerConfig, sentences: Sequence[str] | None, languages: tuple[str, ...]
 ) -> dict:
-    """Returns the origin of a trained tokenizer, with its sentences as a checksum."""
+    """Returns the record of what a tokenizer is made from, with its sentences as a checksum."""
     origin: dict = {"vocab": config.vocab, "languages": list(languages)}
-    if config.lower:  # otherwise not named: files of earlier versions are to stay the same
+    if config.lower:  # otherwise left out, so that files of earlier versions still match
         origin["lower"] = True
     if sentences is not None:
         origin["sentences"] = functools.reduce(
@@ -307,7 +307,7 @@ def _train(config: TokenizerConfig, sentences: Sequence[str], languages: tuple[s
 
 
 def _add_space(text: str) -> str:
-    """Adds a space before the text, so that its first word is cut like the others."""
+    """Adds a space before the text, so that its first word is tokenised like the others."""
     return f" {text}" if text else ""
 
 
@@ -318,7 +318,7 @@ def _add_frame(
     vocab = pieces + len(languages) + 1
 
     def cut(texts: list[str]) -> list[list[int]]:
-        encodings = tokenizer.encode_batch_fast(  # which does not compute places in the text
+        encodings = tokenizer.encode_batch_fast(  # skips offsets into the text
             [_add_space(text) for text in texts], add_special_tokens=False
         )
         return [encoding.ids for encoding in encodings]
@@ -353,7 +353,7 @@ def _load_published(
     languages: Sequence[str],
     path: os.PathLike | str | None,
 ) -> FramedTokenizer:
-    del sentences, languages, path  # needed only for training
+    del sentences, languages, path  # only needed for training
     return load_published(config.kind, config.path, limit=config.limit, key=key)
 
 
@@ -371,7 +371,7 @@ KINDS: Mapping[str, Loader] = {
     "siglip2": _load_published,
     "labse": _load_published,
 }
-# Most tokens of a sentence: the networks' numbers of positions.
+# Largest number of tokens per sentence: the networks' numbers of positions.
 LIMITS: Mapping[str, int] = {
     "trained": 1024,
     "mbart50": 1024,

@@ -9,13 +9,13 @@ from common_jax.step import Evaluate
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """An evaluation of a validation set.
+    """A way to evaluate a model on a validation set.
 
     Attributes:
       make: (set) -> evaluate(params, helpers, step) -> metrics by name, for a
         `translation.SentenceSet` or a `retrieval.PairSet`.
       best: metrics that config.run.best may name; higher is better.
-      searches: whether it translates; if so, config.valid_decode=False disables it.
+      searches: whether it decodes; if so, config.valid_decode=False disables it.
     """
 
     make: Callable[[Any], Evaluate]

@@ -12,8 +12,8 @@ from common_jax.step import Evaluate, Sums, make_evaluator
 
 
 def make_sums(translator: Translator, encode: Encode, *, chunk: int = CHUNK) -> Sums:
-    """Totals over a batch's labels: the loss without smoothing, and the labels that have rank 0
-    (`rank_of`) among all tokens; `chunk` labels per device have their logits at a time."""
+    """Totals over a batch's labels: the loss without smoothing, and the number of labels with rank
+    0 (`rank_of`) among all tokens. Logits are computed for `chunk` labels per device at a time."""
     pad = translator.config.sizes.pad
 
     def sums(params, helpers, batch, key):

@@ -39,13 +39,13 @@ def retrieval_sums(
     texts: Float[Array, "B M"], images: Float[Array, "B M"], mask: Float[Array, " B"]
 ) -> dict[str, Float[Array, ""]]:
     """The number of pairs in a batch, and the sum of their accuracies: 1 if text and image retrieve
-    each other, 1/2 if one retrieves the other, else 0.
+    each other, 1/2 if only one retrieves the other, else 0.
 
     A hit has rank 0 (`rank_of`) by cosine similarity among the examples with mask 1. Ties rank by
     index; a similarity that is not finite is never a hit.
     """
     real, own = mask > 0, jnp.arange(len(mask))
-    # The default precision of some accelerators, bfloat16, would cause ties.
+    # bfloat16, the default precision of some accelerators, would cause ties.
     scores = jnp.matmul(unit(texts), unit(images).T, precision=jax.lax.Precision.HIGHEST)
     scores = jnp.where(real[:, None] & real[None, :], scores, -jnp.inf)
     hits = rank_of(scores, own) < 1, rank_of(scores.T, own) < 1

@@ -1,8 +1,8 @@
 """Scores of translations against one reference each: BLEU, chrF, METEOR and exact matches.
 
-All are from 0 to 100 over a whole set, and have a signature that names the variant. Nothing is
-downloaded: a tokenizer that needs its own data is replaced, as its signature says. nltk is imported
-where METEOR is computed: it takes seconds, and most commands compute no METEOR.
+All are computed over a whole set, from 0 to 100, with a signature that names the variant. Nothing
+is downloaded: a tokenizer that would need data is replaced, as its signature says. nltk is imported
+only to compute METEOR: the import takes seconds, and most commands compute no METEOR.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ from sacremoses.corpus import NonbreakingPrefixes
 
 from cliptrans_jax.translators.nllb_languages import CODE_BY_TOKEN
 
-# sacrebleu's tokenizers for languages without spaces between words. Its better ones for Japanese
-# and Korean need packages with dictionaries.
+# sacrebleu's tokenizers for languages written without spaces. Its better ones for Japanese and
+# Korean need packages with dictionaries.
 TOKENIZERS = {"zh": "zh", "ja": "char", "ko": "char", "th": "char", "my": "char", "km": "char"}
 DEFAULT_TOKENIZER = "13a"
 
@@ -32,13 +32,14 @@ class Scores:
 
     Attributes:
       bleu: sacrebleu's corpus BLEU with its defaults, case-sensitive.
-      bleu_lower: corpus BLEU of lower-cased text in Moses' tokens, as reported for text-only models
+      bleu_lower: corpus BLEU of lower-cased, Moses-tokenised text, as reported for text-only models
         on Multi30k.
       chrf: sacrebleu's corpus chrF2.
       meteor: METEOR with the stages exact and stem, averaged over sentences.
-      exact: share of outputs that equal their reference up to spaces and Unicode form.
+      exact: share of outputs that equal their reference up to white space and Unicode
+        normalisation.
       count: number of sentences.
-      signatures: name of a score -> its variant.
+      signatures: name of a score -> its signature.
     """
 
     bleu: float
@@ -56,11 +57,11 @@ def score(hypotheses: Sequence[str], references: Sequence[str], *, language: str
     Args:
       hypotheses: the outputs.
       references: one per output.
-      language: of both; here and below such as "de", with a country "de_DE", or NLLB's
-        "deu_Latn".
+      language: language of both. Here and below: a code such as "de", "de_DE" with a country, or
+        NLLB's "deu_Latn".
 
     Raises:
-      ValueError: if there are no sentences, or not one reference per output.
+      ValueError: if there are no sentences, or the numbers of outputs and references differ.
     """
     if len(hypotheses) != len(references):
         raise ValueError(
@@ -97,7 +98,7 @@ def score(hypotheses: Sequence[str], references: Sequence[str], *, language: str
 
 
 def as_metrics(scores: Scores) -> dict[str, float]:
-    """The metrics that a run logs."""
+    """The scores as metrics for a run to log."""
     return {name: getattr(scores, name) for name in METRICS}
 
 
@@ -113,26 +114,26 @@ def bleu(
 def bleu_lower(
     hypotheses: Sequence[str], references: Sequence[str], *, language: str
 ) -> tuple[BLEUScore, str]:
-    """Corpus BLEU of the tokens of `moses`, and the signature. Languages of `TOKENIZERS`, which
-    Moses does not segment, are lower-cased and keep their tokenizer."""
+    """Corpus BLEU of texts tokenised by `moses`, and the signature. Languages in `TOKENIZERS`,
+    which Moses cannot segment, are lower-cased but keep their tokenizer."""
     language = _code(language)
     if language in TOKENIZERS:
         metric = BLEU(lowercase=True, tokenize=TOKENIZERS[language])
         return metric.corpus_score(hypotheses, [references]), str(metric.get_signature())
-    # force: the sentences are tokenised on purpose, of which sacrebleu would warn.
+    # force: sacrebleu would warn about tokenised input, which is intended here.
     metric = BLEU(lowercase=True, tokenize="none", force=True)
     value = metric.corpus_score(
         moses(hypotheses, language=language), [moses(references, language=language)]
     )
-    # Moses uses its list of English abbreviations for languages that it has none for.
+    # Moses falls back to English abbreviations for languages without a list of their own.
     prefixes = language if language in NonbreakingPrefixes().available_langs else "en"
     prepared = f"prep:moses-lc-norm-tok-{language}|prefixes:{prefixes}"
     return value, f"{prepared}|sacremoses:{sacremoses.__version__}|{metric.get_signature()}"
 
 
 def moses(texts: Iterable[str], *, language: str) -> list[str]:
-    """Texts as in Multi30k's tokenised files: lower-cased, with normalised punctuation and spaces
-    between tokens, by sacremoses' ports of Moses' scripts."""
+    """Texts in the form of Multi30k's tokenised files: lower-cased, with normalised punctuation and
+    spaces between tokens, by sacremoses' ports of Moses' scripts."""
     normalizer = sacremoses.MosesPunctNormalizer(_code(language), perl_parity=True)
     tokenizer = sacremoses.MosesTokenizer(_code(language))
     normalized = (normalizer.normalize(text.lower()) for text in texts)
@@ -140,8 +141,8 @@ def moses(texts: Iterable[str], *, language: str) -> list[str]:
 
 
 def words(texts: Iterable[str], *, language: str) -> list[list[str]]:
-    """METEOR's tokens of each text, by nltk's word tokenizer on the text as one sentence, or single
-    characters for languages of `TOKENIZERS`."""
+    """METEOR's tokens of each text: from nltk's word tokenizer, with the text as one sentence, or
+    single characters for languages in `TOKENIZERS`."""
     if _code(language) in TOKENIZERS:
         return [list("".join(text.split())) for text in texts]
     from nltk.tokenize import NLTKWordTokenizer
@@ -151,14 +152,14 @@ def words(texts: Iterable[str], *, language: str) -> list[list[str]]:
 
 
 def meteor(hypothesis: Sequence[str], reference: Sequence[str]) -> float:
-    """METEOR of one sentence from its tokens, which are lower-cased here, from 0 to 1:
+    """METEOR of one tokenised sentence, from 0 to 1; tokens are lower-cased here:
 
     (1 - gamma (chunks / m)^beta) P R / (alpha P + (1 - alpha) R),  P = m / |hypothesis|,
     R = m / |reference|
 
     m = matched tokens, first equal ones, then those with equal Porter stems; chunks = runs of
-    matches that are adjacent in both. METEOR's third stage, synonyms of WordNet, is left out: its
-    data is a download, and for English only. Without a match the score is 0.
+    matches that are adjacent in both. METEOR's third stage, WordNet synonyms, is left out: its data
+    needs a download and covers only English. Without a match the score is 0.
     """
     from nltk.translate import meteor_score
 
@@ -179,7 +180,7 @@ def _code(language: str) -> str:
 
 
 class _NoSynonyms:
-    """Replaces nltk's WordNet: no word has a synonym."""
+    """Stands in for nltk's WordNet: no word has a synonym."""
 
     def synsets(self, word: str) -> tuple[()]:
         return ()

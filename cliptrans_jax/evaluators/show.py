@@ -1,4 +1,4 @@
-"""Translations for reading: a file with all of them, and a table of some with pictures."""
+"""Translations for people to read: a file with all of them, and a table of some with pictures."""
 
 import dataclasses
 import re
@@ -15,7 +15,7 @@ from common_jax.workdir import write_bytes
 COLUMNS = ("index", "key", "source", "reference", "output", "score")
 ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
 LETTERS = {escape: letter for letter, escape in ESCAPES.items()}
-THUMBNAIL = 128  # pixels of the longer side; twice their size on the page, for dense screens
+THUMBNAIL = 128  # pixels of the longer side; twice the size on the page, for high-density screens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Row:
       source: the sentence.
       reference: the correct translation.
       output: the model's translation.
-      score: of the output in the search.
-      others: further outputs of the search, best first.
+      score: the search's score of the output.
+      others: the other outputs of the search, best first.
       picture: uint8 [I, J, channels] of 1 (grey) or 3 (RGB), or None.
     """
 
@@ -77,7 +77,7 @@ def read_translations(path: epath.PathLike) -> list[Row]:
     """The rows that `write_translations` wrote, without pictures.
 
     Raises:
-      ValueError: for a malformed file, naming it and the line.
+      ValueError: for a malformed file, naming the file and line.
     """
     header, *lines = epath.Path(path).read_bytes().decode().removesuffix("\n").split("\n")
     names = header.split("\t")
@@ -100,7 +100,7 @@ def read_translations(path: epath.PathLike) -> list[Row]:
 
 
 def picture_table(rows: Sequence[Row], *, limit: int) -> Table:
-    """The first `limit` rows as a table for a report, with small pictures.
+    """The first `limit` rows as a table for a report, with thumbnails.
 
     Raises:
       ValueError: for a limit below 1.
@@ -117,7 +117,7 @@ def picture_table(rows: Sequence[Row], *, limit: int) -> Table:
 def picture_columns(
     rows: Sequence[Row], outputs: Mapping[str, Sequence[str]], *, caption: str = "Translations"
 ) -> Table:
-    """Rows with small pictures, and one column of outputs per model."""
+    """Rows with thumbnails, and one column of outputs per model."""
     return Table(
         caption,
         ("picture", "source", "reference", *outputs),
@@ -135,7 +135,7 @@ def picture_columns(
 
 def _others(cells: Sequence[str]) -> Iterator[Hypothesis]:
     for text, score in zip(cells[::2], cells[1::2], strict=True):
-        if score:  # an output may be empty, its score never is
+        if score:  # an output may be empty, but its score never is
             yield Hypothesis(_unescape(text), float(score))
 
 

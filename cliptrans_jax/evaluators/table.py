@@ -17,7 +17,7 @@ EVALUATORS: Mapping[str, Evaluator] = types.MappingProxyType(
 
 
 def evaluators_of(*stages: str) -> list[Evaluator]:
-    """The evaluators of these stages, each once; a run that is not a stage has none."""
+    """The evaluators of these stages, each once; runs that are not a stage have none."""
     listed = {
         name: None for stage in stages if stage in STAGES for name in STAGES[stage].evaluators
     }

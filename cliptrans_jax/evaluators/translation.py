@@ -1,4 +1,4 @@
-"""Translation of a set of sentences, in training or after it, and its scores."""
+"""Translates a set of sentences, during or after training, and scores it."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,7 +30,7 @@ class Translate:
 
     Attributes:
       run: the jitted search.
-      tokenizer: of the outputs.
+      tokenizer: decodes the outputs.
       mesh: devices.
     """
 
@@ -39,11 +39,11 @@ class Translate:
     mesh: Mesh
 
     def __call__(self, params: Any, batches: Batches) -> dict[int, list[Hypothesis]]:
-        """Hypotheses by number of the example, on every host.
+        """Hypotheses by index of the example, on every host.
 
         Raises:
           common_jax.signals.Stopped: on a request to stop.
-          FloatingPointError: for an example whose outputs have no finite score.
+          FloatingPointError: if no output of an example has a finite score.
         """
         hypotheses, pending = {}, None
         with jax.set_mesh(self.mesh):
@@ -74,8 +74,8 @@ class Translate:
         }
         if lost := sorted(number for number, outputs in found.items() if not outputs):
             raise FloatingPointError(
-                f"the model's logits for sentence {lost[0]}, counted from 0, are not finite; check "
-                "its weights, or take an earlier checkpoint"
+                f"the model's logits for sentence {lost[0]}, counting from 0, are not finite; "
+                "check its weights, or use an earlier checkpoint"
             )
         return found
 
@@ -88,13 +88,13 @@ def make_translate(
     mesh: Mesh,
     language: int | None = None,
 ) -> Translate:
-    """A function that translates batches of `evaluation_batches`, compiled once per length.
+    """Makes a function that translates batches of `evaluation_batches`, compiled once per length.
 
     Args:
       search: model and search.
       encode: computes features for the prefix.
-      tokenizer: of the outputs.
-      mesh: devices, over all of which a batch is split.
+      tokenizer: decodes the outputs.
+      mesh: devices; a batch is split over all of them.
       language: the code that every output starts with; None for that of its reference.
     """
 
@@ -123,9 +123,9 @@ class SentenceSet:
       mesh: devices.
       seed: random seed.
       translate: the search.
-      search_batches: starts a pass in batches of the search.
+      search_batches: starts a pass with batches for the search.
       references: one translation per sentence.
-      language: of the references.
+      language: language of the references.
       label_chunk: labels per device whose logits are computed at a time.
     """
 

@@ -18,7 +18,7 @@ from common_jax.workdir import read_json
 from common_jax.workdir.results import RESULT
 
 PAPER = "[CLIPTrans](https://arxiv.org/abs/2308.15226)"
-# Settings that say nothing about the model: paths of one machine, devices, logging.
+# Settings that say nothing about the model: local paths, devices, logging.
 LEFT_OUT = (
     *("data.path", "data.workers", "sources.", "tokenizer.path", "clip_tokenizer.path"),
     *("features", "run.", "mesh.", "recipes", "stage"),
@@ -33,7 +33,7 @@ ABOUT = {
     "text_tower/projection.safetensors": "its last layer, on the mean over a sentence's tokens",
     "image_tower/config.json": "the image tower",
 }
-# Notices that sources of data ask for.
+# Attributions that data sources require.
 NOTICES = {
     "emoji": "The pictures of the emoji are from [OpenMoji](https://openmoji.org), CC BY-SA 4.0."
 }
@@ -59,7 +59,7 @@ def write(run: Finished, files: Sequence[str], towers: Sequence[Any]) -> str:
     """The card of a run.
 
     Args:
-      run: the checkpoint that is exported.
+      run: the checkpoint to export.
       files: names in the folder.
       towers: configs of the towers in it.
     """
@@ -78,14 +78,14 @@ def write(run: Finished, files: Sequence[str], towers: Sequence[Any]) -> str:
 
 
 def _metadata(run: Finished) -> str:
-    """The header that the hub reads."""
+    """The YAML header that the hub reads."""
     languages = run.config.known_languages if run.trains_towers else run.config.data.pair
     task = "feature-extraction" if run.trains_towers else "translation"
     return "\n".join(
         [
             "---",
             "license: unknown  # to be filled in, see the last section",
-            # Quoted: `no` alone is false in YAML, not Norwegian.
+            # Quoted: a bare `no` is false in YAML, not Norwegian.
             f"language: {json.dumps([language.partition('_')[0] for language in languages])}",
             "library_name: transformers",
             f"pipeline_tag: {task}",
@@ -138,7 +138,7 @@ def _training(run: Finished) -> dict[str, Any]:
 
 
 def _settings(config: Config) -> dict[str, str]:
-    """The settings that are not the defaults."""
+    """The settings that differ from the defaults."""
     ours, defaults = (dict(flatten(unfreeze(x))) for x in (config, Config()))
     return {
         f"`{key}`": f"`{value!r}`"

@@ -1,4 +1,4 @@
-"""Exports a run as a folder that `transformers` loads as it is."""
+"""Exports a run as a folder that `transformers` loads as is."""
 
 import json
 import shutil
@@ -32,12 +32,12 @@ TEXT_TOWER, IMAGE_TOWER = "text_tower", "image_tower"
 def export(run: Finished, out: Path) -> list[str]:
     """Writes the folder of a run, atomically.
 
-    Of a run of the translator it has the translator with its tokenizer, and the mapping network
-    under the original's names; of every run, the towers that were trained here, each in a folder of
-    its own. README.md is the model card.
+    For a run that trains a translator it contains the translator with its tokenizer, and the
+    mapping network under the original's names; for every run, the towers that were trained here,
+    each in its own folder. README.md is the model card.
 
     Args:
-      run: of any stage.
+      run: a run of any stage.
       out: a new folder.
 
     Returns:
@@ -45,7 +45,7 @@ def export(run: Finished, out: Path) -> list[str]:
 
     Raises:
       FileExistsError: if `out` exists and is not an empty folder.
-      FileNotFoundError, ValueError: for towers or a tokenizer that are missing.
+      FileNotFoundError, ValueError: if towers or a tokenizer are missing.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists; give a new folder")
@@ -83,8 +83,8 @@ def _write_translator(folder: Path, run: Finished) -> None:
 
 
 def _write_towers(folder: Path, run: Finished) -> list[Any]:
-    """Writes the towers that a run of this project trained, and returns their configs; published
-    ones are where they were."""
+    """Writes the towers that were trained here, and returns their configs. Published towers are not
+    copied."""
     written = []
     config, mesh = run.config, make_mesh(MeshConfig(), jax.local_devices()[:1])
     trained = run.trains_towers or (config.has_prefix and config.sources.clip)
@@ -120,7 +120,7 @@ def _write_text_tokenizer(folder: Path, run: Finished, tower: TextTower) -> None
 
 
 def _generation(run: Finished) -> dict[str, Any]:
-    """The run's search in the words of `transformers`."""
+    """The run's search settings in the terms of `transformers`."""
     config: Config = run.config
     sizes, decode = config.model.sizes, config.decode
     target = run.load_tokenizer().language_id(config.data.target_language)

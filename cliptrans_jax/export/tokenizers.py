@@ -16,7 +16,7 @@ from cliptrans_jax.data.tokens import TokenizerConfig
 from common_jax.workdir import read_json
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
-# Files that a published tokenizer may have beside those of `PUBLISHED`.
+# Files that a published tokenizer may have in addition to those in `PUBLISHED`.
 OTHERS = ("special_tokens_map.json", "merges.txt")
 CLASSES = {
     "mbart50": "MBart50Tokenizer",
@@ -27,13 +27,13 @@ CLASSES = {
     "siglip2": "Siglip2Tokenizer",
     "labse": "BertTokenizer",
 }
-# Other settings; the default side of pads is that of models that write texts.
+# Other settings; the default padding side is the one for generative models.
 SETTINGS_OF = {"siglip2": {"padding_side": "right"}, "labse": {"do_lower_case": False}}
 
 
 def language_token(language: str) -> str:
-    """The token of a language in an exported tokenizer that was trained here. The code itself would
-    be a word of some text."""
+    """The token of a language in an exported tokenizer that was trained here. The bare code could
+    also be a word."""
     return f"__{language}__"
 
 
@@ -46,20 +46,20 @@ def write_tokenizer(
     limit: int,
     pair: tuple[str, str] | None,
 ) -> None:
-    """Writes the files of a tokenizer that frames sentences as the network reads them.
+    """Writes the files of a tokenizer that frames sentences as the network expects them.
 
     Args:
       folder: an existing folder.
-      config: of the tokenizer.
-      trained: the run's file of a trained tokenizer.
-      languages: of a trained tokenizer.
-      limit: most tokens of a sentence, frame included.
+      config: config of the tokenizer.
+      trained: the run's file with a trained tokenizer.
+      languages: languages of a trained tokenizer.
+      limit: largest number of tokens per sentence, frame included.
       pair: source and target language of a translator; None for a text tower, whose sentences
         begin with <s>.
 
     Raises:
-      FileNotFoundError: if `config.path` no longer has a published tokenizer's files, or lacks one
-        that `transformers` needs.
+      FileNotFoundError: if `config.path` no longer has the published tokenizer's files, or lacks
+        one that `transformers` needs.
     """
     settings: dict[str, Any] = {"model_max_length": limit, "clean_up_tokenization_spaces": False}
     if config.kind == "trained":
@@ -78,7 +78,7 @@ def write_tokenizer(
         settings |= SETTINGS_OF.get(config.kind, {})
         if pair is not None:
             codes = PUBLISHED[config.kind].codes
-            # M2M-100's class takes "de" for the language of the token "__de__".
+            # M2M-100's class expects "de" for the language whose token is "__de__".
             source, target = (codes[language].strip("_") for language in pair)
             settings |= {"src_lang": source, "tgt_lang": target}
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
@@ -88,11 +88,11 @@ def _build(trained: epath.Path, languages: Sequence[str], first: str, *, lower: 
     """A trained tokenizer with the ids and the frame of `data.tokens`."""
     vocab, merges = byte_pairs.parse(json.loads(read_json(trained, {"bpe": str})["bpe"]))
     tokenizer = byte_pairs.byte_tokenizer(vocab, merges)
-    # The first word is cut like the others: with a space before it.
+    # The first word is tokenised like the others: with a space before it.
     lowering = [normalizers.Lowercase()] if lower else []
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(" "), *lowering])
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
-    # In this order the languages and the mask get the ids after the pieces.
+    # In this order, languages and mask get the ids after the pieces.
     names = [*SPECIAL, *map(language_token, languages), MASK]
     tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in names])
     last = SPECIAL[EOS]
@@ -116,8 +116,8 @@ def _copy(folder: Path, config: TokenizerConfig) -> None:
         )
     if published.hub_file and not (source / published.hub_file).is_file():
         raise FileNotFoundError(
-            f"{config.path} lacks {published.hub_file}, without which transformers gives tokens "
-            f"other ids; fetch it from {published.repository!r}"
+            f"{config.path} lacks {published.hub_file}, without which transformers assigns other "
+            f"ids to tokens; fetch it from {published.repository!r}"
         )
     for file in there:
         shutil.copyfile(file, folder / file.name)

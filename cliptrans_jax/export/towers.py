@@ -1,4 +1,4 @@
-"""Folders of towers that were trained here, for `transformers`."""
+"""Exports towers that were trained here as folders for `transformers`."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from common_jax.weights import write_tensors
 from common_jax.weights.table import Table, write
 
 PROJECTION = "LinearTransformation."  # M-CLIP's last layer, which XLM-RoBERTa lacks
-# Code for the model card: texts, and pictures by a class and the output with the features.
+# Code for the model card. `cls` is the class, `output` the field with the features.
 MCLIP_USE = """Vectors of sentences:
 
 ```python
@@ -35,7 +35,7 @@ mask = inputs["attention_mask"][..., None]
 mean = (tower(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
 features = mean @ last["LinearTransformation.weight"].T + last["LinearTransformation.bias"]
 ```"""
-# With pads up to the last position, which SigLIP reads: it has no mask.
+# Padded up to the last position, whose state is the feature: SigLIP has no mask.
 TEXT_USE = """Vectors of sentences:
 
 ```python
@@ -60,15 +60,15 @@ features = tower(**processor(picture, return_tensors="pt")).{output}
 
 @dataclasses.dataclass(frozen=True)
 class HubTower:
-    """The form of a tower in `transformers`.
+    """How a tower is represented in `transformers`.
 
     Attributes:
-      cls: class that loads its folder.
-      config: sizes -> the content of config.json, apart from the class.
+      cls: class that loads the folder.
+      config: sizes -> the content of config.json, except for the class.
       table: sizes -> names of its tensors.
       use: Python code for the model card.
-      prefix: of those names, which the class does not have.
-      beside: prefix of the tensors that the class has no place for; they go into
+      prefix: prefix of those names that the class does not use.
+      beside: prefix of the tensors that the class does not have; they go into
         `projection.safetensors`.
     """
 
@@ -84,9 +84,9 @@ def write_tower(folder: Path, params: Mapping[str, Any], config: Any) -> None:
     """Writes weights, config.json and, for pictures, preprocessor_config.json to a new folder.
 
     Args:
-      folder: to make.
-      params: of the tower, in numpy.
-      config: its sizes, of a class in `HUB`.
+      folder: folder to create.
+      params: parameters of the tower, in numpy.
+      config: its sizes, an instance of a class in `HUB`.
     """
     tower = HUB[type(config)]
     tensors = {

@@ -1,4 +1,4 @@
-"""The attentions of a decoder: over its own tokens, cached or not, and over encoder states."""
+"""A decoder's attention: over its own tokens, with or without a cache, and over encoder states."""
 
 import jax
 from flax import linen as nn
@@ -11,12 +11,12 @@ from common_jax.nn.attention import INIT
 from common_jax.nn.attention import attend as dot_product_attention
 
 Heads = Float[Array, "B T H K"]
-# Cached keys and values: (B, H, S, K), so that a step reads them in memory order.
+# Cached keys and values are (B, H, S, K), so that a step reads them in memory order.
 Memory = tuple[Float[Array, "B H S K"], Float[Array, "B H S K"]]
 
 
 class DecoderAttention(nn.Module):
-    """`common_jax.nn.attention.SelfAttention` in parts, so that keys and values can be cached.
+    """`common_jax.nn.attention.SelfAttention`, split up so that keys and values can be cached.
 
     Parameters: `qkv/kernel` (D, Q=3, H, K), `qkv/bias`, `out/kernel` (H, K, D),
       `out/bias`.
@@ -51,7 +51,7 @@ class DecoderAttention(nn.Module):
         slot: jax.Array,
         visible: Bool[Array, "B 1 T S"],
     ) -> tuple[Float[Array, "B T D"], Memory]:
-        """`__call__` for T further tokens, whose keys and values are first written to `memory` from
+        """`__call__` for T more tokens, whose keys and values are first written to `memory` from
         `slot` on."""
         query, *new = self.project(x)
         memory = tuple(
@@ -62,7 +62,7 @@ class DecoderAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of decoder tokens over encoder states, which are projected once.
+    """Attention of decoder tokens over encoder states, whose keys and values are computed once.
 
     Parameters: `query/kernel` (D, H, K), `memory/kernel` (D, 2, H, K) for keys and values,
       `out/kernel` (H, K, D), and biases.
@@ -107,9 +107,10 @@ def attend(
 ) -> Float[Array, "B T H K"]:
     """softmax(q k^T / sqrt(K)) v over cached keys and values, softmax in float32 at least."""
     keys, values = memory
-    # On CPUs, the order of a product's axes changes its speed up to seven times. In the first,
-    # slots are rows, since there are many of them and few tokens. Its result is transposed for the
-    # second after the mask: at once, XLA would merge the transpose with the product, which is slow.
+    # On CPUs, the order of a product's axes can make it up to seven times slower. In the first
+    # product slots are the rows, as there are many slots and few tokens. Its result is transposed
+    # for the second only after the mask: right away, XLA would fuse the transpose into the product,
+    # which is slow.
     kind = jnp.promote_types(query.dtype, jnp.float32)
     query = query.swapaxes(1, 2) * query.shape[-1] ** -0.5
     scores = jnp.einsum("BHSK,BHTK->BHST", keys, query, preferred_element_type=kind)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from common_jax.mesh import batch_shards
 
-# Labels per device and chunk: enough rows for a matrix product at full speed.
+# Labels per device and chunk: enough rows for matrix products to run at full speed.
 CHUNK = 1024
 
 
@@ -26,12 +26,12 @@ def sum_chunks(
     pad: int,
     chunk: int = CHUNK,
 ) -> Any:
-    """sums(states, labels) added up over chunks along T of `chunk` labels per device.
+    """Adds up sums(states, labels) over chunks along T, with `chunk` labels per device.
 
     Args:
-      sums: returns a tree of totals, which must not count pads.
+      sums: returns a tree of totals, to which pads must not contribute.
     """
-    # At least one slot, and the last chunk is filled with pads.
+    # At least one slot per chunk; the last chunk is filled up with pads.
     rows = min(max(1, chunk * batch_shards() // len(labels)), states.shape[1])
     more = -states.shape[1] % rows
     states = jnp.pad(states, ((0, 0), (0, more), (0, 0)))

@@ -1,5 +1,5 @@
-"""The translation model: a mapping network's prefix in a translator's decoder (CLIPTrans, section 3
-of the paper; src/models/model.py)."""
+"""The translation model: a mapping network whose output is a prefix in a translator's decoder
+(CLIPTrans paper, section 3; src/models/model.py)."""
 
 import dataclasses
 from typing import Annotated, Any
@@ -26,14 +26,14 @@ Params = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Section):
-    """A translation model.
+    """The config of a translation model.
 
     Attributes:
       mbart: sizes of the translator "mbart".
       mapper: the mapping network.
       prefix: layout and mask of the prefix in the decoder.
-      translator: the encoder-decoder, a key of TRANSLATORS and the name of the section with its
-        sizes.
+      translator: the encoder-decoder, a key of TRANSLATORS and also the name of the section with
+        its sizes.
       nllb: sizes of the translator "nllb".
     """
 
@@ -64,7 +64,7 @@ class ModelConfig(Section):
 
     @property
     def key(self) -> str:
-        """Path of the section with the sizes, for messages."""
+        """Config path of the section with the sizes, for messages."""
         return f"config.model.{self.architecture.subtree}"
 
 
@@ -73,7 +73,7 @@ class Translator:
     """The model as pure functions of parameters {"mbart": ..., "mapper": ...}.
 
     The first key is the translator's subtree. A model without a prefix has no mapper and takes no
-    features. Parameters are float32, whatever `dtype` the computation has.
+    features. Parameters are float32; `dtype` is that of the computation.
     """
 
     config: ModelConfig
@@ -86,7 +86,7 @@ class Translator:
 
     @property
     def prefix_length(self) -> int:
-        """Number of vectors of the prefix."""
+        """Number of prefix vectors."""
         return self.config.mapper.prefix
 
     def init(self, key: jax.Array) -> Params:
@@ -107,7 +107,7 @@ class Translator:
         *,
         dropout: jax.Array | None = None,
     ) -> Float[Array, "B P D"]:
-        """The prefix of every example; of length 0 if the model has none."""
+        """The prefix of each example, empty if the model has none."""
         if not self.prefix_length:
             return jnp.zeros((batch, 0, self.config.sizes.width), self.dtype)
         assert features is not None
@@ -137,8 +137,8 @@ class Translator:
         Args:
           features: one CLIP feature per example; None if the model has no prefix.
           source: the encoder's tokens, `[language, words, </s>]` and pads.
-          labels: the same of the target; negative ones and pads are ignored by the loss.
-          dropout: key of dropout; None outside training.
+          labels: the target's tokens in the same form; the loss ignores negative ones and pads.
+          dropout: key for dropout; None outside training.
         """
         states = self.label_states(params, features, source, labels, dropout=dropout)
         return self.call("logits", params, states)
@@ -152,13 +152,13 @@ class Translator:
         *,
         dropout: jax.Array | None = None,
     ) -> Float[Array, "B T D"]:
-        """The states that `readout` turns into the logits of `train_logits`. Slots of the prefix
+        """The states that `readout` maps to the logits of `train_logits`. Slots of the prefix
         predict nothing and are left out."""
         states = self.decode_labels(params, features, source, labels, dropout=dropout)
         return prefix.remove(states, self.prefix_length)
 
     def readout(self, params: Params) -> Readout:
-        """The matrix and the bias by which states become logits."""
+        """The matrix and bias that map states to logits."""
         architecture = self.config.architecture
         return architecture.readout(params[architecture.subtree])
 
@@ -171,7 +171,7 @@ class Translator:
         *,
         dropout: jax.Array | None = None,
     ) -> Float[Array, "B T+{self.prefix_length} D"]:
-        """The decoder's last states in all T + P slots."""
+        """The decoder's final states in all T + P slots."""
         embeddings, visible = self.decoder_input(params, features, labels, dropout=dropout)
         states = self.encode(params, source, dropout=dropout)
         return self.call(
@@ -195,11 +195,11 @@ class Translator:
         Float[Array, "B T+{self.prefix_length} D"],
         Bool[Array, "#B 1 T+{self.prefix_length} T+{self.prefix_length}"],
     ]:
-        """The decoder's input embeddings in training, and the slots that each slot attends to."""
+        """The decoder's input embeddings in training, and which slots each slot attends to."""
         config, count = self.config, self.prefix_length
         ids = config.architecture.decoder_input(labels, config.sizes)
         embeddings = self.call("embed", params, ids)
-        if not count:  # pads come last, so that causal attention hides them from all labels
+        if not count:  # pads come last, so causal attention hides them from all labels
             length = labels.shape[1]
             return embeddings, jnp.tril(jnp.ones((1, 1, length, length), bool))
         vectors = self.prefix(params, features, labels.shape[0], dropout=dropout)
@@ -213,7 +213,7 @@ class Translator:
         return mapper.build(self.config.mapper, self.config.sizes.width, self.dtype)
 
     def call(self, method: str, params: Params, *arguments: Any, dropout: jax.Array | None = None):
-        """Calls a method of `Network` with the translator's parameters among `params`."""
+        """Calls a method of `Network` with the translator's subtree of `params`."""
         train = {"train": True} if dropout is not None else {}
         rngs = {} if dropout is None else {"dropout": dropout}
         variables = {"params": params[self.config.architecture.subtree]}

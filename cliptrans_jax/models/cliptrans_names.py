@@ -19,7 +19,7 @@ def table(config: ModelConfig) -> Table:
     """
     if config.translator != "mbart":
         raise ValueError(
-            f"model.translator={config.translator!r}: CLIPTrans' own checkpoints hold an mBART; "
+            f"model.translator={config.translator!r}: CLIPTrans' own checkpoints contain an mBART; "
             "use the folder of a run"
         )
     mbart = mbart_names.table(config.mbart).below(source="mbart.", target="mbart/")
@@ -28,7 +28,7 @@ def table(config: ModelConfig) -> Table:
 
 
 def mapper_table(config: MapperConfig) -> Table:
-    """Tensor names of a mapping network below "adapter.", by our paths below "mapper/"."""
+    """Maps our paths below "mapper/" to tensor names below "adapter."."""
     return Table(MAPPERS[config.kind]() if config.prefix else {})
 
 

@@ -1,13 +1,13 @@
-"""The label loss of a linear readout, with its gradients, without all logits in memory.
+"""The label loss of a linear readout and its gradients, without materialising all logits.
 
-The logits of 8,192 labels over 250,054 tokens take 8 GB. As in attention over 250,054 keys, a row
-of logits is only needed in sums, which are added up over blocks of the vocabulary: with
-p_v = exp(logit_v - log_z),
+The logits of 8,192 labels over 250,054 tokens take 8 GB. But, as in attention over 250,054 keys,
+they only enter sums, which can be accumulated over blocks of the vocabulary: with p_v = exp(logit_v
+- log_z),
 
   log_z = log sum_v exp(logit_v),  states' gradient: sum_v p_v e_v,  embeddings' gradient: p_v x.
 
-The numerators of p are kept, relative to the largest logit of their block, so that a chunk's logits
-are computed only once.
+The numerators of p, relative to the largest logit of their block, are kept in memory, so that a
+chunk's logits are computed only once.
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ from jaxtyping import Array, Float, Int
 from cliptrans_jax.models.chunks import counts
 from common_jax.mesh import AXES, BATCH
 
-# Tokens of the vocabulary per block. Blocks are a loop of Python, not of the program: XLA for GPUs
-# would copy every block that a loop slices.
+# Tokens of the vocabulary per block. The loop over blocks is unrolled in Python: in a compiled
+# loop, XLA for GPUs would copy every block that it slices.
 BLOCK = 32768
-# Precisions at which a TPU's products round float32 to bfloat16; None is JAX's default.
+# Precisions at which matrix products on TPUs round float32 to bfloat16; None is JAX's default.
 ROUNDING = (None, "default", "fastest", "bfloat16")
 
 
@@ -42,14 +42,14 @@ def linear_loss(
 ) -> Float[Array, ""]:
     """The sum of `label_loss` of logits = states matrix^T + bias.
 
-    The forward pass also computes the gradients, chunk by chunk: that of the matrix is summed in
-    float32 at least, and over the devices after the last chunk. If matrix or bias are not trained,
-    their gradients are not computed. Chunks of nothing but pads are skipped.
+    The forward pass also computes the gradients, chunk by chunk. The matrix's gradient accumulates
+    in float32 at least, and is reduced over devices after the last chunk. Gradients of a matrix or
+    bias that is not trained are not computed. Chunks with only pads are skipped.
 
     Args:
-      matrix: sent to the devices in the dtype of `states`, in which products are computed; if that
-        is float32, in bfloat16 on TPUs, unless the precision of products says otherwise.
-      chunk: labels per device and chunk, whose numerators of p are in memory at once.
+      matrix: gathered in the dtype of `states`, in which products are computed; on TPUs, float32 is
+        gathered as bfloat16 unless a higher matmul precision is set.
+      chunk: labels per device and chunk, whose numerators of p are all in memory at once.
     """
     return _total(_Task(pad, smoothing, chunk), matrix, bias, states, labels)
 
@@ -60,7 +60,7 @@ def _total(task: "_Task", matrix: Any, bias: Any, states: Any, labels: Any) -> j
 
 
 def _forward(task: "_Task", matrix: Any, bias: Any, states: Any, labels: Any):
-    """The total, and its gradients by matrix, bias and states; None for what is not trained."""
+    """The total, and its gradients by matrix, bias and states; None for those not trained."""
     task = dataclasses.replace(task, by_matrix=matrix.perturbed, by_bias=bias.perturbed)
     values = (x.value for x in (matrix, bias, states, labels))
     total, by_matrix, by_bias, by_states = _compute(task, *values)
@@ -79,7 +79,7 @@ _total.defvjp(_forward, _backward, symbolic_zeros=True)
 def _compute(task: "_Task", matrix: Any, bias: Any, states: Any, labels: Any):
     low = matrix.astype(states.dtype)
     mesh = jax.sharding.get_abstract_mesh()
-    # XLA for CPUs would copy the matrix and its gradient in every collective over one device.
+    # On a single device, XLA for CPUs would copy the matrix and its gradient in every collective.
     over = task.run if mesh.empty or mesh.size == 1 else _over_mesh(task)
     total, by_matrix, by_bias, by_states = over(low, bias, states, labels)
     by_matrix = None if by_matrix is None else by_matrix.astype(matrix.dtype)
@@ -87,12 +87,12 @@ def _compute(task: "_Task", matrix: Any, bias: Any, states: Any, labels: Any):
 
 
 def _over_mesh(task: "_Task"):
-    """`task.run` of each device's share, summed over all devices. Matrix and gradient are split
-    along their last axis, as embeddings are."""
+    """`task.run` on each device's share, summed over all devices. Matrix and gradient are sharded
+    along their last axis, like embeddings."""
     whole, split = PartitionSpec(), PartitionSpec(None, "fsdp")
 
     def local(sent, matrix, bias, states, labels):
-        # Here and not by XLA, which would gather it before it is rounded.
+        # Done here, since XLA would gather before rounding.
         matrix = jax.lax.all_gather(matrix.astype(sent), "fsdp", axis=1, tiled=True)
         total, by_matrix, by_bias, by_states = task.run(matrix, bias, states, labels)
         total, by_bias = jax.lax.psum((total, by_bias), AXES)
@@ -104,12 +104,12 @@ def _over_mesh(task: "_Task"):
         own = functools.partial(local, matrix.dtype)
         if matrix.dtype != jnp.float32 or jax.config.jax_default_matmul_precision not in ROUNDING:
             return own(matrix, *others)
-        # The products round it to bfloat16 on TPUs.
+        # Products on TPUs round it to bfloat16 anyway.
         rounded = functools.partial(local, jnp.bfloat16)
         return jax.lax.platform_dependent(matrix, *others, tpu=rounded, default=own)
 
-    # check_vma would require the constants that sums start from to be cast to varying ones. Tests
-    # compare the result with that of no mesh instead.
+    # check_vma would require casting the initial constants of sums to varying. Instead, tests
+    # compare the result with and without a mesh.
     return jax.shard_map(
         by_platform,
         in_specs=(split, whole, BATCH, BATCH),
@@ -119,10 +119,11 @@ def _over_mesh(task: "_Task"):
 
 
 def _scatter(x: Float[Array, "V D"]) -> Float[Array, "V d"]:
-    """The sum of all devices' `x`, of which each keeps its share of the last axis.
+    """Sums `x` over all devices; each keeps its share of the last axis.
 
-    It is scattered along the first axis and exchanged: XLA for TPUs sums the whole where a share of
-    the last axis has fewer than 128 numbers, which sends twice as much.
+    It reduce-scatters along the first axis, then exchanges shares (all-to-all): if a share of the
+    last axis has fewer than 128 numbers, XLA for TPUs would all-reduce the whole, which sends twice
+    as much.
     """
     rows = jnp.pad(x, ((0, -len(x) % jax.lax.axis_size("fsdp")), (0, 0)))
     rows = jax.lax.psum_scatter(rows, "fsdp", scatter_dimension=0, tiled=True)
@@ -131,14 +132,14 @@ def _scatter(x: Float[Array, "V D"]) -> Float[Array, "V d"]:
 
 
 class _Sums(NamedTuple):
-    """What chunks add up and fill in.
+    """What chunks accumulate and fill in.
 
     Attributes:
-      total: of the loss.
-      by_matrix, by_bias: gradients by each block, without the parts of labels and smoothing; empty
+      total: the loss.
+      by_matrix, by_bias: gradients by each block, without the terms of labels and smoothing; empty
         if not trained.
-      by_rows: gradients by the states, complete.
-      by_labels: gradient by the logit of each row's label, without the part of smoothing.
+      by_rows: complete gradients by the states.
+      by_labels: gradient by the logit of each row's label, without the smoothing term.
     """
 
     total: Float[Array, ""]
@@ -157,7 +158,7 @@ class _Block(NamedTuple):
 
 
 class _Readout(NamedTuple):
-    """Matrix and bias, whole and in blocks, and the mean of the matrix's rows."""
+    """Matrix and bias, both whole and in blocks, and the mean of the matrix's rows."""
 
     matrix: Float[Array, "V D"]
     bias: Float[Array, " V"]
@@ -213,8 +214,8 @@ class _Task:
     def _chunks(self, readout: _Readout, rows, labels, sums: _Sums) -> _Sums:
         """Adds all chunks of rows to `sums`."""
         count, chunk = len(labels), min(self.chunk, len(labels))
-        # Pads come last, so that whole chunks of them can be skipped. The last chunk is filled with
-        # places outside the rows, which are read as zeros and never written.
+        # Pads are sorted to the end, so that whole chunks of them can be skipped. The last chunk is
+        # filled up with out-of-range indices, which read zeros and are never written.
         order = jnp.argsort(labels == self.pad, stable=True)
         order = jnp.pad(order, (0, -count % chunk), constant_values=count)
 
@@ -224,25 +225,26 @@ class _Task:
             part_labels = labels.at[places].get(mode="fill", fill_value=self.pad)
             return self._add(readout, part, part_labels, places, sums)
 
-        if chunk == count:  # one chunk, and no loop whose length is data
+        if chunk == count:  # a single chunk needs no loop with a data-dependent length
             return add(0, sums)
         chunks = (jnp.sum(labels != self.pad) + chunk - 1) // chunk
-        # Reverse mode cannot differentiate a loop with a traced bound; `add` takes the gradients.
+        # Reverse mode cannot differentiate a loop with a traced bound; `add` computes the
+        # gradients.
         return jax.lax.fori_loop(0, chunks, add, sums)
 
     def _add(self, readout: _Readout, rows, labels, places, sums: _Sums) -> _Sums:
-        """Adds a chunk of rows, which stand at `places`."""
+        """Adds a chunk of rows, whose indices are `places`."""
         kind, smoothing = sums.total.dtype, self.smoothing
         real = counts(labels, pad=self.pad).astype(kind)
         labels = jnp.maximum(labels, 0)
-        # The label has terms of its own, in which p is not rounded: its gradient is p - 1.
+        # The label is treated separately, without rounding p: its gradient is p - 1.
         own, wide = readout.matrix[labels].astype(kind), rows.astype(kind)
         label_logits = jnp.sum(wide * own, axis=1) + readout.bias[labels]
         parts = []
         for block in readout.blocks:
             parts.append(_weigh(block, rows, labels))
-            # One block after the other: XLA for GPUs would merge the sums of all, and keep all
-            # logits until then.
+            # Forces one block after the other: XLA for GPUs would merge the sums of all blocks, and
+            # keep all logits until then.
             rows, _ = jax.lax.optimization_barrier((rows, parts[-1].total))
 
         top = functools.reduce(jnp.maximum, (part.top for part in parts), label_logits)
@@ -281,10 +283,10 @@ class _Part(NamedTuple):
     """The sums of a chunk over a block.
 
     Attributes:
-      top: largest logit of each row, apart from its label's.
+      top: largest logit of each row, except its label's.
       weights: exp(logit - top) in the dtype of the states; 0 for the label.
-      total: sum of these.
-      vectors: sum of these times the block's vectors.
+      total: sum of the weights.
+      vectors: sum of the block's vectors times these weights.
     """
 
     top: Float[Array, " T"]
@@ -306,7 +308,7 @@ def _weigh(block: _Block, rows: Float[Array, "T D"], labels: Int[Array, " T"]) -
 
 
 def _cut(matrix: Float[Array, "V D"], bias: Float[Array, " V"]) -> list[_Block]:
-    """Blocks of one size, a multiple of 128, and a last one that is smaller."""
+    """Blocks of equal size, a multiple of 128, except for a smaller last one."""
     count = -(-len(matrix) // BLOCK)
     size = min(-(-len(matrix) // (128 * count)) * 128, len(matrix))
     firsts = range(0, len(matrix), size)

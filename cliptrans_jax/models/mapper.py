@@ -1,4 +1,4 @@
-"""Mapping networks: one CLIP feature becomes the P vectors of a decoder's prefix (CLIPTrans,
+"""Mapping networks, from a CLIP feature to the P vectors of a decoder's prefix (CLIPTrans,
 src/models/adapters.py)."""
 
 import dataclasses
@@ -30,9 +30,9 @@ class MapperConfig(Section):
 
     Attributes:
       kind: "mlp", "hidden_mlp" or "transformer".
-      prefix: number of vectors of the prefix; 0 for no mapping network.
+      prefix: number of prefix vectors; 0 for no mapping network.
       features: width of a CLIP feature.
-      dropout: rate of the transformer, in training.
+      dropout: dropout rate of the transformer in training.
     """
 
     kind: Annotated[str, key_of(lambda: MAPPERS)] = "mlp"
@@ -42,7 +42,7 @@ class MapperConfig(Section):
 
 
 class MlpMapper(nn.Module):
-    """prelu(W x + b), cut into P vectors."""
+    """prelu(W x + b), split into P vectors."""
 
     config: MapperConfig
     width: int
@@ -56,7 +56,7 @@ class MlpMapper(nn.Module):
 
 
 class HiddenMlpMapper(nn.Module):
-    """prelu(W2 relu(W1 x + b1) + b2), cut into P vectors."""
+    """prelu(W2 relu(W1 x + b1) + b2), split into P vectors."""
 
     config: MapperConfig
     width: int
@@ -71,8 +71,8 @@ class HiddenMlpMapper(nn.Module):
 
 
 class TransformerMapper(nn.Module):
-    """W x + b, cut into P tokens, then one post-norm transformer layer over them without positions
-    or mask: 2 heads, an MLP of D // 3 hidden units with ReLU."""
+    """W x + b, split into P tokens, then one post-norm transformer layer over them without
+    positions or mask: 2 heads, an MLP with D // 3 hidden units and ReLU."""
 
     config: MapperConfig
     width: int
@@ -89,7 +89,7 @@ class TransformerMapper(nn.Module):
             HEADS,
             True,
             self.dtype,
-            init=_uniform(math.sqrt(6 / (4 * width))),  # Xavier's, of the stacked [3D, D]
+            init=_uniform(math.sqrt(6 / (4 * width))),  # Xavier, for the stacked [3D, D]
             out_init=_uniform(1 / math.sqrt(width)),
             name="attention",
         )
@@ -122,7 +122,7 @@ def _cut(x: Float[Array, "B D"], count: int) -> Float[Array, "B {count} _"]:
 
 
 def _linear(fan_in: int, fan_out: int, dtype: DTypeLike, name: str) -> nn.Dense:
-    """A dense layer with PyTorch's initialisation, uniform within 1 / sqrt(fan in)."""
+    """A dense layer with PyTorch's initialisation, uniform within ±1 / sqrt(fan in)."""
     init = _uniform(1 / math.sqrt(fan_in))
     return nn.Dense(fan_out, kernel_init=init, bias_init=init, dtype=dtype, name=name)
 
@@ -133,7 +133,7 @@ def _uniform(bound: float) -> nn.initializers.Initializer:
     )
 
 
-# The hidden axis of `up` and `down` is a third of the width, 341 of 1,024, and cannot be split.
+# The hidden axis of `up` and `down`, a third of the width (341 for 1,024), cannot be sharded.
 PARTITION_RULES = (
     (r"/(project|out|down)/kernel$", P(None, "fsdp")),
     (r"/(hidden|up)/kernel$", P("fsdp", None)),

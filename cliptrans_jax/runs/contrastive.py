@@ -1,5 +1,5 @@
 """Stage "clip": trains a small M-CLIP on pictures and their names in all languages, for runs
-without a published one; or its image tower alone, for a published text tower that stays frozen."""
+without a published one; or only its image tower, against a frozen published text tower."""
 
 import dataclasses
 import functools
@@ -38,14 +38,14 @@ from common_jax.workdir import refuse_other_config
 
 
 def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
-    """Trains the towers and the learned numbers of the loss, saved under "clip".
+    """Trains the towers and the learned scalars of the loss, which are saved under "clip".
 
-    With config.clip.lock_text it trains and saves the image tower alone, for the features of the
+    With config.clip.lock_text it trains and saves only the image tower, against the features of the
     text tower in config.sources.clip_text.
 
     Returns:
-      The run's result. Its accuracy is that of retrieving pictures by their names in the first
-      language within a batch, and names by pictures.
+      The run's result. Its accuracy is for retrieval within a batch, of pictures by their names in
+      the first language and of names by pictures.
     """
     refuse_other_config(workdir, config)
     train, evaluated, text, tower = _load(config, workdir, mesh)
@@ -53,13 +53,13 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     task = describe(config, steps=steps_per_epoch(len(train), optim.batch), length=length)
     run_config = dataclasses.replace(config.run, best=None)
     loop.check(task, run_config, optim, seed=config.seed, mesh=mesh)
-    save_tokenizer(text, workdir)  # the first thing that is written
+    save_tokenizer(text, workdir)  # written before anything else
     if tower is not None:
         encode = functools.partial(
             _Pairs.encoded, tower=tower, folder=features_folder(config, workdir), mesh=mesh
         )
         train, evaluated = encode(train), {name: encode(one) for name, one in evaluated.items()}
-        del tower, encode  # or its weights would stay in memory as long as the run
+        del tower, encode  # otherwise its weights would stay in memory for the whole run
 
     def batches(start: int) -> Iterator[Mapping[str, np.ndarray]]:
         return train_batches(
@@ -123,8 +123,8 @@ def check(config: Config, workdir: epath.Path, mesh: Mesh, *, key: str) -> None:
 def _load(
     config: Config, workdir: epath.Path, mesh: Mesh
 ) -> tuple["_Pairs", dict[str, "_Pairs"], str, TextTower | None]:
-    """Training pairs, those of each evaluation by its name, checked; the content of the tokenizer's
-    file, or the text tower that stays frozen."""
+    """Loads and checks the pairs for training and, by name, for each evaluation. Also returns the
+    content of the tokenizer's file, and the text tower that stays frozen, if any."""
     tower, text = None, ""
     if config.clip.lock_text:
         tower = RunData(config, workdir, mesh).text_tower
@@ -150,7 +150,7 @@ def _longest(train: "_Pairs", evaluated: Mapping[str, "_Pairs"]) -> int:
 
 
 def describe(config: Config, *, steps: int, length: int) -> Task:
-    """The task without data: `steps` per epoch, sentences of `length` tokens."""
+    """The task without data, with `steps` per epoch and sentences of `length` tokens."""
     side, batch = config.clip.image.image, config.optim.micro_batch
     texts = text_side(config).shapes(config, batch, length)
     return Task(
@@ -171,9 +171,9 @@ def describe(config: Config, *, steps: int, length: int) -> Task:
 
 
 def init(config: Config, key: jax.Array) -> dict[str, Any]:
-    """Initial parameters of the towers that train and of the loss."""
+    """Initial parameters of the trained towers and of the loss."""
     sizes = config.clip.image
-    of_text, of_image = jax.random.split(key)  # of the images, whether or not the texts train
+    of_text, of_image = jax.random.split(key)  # of_image must not depend on lock_text
     params = {
         **text_side(config).init(config, of_text),
         "image": tower_of(sizes).init(sizes, config.dtype, of_image),
@@ -205,16 +205,16 @@ def _check(config: Config, tokenizer: Tokenizer, length: int) -> None:
     require_fits(tokenizer, vocab=text.vocab, special={"pad": text.pad}, key="config.clip.text")
     if length > text.longest:
         raise ValueError(
-            f"config.clip.text.positions={text.positions} leave room for {text.longest} tokens, "
-            f"and the longest sentence has {length}; raise it, or lower "
+            f"config.clip.text.positions={text.positions} leaves room for {text.longest} tokens, "
+            f"but the longest sentence has {length}; raise it, or lower "
             "config.tokenizer.max_length"
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Pairs:
-    """Pictures with their names by language, as framed ids or as features of a frozen tower;
-    `arrays` is None: they are read singly."""
+    """Pictures with their names by language, as framed ids or as features of a frozen tower.
+    `arrays` is None, so that they are read one by one."""
 
     corpus: Corpus
     names: Mapping[str, Sequence[np.ndarray]]
@@ -271,7 +271,7 @@ def _finish(config: Config, length: int, picture: np.ndarray, name: np.ndarray) 
 
 
 def partition_rules(config: Config) -> Rules:
-    """Partition rules of the towers that train and of the learned numbers of the loss."""
+    """Partition rules of the trained towers and of the learned scalars of the loss."""
     return (
         *((rf"^/clip/{name}$", P()) for name in CONTRASTIVE[config.clip.loss].learned),
         *text_side(config).rules(config),

@@ -25,7 +25,7 @@ from common_jax.workdir import claim, refuse_other_config
 def evaluate(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     """Translates config.data.test_split with config.sources.model and scores it.
 
-    If that is a workdir, its best checkpoint by its own validation set is used.
+    If that is a workdir, the run's best checkpoint on its own validation set is used.
     """
     if not user_config.sources.model:
         raise ValueError("stage 'evaluate' needs config.sources.model, the model to score")
@@ -47,7 +47,7 @@ def evaluate(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, 
     test = data.load(config.data.test_split, train=False)
     claim(workdir, user_config)
     params = {**model.frozen(mesh), **params}
-    if not config.data.further_tests:  # whose features need the towers again
+    if not config.data.further_tests:  # their features need the towers again
         data.release_towers()
     translate = model.translate(data)
     further = score_further(config, workdir, data, translate, params, step=name)
@@ -58,18 +58,18 @@ def evaluate(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, 
 
 
 def rescore(run: Finished, folder: epath.Path, mesh: Mesh) -> dict[str, Any]:
-    """Translates config.data.test_split with a finished run and its own tokenizer, whatever corpus
-    its config now names, and scores it.
+    """Scores a finished run, with its own tokenizer, on config.data.test_split of whichever corpus
+    its config now names.
 
     Args:
-      run: of a stage of `TRANSLATION_STAGES`; its stage chooses sentences and features.
-      folder: for scores.json, translations.tsv and features.
+      run: a run of a stage in `TRANSLATION_STAGES`; the stage determines sentences and features.
+      folder: output folder for scores.json, translations.tsv and features.
       mesh: devices.
 
     Returns:
       The content of scores.json.
     """
-    # This corpus need not have the further test splits of the run.
+    # This corpus may lack the run's further test splits.
     corpus = dataclasses.replace(run.config.data, further_tests=())
     config = dataclasses.replace(run.config.apply_parity(), data=corpus, features="")
     data = RunData(config, folder, mesh, known=run.load_tokenizer())

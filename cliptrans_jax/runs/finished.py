@@ -1,4 +1,4 @@
-"""Finds the checkpoint of a finished run to use, and its config."""
+"""Finds the checkpoint to use from a finished run, and its config."""
 
 import dataclasses
 from collections.abc import Collection, Mapping
@@ -22,7 +22,7 @@ from common_jax.command_line import change_config, check_system
 from common_jax.mesh import MeshConfig
 from common_jax.workdir import freeze_stored, read_json
 
-# Sections and fields of a run's config that may be changed when its network is used.
+# Sections and fields of a run's config that may be changed when its model is used.
 CHANGEABLE = (
     *("data", "decode", "noise", "test_side", "precision", "sources"),
     *("tokenizer.path", "clip_tokenizer.path", "mesh"),
@@ -36,7 +36,7 @@ class Finished:
 
     Attributes:
       step: its folder.
-      config: of the run, before `Config.apply_parity`.
+      config: the run's config, before `Config.apply_parity`.
     """
 
     step: epath.Path
@@ -44,7 +44,7 @@ class Finished:
 
     @property
     def workdir(self) -> epath.Path:
-        """Folder of the run."""
+        """The run's folder."""
         return self.step.parent.parent
 
     @property
@@ -53,7 +53,7 @@ class Finished:
         return trains(self.config.stage) is Trains.TOWERS
 
     def with_batch(self, size: int, mesh: Mesh) -> "Finished":
-        """The same with searches of at least `size` sentences at a time, split over all devices."""
+        """The same, but decoding at least `size` sentences at a time, split over all devices."""
         decode = dataclasses.replace(self.config.decode, batch=-(-size // mesh.size) * mesh.size)
         return dataclasses.replace(self, config=dataclasses.replace(self.config, decode=decode))
 
@@ -71,17 +71,16 @@ def find(
     stages: Collection[str] = STAGES,
     settings: Mapping[str, str] | None = None,
 ) -> Finished:
-    """The checkpoint of a run that is best on its validation set.
+    """Finds a run's best checkpoint on its validation set.
 
     Args:
-      source: the run's workdir; that of a pipeline, whose last run is used; or the folder of one
-        step.
-      stages: those that the run may be of.
-      settings: text by the path of a field of the config, among CHANGEABLE.
+      source: the run's workdir; a pipeline's workdir, whose last run is used; or one step's folder.
+      stages: stages that the run may belong to.
+      settings: new values as text, by the path of a config field in CHANGEABLE.
 
     Raises:
       FileNotFoundError: if there is no finished checkpoint.
-      ValueError: for a run of another stage or the other system, or a field that cannot be set.
+      ValueError: for a run of another stage or of the other system, or a field that cannot be set.
     """
     folder = _last_run(checkpoint.absolute(source), stages)
     step = checkpoint.find_step(folder)
@@ -95,15 +94,15 @@ def find(
         )
     if step != folder and trains(config.stage) is not Trains.TOWERS:
         step = best_step(step.parent.parent, config.run.best)
-    # With another pair, a trained tokenizer still has its languages, and so its ids.
+    # Even with another language pair, a trained tokenizer keeps its languages, and so its ids.
     known = config.known_languages if config.tokenizer.kind == "trained" else config.languages
-    # The run's own mesh is that of the machine where it was trained.
+    # The run's own mesh was for the machine that it was trained on.
     config = dataclasses.replace(config, mesh=MeshConfig(), languages=known)
     return Finished(step, change_config(config, settings or {}, changeable=CHANGEABLE))
 
 
 def _last_run(folder: epath.Path, stages: Collection[str]) -> epath.Path:
-    """The folder of the last run of a pipeline, if `folder` is of one; else `folder`."""
+    """The folder of a pipeline's last run if `folder` is a pipeline's, else `folder`."""
     path = folder / "config.json"
     if not path.exists() or read_json(path).get("stage") != "pipeline":
         return folder
@@ -112,9 +111,9 @@ def _last_run(folder: epath.Path, stages: Collection[str]) -> epath.Path:
 
 
 def text_tower(run: Finished, mesh: Mesh) -> TextTower:
-    """The text tower of a run: the one that it trained, or else that of its config.sources."""
+    """The text tower of a run: the one that it trained, or else the one in its config.sources."""
     config = _with_own_towers(run)
-    # A published tower has a tokenizer of its own.
+    # A published tower has its own tokenizer.
     known = None if config.sources.clip_text else run.load_tokenizer()
     tower = RunData(config, run.workdir, mesh, known=known).text_tower
     if not config.unfreeze_clip:
@@ -124,12 +123,12 @@ def text_tower(run: Finished, mesh: Mesh) -> TextTower:
 
 
 def image_tower(run: Finished, mesh: Mesh) -> ImageTower:
-    """The image tower of a run: the one that it trained, or else that of its config.sources."""
+    """The image tower of a run: the one that it trained, or else the one in its config.sources."""
     return RunData(_with_own_towers(run), run.workdir, mesh).image_tower
 
 
 def _with_own_towers(run: Finished) -> Config:
-    """The run's config; that of a run of stage "clip" names the run itself as the source."""
+    """The run's config; for a run of stage "clip", with the run itself as the source of towers."""
     if not run.trains_towers:
         return run.config
     locked = run.config.sources.clip_text if run.config.clip.lock_text else ""

@@ -1,4 +1,4 @@
-"""Loss and warm start of the stages that train a translator."""
+"""Loss and warm start for the stages that train a translator."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,8 +22,8 @@ from common_jax.weights import Allowance, Origin, WarmStart, size_of, take
 
 
 def make_encode(tower: TextTower | None) -> Encode:
-    """encode(params, batch, dropout=None) -> features of the batch, or those that the text tower,
-    under "clip" in `params`, computes from its tokens."""
+    """encode(params, batch, dropout=None) -> the features in the batch or, with a text tower, those
+    that it computes from the batch's tokens; its parameters are under "clip" in `params`."""
 
     def encode(
         params: Any, batch: Mapping[str, jax.Array], dropout: jax.Array | None = None
@@ -40,7 +40,7 @@ def make_loss(
     translator: Translator, tower: TextTower | None, *, label_smoothing: float, chunk: int = CHUNK
 ) -> Loss:
     """The mean label loss over a micro-batch's tokens (CLIPTrans loss). A text tower in the helpers
-    is frozen, and has no dropout."""
+    is frozen and runs without dropout."""
     pad, encode = translator.config.sizes.pad, make_encode(tower)
 
     def loss(params, helpers, batch, rngs, step):
@@ -65,8 +65,9 @@ def make_loss(
 def make_warm_start(
     config: Config, tower: TextTower | None
 ) -> Callable[[Mapping[str, Any]], WarmStart] | None:
-    """Loads the initial weights of a stage: from another run, a released checkpoint or a published
-    translator, and from a text tower that it trains. None if all start from scratch."""
+    """Makes a function that loads a stage's initial weights: from another run, a released
+    checkpoint or a published translator, and from a text tower if the stage trains it. None to
+    train from scratch."""
     sources, architecture = config.sources, config.model.architecture
     if not (sources.model or sources.translator or tower is not None):
         return None
@@ -111,15 +112,15 @@ def make_warm_start(
 
 
 def check_start(config: Config, tower: TextTower | None, shapes: Mapping[str, Any]) -> None:
-    """Checks the sources of a stage's weights, without reading arrays.
+    """Checks the sources of a stage's weights without reading arrays.
 
     Args:
       tower: the text tower, if it is trained.
-      shapes: of all parameters.
+      shapes: shapes of all parameters.
 
     Raises:
-      FileNotFoundError: for a missing folder or file.
-      ValueError: for a run whose parameters do not fit.
+      FileNotFoundError: if a folder or file is missing.
+      ValueError: if a run's parameters do not fit.
     """
     sources = config.sources
     if sources.model and is_run(sources.model):
@@ -129,7 +130,7 @@ def check_start(config: Config, tower: TextTower | None, shapes: Mapping[str, An
 
 
 def _of_run(source: str, tower: TextTower | None, shapes: Mapping[str, Any]) -> dict[str, Any]:
-    """The shapes whose weights are a run's: those of a text tower only if that run trained it."""
+    """The shapes that are loaded from a run; the text tower's only if that run trained it."""
     trained = tower is not None and "clip" in checkpoint.load_shapes(source)
     return {name: tree for name, tree in shapes.items() if name != "clip" or trained}
 
@@ -163,10 +164,9 @@ def _require_sizes(config: Config, file_sizes: Any) -> None:
     ]
     if differing:
         raise ValueError(
-            f"config.sources.mbart={config.sources.translator!r} is another model than the "
-            "config's: "
+            f"config.sources.mbart={config.sources.translator!r} is not the config's model: "
             + "; ".join(differing)
-            + ". Set these fields to those of the file; a vocabulary may be larger than the "
+            + ". Set these fields to the file's values; a vocabulary may be larger than the "
             "tokenizer's"
         )
 

@@ -1,5 +1,5 @@
-"""The pipeline: all stages with a recipe in order, each in its own folder, resumed if interrupted
-and skipped if finished."""
+"""The pipeline: all stages that have a recipe, in order, each in its own folder. Interrupted stages
+are resumed, finished ones skipped."""
 
 import dataclasses
 import logging
@@ -18,12 +18,12 @@ from common_jax.nn.dense import matmul_precision
 from common_jax.workdir import claim, refuse_other_config
 
 Run = Callable[[Config, epath.Path, Mesh], dict[str, Any]]
-# The module with `run` and `check` of the stages that train a network.
+# The module whose `run` and `check` a stage uses, by the network that it trains.
 MODULES = {Trains.TOWERS: contrastive, Trains.TRANSLATOR: translation}
 
 
 def run_stage(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
-    """Runs config.stage and returns its result, for the pipeline that of the last stage."""
+    """Runs config.stage and returns its result; for the pipeline, the result of the last stage."""
     runs: dict[str, Run] = {
         **{name: MODULES[stage.trains].run for name, stage in STAGES.items()},
         "evaluate": evaluate,
@@ -62,7 +62,7 @@ def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
 
 
 def plan(config: Config, workdir: epath.Path) -> list[tuple[str, Config]]:
-    """The runs of the pipeline in order, as pairs of a folder below `workdir` and a config.
+    """The pipeline's runs in order, as pairs of a folder below `workdir` and a config.
 
     Raises:
       ValueError: if there are no recipes.

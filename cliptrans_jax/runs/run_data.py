@@ -42,7 +42,7 @@ from common_jax.weights.table import Pretrained
 from common_jax.workdir import check_input, freeze_stored
 
 PUBLISHED = "a folder or a file of weights, or config.sources.fetch=True for a name on the hub"
-# Messages about a text tower and its tokenizer name the one flag that gives both.
+# In messages about a text tower and its tokenizer, names the flag that sets both.
 SIGLIP_KEYS = {
     "config.clip_tokenizer.path": "config.sources.siglip",
     "config.sources.clip_text": "config.sources.siglip",
@@ -51,7 +51,7 @@ SIGLIP_KEYS = {
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One split as the input of a stage."""
+    """One split, as a stage reads it."""
 
     corpus: Corpus
     inputs: Inputs
@@ -61,7 +61,7 @@ class Split:
         return self._texts(index)[0]
 
     def reference(self, index: int) -> str:
-        """Its correct translation."""
+        """The reference translation of example `index`."""
         return self._texts(index)[1]
 
     def _texts(self, index: int) -> list[str]:
@@ -72,12 +72,12 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class RunData:
-    """A run's config with its inputs, each loaded on first use.
+    """A run's config and inputs; inputs are loaded on first use.
 
     Attributes:
-      config: after `Config.apply_parity`.
+      config: the config, after `Config.apply_parity`.
       workdir: folder for the tokenizer, and for features unless config.features is set.
-      known: a tokenizer that need be neither trained nor checked.
+      known: a tokenizer to use as is, which is neither trained nor checked.
     """
 
     config: Config
@@ -87,7 +87,7 @@ class RunData:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the translation model. A trained one must be that of the runs in
+        """The tokenizer of the translation model. A trained one must be the same as in the runs in
         config.sources."""
         return self._tokenizer[0] if self.known is None else self.known
 
@@ -100,7 +100,7 @@ class RunData:
                 known = ", ".join(tokenizer.languages) or "none, as an encoder's has"
                 raise ValueError(
                     f"config.tokenizer.kind={config.tokenizer.kind!r} has no token for the "
-                    f"language {language!r} of config.data (it has {known}); take another "
+                    f"language {language!r} of config.data (it has {known}); use another "
                     f"tokenizer, such as {config.model.architecture.tokenizer!r} or 'trained'"
                 )
         sizes = config.model.sizes
@@ -128,7 +128,7 @@ class RunData:
             with renamed(SIGLIP_KEYS):
                 return published_text(published, text_tokenizer(config), dtype=config.dtype)
         if sources.clip_text:
-            text_tower_of(config.clip_tokenizer.kind)  # raises ValueError for that of no tower
+            text_tower_of(config.clip_tokenizer.kind)  # raises ValueError if no tower has it
         published = self._load_published("clip_text", TEXT_TOWERS, base=sources.clip_text_base)
         return published_text(published, config.clip_tokenizer, dtype=config.dtype)
 
@@ -145,20 +145,20 @@ class RunData:
         return ImageTower(published.config, published.params, config.dtype)
 
     def release_towers(self) -> None:
-        """Frees the towers, but a text tower that the model runs. Further uses read them again."""
+        """Frees the towers, except a text tower that the model runs. Later uses load them again."""
         if not encodes_texts(self.config):
             vars(self).pop("text_tower", None)
         vars(self).pop("image_tower", None)
         give_back()
 
     def _load_published(self, name: str, towers: Sequence[Tower], base: str = "") -> Pretrained:
-        """One of these towers, from the source in the field `name` of config.sources."""
+        """Loads one of these towers from the source in config.sources.`name`."""
         config, sources = self.config, self.config.sources
         if not getattr(sources, name):
             raise ValueError(
                 f"stage {config.stage!r} with config.model.mapper.prefix="
                 f"{config.model.mapper.prefix} needs features: give config.sources.{name}, the "
-                "folder of a published tower, config.sources.siglip, that of both, or "
+                "folder of a published tower; config.sources.siglip, one with both towers; or "
                 "config.sources.clip, a run of stage 'clip'"
             )
         _check_published(config, name)
@@ -175,7 +175,7 @@ class RunData:
         """Checks all inputs of the stage before anything is computed or written.
 
         Args:
-          train: whether it trains; otherwise it reads the test split only.
+          train: whether the stage trains; otherwise it only reads the test split.
           towers: whether to check the towers; False if an earlier stage has yet to train them.
 
         Returns:
@@ -206,11 +206,10 @@ class RunData:
         return count
 
     def load(self, split: str, *, train: bool) -> Split:
-        """The inputs of the config's stage from a split.
+        """Loads a split as the input of the config's stage.
 
         Raises:
-          ValueError, FileNotFoundError: for data, pictures or towers that are missing or do not
-            fit.
+          ValueError, FileNotFoundError: if data, pictures or towers are missing or do not match.
         """
         config, side = self.config, feature_side(self.config, train=train)
         corpus = self._corpus(split, side)
@@ -276,7 +275,7 @@ class RunData:
 
 
 def features_folder(config: Config, workdir: epath.Path) -> epath.Path:
-    """The folder for features of frozen towers."""
+    """The folder in which features of frozen towers are cached."""
     return epath.Path(config.features) if config.features else workdir / "features"
 
 
@@ -293,9 +292,9 @@ def encodes_texts(config: Config) -> bool:
 
 
 def describe_text(config: Config) -> TextTower:
-    """The text tower without weights and tokenizer: with the sizes of config.clip.text if stage
-    "clip" trains it, else the default sizes of the tower in config.sources.siglip or, by its
-    tokenizer, in config.sources.clip_text."""
+    """The text tower without weights and tokenizer. It has the sizes in config.clip.text if stage
+    "clip" trains it, else the default sizes of the tower in config.sources.siglip or in
+    config.sources.clip_text, whose kind follows from its tokenizer."""
     trained = config.sources.clip and not config.sources.clip_text
     if config.sources.siglip:
         sizes = siglip.TEXT.config()
@@ -307,7 +306,7 @@ def describe_text(config: Config) -> TextTower:
 
 
 def text_tokenizer(config: Config) -> TokenizerConfig:
-    """The tokenizer of a published text tower; that of config.sources.siglip is in its folder."""
+    """The tokenizer of a published text tower; a SigLIP has it in its own folder."""
     sources = config.sources
     if not sources.siglip:
         return config.clip_tokenizer
@@ -316,7 +315,7 @@ def text_tokenizer(config: Config) -> TokenizerConfig:
 
 
 def caption_language(config: Config) -> str:
-    """The language of captions; with config.all_languages the one to evaluate."""
+    """The language of captions; with config.all_languages, the one to evaluate."""
     return config.caption_language or (
         config.data.target_language
         if config.all_languages
@@ -332,7 +331,7 @@ def used_languages(config: Config) -> tuple[str, ...]:
 
 
 def _pairs(config: Config) -> list[tuple[str, str]]:
-    """The languages of encoder and decoder in each kind of example that a stage trains."""
+    """The languages of encoder and decoder, for each kind of example that a stage trains on."""
     if STAGES[config.stage].captioning:
         return [(language, language) for language in used_languages(config)]
     return [config.data.pair]
@@ -349,7 +348,7 @@ def check_weights(config: Config) -> None:
 
 
 def load_trained(config: Config, name: str) -> tuple[Any, Any]:
-    """Sizes and parameters of a tower, "text" or "image", that a run of stage "clip" trained."""
+    """Sizes and parameters of a tower, "text" or "image", from a run of stage "clip"."""
     source = config.sources.clip
     sizes = getattr(_clip_run(config).clip, name)
     return sizes, jax.device_get(checkpoint.load(source, subtree=f"clip/{name}"))
@@ -359,8 +358,8 @@ def _clip_run(config: Config) -> Config:
     """The config of the run in config.sources.clip.
 
     Raises:
-      ValueError: for a run of another stage than "clip", and if config.sources.clip_text is given
-        beside a run that trained both towers, or is not beside one with config.clip.lock_text.
+      ValueError: if it is not a run of stage "clip"; if config.sources.clip_text is given although
+        the run trained both towers, or not given although the run has config.clip.lock_text.
     """
     source = config.sources.clip
     run_config = checkpoint.load_config(source)
@@ -372,15 +371,15 @@ def _clip_run(config: Config) -> Config:
     run, given = freeze_stored(Config, run_config, source), config.sources.clip_text
     if run.clip.lock_text and not given:
         raise ValueError(
-            f"config.sources.clip={source!r} is a run with config.clip.lock_text, which has no "
-            f"text tower of its own: give config.sources.clip_text={run.sources.clip_text!r}, and "
+            f"config.sources.clip={source!r} is a run with config.clip.lock_text, which trained no "
+            f"text tower: give config.sources.clip_text={run.sources.clip_text!r}, and "
             f"config.clip_tokenizer with kind={run.clip_tokenizer.kind!r} and "
             f"path={run.clip_tokenizer.path!r}"
         )
     if given and not run.clip.lock_text:
         raise ValueError(
-            f"config.sources.clip={source!r} is a run that trained both towers, and "
-            f"config.sources.clip_text={given!r} has features of another space; leave one out"
+            f"config.sources.clip={source!r} is a run that trained both towers, and features of "
+            f"config.sources.clip_text={given!r} are from another space; leave one out"
         )
     return run
 

@@ -1,5 +1,5 @@
-"""The tokenizer of a run's translation model: trained, or read from the workdir, and written there
-once."""
+"""The tokenizer of a run's translation model: trained and written to the workdir once, then read
+from there."""
 
 import dataclasses
 import tempfile
@@ -21,10 +21,10 @@ TOKENIZER = "tokenizer.json"
 def train_tokenizer(config: Config, workdir: epath.Path) -> tuple[Tokenizer, str]:
     """The translation model's tokenizer, and the content of its file if it is trained.
 
-    If the workdir has results, its tokenizer is loaded; else one is trained, but not written yet.
+    If the workdir has results, its tokenizer is loaded; else one is trained, but not yet written.
 
     Raises:
-      ValueError: for more tokens than the translator's vocabulary.
+      ValueError: if it has more tokens than the translator's vocabulary.
     """
     languages, sentences = config.known_languages, None
     if config.tokenizer.kind == "trained":
@@ -42,7 +42,7 @@ def train_tokenizer(config: Config, workdir: epath.Path) -> tuple[Tokenizer, str
 
 
 def save_tokenizer(text: str, workdir: epath.Path) -> None:
-    """Writes the file of a trained tokenizer atomically, unless it exists with this content."""
+    """Atomically writes the file of a trained tokenizer, unless it already has this content."""
     path = workdir / TOKENIZER
     if not text or jax.process_index() or (path.exists() and path.read_text() == text):
         return
@@ -62,19 +62,19 @@ def require_same_tokenizer(config: Config, name: str, text: str) -> None:
         step = checkpoint.find_step(source) if source else None
     except FileNotFoundError:  # raised again when weights are loaded
         return
-    # With a published text tower, a run of stage "clip" has no tokenizer of its own.
+    # With a published text tower, a run of stage "clip" has no tokenizer.
     if step is None or (name == "clip" and config.sources.clip_text):
         return
     kind = (checkpoint.load_config(step).get("tokenizer") or {}).get("kind")
     if kind not in (None, config.tokenizer.kind):
         raise ValueError(
             f"config.sources.{name}={source!r} is a run with config.tokenizer.kind={kind!r}, whose "
-            f"ids mean other words than those of config.tokenizer.kind={config.tokenizer.kind!r}; "
+            f"ids mean other words than with config.tokenizer.kind={config.tokenizer.kind!r}; "
             "give the config.tokenizer of that run"
         )
     other = step.parent.parent / TOKENIZER
     if text and other.exists() and other.read_text() != text:
         raise ValueError(
-            f"config.sources.{name}: {other} is another tokenizer than the one for this config; "
+            f"config.sources.{name}: {other} is not the tokenizer of this config; "
             "give the config.data, config.languages and config.tokenizer of that run"
         )

@@ -26,8 +26,8 @@ SCORES, TRANSLATIONS = "scores.json", "translations.tsv"
 def decode_batches(
     config: Config, inputs: Inputs, *, shard: tuple[int, int] | None = None
 ) -> Iterator[Batch]:
-    """Batches of a set for the search, sorted by length; `shard` is (this host, number of hosts),
-    by default of all."""
+    """Batches of a set for the search, sorted by length. `shard` is (this host, number of hosts),
+    by default over all hosts."""
     return evaluation_batches(
         inputs,
         batch=config.decode.batch,
@@ -52,7 +52,7 @@ def score_split(
 
     Args:
       translate: the search.
-      step: of the checkpoint, for scores.json.
+      step: step of the checkpoint, for scores.json.
 
     Returns:
       The content of scores.json: set, step, sentences, scores, and each score's signature.
@@ -96,7 +96,7 @@ def score_further(
 ) -> dict[str, dict[str, Any]]:
     """Scores config.data.further_tests as `score_split` does, each in its own folder.
 
-    Call it before the test split is scored, whose scores.json marks a finished run.
+    Call it before scoring the test split, whose scores.json marks the run as finished.
 
     Returns:
       The content of scores.json by split.
@@ -115,7 +115,7 @@ def score_further(
 
 
 def galleries(config: Config, folder: epath.Path) -> list[Table]:
-    """`gallery` of each test split of a finished run, with the name of the set in its caption."""
+    """The `gallery` of each test split of a finished run, with the set's name in its caption."""
     tables = []
     for test, split in {"": config.data.test_split, **config.data.further}.items():
         data = dataclasses.replace(config.data, test_split=split, further_tests=())
@@ -127,7 +127,7 @@ def galleries(config: Config, folder: epath.Path) -> list[Table]:
 
 
 def gallery(config: Config, folder: epath.Path, *, limit: int = 8) -> Table | None:
-    """Translations of a finished run with their pictures, evenly spread over the set."""
+    """Sample translations of a finished run with their pictures, evenly spread over the set."""
     path = folder / TRANSLATIONS
     if not path.exists():
         return None
@@ -138,7 +138,7 @@ def gallery(config: Config, folder: epath.Path, *, limit: int = 8) -> Table | No
 
 
 def with_pictures(config: Config, rows: Sequence[Row]) -> list[Row]:
-    """The rows of a test split, with those of their pictures that can be read."""
+    """The rows of a test split, with their pictures where those can be read."""
     corpus = load_corpus(config.data, config.data.test_split, config.data.pair, with_images=True)
     places = {key: place for place, key in enumerate(corpus.keys)}
     return [dataclasses.replace(row, picture=_picture(corpus, places.get(row.key))) for row in rows]
@@ -162,7 +162,7 @@ def scores_table(folder: epath.Path, names: list[str]) -> Table | None:
 
 
 def _picture(corpus: Corpus, place: int | None) -> np.ndarray | None:
-    """The picture at `place`; None for a scored example that the corpus has no picture of."""
+    """The picture at `place`; None if the corpus has no picture for a scored example."""
     if corpus.images is None or place is None:
         return None
     try:

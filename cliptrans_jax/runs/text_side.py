@@ -1,6 +1,6 @@
-"""The text side of stage "clip": a tower that trains, or features of one that stays frozen.
+"""The text side of stage "clip": a tower that trains, or features of a frozen one.
 
-Both have the same record, so that the stage asks for its kind once.
+Both have the same interface, so that only one place in the stage depends on the kind.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ from common_jax.mesh import Rules
 
 @dataclasses.dataclass(frozen=True)
 class TextSide:
-    """The functions of a kind of text side; `params` are those of all that trains in the stage.
+    """The functions of one kind of text side; `params` are all parameters that the stage trains.
 
     Attributes:
-      shapes: config, B and T to the texts of a batch, as shapes.
-      init: config and key to the initial parameters by tower.
-      rules: config to the partition rules of these parameters.
-      features: config, params, batch and the key of dropout, or None, to features (B, F).
-      example: config, T and an item, ids or features, to the texts of an example.
+      shapes: (config, B, T) -> shapes of the texts in a batch.
+      init: (config, key) -> initial parameters by tower.
+      rules: config -> partition rules of these parameters.
+      features: (config, params, batch, dropout key or None) -> features (B, F).
+      example: (config, T, an item: ids or features) -> the texts of an example.
     """
 
     shapes: Callable[[Config, int, int], Mapping[str, jax.ShapeDtypeStruct]]
@@ -37,7 +37,7 @@ class TextSide:
 
 
 def text_side(config: Config) -> TextSide:
-    """The text side that config.clip.lock_text chooses."""
+    """The text side selected by config.clip.lock_text."""
     return LOCKED if config.clip.lock_text else TRAINED
 
 

@@ -1,5 +1,5 @@
-"""Runs of the stages that train a translator: train, choose the best checkpoint by the validation
-set, and translate the test set with it."""
+"""Runs of stages that train a translator: train, choose the best checkpoint on the validation set,
+and translate the test set with it."""
 
 import dataclasses
 import functools
@@ -39,10 +39,10 @@ from common_jax.workdir import read_json, read_result
 
 
 def run(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
-    """Trains the stage of the config, or resumes it, and scores the test split.
+    """Trains the config's stage, resuming if interrupted, and scores the test split.
 
-    Parameters are saved under the translator's subtree, "mapper", and "clip" if the text tower
-    trains.
+    Parameters are saved under the translator's subtree, "mapper", and "clip" if the text tower is
+    trained.
 
     Returns:
       The result of `common_jax.loop.train`, with the scores of the test split under "test".
@@ -50,7 +50,7 @@ def run(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     done = workdir / SCORES
     result = read_result(workdir, user_config, phase=user_config.stage)
     if result is not None and done.exists():
-        logging.info("%s is finished already: %s", user_config.stage, workdir)
+        logging.info("%s is already finished: %s", user_config.stage, workdir)
         return result | {"test": read_json(done)}
     config = user_config.apply_parity()
     data = RunData(config, workdir, mesh)
@@ -62,7 +62,7 @@ def run(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     )
     task = model.bare_task(mesh, examples=count)
     loop.check(task, config.run, config.optim, seed=config.seed, mesh=mesh)
-    data.save_tokenizer()  # the first thing that is written
+    data.save_tokenizer()  # written before anything else
     train = data.load(config.data.train_split, train=True)
     valid = data.load(config.data.valid_split, train=False)
     test = data.load(config.data.test_split, train=False)
@@ -94,7 +94,7 @@ def run(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
 
 
 def describe(user_config: Config, mesh: Mesh, *, examples: int, tokens: int) -> Task:
-    """The task of a stage without data and weights, which is enough to compile its step.
+    """A stage's task without data and weights, which is enough to compile its step.
 
     Args:
       user_config: the config, before `apply_parity`.
@@ -138,7 +138,7 @@ def _awaits_towers(config: Config) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The model that a stage trains; `tower` is the text tower if the step runs it, else None."""
+    """The model that a stage trains; `tower` is the text tower if steps run it, else None."""
 
     config: Config
     translator: Translator
@@ -146,7 +146,7 @@ class Model:
 
     @classmethod
     def of(cls, config: Config, data: RunData) -> "Model":
-        """The model of a config, with its vocabulary checked, but without parameters."""
+        """The model of a config, without parameters; checks its vocabulary."""
         vocab = config.model.sizes.vocab
         require_fits(data.tokenizer, vocab=vocab, special={}, key=config.model.key)
         tower = data.text_tower if encodes_texts(config) else None
@@ -169,7 +169,7 @@ class Model:
         return make_encode(self.tower)
 
     def init(self, key: jax.Array) -> Mapping[str, Any]:
-        """Fresh parameters. Those of a text tower are zeros, as they are always loaded."""
+        """Initial parameters. A text tower's are zeros, as they are always loaded."""
         params = self.translator.init(key)
         if self.trained_tower is None:
             return params
@@ -204,8 +204,8 @@ class Model:
         )
 
     def frozen_shapes(self, mesh: Mesh) -> dict[str, Any]:
-        """Shapes and shardings of parameters that the step does not train: those of a frozen text
-        tower, under "clip"."""
+        """Shapes and shardings of the parameters that steps use but do not train: a frozen text
+        tower's, under "clip"."""
         if self.tower is None or self.trained_tower is not None:
             return {}
         params = {"clip": self.tower.params}
@@ -217,8 +217,8 @@ class Model:
         return place({"clip": self.tower.params}, shapes) if shapes else {}
 
     def translate(self, data: RunData, *, beams: int = 0) -> Translate:
-        """The search of the config, with another number of beams unless 0. One search compiles once
-        for all sets."""
+        """The config's search, with another number of beams unless 0. Reuse it for all sets, so
+        that it compiles only once."""
         config, language = self.config, None
         if config.parity and STAGES[config.stage].captioning:
             language = data.tokenizer.language_id(config.data.target_language)
@@ -230,10 +230,10 @@ class Model:
 def validate(
     config: Config, model: Model, valid: Split, translate: Translate, *, mesh: Mesh
 ) -> Evaluate:
-    """The evaluation of the validation set, as set by stage and config.
+    """Makes the evaluation on the validation set that stage and config ask for.
 
     Args:
-      translate: the search for its translations.
+      translate: the search.
     """
     batches = functools.partial(
         evaluation_batches, valid.inputs, batch=config.optim.micro_batch, batching=config.batching,
@@ -256,9 +256,9 @@ def validate(
 
 
 def best_step(workdir: epath.Path, metric: str | None) -> epath.Path:
-    """The folder of the checkpoint with the highest validation metric, the earliest of equal ones.
+    """The folder of the checkpoint with the highest validation metric; the earliest if several tie.
 
-    The newest one if `metric` is None, or, with a warning, if no finite value is on record.
+    It is the newest if `metric` is None or, with a warning, if no finite value is on record.
     """
     if metric is None:
         return checkpoint.find_step(workdir)
@@ -271,6 +271,6 @@ def best_step(workdir: epath.Path, metric: str | None) -> epath.Path:
     }
     if not values:
         step = checkpoint.find_step(workdir)
-        logging.warning("%s has no %s for any checkpoint: taking the newest", record, metric)
+        logging.warning("%s has no %s for any checkpoint: using the newest", record, metric)
         return step
     return folder / str(max(values, key=lambda step: (values[step], -step)))

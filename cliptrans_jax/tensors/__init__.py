@@ -1,1 +1,1 @@
-"""The kinds of networks whose published tensors can be read; see `kinds`."""
+"""The kinds of published networks that can be read; see `kinds`."""

@@ -1,4 +1,4 @@
-"""The JSON files beside published weights, for settings that tensors do not show."""
+"""The JSON files beside published weights, which have settings that tensors do not show."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,11 +17,11 @@ Beside = Mapping[str, Mapping[str, Any]]  # name of a file -> its content
 def read_beside(path: Path) -> Beside:
     """The JSON files that belong to the weights in a folder, or to a file of weights.
 
-    A folder may have the weights of both OpenCLIP and Hugging Face, each with their own JSON files.
-    Files with other names may be in any folder, so only OpenCLIP's JSON file is read for them.
+    A folder may contain weights of both OpenCLIP and Hugging Face, each with their own JSON files.
+    Weights with other file names may be in any folder; for them, only OpenCLIP's JSON file is read.
 
     Raises:
-      ValueError: for a file without a JSON object.
+      ValueError: if a file is not a JSON object.
     """
     file = weights_file(path) if path.is_dir() else path
     folder = path if path.is_dir() else path.parent
@@ -45,6 +45,6 @@ def picture_numbers(beside: Beside) -> tuple[str, Any, Any]:
 
 
 def open_clip_pictures(beside: Beside) -> Mapping[str, Any]:
-    """OpenCLIP's settings of pictures; empty if there are none."""
+    """OpenCLIP's preprocessing settings; empty if there are none."""
     content = beside.get(open_clip.FILE, {}).get("preprocess_cfg")
     return content if isinstance(content, dict) else {}

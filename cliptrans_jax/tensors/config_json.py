@@ -1,4 +1,4 @@
-"""Configs of networks from the config.json of Hugging Face's and M-CLIP's repositories."""
+"""Network configs from the config.json files of Hugging Face and M-CLIP repositories."""
 
 import dataclasses
 import types
@@ -20,7 +20,7 @@ from common_jax.workdir import read_json
 Hf = Mapping[str, Any]  # a config.json of Hugging Face
 CONFIG = "config.json"
 
-# Sizes of mBART and NLLB by their keys in config.json.
+# Our fields for the sizes of mBART and NLLB -> keys in config.json.
 TRANSLATOR_FIELDS = types.MappingProxyType(
     {
         "vocab": "vocab_size",
@@ -40,7 +40,7 @@ TRANSLATOR_FIELDS = types.MappingProxyType(
     }
 )
 MBART_FILE = "mBART's config.json"
-# Other keys that change an mBART, with the only supported value. The rest are about decoding,
+# Other keys that change an mBART, with the only supported value. The rest concern decoding,
 # initialisation, classifiers and versions, and are ignored: init_std, use_cache, num_beams,
 # max_length, forced_bos_token_id, id2label, tokenizer_class, dtype and so on.
 MBART_FIXED: Mapping[str, Any] = types.MappingProxyType(
@@ -57,7 +57,7 @@ MBART_FIXED: Mapping[str, Any] = types.MappingProxyType(
         "is_decoder": False,
     }
 )
-# The same for keys of older files, and of files with quantised weights.
+# The same for keys of older files and of files with quantised weights.
 MBART_FIXED_ONCE: Mapping[str, Any] = types.MappingProxyType(
     {
         "add_bias_logits": False,
@@ -71,8 +71,8 @@ MBART_FIXED_ONCE: Mapping[str, Any] = types.MappingProxyType(
     }
 )
 NLLB_FILE = "NLLB's config.json"
-# As `MBART_FIXED`. Keys that M2M-100's files have from mBART's, such as normalize_before, have no
-# effect on its network.
+# Like `MBART_FIXED`. Keys that M2M-100's files inherited from mBART, such as normalize_before, have
+# no effect on its network.
 NLLB_FIXED: Mapping[str, Any] = types.MappingProxyType(
     {
         "model_type": "m2m_100",
@@ -83,7 +83,7 @@ NLLB_FIXED: Mapping[str, Any] = types.MappingProxyType(
         "is_encoder_decoder": True,
     }
 )
-# Rates of training that published files have and networks here lack; an account says so.
+# Dropout rates in published files that networks here do not have; the account mentions them.
 NLLB_UNUSED = ("attention_dropout", "encoder_layerdrop", "decoder_layerdrop")
 MCLIP_BASES: Mapping[str, MClipConfig] = types.MappingProxyType(
     {
@@ -93,7 +93,7 @@ MCLIP_BASES: Mapping[str, MClipConfig] = types.MappingProxyType(
         "sentence-transformers/LaBSE": LabseConfig(),
     }
 )
-# Their classes, by the model type of a base's own config.json.
+# Tower configs, by the model type in the base model's own config.json.
 _MCLIP_CLASSES = {"xlm-roberta": MClipConfig, "roberta": MClipConfig, "bert": LabseConfig}
 _MCLIP_FIELDS = {
     "vocab": "vocab_size",
@@ -132,8 +132,8 @@ _CLIP_ALLOWED = {
     "dropout": (0.0,),
     "attention_dropout": (0.0,),
 }
-# Bounds above all published models, since shapes are built from these numbers before tensors are
-# checked.
+# Bounds that all published models satisfy. They are needed because shapes are built from these
+# numbers before tensors are checked.
 MOST, MOST_LAYERS = 10_000_000, 1000
 _EXPECTED = {
     int: "a whole number from {least} to {most}",
@@ -145,7 +145,7 @@ _EXPECTED = {
 
 def mbart_config(hf: Hf) -> MBartConfig:
     """The config of an mBART from its config.json. `decoder_start_token_id` defaults to the end
-    token, with which shifted labels start.
+    token, as that is what shifted labels start with.
 
     Raises:
       ValueError: naming a missing key, or a key with an unsupported value; see `MBART_FIXED`.
@@ -160,13 +160,13 @@ def mbart_hf_config(config: MBartConfig) -> dict[str, Any]:
 
 
 def nllb_config(hf: Hf) -> NllbConfig:
-    """The config of a dense NLLB-200 or M2M-100, as `mbart_config`; see `NLLB_FIXED`."""
+    """The config of a dense NLLB-200 or M2M-100, like `mbart_config`; see `NLLB_FIXED`."""
     return _read_translator(hf, NllbConfig, NLLB_FIXED | {"quantization_config": None}, NLLB_FILE)
 
 
 def nllb_hf_config(config: NllbConfig) -> dict[str, Any]:
     """The config.json of an NLLB; the inverse of `nllb_config`."""
-    # Otherwise `transformers` takes its defaults, with which nothing here was trained.
+    # Otherwise `transformers` uses its defaults, with which nothing here was trained.
     return _write_translator(config, NLLB_FIXED | dict.fromkeys(NLLB_UNUSED, 0.0))
 
 
@@ -180,7 +180,7 @@ def mclip_config(hf: Hf, transformer_hf: Hf | None) -> MClipConfig:
 
     Raises:
       ValueError: naming a missing key, a key with an unsupported value, or a
-        `transformerDimensions` that is not the width.
+        `transformerDimensions` that differs from the width.
     """
     _required(hf, "numDims", _MCLIP_FILE)
     features = checked(hf, {"features": "numDims"}, MClipConfig, _MCLIP_FILE)
@@ -215,7 +215,7 @@ def mclip_folder_config(hf: Hf, file: str) -> MClipConfig:
       file: folder or file of the weights.
 
     Raises:
-      ValueError: as `mclip_config`, and for a missing `modelBase`.
+      ValueError: as `mclip_config`, and if the `modelBase` is missing.
     """
     name = hf.get("modelBase")
     if not isinstance(name, str) or name in MCLIP_BASES:
@@ -255,19 +255,19 @@ def clip_text_config(hf: Hf) -> ClipTextConfig:
     require_supported(tower, _CLIP_ALLOWED, where)
     features = checked(hf, {"features": "projection_dim"}, ClipTextConfig, _CLIP_FILE)
     config = ClipTextConfig(**checked(tower, _CLIP_TEXT_FIELDS, ClipTextConfig, where), **features)
-    # The tower pools at the largest id, which must be the end token. Hugging Face does the same for
-    # eos_token_id=2, as in OpenAI's files.
+    # The tower pools at the largest id, which must be the end token. So does Hugging Face if
+    # eos_token_id=2, as it is in OpenAI's files.
     require_supported(tower, {"eos_token_id": (2, config.vocab - 1)}, where)
     return config
 
 
 def checked(hf: Hf, fields: Mapping[str, str], cls: type, where: str) -> dict[str, Any]:
-    """The values of a config.json by fields of `cls`, without those that it lacks.
+    """The values in a config.json by fields of `cls`; keys that the file lacks are left out.
 
     Args:
       hf: the file's content.
       fields: field of `cls` -> key in the file.
-      cls: a dataclass; its defaults define the types.
+      cls: a dataclass, whose defaults define the types.
       where: name of the file or section, for messages.
 
     Raises:
@@ -296,7 +296,7 @@ def require_supported(hf: Hf, allowed: Mapping[str, tuple], where: str) -> None:
         if key in hf and hf[key] not in values:
             expected = " or ".join(map(repr, values))
             raise ValueError(
-                f"{key}={brief(hf[key])} of {where} is not supported: it must be {expected}; take "
+                f"{key}={brief(hf[key])} of {where} is not supported: it must be {expected}; use "
                 "another model"
             )
 
@@ -304,7 +304,8 @@ def require_supported(hf: Hf, allowed: Mapping[str, tuple], where: str) -> None:
 def _read_translator(
     hf: Hf, cls: type[TransformerConfig], fixed: Mapping[str, Any], where: str
 ) -> Any:
-    """The config of class `cls`, once the keys of `fixed` have their only supported values."""
+    """The config of class `cls`, after checking that keys in `fixed` have their only supported
+    value."""
     require_supported(hf, {key: (value, None) for key, value in fixed.items()}, where)
     start = {TRANSLATOR_FIELDS["start"]: hf.get("eos_token_id")}
     hf = start | {key: value for key, value in hf.items() if value is not None}
@@ -320,7 +321,7 @@ def _write_translator(config: TransformerConfig, fixed: Mapping[str, Any]) -> di
 
 
 def tower_section(hf: Hf, side: str, *, family: str, file: str) -> tuple[Hf, str]:
-    """The section of one tower in the file of a whole model or of the tower, and its name for
+    """One tower's section in the file of a whole model or of the tower alone, and its name for
     messages.
 
     Args:
@@ -330,7 +331,7 @@ def tower_section(hf: Hf, side: str, *, family: str, file: str) -> tuple[Hf, str
       file: name of the file, for messages.
 
     Raises:
-      ValueError: for another model type, or a section that is no dictionary.
+      ValueError: for another model type, or a section that is not a dictionary.
     """
     _required(hf, "model_type", file)
     require_supported(hf, {"model_type": (family, f"{family}_{side}_model")}, file)
@@ -346,7 +347,7 @@ def tower_section(hf: Hf, side: str, *, family: str, file: str) -> tuple[Hf, str
 def _required(hf: Hf, key: str, where: str) -> Any:
     if key not in hf:
         raise ValueError(
-            f"{key} is missing in {where}, which has {sorted(hf)[:20]}; give the file of the model "
-            "whose weights are read"
+            f"{key} is missing in {where}, which has {sorted(hf)[:20]}; use the file that "
+            "belongs to the weights"
         )
     return hf[key]

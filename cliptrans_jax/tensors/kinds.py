@@ -1,4 +1,4 @@
-"""The kinds of published networks: names of their tensors, and sources of their sizes."""
+"""The kinds of published networks: the names of their tensors, and where their sizes come from."""
 
 import dataclasses
 import functools
@@ -37,12 +37,12 @@ from common_jax.weights.table import (
 
 Tensors = Mapping[str, np.ndarray]
 
-# The files that OpenAI published; all of their towers have the quick GELU.
+# The files that OpenAI published; all of their towers use quick GELU.
 OPENAI_FILES = (
     *("RN50.pt", "RN101.pt", "RN50x4.pt", "RN50x16.pt", "RN50x64.pt"),
     *("ViT-B-32.pt", "ViT-B-16.pt", "ViT-L-14.pt", "ViT-L-14-336px.pt"),
 )
-# Kinds by model type or class in config.json; a whole CLIP or SigLIP is its image tower.
+# Kinds by model type or class in config.json; a whole CLIP or SigLIP counts as its image tower.
 KIND_BY_NAME = types.MappingProxyType(
     {
         "mbart": "mbart",
@@ -59,13 +59,13 @@ KIND_BY_NAME = types.MappingProxyType(
         "SiglipModel": "siglip_vision",
         "siglip_vision_model": "siglip_vision",
         "siglip_text_model": "siglip_text",
-        siglip_json.NAFLEX: "siglip_vision",  # whose config names the reason to refuse it
+        siglip_json.NAFLEX: "siglip_vision",  # reading its config explains why it is refused
     }
 )
-# Model types of networks that resemble supported ones, and what they are.
+# Model types that resemble supported ones but are not, and what to say about them.
 UNSUPPORTED = types.MappingProxyType(
     {
-        "nllb-moe": "NLLB-200's mixture of experts (54B), which is not supported; take a dense "
+        "nllb-moe": "NLLB-200's mixture of experts (54B), which is not supported; use a dense "
         "NLLB-200, of 600M to 3.3B parameters"
     }
 )
@@ -73,24 +73,24 @@ UNSUPPORTED = types.MappingProxyType(
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One naming of a network's tensors.
+    """One naming scheme for a network's tensors.
 
     Attributes:
       marker: regex of a tensor that all files of this layout have.
-      foreign: regex of tensors by which a file with the marker is known to be of another layout.
+      foreign: regex of tensors that show that a file with the marker has another layout after all.
       config_type: class of the config.
       shapes: config -> shapes of our parameters.
       table: config -> table of names.
-      pictures: the preparation of an image tower's pictures.
+      pictures: how an image tower's pictures are preprocessed.
       about: name of the JSON file beside the weights.
-      from_about: (content of that file, the weights' file) -> config; None if it has none.
+      from_about: (content of that file, the weights' file) -> config; None if it has no config.
       to_about: config -> content of that file, for export; None if this layout is not written.
-      about_unused: its keys about training that have no effect here; a note gives their values.
+      about_unused: its keys for dropout rates that have no effect here; a note gives their values.
       from_tensors: (tensors, their file) -> config, inferred from shapes; None for the defaults.
-      unstated: fields of the config that shapes do not show; without that file those of the
+      unstated: config fields that shapes do not show; without the JSON file, the values of the
         published models are assumed.
       varied: whether models with equal tensors differ in the activation, which must then be given.
-      quick: names of files whose activation is known to be the quick GELU.
+      quick: names of files that are known to use quick GELU.
     """
 
     marker: str
@@ -149,17 +149,18 @@ def kind_of_config(hf: Hf | None, file: str) -> str | None:
 
 
 def kind_of_tensors(tensors: Tensors) -> str | None:
-    """The kind that the tensors' names show, below the shortest prefix; None without a marker."""
+    """The kind that the tensors' names indicate, below the shortest prefix; None without a
+    marker."""
     claims = rank_kinds(_formats(tensors), tensors)
     return claims[0].kind if claims else None
 
 
 def choose_kind(allowed: tuple[str, ...], named: str | None, tensors: Tensors, file: str) -> str:
-    """The first of the `allowed` kinds that the tensors have, else the first one; if all are
-    allowed, the kind that a config.json names, else that of the tensors.
+    """The first of the `allowed` kinds whose tensors are there, else the first one. If all are
+    allowed, the kind that config.json names, else the one that the tensors indicate.
 
     Raises:
-      ValueError: if neither shows one.
+      ValueError: if neither does.
     """
     if allowed:
         there = (k for k in allowed if any(prefixes(one.marker, tensors) for one in KINDS[k]))
@@ -180,16 +181,16 @@ def written_layout(config: Any) -> Layout:
 
 
 def find_layout(kind: str, tensors: Tensors, file: str, weights: str = "") -> tuple[Layout, str]:
-    """The layout of a kind's tensors in a file, and the prefix of their names.
+    """Finds the layout of a kind's tensors in a file, and the prefix of their names.
 
     Args:
       kind: a key of KINDS.
-      tensors: by their names.
+      tensors: tensors by name.
       file: name of their file, for messages.
-      weights: the prefix, such as "teacher.", if several networks of the kind are in the file.
+      weights: the prefix, such as "teacher.", if the file has several networks of the kind.
 
     Raises:
-      ValueError: if the file has no such network, or several.
+      ValueError: if the file has no such network, or more than one.
     """
     for layout in KINDS[kind]:
         there = prefixes(layout.marker, tensors)
@@ -199,11 +200,11 @@ def find_layout(kind: str, tensors: Tensors, file: str, weights: str = "") -> tu
     other = kind_of_tensors(tensors)
     hint = f"; it holds {other!r}" if other else ""
     where = f" below {weights!r}" if weights else ""
-    raise ValueError(f"{file} holds no {kind!r}{where}, whose {markers} is missing{hint}")
+    raise ValueError(f"{file} holds no {kind!r}{where}: it lacks its {markers}{hint}")
 
 
 def _formats(tensors: Tensors) -> Iterator[Format]:
-    """The layouts, without those that the tensors rule out by names foreign to them."""
+    """The layouts, except those that the tensors rule out by foreign names."""
     for kind, layouts in KINDS.items():
         for one in layouts:
             if one.foreign and prefixes(one.foreign, tensors):
@@ -216,7 +217,7 @@ def _translator_shapes(config: ModelConfig) -> Mapping[str, Any]:
 
 
 def _facts(tower: Tower) -> dict[str, Any]:
-    """The fields of a layout that its tower answers."""
+    """The fields of a layout that follow from its tower."""
     return {"config_type": tower.config, "shapes": tower.shapes, "pictures": tower.pictures}
 
 
@@ -226,7 +227,7 @@ MBART_UNSTATED = (
 )
 # Towers of OpenAI and OpenCLIP have the same tensors but different activations.
 _clip = functools.partial(Layout, unstated=("heads", "eps", "activation"), varied=True)
-# Under the names that OpenAI and OpenCLIP share.
+# With the names that OpenAI and OpenCLIP share.
 _open_clip = functools.partial(_clip, about=open_clip.FILE, quick=OPENAI_FILES)
 
 MBART = Layout(
@@ -239,7 +240,7 @@ MBART = Layout(
     to_about=config_json.mbart_hf_config,
     unstated=MBART_UNSTATED,
 )
-# Its names are among those of mBART, which has a few more.
+# Its names are a subset of mBART's.
 NLLB = Layout(
     marker=r"model\.encoder\.layer_norm\.weight",
     foreign=r"model\.(encoder|decoder)\.(layernorm_embedding|embed_positions)\.weight",

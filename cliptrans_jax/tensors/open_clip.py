@@ -16,7 +16,7 @@ _TEXT = {
     "layers": "layers",
     "heads": "heads",
 }
-# Other keys that change a tower, with their supported values.
+# Other keys that change a tower, with the supported values.
 _BOTH: Mapping[str, tuple] = {
     "ls_init_value": (None,),
     "act_kwargs": (None, {}),
@@ -42,8 +42,8 @@ _TEXT_ALLOWED: Mapping[str, tuple] = _BOTH | {
 
 
 def text_config(content: Mapping[str, Any]) -> ClipTextConfig:
-    """The config of a text tower. Missing keys default to OpenCLIP's `CLIPTextCfg`, and a model
-    without `quick_gelu` has the GELU.
+    """The config of a text tower. Missing keys default to OpenCLIP's `CLIPTextCfg`; without
+    `quick_gelu`, the activation is GELU.
 
     Raises:
       ValueError: naming a key that is missing, of another type, or not supported.
@@ -73,7 +73,7 @@ def vision_config(content: Mapping[str, Any]) -> ClipVisionConfig:
 
 
 def _shared(model: Mapping[str, Any], tower: Mapping[str, Any], width: int) -> dict[str, Any]:
-    """Features, hidden width and activation, which have the same keys for both towers."""
+    """Features, hidden width and activation, whose keys are the same for both towers."""
     quick, ratio = model.get("quick_gelu", False), tower.get("mlp_ratio", 4.0)
     if not isinstance(quick, bool):
         raise ValueError(f"quick_gelu={brief(quick)} in {FILE} must be true or false")

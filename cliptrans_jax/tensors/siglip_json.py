@@ -1,4 +1,4 @@
-"""Configs of SigLIP's towers from the config.json of Hugging Face's repositories."""
+"""Configs of SigLIP's towers from the config.json of Hugging Face repositories."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "num_channels": (3,),
     "vision_use_head": (True,),
 }
-NAFLEX = "siglip2"  # model type, alone or as the beginning of a tower's
+NAFLEX = "siglip2"  # the model type, and the beginning of its towers' model types
 
 
 def vision_config(hf: Hf) -> SiglipVisionConfig:
@@ -48,12 +48,12 @@ def text_config(hf: Hf) -> SiglipTextConfig:
 
 
 def _section(hf: Hf, side: str) -> tuple[dict[str, Any], str]:
-    """The checked section of a tower, without keys that are null, and its name for messages."""
+    """A tower's section, checked and without null keys, and its name for messages."""
     kind = hf.get("model_type")
     if isinstance(kind, str) and kind.startswith(NAFLEX):
         raise ValueError(
-            f"model_type={kind!r} of {_FILE} is that of NaFlex, whose pictures keep their aspect "
-            "ratio, and which is not supported; take a SigLIP 2 for one size of pictures, such as "
+            f"model_type={kind!r} of {_FILE} is NaFlex, which takes pictures in their own aspect "
+            "ratio and is not supported; use a SigLIP 2 for pictures of one size, such as "
             "google/siglip2-base-patch16-224"
         )
     tower, where = tower_section(hf, side, family="siglip", file=_FILE)

@@ -1,4 +1,4 @@
-"""Configs of networks, inferred from the shapes of their tensors.
+"""Infers the configs of networks from the shapes of their tensors.
 
 Shapes do not show heads, ids, epsilons and activations: those of the published models are assumed.
 """
@@ -22,7 +22,7 @@ from cliptrans_jax.translators.transformer import TransformerConfig
 
 Tensors = Mapping[str, np.ndarray]
 
-# Output and input layer of each mapping network; the first one whose output exists is it.
+# Output and input layer of each kind of mapping network; the first whose output exists is taken.
 MAPPER_OUT = {
     "transformer": "projector.weight",
     "hidden_mlp": "hidden.2.weight",
@@ -32,7 +32,8 @@ MAPPER_IN = MAPPER_OUT | {"hidden_mlp": "hidden.0.weight"}
 
 
 def cliptrans_config(tensors: Tensors, file: str) -> ModelConfig:
-    """The config of a CLIPTrans checkpoint; raises ValueError for a missing or misshapen tensor."""
+    """The config of a CLIPTrans checkpoint; raises ValueError if a tensor is missing or
+    misshapen."""
     sizes = mbart_config(tensors, file, "mbart.")
     return ModelConfig(sizes, _mapper_sizes(tensors, sizes.width, file))
 
@@ -56,17 +57,17 @@ def _translator_config(
     file: str,
     prefix: str = "",
 ) -> Any:
-    """The published config with the sizes of the tensors, if their width is one of those published,
-    all of which have the same number of heads."""
+    """The published config with the tensors' sizes. The width must be a published one, since
+    tensors do not show the number of heads, which is the same in all published models."""
     names = (transformer_names.EMBEDDING, *transformer_names.ALIASES)
     names = [prefix + name for name in names]
     embedding = next((name for name in names if name in tensors), names[0])
     vocab, width = _shape(tensors, embedding, 2, file)
     if width not in widths:
         raise ValueError(
-            f"{file} has a translator of width {width}, whose number of heads its tensors do not "
-            f"show; give its config (a published one, of width {' or '.join(map(str, widths))}, "
-            f"has {published.encoder_heads})"
+            f"{file} has a translator of width {width}, and its tensors do not show the number of "
+            f"heads; give its config (published ones, of width {' or '.join(map(str, widths))}, "
+            f"have {published.encoder_heads})"
         )
     sizes = {}
     for side in ("encoder", "decoder"):
@@ -83,7 +84,7 @@ def _mapper_sizes(tensors: Tensors, width: int, file: str) -> MapperConfig:
     rows = _shape(tensors, f"adapter.{MAPPER_OUT[kind]}", 2, file)[0]
     if rows % width:
         raise ValueError(
-            f"{file} has adapter.{MAPPER_OUT[kind]} of {rows} rows, which must be a multiple of "
+            f"{file} has adapter.{MAPPER_OUT[kind]} with {rows} rows, which must be a multiple of "
             f"mBART's width {width}"
         )
     features = _shape(tensors, f"adapter.{MAPPER_IN[kind]}", 2, file)[1]

@@ -41,7 +41,7 @@ class ClipVisionConfig(Section):
       layers: blocks.
       heads: attention heads.
       hidden: hidden width F of the MLPs.
-      eps: epsilon of every LayerNorm.
+      eps: epsilon of the LayerNorms.
       features: width M of a feature.
       activation: one of `ACTIVATIONS`.
       attention: implementation of attention: "auto", a fused kernel on GPUs and TPUs where it is
@@ -81,10 +81,9 @@ class ClipTextConfig(Section):
     """Sizes of a text tower; the defaults are those of openai/clip-vit-base-patch32.
 
     Attributes:
-      vocab: token ids V.
-      positions: tokens of the longest sentence.
-
-    The others are those of `ClipVisionConfig`.
+      vocab: number V of token ids.
+      positions: tokens in the longest sentence.
+      The other fields are as in `ClipVisionConfig`.
     """
 
     vocab: Size = 49408
@@ -113,7 +112,7 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
     Attributes:
-      config: has `heads`, `hidden`, `eps`, `activation` and `attention`.
+      config: must have `heads`, `hidden`, `eps`, `activation` and `attention`.
     """
 
     config: Any
@@ -136,7 +135,7 @@ class Block(nn.Module):
 
 
 class ClipVision(nn.Module):
-    """Images to features: the class token after the blocks, normed and projected (CLIP,
+    """Maps images to features: the class token after the blocks, normalised and projected (CLIP,
     CLIPVisionModelWithProjection).
 
     Features are not of unit length, and are float32 at least. Sows `intermediates`: `embedded`
@@ -175,7 +174,7 @@ class ClipVision(nn.Module):
 
 
 class ClipText(nn.Module):
-    """Token ids to features: the state of the end token, normed and projected (CLIP,
+    """Maps token ids to features: the state of the end token, normalised and projected (CLIP,
     CLIPTextModelWithProjection).
 
     Attention is causal. Features are not of unit length, and are float32 at least. Sows
@@ -195,8 +194,8 @@ class ClipText(nn.Module):
         """Features of token ids.
 
         Args:
-          ids: the tokens; the end token is the largest id of a sentence.
-          mask: the tokens to attend to; None for all. It has no effect after the end token.
+          ids: the tokens; the end token has the largest id in a sentence.
+          mask: the tokens to attend to; None for all. Has no effect after the end token.
 
         Raises:
           ValueError: if there are more tokens than positions.
@@ -220,7 +219,7 @@ class ClipText(nn.Module):
 
 
 def end_position(ids: Int[Array, "B S"]) -> Int[Array, " B"]:
-    """The position of the end token: the first of the largest ids, since pads may be end tokens
+    """The position of the end token: that of the first largest id, since pads may be end tokens
     too."""
     return jnp.argmax(ids, axis=1)
 
@@ -232,7 +231,7 @@ def _projection(config: ClipVisionConfig | ClipTextConfig, dtype: DTypeLike) -> 
     )
 
 
-PARTITION_RULES = (  # of both towers
+PARTITION_RULES = (  # for both towers
     (r"/words$", P(None, "fsdp")),
     (r"/patches/kernel$", P(None, "fsdp")),
     (r"/(class_token|positions)$", P()),

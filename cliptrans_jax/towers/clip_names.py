@@ -1,4 +1,4 @@
-"""Tensor names of CLIP's ViT and text tower in files of Hugging Face and of OpenAI.
+"""Tensor names of CLIP's ViT and text tower in files from Hugging Face and OpenAI.
 
 A file has both towers; each table leaves out the other's tensors.
 """
@@ -19,7 +19,7 @@ from common_jax.weights.entries import (
 )
 from common_jax.weights.table import Table
 
-_OTHER_TOWER = "of the other tower, which is read separately"
+_OTHER_TOWER = "belongs to the other tower, which is read separately"
 _LEFT_OUT = {
     r"(text|vision)_model\.embeddings\.position_ids": "a buffer that counts 0, 1, 2, ...",
     r"logit_scale": "the temperature of CLIP's own training",
@@ -35,7 +35,7 @@ OPENAI_TEXT_TOWER = {
 
 
 def vision_table(config: ClipVisionConfig) -> Table:
-    """Names of `towers.clip.ClipVision` in files of Hugging Face."""
+    """Names of `towers.clip.ClipVision` in Hugging Face's files."""
     entries = {
         "class_token": copy("vision_model.embeddings.class_embedding"),
         "positions": copy("vision_model.embeddings.position_embedding.weight"),
@@ -50,7 +50,7 @@ def vision_table(config: ClipVisionConfig) -> Table:
 
 
 def text_table(config: ClipTextConfig) -> Table:
-    """Names of `towers.clip.ClipText` in files of Hugging Face."""
+    """Names of `towers.clip.ClipText` in Hugging Face's files."""
     entries = {
         "words": copy("text_model.embeddings.token_embedding.weight"),
         "positions": copy("text_model.embeddings.position_embedding.weight"),
@@ -63,7 +63,7 @@ def text_table(config: ClipTextConfig) -> Table:
 
 
 def openai_vision_table(config: ClipVisionConfig) -> Table:
-    """Names of `towers.clip.ClipVision` in files of OpenAI."""
+    """Names of `towers.clip.ClipVision` in OpenAI's files."""
     entries = {
         "class_token": copy("visual.class_embedding"),
         "positions": copy("visual.positional_embedding"),
@@ -77,7 +77,7 @@ def openai_vision_table(config: ClipVisionConfig) -> Table:
 
 
 def openai_text_table(config: ClipTextConfig) -> Table:
-    """Names of `towers.clip.ClipText` in files of OpenAI."""
+    """Names of `towers.clip.ClipText` in OpenAI's files."""
     entries = {
         "words": copy("token_embedding.weight"),
         "positions": copy("positional_embedding"),

@@ -1,4 +1,4 @@
-"""M-CLIP's text tower of LaBSE: a BERT in place of XLM-RoBERTa."""
+"""M-CLIP's LaBSE text tower: a BERT in place of XLM-RoBERTa."""
 
 import dataclasses
 
@@ -31,11 +31,11 @@ class LabseConfig(MClipConfig):
         return self.positions
 
     def places(self, ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
-        """The row of the position table for each token: its number from 0, pads included."""
+        """The row of the position table for each token: its index, pads included."""
         return jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
 
 
-# The files of both have the same names; their config.json says which it is.
+# Both have the same tensor names; config.json says which it is.
 TOWER = dataclasses.replace(
     mclip.TOWER,
     config=LabseConfig,

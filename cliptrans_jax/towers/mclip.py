@@ -1,4 +1,4 @@
-"""M-CLIP's text tower: XLM-RoBERTa, a mean over tokens, a projection into CLIP's space."""
+"""M-CLIP's text tower: XLM-RoBERTa, mean over tokens, projection into CLIP's space."""
 
 import dataclasses
 from typing import Annotated
@@ -26,17 +26,17 @@ class MClipConfig(Section):
     """Sizes of the tower; the defaults are those of M-CLIP/XLM-Roberta-Large-Vit-B-32.
 
     Attributes:
-      vocab: token ids V.
+      vocab: number V of token ids.
       width: width D of a token.
       layers: blocks.
       heads: attention heads.
       hidden: hidden width F of the MLPs.
       positions: rows of the position table, of which the first `pad + 1` belong to no token.
       types: rows of the token type table, of which only row 0 is used.
-      eps: epsilon of every LayerNorm.
-      pad: the id of a pad.
+      eps: epsilon of the LayerNorms.
+      pad: id of padding.
       features: width M of a feature.
-      dropout: rate in training, for embeddings and branches but not for attention weights.
+      dropout: dropout rate in training, of embeddings and branches but not of attention weights.
       activation: one of `ACTIVATIONS`.
       attention: implementation of attention: "auto", a fused kernel on GPUs and TPUs where it is
         faster, XLA elsewhere; "xla"; or "cudnn", in bfloat16 on GPUs only.
@@ -81,10 +81,10 @@ class MClipConfig(Section):
 
 
 def position_ids(ids: Int[Array, "B S"], pad: int) -> Int[Array, "B S"]:
-    """The row of the position table for each token: `pad` + its number among the tokens that are no
-    pads, from 1; `pad` for pads.
+    """The row of the position table for each token: `pad` + its index among the non-pad tokens,
+    counting from 1; `pad` for pads.
 
-    Depends on the ids, not on a mask (XLM-RoBERTa, create_position_ids_from_input_ids).
+    It depends on the ids, not on a mask (XLM-RoBERTa, create_position_ids_from_input_ids).
     """
     real = (ids != pad).astype(jnp.int32)
     return jnp.cumsum(real, axis=1) * real + pad
@@ -136,7 +136,7 @@ class Block(nn.Module):
 
 
 class MClip(nn.Module):
-    """Sentences to features: projection of the mean over visible tokens, <s> and </s> included
+    """Maps sentences to features: projects the mean over visible tokens, <s> and </s> included
     (M-CLIP, MultilingualCLIP).
 
     Features are not of unit length, and are float32 at least. Sows `intermediates`: `last_hidden`
@@ -158,16 +158,16 @@ class MClip(nn.Module):
 
         Args:
           ids: the tokens.
-          mask: the tokens to attend to and to average; a row without any has the mean 0.
-          train: whether to drop out, with the stream `dropout`.
+          mask: the tokens to attend to and to average; a row without any has mean 0.
+          train: whether to apply dropout, with the RNG stream `dropout`.
 
         Raises:
-          ValueError: for more tokens than the position table allows.
+          ValueError: if there are more tokens than the position table allows.
         """
         config = self.config
         if ids.shape[1] > config.longest:
             raise ValueError(
-                f"ids have {ids.shape[1]} tokens, and positions={config.positions} allow "
+                f"ids have {ids.shape[1]} tokens, but positions={config.positions} allows "
                 f"{config.longest}; truncate the sentences"
             )
         visible = mask != 0
@@ -189,7 +189,7 @@ def _masked_mean(x: Float[Array, "B S D"], visible: Bool[Array, "B S"]) -> Float
 
 
 PARTITION_RULES = (
-    # Along the width, since the published vocabulary, 250002, is no multiple of 4.
+    # Sharded along the width, since the published vocabulary, 250002, is not a multiple of 4.
     (r"/embeddings/(words|positions)$", P(None, "fsdp")),
     (r"/embeddings/types$", P()),
     *TRANSFORMER_RULES,

@@ -1,6 +1,6 @@
 """CLIP's ResNet image tower, such as OpenAI's RN50x64.
 
-For inference only, and to be kept frozen: the batch norms' statistics are parameters.
+For inference only; keep it frozen, since the batch norms' statistics are parameters.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ from common_jax.config import FieldError, Section
 from common_jax.mesh import constrain
 from common_jax.ranges import Positive, Size, Sizes
 
-EXPANSION = 4  # output channels of a block over those of its 3 x 3 convolution
-STRIDE = 32  # pixels per place of the last feature map
+EXPANSION = 4  # ratio of a block's output channels to those of its 3 x 3 convolution
+STRIDE = 32  # pixels per position of the last feature map
 HEAD_WIDTH = 64
 CONV_INIT = nn.initializers.he_normal()
 
@@ -62,7 +62,7 @@ class ResNetConfig(Section):
 
     @property
     def tokens(self) -> int:
-        """Number of places in the last feature map, and one for their mean."""
+        """Number of positions in the last feature map, plus one for their mean."""
         return (self.image // STRIDE) ** 2 + 1
 
 
@@ -84,7 +84,7 @@ class FrozenBatchNorm(nn.Module):
             name: self.param(name, start, (x.shape[-1],)).astype(exact)
             for name, start in starts.items()
         }
-        # Folded to y = gain x + shift, for one multiplication and one addition per value.
+        # Folded into y = gain x + shift: one multiplication and one addition per value.
         gain = stored["scale"] * jax.lax.rsqrt(stored["var"] + self.eps)
         y = x.astype(exact) * gain + (stored["bias"] - stored["mean"] * gain)
         return y.astype(self.dtype)
@@ -106,10 +106,10 @@ class Stem(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """relu(x + convolutions of x), of 1 x 1, 3 x 3 and 1 x 1.
+    """relu(x + convolutions of x), where the convolutions are 1 x 1, 3 x 3 and 1 x 1.
 
-    Average pooling reduces the side, not strided convolutions, against aliasing. The first block of
-    a stage also pools and projects its shortcut.
+    Downsampling is by average pooling, not by strided convolution, to avoid aliasing. The first
+    block of a stage also pools and projects its shortcut.
     """
 
     config: ResNetConfig
@@ -135,10 +135,10 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Attention of the mean of all places over the places and itself (CLIP, AttentionPool2d).
+    """The mean of all positions attends to the positions and itself (CLIP, AttentionPool2d).
 
-    Parameters: `positions` (places + 1, D), the mean's first; `query`, `key`, `value` (D, D) and
-      `out` (D, M), each with bias. Features are float32 at least.
+    Parameters: `positions` (positions + 1, D), the mean's first; `query`, `key`, `value` (D, D) and
+    `out` (D, M), each with bias. Features are float32 at least.
     """
 
     config: ResNetConfig
@@ -151,7 +151,7 @@ class AttentionPool(nn.Module):
         init = nn.initializers.normal(width**-0.5)
         exact = jnp.promote_types(self.dtype, jnp.float32)
         places = x.reshape(batch, -1, width)
-        # Hundreds of places are summed, too many for bfloat16.
+        # Sums over hundreds of positions, too many for bfloat16.
         mean = jnp.mean(places.astype(exact), axis=1, keepdims=True).astype(x.dtype)
         positions = self.param("positions", init, (config.tokens, width)).astype(x.dtype)
         tokens = jnp.concatenate([mean, places], axis=1) + positions
@@ -160,7 +160,7 @@ class AttentionPool(nn.Module):
             y = nn.Dense(width, kernel_init=init, dtype=self.dtype, name=name)(tokens)
             return y.reshape(batch, -1, config.heads, HEAD_WIDTH)
 
-        # Of the outputs only the mean's is used, so it is the only query.
+        # Only the mean's output is used, so it is the only query.
         query = project(tokens[:, :1], "query")
         key, value = project(tokens, "key"), project(tokens, "value")
         pooled = jax.nn.dot_product_attention(query, key, value).reshape(batch, width)
@@ -168,7 +168,8 @@ class AttentionPool(nn.Module):
 
 
 class ClipResNet(nn.Module):
-    """Images to features: stem, four stages of bottlenecks, attention pool (CLIP, ModifiedResNet).
+    """Maps images to features: stem, four stages of bottlenecks, attention pool (CLIP,
+    ModifiedResNet).
 
     Features are not of unit length, and are float32 at least.
     """
@@ -188,7 +189,7 @@ class ClipResNet(nn.Module):
         x = Stem(config, self.dtype, name="stem")(images.astype(self.dtype))
         for stage, depth in enumerate(config.layers):
             for i in range(depth):
-                # The stem has already reduced the first stage's input to a quarter.
+                # No stride in the first stage: the stem has already downsampled by 4.
                 stride = 2 if stage > 0 and i == 0 else 1
                 name = f"stage_{stage}_block_{i}"
                 channels = config.width * 2**stage
@@ -215,7 +216,7 @@ def _average(x: Float[Array, "B I J D"], side: int) -> Float[Array, "B I//{side}
     return nn.avg_pool(x, (side, side), strides=(side, side)) if side > 1 else x
 
 
-# Kernels are split over fsdp along a channel axis; the rest is replicated.
+# Kernels are sharded over fsdp along a channel axis; the rest is replicated.
 PARTITION_RULES = (
     (r"/(conv_\d|shortcut)/kernel$", P(None, None, None, "fsdp")),
     (r"/attention_pool/positions$", P(None, "fsdp")),

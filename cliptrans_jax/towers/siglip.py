@@ -30,7 +30,7 @@ from common_jax.nn.patches import PatchEmbedding
 from common_jax.nn.pooling import AttentionPool
 from common_jax.ranges import Count, Positive, Size, one_of
 
-ACTIVATION = "gelu_tanh"  # of all published models
+ACTIVATION = "gelu_tanh"  # in all published models
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +41,9 @@ class SiglipVisionConfig(Section):
       kind: "siglip_vision".
       image: side of an image in pixels.
       patch: side of a patch in pixels.
-      width: width D of a token, and M of a feature.
+      width: width D of a token, which is also the width M of a feature.
       layers: blocks.
-      heads: attention heads, of the blocks and of the pool.
+      heads: attention heads, in the blocks and in the pool.
       hidden: hidden width F of the MLPs.
       eps: epsilon of every LayerNorm.
       attention: implementation of attention: "auto", a fused kernel on GPUs and TPUs where it is
@@ -76,7 +76,7 @@ class SiglipVisionConfig(Section):
 
     @property
     def covered(self) -> int:
-        """Side of the part of an image that whole patches cover."""
+        """Side of the area of an image that is covered by whole patches."""
         return self.image - self.image % self.patch
 
     @property
@@ -91,16 +91,16 @@ class SiglipTextConfig(Section):
 
     Attributes:
       kind: "siglip_text".
-      vocab: token ids V.
-      positions: tokens of every sentence; shorter ones are padded.
+      vocab: number V of token ids.
+      positions: tokens in every sentence; shorter ones are padded.
       width: width D of a token.
       layers: blocks.
       heads: attention heads.
       hidden: hidden width F of the MLPs.
       eps: epsilon of every LayerNorm.
       features: width M of a feature.
-      pad: the id of a pad.
-      attention: as of `SiglipVisionConfig`.
+      pad: id of padding.
+      attention: as in `SiglipVisionConfig`.
     """
 
     kind: Annotated[str, one_of("siglip_text")] = "siglip_text"
@@ -131,8 +131,8 @@ class SiglipTextConfig(Section):
 
 
 class SiglipVision(nn.Module):
-    """Images to features: the patches after the blocks, normed, pooled by attention (SigLIP,
-    SiglipVisionModel).
+    """Maps images to features: the patches after the blocks, normalised and pooled by attention
+    (SigLIP, SiglipVisionModel).
 
     Features are not of unit length, and are float32 at least. Sows `intermediates`: `last_hidden`
     (B, T, D) after the last norm.
@@ -150,7 +150,7 @@ class SiglipVision(nn.Module):
         """
         config, exact = self.config, jnp.promote_types(self.dtype, jnp.float32)
         require_size(images, config.image)
-        # Patches of 14 do not cover the last six pixels of 384: no patch reads them.
+        # Patches of size 14 do not cover the last six of 384 pixels, which are ignored.
         images = images[:, : config.covered, : config.covered]
         embed = PatchEmbedding(
             config.patch, config.width, self.dtype, kernel_init=INIT, name="patches"
@@ -174,11 +174,11 @@ class SiglipVision(nn.Module):
 
 
 class SiglipText(nn.Module):
-    """Token ids to features: the state of the last token, normed and projected (SigLIP,
+    """Maps token ids to features: the state of the last token, normalised and projected (SigLIP,
     SiglipTextModel).
 
-    Every sentence is padded to all positions. All tokens attend to all others, pads included, and
-    the last token is a pad of most sentences. So the number of pads in `ids` has no effect.
+    Every sentence is padded to `positions` here, so the number of pads in `ids` has no effect. All
+    tokens attend to all others, pads included, and in most sentences the last token is a pad.
     Features are not of unit length, and are float32 at least. Sows `intermediates`: `last_hidden`
     (B, positions, D) after the last norm.
 
@@ -215,7 +215,7 @@ class SiglipText(nn.Module):
         return nn.Dense(config.features, kernel_init=INIT, dtype=exact, name="projection")(x[:, -1])
 
 
-PARTITION_RULES = (  # of both towers
+PARTITION_RULES = (  # for both towers
     (r"/words$", P(None, "fsdp")),
     (r"/patches/kernel$", P(None, "fsdp")),
     (r"/(probe|positions)$", P()),

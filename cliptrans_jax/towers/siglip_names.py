@@ -1,4 +1,4 @@
-"""Tensor names of SigLIP's towers in files of Hugging Face.
+"""Tensor names of SigLIP's towers in Hugging Face's files.
 
 A file has both towers; each table leaves out the other's tensors.
 """
@@ -8,7 +8,7 @@ from cliptrans_jax.towers.siglip import SiglipTextConfig, SiglipVisionConfig
 from common_jax.weights.entries import copy, linear, norm, patches, stacked_attention
 from common_jax.weights.table import Table
 
-_OTHER_TOWER = "of the other tower, which is read separately"
+_OTHER_TOWER = "belongs to the other tower, which is read separately"
 _LEFT_OUT = {
     r"(text|vision)_model\.embeddings\.position_ids": "a buffer that counts 0, 1, 2, ...",
     r"logit_scale|logit_bias": "temperature and bias of SigLIP's own training",

@@ -14,7 +14,7 @@ from cliptrans_jax.towers.resnet import ResNetConfig
 from cliptrans_jax.towers.siglip import SiglipTextConfig, SiglipVisionConfig
 from cliptrans_jax.towers.tower import Tower
 
-# If a file has several towers of one side, the first in this order is read.
+# If a file has several text towers or several image towers, the first in this order is read.
 TOWERS: Mapping[type, Tower] = types.MappingProxyType(
     {
         MClipConfig: mclip.TOWER,
@@ -36,13 +36,13 @@ def tower_of(config: Any) -> Tower:
 
 
 def section_type(towers: Sequence[Tower]) -> Any:
-    """The type of the section of config.clip with the sizes of one of these towers: any that can be
+    """The type of the config.clip section with the sizes of one of these towers: any that can be
     trained from scratch."""
     return functools.reduce(operator.or_, (tower.config for tower in towers if tower.from_scratch))
 
 
 def text_tower_of(tokenizer: str) -> Tower:
-    """The text tower published with a kind of tokenizer.
+    """The text tower that was published with this kind of tokenizer.
 
     Raises:
       ValueError: if there is none.

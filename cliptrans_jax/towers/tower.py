@@ -1,4 +1,4 @@
-"""The record that describes a tower to other files."""
+"""The record that describes a tower to the rest of the code."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ class Sentences:
     Attributes:
       tokenizer: kind of the tokenizer published with it.
       visible: (config, ids) -> mask (B, S) of the tokens to attend to; None for all.
-      drops_out: whether it has dropout in training.
+      drops_out: whether it uses dropout in training.
     """
 
     tokenizer: str
@@ -40,8 +40,8 @@ class Pictures:
     Attributes:
       mean, std: per channel, of pixels in [0, 1].
       resampling: name of PIL's resize filter.
-      crops: resizes the short side and crops the centre; otherwise both sides are resized to the
-        square.
+      crops: whether the short side is resized and the centre cropped; otherwise both sides are
+        resized to the square.
     """
 
     mean: Channels
@@ -56,8 +56,8 @@ CLIP_PICTURES = Pictures(
     resampling="BICUBIC",
 )
 
-# Of a transformer's blocks and its projection. Large matrices are split over fsdp along the width;
-# the rest is replicated.
+# For a transformer's blocks and its projection. Large matrices are sharded over fsdp along the
+# width; the rest is replicated.
 TRANSFORMER_RULES: Rules = (
     (r"/attention/qkv/kernel$", P("fsdp")),
     (r"/attention/out/kernel$", P(None, None, "fsdp")),
@@ -79,13 +79,13 @@ def require_size(images: jax.Array, side: int) -> None:
     expected = (images.shape[0], side, side, 3)
     if images.shape != expected:
         raise ValueError(
-            f"images have shape {images.shape}, and the tower takes {expected}; resize them, or "
-            "take a tower of their size"
+            f"images have shape {images.shape}, but the tower takes {expected}; resize them, or "
+            "use a tower for their size"
         )
 
 
 def require_length(length: int, positions: int) -> None:
-    """Raises ValueError for sentences of more tokens than positions."""
+    """Raises ValueError if sentences have more tokens than positions."""
     if length > positions:
         raise ValueError(
             f"ids have {length} tokens, more than positions={positions}; truncate the sentences, "
@@ -97,7 +97,7 @@ def require_length(length: int, positions: int) -> None:
 class Tower:
     """A kind of text or image tower, with either `sentences` or `pictures`.
 
-    Configs of text towers have `vocab`, `features` and `longest`, the tokens of the longest
+    Configs of text towers have `vocab`, `features` and `longest`, the tokens in the longest
     sentence; those of image towers have `image`, the side of a picture, and `features`. If the
     tower can be trained from scratch, they also have `kind`, and those of text towers `pad`.
 
@@ -142,10 +142,10 @@ class Tower:
         *,
         dropout: jax.Array | None = None,
     ) -> Float[Array, "B M"]:
-        """Features of framed ids with pads, or of prepared pictures.
+        """Features of padded framed ids, or of preprocessed pictures.
 
         Args:
-          dropout: key of dropout in training, else None; ignored by towers without dropout.
+          dropout: dropout key in training, else None; ignored by towers without dropout.
         """
         network, variables = self.network(config, dtype), {"params": params}
         if self.sentences is None:

@@ -1,4 +1,5 @@
-"""mBART (Liu et al. 2020, arXiv 2001.08210): normalised embeddings, and logits with a bias."""
+"""mBART (Liu et al. 2020, arXiv 2001.08210): the transformer with an embedding norm and a logit
+bias."""
 
 import dataclasses
 from typing import ClassVar
@@ -21,7 +22,7 @@ OFFSET = 2  # slot p uses row p + 2 of the position table, as in all published w
 
 @dataclasses.dataclass(frozen=True)
 class MBartConfig(TransformerConfig):
-    """Sizes and ids, see `TransformerConfig`; the defaults are mBART-large-50's."""
+    """Sizes and special ids, see `TransformerConfig`; the defaults are mBART-large-50's."""
 
     activation: ClassVar[str] = "gelu"
     learned_positions: ClassVar[bool] = True
@@ -32,14 +33,14 @@ class MBartConfig(TransformerConfig):
 
 
 class MBart(Transformer):
-    """The transformer with a bias of the logits.
+    """The transformer with a bias on the logits.
 
     Parameters: those of `Transformer`, and `logits_bias` (V), which is never trained.
     """
 
     def setup(self):
         super().setup()
-        # All zeros, but a tensor of published checkpoints, so it must survive a round trip.
+        # All zeros, but published checkpoints contain it, so it must survive a round trip.
         self.logits_bias = self.param("logits_bias", nn.initializers.zeros, (self.config.vocab,))
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -49,8 +50,8 @@ class MBart(Transformer):
 
 
 def shift_right(labels: Int[Array, "B T"], *, pad: int) -> Int[Array, "B T"]:
-    """The decoder's input for `labels`: shifted right by one, with the last label that is no pad in
-    the first slot (mBART, shift_tokens_right). Negative labels count as pads.
+    """The decoder's input for `labels`: shifted right by one, with the last non-pad label in the
+    first slot (mBART, shift_tokens_right). Negative labels count as pads.
     """
     labels = jnp.where(labels < 0, pad, labels)
     last = jnp.sum(labels != pad, axis=1, keepdims=True) - 1

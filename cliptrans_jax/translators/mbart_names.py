@@ -7,7 +7,7 @@ from common_jax.weights.table import Table
 
 
 def table(config: MBartConfig) -> Table:
-    """Tensor names of an mBART, by our paths below "mbart/"."""
+    """Maps our paths below "mbart/" to the tensor names of an mBART."""
     # A tensor [1, V].
     bias = Entry(("final_logits_bias",), lambda x: x[0], lambda x: (x[None],), fill=0.0)
     shared = transformer_names.table(config)

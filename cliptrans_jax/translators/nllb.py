@@ -1,5 +1,5 @@
-"""The dense NLLB-200 (arXiv 2207.04672) and M2M-100 (arXiv 2010.11125), which differ in size and
-vocabulary alone."""
+"""The dense NLLB-200 (arXiv 2207.04672) and M2M-100 (arXiv 2010.11125), which differ only in size
+and vocabulary."""
 
 import dataclasses
 import types
@@ -22,7 +22,8 @@ from common_jax.ranges import Size
 
 @dataclasses.dataclass(frozen=True)
 class NllbConfig(TransformerConfig):
-    """Sizes and ids, see `TransformerConfig`; the defaults are NLLB-200-distilled-600M's."""
+    """Sizes and special ids, see `TransformerConfig`; the defaults are
+    NLLB-200-distilled-600M's."""
 
     activation: ClassVar[str] = "relu"
     learned_positions: ClassVar[bool] = False
@@ -39,7 +40,7 @@ class NllbConfig(TransformerConfig):
 
     @property
     def first_row(self) -> int:
-        """The row after that of pads, whose number is the pad's id."""
+        """The row after the pads' row, whose index is the pad id."""
         return self.pad + 1
 
 

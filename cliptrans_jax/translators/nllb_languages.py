@@ -1,9 +1,9 @@
-"""The languages of NLLB-200 and M2M-100, and the tokens of their vocabularies for them."""
+"""The languages of NLLB-200 and M2M-100, and their tokens in the vocabularies."""
 
 import types
 from collections.abc import Mapping
 
-# NLLB-200's tokens of languages, each a language and its script, in the order of their ids.
+# NLLB-200's language tokens, each a language and its script, in the order of their ids.
 NLLB_TOKENS = (
     *("ace_Arab", "ace_Latn", "acm_Arab", "acq_Arab", "aeb_Arab", "afr_Latn", "ajp_Arab"),
     *("aka_Latn", "amh_Ethi", "apc_Arab", "arb_Arab", "ars_Arab", "ary_Arab", "arz_Arab"),
@@ -35,7 +35,7 @@ NLLB_TOKENS = (
     *("urd_Arab", "uzn_Latn", "vec_Latn", "vie_Latn", "war_Latn", "wol_Latn", "xho_Latn"),
     *("ydd_Hebr", "yor_Latn", "yue_Hant", "zho_Hans", "zho_Hant", "zul_Latn"),
 )
-# The language and script, the most common one, that a two-letter code (ISO 639-1) stands for.
+# Two-letter codes (ISO 639-1) and what they stand for: the language in its most common script.
 _TWO_LETTERS = """
     af=afr_Latn ak=aka_Latn am=amh_Ethi ar=arb_Arab as=asm_Beng ay=ayr_Latn az=azj_Latn
     ba=bak_Cyrl be=bel_Cyrl bg=bul_Cyrl bm=bam_Latn bn=ben_Beng bo=bod_Tibt bs=bos_Latn
@@ -64,7 +64,7 @@ TOKEN_BY_CODE: Mapping[str, str] = types.MappingProxyType(
 CODE_BY_TOKEN: Mapping[str, str] = types.MappingProxyType(
     {token: code for code, token in TOKEN_BY_CODE.items()} | {"zho_Hant": "zh", "yue_Hant": "zh"}
 )
-# Token of each language, which may be given by the token itself or by two letters.
+# Token of each language, which may be given by its token or by a two-letter code.
 NLLB_CODES: Mapping[str, str] = types.MappingProxyType(
     {token: token for token in NLLB_TOKENS} | TOKEN_BY_CODE
 )
@@ -83,5 +83,5 @@ M2M100_LANGUAGES = (
 M2M100_CODES: Mapping[str, str] = types.MappingProxyType(
     {language: f"__{language}__" for language in M2M100_LANGUAGES}
 )
-# Rows of its table that no text has, after the languages.
+# Unused rows of its embedding table, after the languages.
 M2M100_UNUSED = tuple(f"madeupword{number:04}" for number in range(8))

@@ -10,5 +10,5 @@ LEFT_OUT = {r"model\.(encoder|decoder)\.embed_positions\.weights": "sinusoids, w
 
 
 def table(config: NllbConfig) -> Table:
-    """Tensor names of an NLLB, by our paths below "nllb/"."""
+    """Maps our paths below "nllb/" to the tensor names of an NLLB."""
     return dataclasses.replace(transformer_names.table(config), left_out=LEFT_OUT)

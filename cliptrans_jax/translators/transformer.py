@@ -1,4 +1,4 @@
-"""A pre-norm encoder-decoder with tied embeddings: that of mBART, M2M-100 and NLLB-200.
+"""The pre-norm encoder-decoder with tied embeddings of mBART, M2M-100 and NLLB-200.
 
 The decoder takes embeddings, not ids, so that a prefix of vectors can precede the tokens.
 """
@@ -28,7 +28,7 @@ from common_jax.nn.mlp import Mlp, gelu
 from common_jax.nn.norm import LayerNorm
 from common_jax.ranges import BelowOne, Count, Size
 
-EPSILON = 1e-5  # torch's default; flax has 1e-6
+EPSILON = 1e-5  # torch's default; flax's is 1e-6
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = types.MappingProxyType(
     {"gelu": gelu, "relu": nn.relu}
 )
@@ -36,27 +36,27 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = types.MappingProxy
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig(Section):
-    """Sizes and ids, with what a kind of network has beside them as attributes of its class.
+    """Sizes and special ids. What else distinguishes a kind of network are class attributes.
 
     Attributes:
-      activation: of the MLPs, a key of ACTIVATIONS.
-      learned_positions: whether positions are tables of parameters; else they are sinusoids.
+      activation: activation of the MLPs, a key of ACTIVATIONS.
+      learned_positions: whether position embeddings are learned; else they are sinusoidal.
       embedding_norm: whether embeddings are normalised before the first layer.
-      first_row: row of the position table, or its sinusoid, that the first token has.
+      first_row: row of the position table, learned or sinusoidal, of the first token.
       vocab: number of tokens, language codes included.
       width: width D of a token.
       encoder_layers, decoder_layers: number of layers.
       encoder_heads, decoder_heads: attention heads.
       encoder_hidden, decoder_hidden: hidden widths F of the MLPs.
       positions: longest sequence, including the decoder's prefix.
-      dropout: rate for embeddings and the output of every branch, in training.
+      dropout: dropout rate in training, of embeddings and of every branch's output.
       scale_embedding: whether token embeddings are multiplied by sqrt(width).
       pad, eos, start: ids of padding, end of sentence, and the first token of decoding.
       attention: implementation of attention, except in decoding: "auto", a fused kernel on GPUs and
         TPUs where it is faster, XLA elsewhere; "xla"; or "cudnn", in bfloat16 on GPUs only.
       remat: recomputes every layer in the backward pass instead of storing its activations.
-      scan_layers: runs the layers of the encoder, and those of the decoder, as one loop each, which
-        compiles faster but draws other random numbers. Decoding never does.
+      scan_layers: scans over the layers of the encoder and of the decoder, which compiles faster
+        but draws other random numbers. Decoding never scans.
     """
 
     activation: ClassVar[str]
@@ -164,7 +164,7 @@ class DecoderLayer(nn.Module):
         visible: Bool[Array, "#B 1 T T"],
         states_visible: Bool[Array, "B 1 1 S"],
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """`__call__` outside training; also returns the keys and values."""
+        """`__call__` for inference; also returns the keys and values."""
         own, memory = self.attention(self.attention_norm(x), visible)
         x = x + own
         source = self.cross_attention.remember(states)
@@ -179,7 +179,7 @@ class DecoderLayer(nn.Module):
         visible: Bool[Array, "B 1 T R"],
         states_visible: Bool[Array, "B 1 1 S"],
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """`prefill` for further tokens, which are written to the cache from `slot` on."""
+        """`prefill` for more tokens, which are written to the cache from `slot` on."""
         memory, source = cache
         own, memory = self.attention.extend(self.attention_norm(x), memory, slot, visible)
         x = x + own
@@ -188,15 +188,15 @@ class DecoderLayer(nn.Module):
 
 
 class _Half(nn.Module):
-    """norm(layers(norm(embeddings + positions))), of an encoder or a decoder. Some kinds lack the
+    """norm(layers(norm(embeddings + positions))), for an encoder or decoder. Some kinds lack the
     inner norm."""
 
     config: TransformerConfig
     dtype: DTypeLike
 
     def _set_up(self, layer: type[nn.Module], count: int, heads: int, hidden: int, train: int):
-        """Makes the submodules. `train` is the number of that argument of a layer, self included,
-        which must stay a Python bool."""
+        """Makes the submodules. `train` is the index of a layer's argument of that name, counting
+        self, which must stay a Python bool under remat."""
         config = self.config
         shared = config.dropout, config.attention, ACTIVATIONS[config.activation], self.dtype
         sizes = _Sizes(heads, hidden, config.width, *shared)
@@ -217,10 +217,11 @@ class _Half(nn.Module):
         return self.embedding_norm(x) if self.config.embedding_norm else x
 
     def _run(self, x: Float[Array, "B T D"], *visible: jax.Array, train: bool) -> jax.Array:
-        """The last states; layers are called with `visible` and `train`."""
+        """The final states; layers are called with `visible` and `train`."""
         x = self._place(x, jnp.arange(x.shape[1]))
         x = self.drop(x, deterministic=not train)
-        # Initialisation unrolls the layers, so that parameters have the same paths either way.
+        # Initialisation always unrolls the layers, so that parameter paths do not depend on the
+        # scan.
         if self.config.scan_layers and not self.is_initializing():
             remat = self.config.remat
             x, _ = layers.scan(self.layer, x, *visible, train, remat=remat, streams=("dropout",))
@@ -243,7 +244,7 @@ class Encoder(_Half):
 
 
 class Decoder(_Half):
-    """The decoder, on whole sequences or token by token."""
+    """The decoder, for whole sequences or token by token."""
 
     def setup(self):
         config = self.config
@@ -293,7 +294,7 @@ class Decoder(_Half):
 
 
 class Transformer(nn.Module):
-    """Encoder, decoder, and one matrix that both embeds and scores tokens.
+    """Encoder, decoder, and one matrix that both embeds tokens and computes logits.
 
     Parameters: `embedding` (V, D), `encoder/...` and `decoder/...`.
     """
@@ -325,9 +326,10 @@ class Transformer(nn.Module):
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embeddings without positions."""
         x = jnp.asarray(self.embedding, self.dtype)[ids]
-        # Otherwise every device gathers the gradients of all tokens and columns for the table's.
+        # Otherwise, to get the table's gradient, every device gathers those of all tokens, full
+        # width.
         x = constrain(x, "looked_up", "tokens", "columns")
-        # As torch's padding_idx: a pad's row learns from the logits only.
+        # Like torch's padding_idx: the pad's row is trained through the logits only.
         x = jnp.where((ids == self.config.pad)[..., None], jax.lax.stop_gradient(x), x)
         x = x * self.config.width**0.5 if self.config.scale_embedding else x
         return constrain(x, "batch", "tokens", "width")
@@ -352,7 +354,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """See `Network.logits`."""
-        # The product accumulates in float32 and stays there: bfloat16 logits would tie.
+        # The product accumulates in float32 and is not rounded: bfloat16 logits would tie.
         kind = jnp.promote_types(self.dtype, jnp.float32)
         embedding = jnp.asarray(self.embedding, self.dtype)
         return jnp.einsum("...D,VD->...V", hidden, embedding, preferred_element_type=kind)
@@ -388,7 +390,7 @@ def sinusoids(
     """[sin(p f), cos(p f)] with f_i = 10000^(-i / (D / 2 - 1)) (fairseq's)."""
     half = width // 2
     rate = np.float32(-math.log(10_000) / (half - 1))
-    # Float32 for any `dtype`: in bfloat16 positions above 256 are rounded.
+    # Float32 whatever the `dtype`: bfloat16 would round positions above 256.
     angles = position[..., None] * np.exp(np.arange(half, dtype=np.float32) * rate)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1).astype(dtype)
 
@@ -397,7 +399,7 @@ def _norm(dtype: DTypeLike, name: str | None = None) -> LayerNorm:
     return LayerNorm(EPSILON, dtype, fast_variance=True, name=name)
 
 
-# Published vocabularies are not divisible by device counts, so tables are split along the width.
+# Published vocabularies are not divisible by device counts, so tables are sharded along the width.
 PARTITION_RULES = (
     (r"/(embedding|positions/embedding)$", P(None, "fsdp")),
     (r"/(qkv|memory|query)/kernel$", P("fsdp")),

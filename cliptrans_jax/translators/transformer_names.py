@@ -6,7 +6,7 @@ from common_jax.weights.entries import Entry
 from common_jax.weights.table import Table
 
 EMBEDDING = "model.shared.weight"
-# One matrix under four names; the others may be missing.
+# One matrix under four names; all but the first may be missing.
 ALIASES = {
     "model.encoder.embed_tokens.weight": EMBEDDING,
     "model.decoder.embed_tokens.weight": EMBEDDING,
@@ -15,7 +15,7 @@ ALIASES = {
 
 
 def table(config: TransformerConfig) -> Table:
-    """Tensor names of a `Transformer` by our paths, below its subtree."""
+    """Maps our paths below a `Transformer`'s subtree to tensor names."""
     table_entries = {"embedding": entries.copy(EMBEDDING)}
     layers = {"encoder": config.encoder_layers, "decoder": config.decoder_layers}
     heads = {"encoder": config.encoder_heads, "decoder": config.decoder_heads}

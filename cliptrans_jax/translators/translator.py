@@ -1,4 +1,5 @@
-"""The protocol of a translation network, and the record that describes one to other files."""
+"""The protocol of a translation network, and the record that describes one to the rest of the
+code."""
 
 import dataclasses
 import functools
@@ -14,14 +15,14 @@ from jaxtyping import Array, Bool, Float, Int
 from cliptrans_jax.models.attention import Memory
 from common_jax.mesh import Rules
 
-# Keys and values of a decoder layer: those of its own R slots, and those of S encoder states.
+# A decoder layer's keys and values: of its own R slots, and of S encoder states.
 Slots = tuple[Float[Array, "B H R K"], Float[Array, "B H R K"]]
 LayerCache = tuple[Slots, Memory]
 Cache = tuple[LayerCache, ...]
 
 
 class Readout(NamedTuple):
-    """The parameters of `Network.logits`: hidden matrix^T + bias."""
+    """The parameters of `Network.logits`, which computes hidden matrix^T + bias."""
 
     matrix: Float[Array, "V D"]
     bias: Float[Array, " V"] | None = None
@@ -57,7 +58,7 @@ class Network(Protocol):
     def __call__(
         self, source: Int[Array, "B S"], source_mask: Bool[Array, "B S"], target: Int[Array, "B T"]
     ) -> Float[Array, "B T V"]:
-        """Logits of the token after each one in `target`; uses every parameter, for `init`."""
+        """Logits of the token after each one in `target`; touches every parameter, for `init`."""
 
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embeddings of the decoder's tokens, without positions."""
@@ -76,13 +77,13 @@ class Network(Protocol):
         *,
         train: bool = False,
     ) -> Float[Array, "B T D"]:
-        """The decoder's last states.
+        """The decoder's final states.
 
         Slot t has position t and attends to the slots that are True in `visible[..., t, :]`.
         """
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Scores of all tokens, in float32 at least."""
+        """Logits of all tokens, in float32 at least."""
 
     def prefill(
         self,
@@ -91,7 +92,7 @@ class Network(Protocol):
         states_mask: Bool[Array, "B S"],
         visible: Bool[Array, "#B 1 T T"],
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """`decode` outside training; also returns the keys and values of its T slots and of the
+        """`decode` for inference; also returns the keys and values of its T slots and of the
         encoder states."""
 
     def extend(
@@ -106,8 +107,8 @@ class Network(Protocol):
         """One step of decoding, for T continuations of each example.
 
         Args:
-          embeddings: of their last tokens, all at `position`.
-          cache: from `prefill`, grown to R slots.
+          embeddings: embeddings of their last tokens, all at `position`.
+          cache: cache from `prefill`, grown to R slots.
           slot: first of the T cache slots to write.
           visible: the slots that each token attends to, including its own.
           states_mask: as in `prefill`.
@@ -119,19 +120,19 @@ class Architecture:
     """A kind of translator.
 
     Attributes:
-      name: in prose.
+      name: name to use in prose.
       subtree: key of its parameters in a checkpoint, and of its sizes in `config.model`.
       config: class of its sizes, see `Sizes`.
       network: flax module, see `Network`.
       rules: partition rules of its parameters.
-      encoder_input: (ids, sizes) -> the ids that the encoder reads. Sentences of the source are
-        framed as `data/framing.py` says, [language, pieces..., eos], and padded; the result has as
-        many tokens, with the pads in the same places.
+      encoder_input: (ids, sizes) -> the ids that the encoder reads. `ids` are padded source
+        sentences, framed as in `data/framing.py`: [language, pieces..., eos]. The result has the
+        same length, with pads in the same places.
       decoder_input: (labels, sizes) -> the ids that the decoder reads to predict the labels, which
-        are framed in the same way. It starts with [start, language], as decoding does.
+        are framed in the same way. They start with [start, language], as decoding does.
       embedding, encoder, buffers: regexes of paths below the subtree: the embedding that encoder
         and decoder share, the rest of the encoder, and parameters that are never trained, if any.
-      readout: the network's parameters -> those of `logits`, a function linear in them.
+      readout: the network's parameters -> those of `logits`, which is linear in them.
       kind: name of its published weights, a key of `tensors.kinds.KINDS`.
       tokenizer: kind of the tokenizer published with it.
       settings: fields of its config that do not affect the weights.
@@ -153,7 +154,7 @@ class Architecture:
     buffers: str = ""
 
     def init(self, config: Any, dtype: DTypeLike, key: jax.Array) -> Mapping[str, Any]:
-        """Fresh parameters, below the subtree."""
+        """Initial parameters, below the subtree."""
         ids = jnp.ones((1, 2), jnp.int32)
         return self.network(config, dtype).init(key, ids, ids > 0, ids)["params"]
 
@@ -170,18 +171,18 @@ class Architecture:
 
 
 def language_first(ids: Int[Array, "B S"], sizes: Sizes) -> Int[Array, "B S"]:
-    """The sentences as they are framed, [language, pieces..., eos] (mBART-50, M2M-100, NLLB)."""
+    """The sentences, unchanged: [language, pieces..., eos] (mBART-50, M2M-100, NLLB)."""
     return ids
 
 
 def cache_slots(cache: Cache) -> int:
-    """Number of slots R of the decoder's own tokens."""
+    """Number R of slots for the decoder's own tokens."""
     own, _ = cache[0]
     return own[0].shape[2]
 
 
 def grow_cache(cache: Cache, slots: int) -> tuple[tuple, ...]:
-    """The cache with room for `slots` of the decoder's own tokens."""
+    """The cache, grown to `slots` slots for the decoder's own tokens."""
     return tuple((tuple(_grow(part, slots) for part in own), states) for own, states in cache)
 
 

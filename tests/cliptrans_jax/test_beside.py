@@ -214,8 +214,8 @@ def test_openai_s_files_say_it_by_their_modules_or_their_name(tmp_path, caplog):
     found = pretrained.load(path)
     assert found.config == OPENAI_TEXT
     assert dict(found.account.assumed) == {"heads": "2", "eps": "1e-05"}
-    assert "activation='quick_gelu', from its modules QuickGELU" in caplog.text
-    with pytest.raises(ValueError, match=r"mine\.pt holds modules QuickGELU, and .*='gelu'"):
+    assert "activation='quick_gelu', from its QuickGELU modules" in caplog.text
+    with pytest.raises(ValueError, match=r"mine\.pt has QuickGELU modules, but .*='gelu'"):
         pretrained.load(path, activation="gelu")
     # What a file is tells its content: modules are found under no suffix, and looked for in no
     # safetensors that go by PyTorch's.

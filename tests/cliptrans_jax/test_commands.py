@@ -436,7 +436,7 @@ def test_every_stage_of_a_config_is_shown_at_the_length_of_its_tokenizer(call):
     assert "config.seed = 4   (default 0)" in shown
     titles = [line.partition(":")[0] for line in shown.splitlines() if " FLOPs" not in line]
     for stage in ("clip", "caption", "translate"):
-        assert f"{stage}, 24 tokens a sentence" in titles
+        assert f"{stage}, 24 tokens per sentence" in titles
     assert call("show", "--config=cliptrans/emoji.py", "--only=seed", "--config.seed=4") == shown
 
 

@@ -89,7 +89,7 @@ def test_a_model_of_other_sizes_and_a_run_without_one_are_refused(shards, tmp_pa
     folder, _, _ = shards
     source, config_file = folder / "model_best_test.pth", folder / "config.py"
     for flags, said in (
-        ([], "of width 16, whose number of heads its tensors do not show"),
+        ([], "of width 16, and its tensors do not show the number of heads"),
         ([f"--config={config_file}", "--config.model.mapper.prefix=5"], "adapter.hidden.0.weight"),
     ):
         with pytest.raises(SystemExit) as stop:

@@ -174,7 +174,7 @@ def test_coco_that_is_not_whole_is_refused(tmp_path):
         load_corpus(config, "val2017", ("en",), with_images=True).require_images()
     broken = r"captions_val2017\.json is not a complete file"
     for changes, message in (
-        ({"images": []}, r"captions_val2017\.json has captions of 2 images it lacks: 3, 7"),
+        ({"images": []}, r"captions_val2017\.json has captions of 2 images it does not list: 3, 7"),
         ({"annotations": [{"image_id": 3}]}, rf"{broken} .*caption"),
         ({"images": None}, broken),
         ({"annotations": [{"image_id": 3, "caption": "a \ud83d"}]}, rf"{broken} .*surrogates"),

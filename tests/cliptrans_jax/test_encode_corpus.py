@@ -156,7 +156,7 @@ def test_a_damaged_file_is_named_and_made_again(tmp_path, caplog, damage):
     DAMAGES[damage](path)
     with caplog.at_level(logging.WARNING):
         assert as_lists(ids_of(tmp_path, tokenizer(cut))) == WANTED
-    assert f"{path}" in caplog.text and "the ids are made again" in caplog.text
+    assert f"{path}" in caplog.text and "recomputing the ids" in caplog.text
     assert cut.calls == 2 and only(tmp_path) == path
     ids_of(tmp_path, tokenizer(cut))
     assert cut.calls == 2

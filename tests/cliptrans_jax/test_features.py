@@ -341,7 +341,7 @@ def test_a_broken_file_is_named_and_made_anew(tmp_path, caplog, spoil):
     loud = [record for record in caplog.records if record.levelno >= logging.WARNING]
     warnings = [record.message for record in loud]
     assert len(warnings) == 1 and warnings[0].startswith(str(tmp_path / "x.npz"))
-    assert warnings[0].endswith("the features of x.npz are computed again")
+    assert warnings[0].endswith("recomputing the features of x.npz")
     cached(tmp_path, "x", "f00d", compute)
     assert compute.calls == 2
 

@@ -257,8 +257,8 @@ def test_rates_that_have_no_effect_are_noted(tmp_path):
     found = pretrained.load(folder, kind="nllb")
     assert_same(found.params, params)
     assert found.account.notes == (
-        "attention_dropout=0.1 of its config.json has no effect here, also not in training",
-        "encoder_layerdrop=0.05 of its config.json has no effect here, also not in training",
+        "attention_dropout=0.1 of its config.json has no effect here, not even in training",
+        "encoder_layerdrop=0.05 of its config.json has no effect here, not even in training",
     )
 
 
@@ -282,7 +282,7 @@ def test_tensors_alone_show_the_kind_and_the_published_sizes(tmp_path):
     assert found == NllbConfig(vocab=7, width=2048, **sizes)
     params = make_params(kinds.NLLB, UNEVEN)
     torch_files.save(tmp_path / "a.bin", tables.write(kinds.NLLB.table(UNEVEN), params))
-    with pytest.raises(ValueError, match=r"width 16, whose number.*of width 1024 or 2048, has 16"):
+    with pytest.raises(ValueError, match=r"width 16, and its tensors.*of width 1024 or 2048, have 16"):
         pretrained.load(tmp_path / "a.bin")
     found = pretrained.load(tmp_path / "a.bin", config=UNEVEN)
     assert found.kind == "nllb"

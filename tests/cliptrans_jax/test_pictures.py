@@ -66,7 +66,7 @@ def test_grey_and_transparent_pictures_are_taken():
     ],
 )
 def test_pixels_of_another_type_or_shape_are_refused(image):
-    with pytest.raises(ValueError, match=rf"a picture of {image.dtype} \(.*give uint8 .* of shape"):
+    with pytest.raises(ValueError, match=rf"a picture is {image.dtype} \(.*give uint8 .* of shape"):
         prepare_picture(image, 4)
 
 

@@ -85,7 +85,7 @@ def test_what_cannot_be_saved_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer_files=\[.*config.json'\] must differ"):
         pretrained.save(tmp_path / "a", params, UNEVEN, tokenizer_files=[clash])
     other = dataclasses.replace(UNEVEN, encoder_layers=1, decoder_heads=4)
-    with pytest.raises(ValueError, match="are not of this model") as raised:
+    with pytest.raises(ValueError, match="do not belong to this model") as raised:
         pretrained.save(tmp_path / "a", params, other)
     assert "encoder/layer_1/mlp/up/bias (24,) has no place" in str(raised.value)
     assert "memory/bias is (2, 2, 8) and should be (2, 4, 4)" in str(raised.value)

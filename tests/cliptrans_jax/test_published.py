@@ -357,7 +357,7 @@ def test_a_published_tower_takes_its_own_tokenizer(model, tmp_path):
     with pytest.raises(ValueError, match=message):
         published("mclip", "clip", clip)
     longer = write(tmp_path / "longer", unigram_json(model, ["extra", "<mask>"]))
-    with pytest.raises(ValueError, match=r"has 88 tokens, and the table .* 87 rows"):
+    with pytest.raises(ValueError, match=r"has 88 tokens, but the table .* 87 rows"):
         published("mclip", "xlmr", longer)
 
 
@@ -365,9 +365,9 @@ def test_a_published_tower_takes_its_own_tokenizer(model, tmp_path):
     ("ids", "message"),
     [
         ([], "no sentences"),
-        ([[0, 2], [0, 87, 2]], r"ids\[1\] has ids from 0 to 87, and the tower has 0 to 86"),
+        ([[0, 2], [0, 87, 2]], r"ids\[1\] has ids from 0 to 87, but the tower has 0 to 86"),
         ([[0, -1, 2]], r"ids\[0\] has ids from -1"),
-        ([[0] * 19], r"ids\[0\] has 19 tokens, and the tower takes 1 to 18"),
+        ([[0] * 19], r"ids\[0\] has 19 tokens, but the tower takes 1 to 18"),
         ([np.zeros(0, np.int32)], r"ids\[0\] has 0 tokens"),
         ([[0.0, 2.0]], r"ids\[0\] must be .* float64"),
         ([[[0, 2]]], r"ids\[0\] must be"),

@@ -331,7 +331,7 @@ def test_without_a_prefix_no_features_are_needed(corpus, tmp_path):
         patch.setattr(evaluate, "score_split", keep)
         run_stage(again, epath.Path(tmp_path / "again"), one_device())
     assert_same(*taken, averaged)
-    with pytest.raises(ValueError, match=r"config\.model\.mapper\.prefix is 0"):
+    with pytest.raises(ValueError, match=r"config\.model\.mapper\.prefix=0"):
         model.translate(english[:1], pictures=[np.zeros((9, 9, 3), np.uint8)])
 
 

@@ -224,7 +224,7 @@ def test_other_pictures_are_refused(folder):
     good = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}
     for changes, message in (
         ({}, None),
-        ({"resample": 3}, "resample=3, and the tower's pictures are resized with 2, BILINEAR"),
+        ({"resample": 3}, "resample=3, but the tower's pictures are resized with 2, BILINEAR"),
         ({"image_mean": [0.4] * 3}, "says image_mean|says mean="),
     ):
         (folder / "preprocessor_config.json").write_text(json.dumps(good | changes))
