@@ -1,4 +1,4 @@
-"""The one train loop. A `Task` says what is trained, on what, and by which loss."""
+"""The train loop, shared by every run. A `Task` defines the model, the data and the loss."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -53,29 +53,30 @@ def train(
     config: Any,
     programs: Programs | None = None,
 ) -> dict[str, Any]:
-    """Trains `task` in `workdir`, or resumes there, or does nothing when it is finished.
+    """Trains `task` in `workdir`. Resumes an unfinished run; returns at once for a finished one.
 
     Args:
       task: what to train.
-      run, optim: how.
-      seed: of everything random.
-      workdir: gets checkpoints, metrics, TensorBoard events and, at the end, result.json.
-      mesh: where.
-      config: the frozen dataclass that made the run, or the same as a mapping; kept as JSON in
-        every checkpoint. A dataclass also says what fields mean that earlier versions lacked.
-      programs: of whoever trains several tasks that differ in data alone; the first compiles.
+      run, optim: how to run and how to optimise it.
+      seed: seeds everything random.
+      workdir: folder for checkpoints, metrics, TensorBoard events and, at the end, result.json.
+      mesh: the devices to train on.
+      config: the run's config, a frozen dataclass or the same as a mapping; saved as JSON in every
+        checkpoint. A dataclass also supplies the fields that earlier versions lacked.
+      programs: compiled programs to share between tasks that differ only in their data.
 
     Returns:
-      What result.json holds, see `common_jax.workdir.write_result`.
+      The content of result.json, see `common_jax.workdir.write_result`.
 
     Raises:
-      ValueError: as `check`, or when the workdir, its result or all of its checkpoints are another
-        run's, or none can be read.
-      FloatingPointError: when `run.nan_patience` steps in a row had non-finite gradients.
-      OSError: when a checkpoint could not be written, see `RunConfig.on_failed_save`, or another
-        process writes in `workdir`.
-      signals.Stopped: when the run was asked to stop; it is saved, and resumes when it is started
-        again.
+      ValueError: as `check`; or if the workdir, its result or all of its checkpoints belong to
+        another run; or if no checkpoint can be read.
+      FloatingPointError: after `run.nan_patience` consecutive steps with a non-finite loss or
+        gradient.
+      OSError: if a checkpoint cannot be written, see `RunConfig.on_failed_save`, or another
+        process is writing to `workdir`.
+      signals.Stopped: if the run was asked to stop. It has been saved, and the same call resumes
+        it.
     """
     workdir = epath.Path(workdir)
     refuse_pattern(workdir, "workdir")
@@ -83,7 +84,7 @@ def train(
         total = optim.total_steps(task.steps_per_epoch)
         result = read_result(workdir, config, phase=task.title, steps=total)
         if result is not None:
-            logging.info("%s is finished already: %s", task.title, workdir)
+            logging.info("%s is already finished: %s", task.title, workdir)
             return result
         with jax.set_mesh(mesh), signals.deferred():
             result = _train(
@@ -96,7 +97,7 @@ def train(
                 mesh=mesh,
                 config=config,
             )
-        give_back()  # the state's memory, for what the caller reads next
+        give_back()  # frees the state's memory for whatever the caller loads next
         return result
 
 
@@ -107,13 +108,13 @@ def check(
 
     Args:
       task, run, optim, seed, mesh: as for `train`; the task needs neither data nor weights.
-      key: of the section that holds `optim`, for messages.
+      key: config path of the section that holds `optim`, for messages.
 
     Returns:
-      Shapes and shardings of the state.
+      The state's shapes and shardings.
 
     Raises:
-      ValueError: as `check_settings`, and for parameters that the mesh does not divide.
+      ValueError: as `check_settings`, and for parameters that do not divide over the mesh.
     """
     check_settings(task, run, optim, seed=seed, mesh=mesh, key=key)
     with jax.set_mesh(mesh):
@@ -123,12 +124,12 @@ def check(
 def check_settings(
     task: Task, run: RunConfig, optim: OptimConfig, *, seed: int, mesh: Mesh, key: str = "config"
 ) -> None:
-    """The part of `check` that traces no network.
+    """The part of `check` that needs no tracing.
 
     Raises:
-      ValueError: for a batch that does not divide, a seed out of range, a warm-up that is not
-        shorter than the run, an average of more checkpoints than there will be, a metric that is
-        never measured, or a tracker that is not installed.
+      ValueError: for a batch that does not divide over the mesh, a seed out of range, a warm-up
+        that is not shorter than the run, an average over more checkpoints than there will be, a
+        metric that is never measured, or a tracker that is not installed.
     """
     batch = f"{key}.optim.batch / {key}.optim.accumulate"
     meshes.check_batch(mesh, batch, optim.micro_batch)
@@ -158,8 +159,8 @@ def _train(
     config: Any,
 ) -> dict[str, Any]:
     # ----------------------------------------------------------------------------------------------
-    # Checks. Mistakes that a user can make are caught here, or when weights are read, before
-    # config.json is written: the folder is still free for a corrected start.
+    # Checks. User errors surface here, or while weights are read, and config.json is written only
+    # afterwards: a corrected command can still use the same folder.
     # ----------------------------------------------------------------------------------------------
     abstract = check(task, run, optim, seed=seed, mesh=mesh)
     total = optim.total_steps(task.steps_per_epoch)
@@ -168,7 +169,7 @@ def _train(
     update = programs.keep("step", step_program(task, optim, abstract, log_every=run.log_every))
     if averaged:
         include = programs.keep("average", average_program(task, abstract))
-    # The checkpoints are looked at first: where they are another run's, nothing is written.
+    # Look at the checkpoints first: if they belong to another run, nothing may be written.
     stock, config = take_stock(workdir, config=config, total=total), plain(config)
     fresh = not hosts.agree(bool(stock.steps)).any()
     warm = task.warm_start(abstract.params) if fresh and task.warm_start is not None else None
@@ -179,8 +180,8 @@ def _train(
     introduce(task, optim, abstract, mesh, workdir, config)
 
     # ----------------------------------------------------------------------------------------------
-    # State: that of the newest checkpoint, or fresh parameters with those of the warm start in
-    # their place.
+    # State, restored from the newest checkpoint or initialised; warm-start parameters replace
+    # freshly initialised ones.
     # ----------------------------------------------------------------------------------------------
     identity = keep_identity(workdir, adopt=stock.id, unmarked=stock.unmarked)
     checkpoints = Checkpoints(
@@ -191,14 +192,14 @@ def _train(
         run_id=identity.id,
         foreign=stock.foreign,
         averaged_from=averaged[-1] if averaged else 0,
-        # On a CPU the state and the files being written share one memory.
+        # On CPU the files being written take host memory away from the state itself.
         at_once=_largest(abstract) if jax.default_backend() == "cpu" else None,
     )
     if fresh:
         _write_account(task, workdir, warm)
         create = programs.keep("create", create_program(task, optim, abstract))
         state = create(np.uint32(seed), {} if warm is None else warm.params)
-        del warm  # what was not donated would stay in memory as long as the run
+        del warm  # whatever was not donated would stay in memory for the whole run
     else:
         state = checkpoints.restore_latest(abstract)
     start = int(state.step)
@@ -208,7 +209,7 @@ def _train(
         logging.info("%s resumes at step %d from %s", task.title, start, place)
 
     # ----------------------------------------------------------------------------------------------
-    # Log. Opening it drops lines that an earlier start wrote after this step.
+    # Log. Opening it drops the lines that a previous start wrote beyond this step.
     # ----------------------------------------------------------------------------------------------
     recorder = Recorder(
         workdir,
@@ -230,9 +231,9 @@ def _train(
 
     try:
         # ------------------------------------------------------------------------------------------
-        # Evaluations of earlier starts. One that was stopped between a step and its evaluation
-        # left that evaluation to this start. Scores are not in checkpoints that were saved
-        # before they were evaluated, so the log says which is the best.
+        # Evaluations of previous starts. If the last one stopped between a step and its
+        # evaluation, catch up on it now. A checkpoint that was saved before its evaluation has no
+        # score, so the scores are read back from the log.
         # ------------------------------------------------------------------------------------------
         evaluations = _read_evaluations(task, workdir)
         if start and due.evaluation(start) and not hosts.agree(start in evaluations).any():
@@ -242,36 +243,36 @@ def _train(
                 checkpoints.score(step, values)
 
         # ------------------------------------------------------------------------------------------
-        # Steps. Each is dispatched before the report of the one before is read, and the next
-        # batch is on its way to the devices meanwhile, so that they never wait for the host.
+        # Steps. Each step is dispatched before the metrics of the previous one are read, while the
+        # next batch is already being copied, so the devices never wait for the host.
         # ------------------------------------------------------------------------------------------
         batches = _prefetch(task.batches(start), mesh) if start < total else iter(())
-        # On the devices once, not with every step.
+        # Transferred once, not with every step.
         seed_there = jax.device_put(np.uint32(seed), meshes.replicated(mesh))
         traced = _traced_steps(run, start, total)
         for done in range(start + 1, total + 1):
             if checkpoints.release():
-                give_back()  # what the files took until they were written
+                give_back()  # frees the buffers of files that are now on disk
             if traced and done == traced[0]:
                 jax.profiler.start_trace(str(workdir / "profile"))
-            # The state is donated: nothing else may refer to the old one from here on.
+            # `update` donates the state: nothing may use the old one after this call.
             state, report = update(state, task.helpers, next(batches), seed_there)
             if done in averaged:
-                # Before the step can be saved: a start that resumes there does not include it.
+                # Before the save: a run that resumes from it does not include this step again.
                 state = include(state, np.float32(1 / (1 + averaged.index(done))))
             log.add(done, report, line=due.line(done))
             if traced and done == traced[-1]:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
-            # Before the evaluation, which may take long; the next start catches up on it.
+            # Stop before the evaluation, which may take long; the next start catches up on it.
             hosts.check()
             if due.evaluation(done):
                 evaluation = _evaluate(task, state, log, due)
             if due.checkpoint(done):
                 saver.save(state, done, evaluation if due.evaluation(done) else None)
             elif due.line(done) and saver.is_late():
-                # Without a score, even right after an evaluation: whether a save is late depends
-                # on the clock, and which checkpoint is the best must not.
+                # Saved without a score even right after an evaluation: whether a save is late
+                # depends on wall-clock time, and the choice of the best checkpoint must not.
                 saver.save(state, done, None)
 
         # ------------------------------------------------------------------------------------------
@@ -284,7 +285,7 @@ def _train(
             saver.save(state, done, None)
         checkpoints.close()
         log.close()
-        logging.warning("%s is asked to stop, and is saved at step %d", task.title, done)
+        logging.warning("%s was asked to stop; saved at step %d", task.title, done)
         raise
     except Exception:
         checkpoints.abandon()
@@ -297,10 +298,11 @@ def _train(
 
 
 class _Saver:
-    """Saves a run, its log first: a checkpoint whose lines are lost could not be resumed from.
+    """Saves a run, flushing its log first: a run cannot resume from a checkpoint whose log lines
+    are lost.
 
     Attributes:
-      step: of the last save of this start; before the first, the step that it started from.
+      step: the last step saved since this start; initially the step that it started from.
     """
 
     def __init__(
@@ -318,7 +320,8 @@ class _Saver:
         self.step = step
 
     def is_late(self) -> bool:
-        """Whether any process last saved config.run.checkpoint_minutes ago; all must call it."""
+        """Whether config.run.checkpoint_minutes have passed since the last save, on any process.
+        All processes must call this together."""
         return self._timed and bool(hosts.agree(self._alarm.rings()).any())
 
     def save(self, state: TrainState, step: int, metrics: Mapping[str, float] | None) -> None:
@@ -326,7 +329,7 @@ class _Saver:
         _require_all(self._workdir)
         self.step = step
         if hosts.agree(not self._log.complete()).any():
-            logging.warning("step %d is not saved, since its log could not be written", step)
+            logging.warning("step %d was not saved, since its log could not be written", step)
             return
         self._checkpoints.save(state, step=step, config=self._config, metrics=metrics)
         self._log.restart_clock(step)
@@ -334,7 +337,7 @@ class _Saver:
 
 
 def _require_all(workdir: epath.Path) -> None:
-    """Raises in all processes where the first, which holds the lock for all, has lost it."""
+    """Raises in all processes if process 0, which holds the lock for all, has lost it."""
     lost = None
     try:
         require(workdir)
@@ -347,14 +350,13 @@ def _require_all(workdir: epath.Path) -> None:
 def _write_account(task: Task, workdir: epath.Path, warm: WarmStart | None) -> None:
     """Logs what the run starts from, and writes it to warm_start.json."""
     if warm is None:
-        if jax.process_index() == 0:  # left by a failed start with another config
+        if jax.process_index() == 0:  # may be left over from a failed start with another config
             (workdir / "warm_start.json").unlink(missing_ok=True)
         return
     counts = {key: len(entries) for key, entries in warm.account.items()}
     counts["taken"] = sum(entry["arrays"] for entry in warm.account["taken"])
     logging.info(
-        "%s starts from other weights: %d arrays as they are, %d adapted, %d left out, %d from "
-        "scratch",
+        "%s warm-starts: %d arrays taken unchanged, %d adapted, %d left out, %d from scratch",
         task.title,
         *(counts.get(key, 0) for key in ("taken", "adapted", "left", "fresh")),
     )
@@ -363,7 +365,7 @@ def _write_account(task: Task, workdir: epath.Path, warm: WarmStart | None) -> N
 
 
 def _read_evaluations(task: Task, workdir: epath.Path) -> dict[int, dict[str, float]]:
-    """The evaluations in the log, by step; none in processes without the disk of the first."""
+    """The evaluations in the log, by step; empty in processes that do not see process 0's disk."""
     path = workdir / "metrics.jsonl"
     prefixes = tuple(f"{name}/" for name in task.evaluators)
     return {
@@ -374,7 +376,8 @@ def _read_evaluations(task: Task, workdir: epath.Path) -> dict[int, dict[str, fl
 
 
 def _evaluate(task: Task, state: TrainState, log: Log, due: Due) -> dict[str, float]:
-    """The metrics of an evaluation, written after the line of its step and shown in the report."""
+    """Evaluates `state`, writes the metrics after the log line of its step, and refreshes the
+    report."""
     log.flush()
     values, step = _measure(task, state, due), int(state.step)
     log.write_evaluation(step, values)
@@ -384,7 +387,7 @@ def _evaluate(task: Task, state: TrainState, log: Log, due: Due) -> dict[str, fl
 
 
 def _measure(task: Task, state: TrainState, due: Due) -> dict[str, float]:
-    """Runs all evaluators, on the average of the parameters where there is one."""
+    """Runs all evaluators, on the averaged parameters if there are any."""
     step = int(state.step)
     averaged = state.ema is not None and due.whole_average(step)
     params = merge(state.params, state.ema) if averaged else state.params
@@ -403,7 +406,7 @@ def _largest(abstract: TrainState) -> int:
 def _prefetch(
     batches: Iterator[Mapping[str, np.ndarray]], mesh: Mesh
 ) -> Iterator[dict[str, jax.Array]]:
-    """Batches on the mesh. A copy to the devices starts a step before it is used."""
+    """Batches on the mesh. Each batch's copy to the devices starts one step before its use."""
     following = meshes.to_devices(next(batches), mesh)
     while True:
         batch = following
@@ -412,7 +415,7 @@ def _prefetch(
 
 
 def _traced_steps(run: RunConfig, start: int, total: int) -> range:
-    """The steps of config.run.profile that this start of the run will do."""
+    """The steps of config.run.profile that are still to come in this start of the run."""
     if not run.profile:
         return range(0)
     first, last = run.profile

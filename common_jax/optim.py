@@ -27,8 +27,8 @@ from common_jax.ranges import (
 from common_jax.state import subtrees
 
 OPTIMIZERS = ("adamw", "sgd")
-LONGEST = 1_000_000  # epochs; a schedule by epoch is a table of them
-# Biases of several axes too, such as those of a layer that is stacked over experts.
+LONGEST = 1_000_000  # epochs; per-epoch schedules are tables of this length
+# Includes biases with several axes, such as those of layers stacked over experts.
 NO_DECAY = r"(.*/)?(bias|up_bias|down_bias)"
 
 
@@ -37,27 +37,27 @@ class OptimConfig(Section):
     """Optimizer, schedule and length of a run.
 
     Attributes:
-      epochs: passes over the training set; with `steps` None it sets the run's length.
-      steps: updates in all, in place of `epochs`.
-      batch: examples an update, over all devices and micro-batches.
-      accumulate: micro-batches an update is split into.
+      epochs: passes over the training set; sets the run's length unless `steps` does.
+      steps: total number of updates, in place of `epochs`.
+      batch: examples per update, over all devices and micro-batches.
+      accumulate: number of micro-batches that an update is split into.
       lr: peak learning rate.
-      lr_per: batch that `lr` is stated for; the peak is lr * batch / lr_per. None: it is not
-        scaled.
-      schedule: "epoch_cosine", constant within an epoch and an epoch late; "epoch_cosine_unlagged",
-        not late; "warmup_cosine", per step; "inverse_sqrt", per step, after the warm-up;
-        "polynomial", of `power`, without warm-up; or "constant", the peak throughout.
+      lr_per: batch size that `lr` is stated for; the peak is lr * batch / lr_per. None: not scaled.
+      schedule: "epoch_cosine", constant within an epoch and one epoch late;
+        "epoch_cosine_unlagged", the same but not late; "warmup_cosine", per step; "inverse_sqrt",
+        per step, after the warm-up; "polynomial", with exponent `power` and no warm-up; or
+        "constant", the peak throughout.
       warmup_epochs: length of the linear warm-up.
       warmup_steps: the same in updates, in place of `warmup_epochs`; not for epoch_cosine*.
-      warmup_lr: where the warm-up starts; never scaled.
-      min_lr: where the cosine or the polynomial ends; never scaled.
-      power: of the polynomial.
+      warmup_lr: learning rate at the start of the warm-up; never scaled.
+      min_lr: learning rate at the end of the cosine or the polynomial; never scaled.
+      power: exponent of the polynomial.
       optimizer: "adamw", or "sgd" with Nesterov momentum.
-      weight_decay: AdamW's, decoupled; of SGD it is added to the gradient.
+      weight_decay: decoupled in AdamW; added to the gradient in SGD.
       b1, b2, eps: AdamW's.
       momentum: SGD's.
-      decay_all: whether every parameter decays, vectors and biases too.
-      no_decay: regex of further parameter paths that do not decay, matrices too.
+      decay_all: whether every parameter decays, including vectors and biases.
+      no_decay: regex of further parameter paths that do not decay, including matrices.
       clip: largest global norm of the gradient; None for no clipping.
       ema: decay of the running average of the parameters that is evaluated; 0 for none.
     """
@@ -94,7 +94,8 @@ class OptimConfig(Section):
 
     @property
     def idle(self) -> dict[str, str]:
-        """The fields that are set and change nothing beside the others, and why; 0 is not set."""
+        """The fields that are set but have no effect given the others, with the reason; 0 counts
+        as not set."""
         unread = {
             "schedule": [name for name, by in READ_BY.items() if self.schedule not in by],
             "optimizer": ["momentum"] if self.optimizer == "adamw" else ["b1", "b2", "eps"],
@@ -109,12 +110,12 @@ class OptimConfig(Section):
 
     @property
     def micro_batch(self) -> int:
-        """Examples that are on the devices at once, over all hosts."""
+        """Examples per micro-batch, over all hosts."""
         return self.batch // self.accumulate
 
     @property
     def peak_lr(self) -> float:
-        """The learning rate scaled to the batch."""
+        """The peak learning rate, scaled to the batch size."""
         return self.lr if self.lr_per is None else self.lr * self.batch / self.lr_per
 
     def total_steps(self, steps_per_epoch: int) -> int:
@@ -123,7 +124,7 @@ class OptimConfig(Section):
 
     def check_warmup(self, steps_per_epoch: int, *, key: str = "config.optim") -> None:
         """Raises ValueError, naming fields of the section `key`, unless the schedule's warm-up is
-        shorter than the run, which would otherwise end below the peak."""
+        shorter than the run; a longer warm-up would never reach the peak."""
         if self.schedule not in WARMING:
             return
         by_steps = self.warmup_steps is not None and self.schedule not in BY_EPOCH
@@ -140,13 +141,13 @@ class OptimConfig(Section):
         )
 
     def total_warmup(self, steps_per_epoch: int) -> int:
-        """Updates of the warm-up, for schedules per step."""
+        """Updates in the warm-up, for per-step schedules."""
         in_epochs = self.warmup_epochs * steps_per_epoch
         return in_epochs if self.warmup_steps is None else self.warmup_steps
 
 
 def idle_optim(config: Any, *, pipeline: bool) -> dict[str, str]:
-    """`OptimConfig.idle` of `optim`, or of each recipe's in a pipeline, by the fields' paths."""
+    """`OptimConfig.idle` of `config.optim`, or of every recipe's in a pipeline, by field path."""
     recipes = {f"recipes.{name}.optim": one.optim for name, one in config.recipes.items()}
     sections = recipes if pipeline else {"optim": config.optim}
     return {
@@ -160,12 +161,12 @@ Recipe = TypeVar("Recipe")  # a dataclass with a field `optim`
 
 
 def scale_lengths(recipes: Mapping[str, Recipe], scale: float) -> dict[str, Recipe]:
-    """Returns the recipes with the length of each, and its warm-up, multiplied by `scale`.
+    """Returns the recipes with the length of each run and of its warm-up multiplied by `scale`.
 
-    Lengths are rounded to at least one epoch or update; a warm-up stays shorter than the run.
+    Lengths are rounded, to one epoch or update at least; a warm-up stays shorter than the run.
 
     Raises:
-      ValueError: a scale that is not positive.
+      ValueError: if the scale is not positive.
     """
     if not 0 < scale < math.inf:
         raise ValueError(f"scale={scale:g} must be positive, such as 0.1 for a tenth of the length")
@@ -197,14 +198,14 @@ Schedule = Callable[[jax.Array], jax.Array]
 
 
 def epoch_cosine(config: OptimConfig, steps_per_epoch: int, *, lag: int = 1) -> Schedule:
-    """Linear warm-up and half a cosine, constant within an epoch and `lag` epochs late.
+    """Linear warm-up, then half a cosine; constant within an epoch and `lag` epochs late.
 
         f(t) = warmup_lr + t (peak - warmup_lr) / W                         t < W
         f(t) = min_lr + (peak - min_lr) (1 + cos(pi t / E)) / 2             t >= W
 
-    with W warm-up epochs of E. Epoch e uses f(max(e - lag, 0)): timm's scheduler is stepped after
-    an epoch with that epoch's number, a lag of 1. f jumps at W, because the cosine is not shifted
-    by the warm-up. The schedule is a function of the step, 0-based.
+    with W warm-up epochs out of E. Epoch e uses f(max(e - lag, 0)): timm's scheduler is stepped
+    after each epoch with that epoch's number, which is a lag of 1. f jumps at W, because the cosine
+    is not shifted by the warm-up. The schedule is a function of the 0-based step.
     """
     epochs = math.ceil(config.total_steps(steps_per_epoch) / steps_per_epoch)
     table = [_epoch_value(config, epochs, max(epoch - lag, 0)) for epoch in range(epochs)]
@@ -213,7 +214,7 @@ def epoch_cosine(config: OptimConfig, steps_per_epoch: int, *, lag: int = 1) -> 
 
 
 def warmup_cosine(config: OptimConfig, steps_per_epoch: int) -> Schedule:
-    """Linear from warmup_lr to the peak over the warm-up, then one half cosine to min_lr, step by
+    """Linear from warmup_lr to the peak over the warm-up, then half a cosine to min_lr, per
     step."""
     config.check_warmup(steps_per_epoch)
     warmup, total = config.total_warmup(steps_per_epoch), config.total_steps(steps_per_epoch)
@@ -241,7 +242,7 @@ def polynomial(config: OptimConfig, steps_per_epoch: int) -> Schedule:
 
 
 def constant(config: OptimConfig, steps_per_epoch: int) -> Schedule:
-    """The peak throughout, whatever the warm-up."""
+    """The peak throughout; ignores the warm-up."""
     del steps_per_epoch
     return optax.constant_schedule(config.peak_lr)
 
@@ -256,9 +257,9 @@ SCHEDULES = {
 }
 
 
-BY_EPOCH = ("epoch_cosine", "epoch_cosine_unlagged")  # which know no warmup_steps
+BY_EPOCH = ("epoch_cosine", "epoch_cosine_unlagged")  # these ignore warmup_steps
 WARMING = (*BY_EPOCH, "warmup_cosine", "inverse_sqrt")
-# The schedules that read a field, of the fields that not all of them do.
+# The schedules that read each field that some schedules ignore.
 READ_BY = {
     "warmup_epochs": WARMING,
     "warmup_steps": ("warmup_cosine", "inverse_sqrt"),
@@ -276,11 +277,11 @@ def make_schedule(config: OptimConfig, steps_per_epoch: int) -> Schedule:
 def make_optimizer(
     config: OptimConfig, *, clip_depth: int = 0
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW's or SGD's direction u, of the clipped gradient. Where the argument `finite` of its
-    update is False, its state stays as it is and u has no meaning.
+    """AdamW or SGD, which map the clipped gradient to a direction u. If `finite`, an argument of
+    its update, is False, the optimizer state does not change and u is meaningless.
 
-    The learning rate is not part of it: the step computes p <- p - lr u, with the rate of the run's
-    step and not of the optimizer's own count, which skipped steps do not advance.
+    The learning rate is applied outside: the train step computes p <- p - lr u, with the rate at
+    the run's step rather than at the optimizer's own count, which skipped steps do not advance.
 
         g <- g min(1, clip / |g|)
         adamw:  u = m / (sqrt(v) + eps) + weight_decay p
@@ -301,7 +302,7 @@ def make_optimizer(
 def _skipping(
     optimizer: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer, whose state stays as it is unless `finite`."""
+    """Wraps an optimizer so that its state does not change unless `finite`."""
 
     def update(gradient: Any, state: Any, params: Any = None, *, finite: Any = True):
         direction, new = optimizer.update(gradient, state, params)
@@ -311,13 +312,13 @@ def _skipping(
 
 
 def _adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_adam`, whose direction is computed from the moments that are kept."""
+    """`optax.scale_by_adam`, but with the direction computed from the moments that are kept."""
     adam = _skipping(optax.scale_by_adam(b1, b2, eps))
 
     def update(gradient: Any, state: Any, params: Any = None, *, finite: Any = True):
-        # optax's direction is of the moments before `keep`, which XLA for CPUs computes once more
-        # for it, from the old ones. Since the kept ones are written in the place of these, it then
-        # copies them first: twice the size of the parameters.
+        # optax computes the direction from the moments before `keep`, and XLA for CPU recomputes
+        # those from the old moments. Since the kept moments overwrite the old ones in place, XLA
+        # then has to copy the old ones first, which takes twice the size of the parameters.
         state = adam.update(gradient, state, params, finite=finite)[1]
         mean = optax.tree.bias_correction(state.mu, b1, state.count)
         square = optax.tree.bias_correction(state.nu, b2, state.count)
@@ -327,14 +328,14 @@ def _adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtra
 
 
 def keep(finite: jax.Array | bool, new: Any, old: Any) -> Any:
-    """The new tree if `finite`, else the old one, chosen element by element: both branches of a
-    conditional would keep their own copy."""
+    """The new tree if `finite`, else the old one. Selects element by element, since a conditional
+    would hold a copy for each branch."""
     return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
 
 
 def clip_by_norm(largest: float, depth: int) -> optax.GradientTransformation:
-    """Clips each subtree `depth` keys deep to the global norm `largest`, by its own norm; with
-    `depth` 0 the whole gradient by one norm."""
+    """Clips each subtree `depth` keys deep separately to the global norm `largest`; a `depth` of 0
+    clips the whole gradient by one norm."""
 
     whole = optax.clip_by_global_norm(largest)
     if not depth:
@@ -349,12 +350,12 @@ def clip_by_norm(largest: float, depth: int) -> optax.GradientTransformation:
 
 
 def decay_mask(params: Any, no_decay: str) -> Any:
-    """True where weight decay applies: to all but arrays of one axis and biases. Single numbers do
-    decay.
+    """True where weight decay applies: everywhere but one-axis arrays and biases. Scalars decay.
 
     Args:
       params: nested dict.
-      no_decay: regex of further paths `a/b/c` without decay, such as class token and positions.
+      no_decay: regex of further paths `a/b/c` without decay, such as class token and position
+        embeddings.
     """
     flat = traverse_util.flatten_dict(params, sep="/")
     mask = {

@@ -1,4 +1,4 @@
-"""How a run logs, evaluates and saves, and after which steps."""
+"""Config of how a run logs, evaluates and saves, and the steps at which each is due."""
 
 import dataclasses
 from typing import Annotated
@@ -15,22 +15,23 @@ class RunConfig(Section):
     """How a run logs, evaluates and saves.
 
     Attributes:
-      log_every: steps per line of metrics.jsonl, which has their averages.
+      log_every: steps per line of metrics.jsonl, which averages over them.
       eval_every: epochs between evaluations; the last step is always evaluated.
       checkpoint_every: epochs between checkpoints; the last step is always saved.
-      checkpoint_minutes: time since the last checkpoint after which a further one is written, at
-        the next line of the log; None for never.
-      on_failed_save: "stop" ends the run when a checkpoint or a line of the log could not be
-        written, "go_on" warns and tries again at the next one. The last ones must be written.
-      keep: newest checkpoints that stay.
-      best: metric whose highest value keeps its checkpoint as well; None for none.
-      average_last: checkpoints by epoch, counted back from the last step, whose parameters' mean is
-        evaluated at the end and loaded from the last checkpoint; 1 for the last step's own. They
-        need not stay: the mean is updated while the run trains.
-      nan_patience: steps in a row with a non-finite gradient after which the run stops.
+      checkpoint_minutes: minutes since the last checkpoint after which another one is written, at
+        the next log line; None for never.
+      on_failed_save: "stop" ends the run when a checkpoint or a log line cannot be written, "go_on"
+        warns and tries again at the next one. The final ones must succeed either way.
+      keep: number of newest checkpoints to keep.
+      best: metric whose highest value also keeps its checkpoint; None for none.
+      average_last: number of per-epoch checkpoints, counted back from the last step, whose mean
+        parameters are evaluated at the end and loaded from the last checkpoint; 1 uses the last
+        step's own parameters. The mean is updated during training, so the checkpoints need not be
+        kept.
+      nan_patience: consecutive steps with a non-finite loss or gradient after which the run stops.
       profile: first and last step to trace with jax.profiler into WORKDIR/profile; () for none.
-      compilation_cache: folder of compiled programs that later runs reuse; None for none.
-      wandb: project of Weights & Biases that gets the scalars too; None for none.
+      compilation_cache: folder for compiled programs, reused by later runs; None for none.
+      wandb: Weights & Biases project that the scalars are also logged to; None for none.
     """
 
     log_every: Size = 50
@@ -54,7 +55,7 @@ class RunConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Due:
-    """What a run does after which steps. After the last one it does all."""
+    """What is due after each step. After the last step, everything is."""
 
     run: RunConfig
     steps_per_epoch: int
@@ -71,10 +72,10 @@ class Due:
 
     @property
     def averaged(self) -> tuple[int, ...]:
-        """The steps whose parameters are averaged, ascending; () if the last is not averaged.
+        """The steps whose parameters are averaged, ascending; () without averaging.
 
-        Checkpoints by the clock or after a request to stop are not among them: when those are
-        written depends on the machine, and the result must not.
+        Leaves out checkpoints written after checkpoint_minutes or on a request to stop: their
+        timing depends on the machine, and the result must not.
         """
         if self.run.average_last == 1:
             return ()
@@ -82,16 +83,17 @@ class Due:
         return (*range(stride, self.total, stride), self.total)[-self.run.average_last :]
 
     def whole_average(self, step: int) -> bool:
-        """Whether the average in the state at `step`, if it has one, is one to evaluate."""
+        """Whether the average in the state at `step`, if it has one, is ready to be evaluated."""
         return not self.averaged or step == self.total
 
     def check_average(self, optim: OptimConfig, *, title: str, key: str) -> None:
-        """Raises ValueError for an average of more checkpoints than there will be, or one beside a
-        best checkpoint or a running average.
+        """Raises ValueError for an average over more checkpoints than there will be, or one
+        combined with a best checkpoint or a running average.
 
         Args:
-          optim: the run's, in the config's section `key`.
-          title: of the task.
+          optim: the run's optimizer settings.
+          title: the task's title.
+          key: config path of the section that holds `optim`.
         """
         if self.run.average_last == 1:
             return
@@ -108,7 +110,7 @@ class Due:
             )
         if len(self.averaged) < self.run.average_last:
             raise ValueError(
-                f"{last} is more than {title} has checkpoints, {len(self.averaged)}: "
+                f"{last} is more than the {len(self.averaged)} checkpoints of {title}: "
                 f"one every {self.run.checkpoint_every} epochs "
                 f"(config.run.checkpoint_every) of {self.steps_per_epoch} steps and one at its "
                 f"last step, {self.total}; lower it, or save more often"

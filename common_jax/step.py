@@ -1,4 +1,4 @@
-"""The update of a run and its evaluation, as pure functions."""
+"""The train step and the evaluation, as pure functions."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,28 +18,31 @@ from common_jax.state import TrainState, evaluation_key, merge, partition, step_
 Batch = dict[str, jax.Array]
 Rngs = dict[str, jax.Array]
 # loss(params, helpers, batch, rngs, step) -> (scalar, metrics). A metric is a mean over the
-# examples; rngs has a key for each of the task's streams; step, int32, counts the updates before.
+# examples; rngs has a key for each of the task's streams; step, int32, is the number of updates
+# so far.
 Loss = Callable[[Any, Any, Batch, Rngs, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 Step = Callable[[TrainState, Any, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
 # sums(params, helpers, batch, key) -> totals over the batch's real examples, among them "count".
 Sums = Callable[[Any, Any, Mapping[str, jax.Array], jax.Array], dict[str, jax.Array]]
-# evaluate(params, helpers, step) -> means over all examples; `step` counts the updates so far.
+# evaluate(params, helpers, step) -> means over all examples; `step` is the number of updates so
+# far.
 Evaluate = Callable[[Any, Any, int], dict[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """Jitted functions, kept by whoever trains several tasks that differ in data alone: those of
-    the first task serve all, so that later ones compile nothing.
+    """Jitted functions shared by tasks that differ only in their data. The first task compiles
+    them; the others reuse them.
 
     Attributes:
-      kept: by name.
+      kept: the functions by name.
     """
 
     kept: dict[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
 
     def keep(self, name: str, program: Callable[..., Any]) -> Callable[..., Any]:
-        """The program that was kept first under `name`, which is this one if there was none."""
+        """Returns the program already kept under `name`; if there is none, keeps and returns
+        `program`."""
         return self.kept.setdefault(name, program)
 
 
@@ -56,27 +59,27 @@ def make_step(
     """step(state, helpers, batch, seed) -> (state, metrics), to be jitted with `state` donated.
 
     The batch is split into `config.accumulate` micro-batches whose gradients are averaged. A step
-    with a non-finite loss or gradient leaves parameters, optimizer and average as they were, and
-    is counted.
+    with a non-finite loss or gradient leaves parameters, optimizer state and average unchanged,
+    and is counted as skipped.
 
     Args:
-      loss: what is minimised; `helpers` are parameters that it needs and that stay as they are.
+      loss: what is minimised; `helpers` are parameters that it needs and that are never updated.
       config: optimizer settings.
       schedule: learning rate as a function of the step.
       trainable: regex of the paths of the parameters that are updated.
-      log_every: steps over which `state.sums` adds up the metrics.
+      log_every: number of steps over which `state.sums` accumulates the metrics.
       streams: names of the random streams that the loss draws from.
-      clip_depth: how deep the subtrees lie that are clipped each by itself, see
-        `common_jax.optim.clip_by_norm`; their norms are metrics, too.
+      clip_depth: depth of the subtrees that are clipped separately, see
+        `common_jax.optim.clip_by_norm`; their norms are added to the metrics.
 
     Returns:
-      The step. Its second result is `state.sums` and the counts of skipped steps, in buffers of
-      their own, so that they can be read while the next step runs.
+      The step. Its second result is `state.sums` and the counts of skipped steps, in separate
+      buffers, so that they can be read while the next step runs.
     """
     optimizer = make_optimizer(config, clip_depth=clip_depth)
 
     def step(state: TrainState, helpers: Any, batch: Batch, seed: jax.Array):
-        # Gradients, moments and averages are of the trained part alone.
+        # Only the trained part has gradients, moments and an average.
         trained, fixed = partition(state.params, trainable)
 
         def objective(trained, micro_batch, rngs):
@@ -87,7 +90,7 @@ def make_step(
         rate, norm = schedule(state.step), optax.tree.norm(gradient)
         metrics |= {"loss": value, "learning_rate": rate, "gradient_norm": norm}
         metrics |= part_norms(gradient, clip_depth)
-        # A loss may be infinite where its gradient is not, and the other way round.
+        # Check both: a loss may be infinite while its gradient is finite, and vice versa.
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         direction, opt_state = optimizer.update(gradient, state.opt_state, trained, finite=finite)
         updated = jax.tree.map(lambda p, u: p - rate * u, trained, direction)
@@ -106,14 +109,14 @@ def make_step(
             skipped_in_row=(state.skipped_in_row + 1) * skipped,
         )
         report = sums | {"skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
-        # Copied, since the state's own buffers are donated to the next step.
+        # Copied, since the state's own buffers will be donated to the next step.
         return state, jax.tree.map(jnp.copy, report)
 
     return step
 
 
 def part_norms(gradient: Any, depth: int) -> dict[str, jax.Array]:
-    """`PATH/gradient_norm` of every subtree `depth` keys deep; of a single one nothing, since its
+    """`PATH/gradient_norm` of every subtree `depth` keys deep. Empty if there is only one, whose
     norm is that of the whole gradient."""
     parts = subtrees(gradient, depth)
     if len(parts) == 1:
@@ -132,11 +135,11 @@ def init_state(
     """The state before the first step.
 
     Args:
-      params: all that the run saves.
+      params: all parameters that the run saves.
       config: optimizer settings.
       trainable: regex of the paths of the parameters that are updated.
-      metrics: shapes of what the loss reports.
-      averaged: gives the state an average of the trained parameters even without `config.ema`.
+      metrics: shapes of the metrics that the loss returns.
+      averaged: whether to keep an average of the trained parameters even without `config.ema`.
     """
     trained, _ = partition(params, trainable)
     shapes = metrics | {
@@ -167,17 +170,19 @@ def make_evaluator(
 ) -> Evaluate:
     """evaluate(params, helpers, step) -> means over all examples, each counted once.
 
-    It raises `common_jax.signals.Stopped` when the processes are asked to stop.
+    The returned function raises `common_jax.signals.Stopped` if the processes are asked to stop.
 
     Args:
-      sums: totals over one batch, padding left out by its `_mask`; jitted here. Its key is
-        `evaluation_key` of the seed, the batch's number in the pass and, if asked for, the step.
+      sums: totals over one batch, with padding masked out by `_mask`; jitted here. Its key is
+        `evaluation_key` of the seed, the batch's number in the pass and, with `fold_step`, the
+        step.
       batches: starts a pass over the set; the last batch is padded.
-      mesh: where batches go.
-      seed: of everything random.
-      fold_step: whether every evaluation draws other numbers, or all the same.
-      programs: shared by the evaluations of several tasks or sets that differ in data alone.
-      name: of the program in `programs`; evaluations with other `sums` need another one.
+      mesh: the mesh that batches are put on.
+      seed: seeds everything random.
+      fold_step: whether each evaluation draws new random numbers instead of the same ones.
+      programs: compiled programs to share between tasks or sets that differ only in their data.
+      name: key of the program in `programs`; evaluations with different `sums` need different
+        names.
     """
 
     @jax.jit
@@ -194,7 +199,7 @@ def make_evaluator(
             hosts.check()
             place = np.uint32(seed), np.int32(index), np.int32(step)
             part = add_up(params, helpers, to_devices(batch, mesh), *place)
-            # Added on the devices: reading a number here would wait for every batch.
+            # Summed on the devices: reading a number here would block on every batch.
             total = part if total is None else jax.tree.map(jax.numpy.add, total, part)
         if total is None:
             raise ValueError("there is nothing to evaluate on: the set is empty")
@@ -206,9 +211,9 @@ def make_evaluator(
 
 
 def _accumulate(objective, trained, batch: Batch, rngs: Rngs, count: int):
-    """Mean loss, metrics and gradient over `count` micro-batches, each with keys of its own."""
+    """Mean loss, metrics and gradient over `count` micro-batches, each with its own keys."""
     differentiate = jax.value_and_grad(objective, has_aux=True)
-    if count == 1:  # spares the sums, which are as large as the gradient
+    if count == 1:  # avoids the accumulators, which are as large as the gradient
         (value, metrics), gradient = differentiate(trained, batch, rngs)
         return value, metrics, gradient
 
@@ -227,9 +232,9 @@ def _accumulate(objective, trained, batch: Batch, rngs: Rngs, count: int):
 
 
 def _split(x: jax.Array, count: int) -> jax.Array:
-    """(B, ...) to (count, B / count, ...), every `count`-th example to a micro-batch."""
-    # A device holds neighbouring examples: each micro-batch gets its share of those of every
-    # device, and no example moves.
+    """(B, ...) to (count, B / count, ...), with every `count`-th example in one micro-batch."""
+    # A device holds consecutive examples. Striding gives each micro-batch an equal share of every
+    # device's examples, so no example moves between devices.
     x = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
     if jax.sharding.get_abstract_mesh().empty:
         return x
@@ -237,9 +242,9 @@ def _split(x: jax.Array, count: int) -> jax.Array:
 
 
 def _add_metrics(state: TrainState, metrics, finite: jax.Array, log_every: int):
-    """The sums since the last line of the log, skipped steps left out."""
+    """The sums since the last log line, without skipped steps."""
     metrics = metrics | {"steps": jnp.ones(())}
-    # Here and not in the loop, which would need another program to clear them.
+    # Reset here, not in the loop, which would need a separate program for it.
     fresh = state.step % log_every == 0
     return {
         name: jnp.where(fresh, 0, state.sums[name]) + jnp.where(finite, value, 0)

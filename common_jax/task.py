@@ -1,7 +1,7 @@
-"""The task that the train loop is given, and the programs made of it.
+"""The task that the train loop runs, and the jitted programs built from it.
 
-A program is compiled from shapes and shardings alone, so the same functions serve a run and a
-compilation for machines that are not there.
+A program is compiled from shapes and shardings alone, so the same functions serve real runs and
+compilation for machines that are not available.
 """
 
 import dataclasses
@@ -22,28 +22,29 @@ from common_jax.weights import WarmStart
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """All that the loop needs to know of what it trains.
+    """All that the loop needs to know about what it trains.
 
     Attributes:
-      title: for the progress bar and the report.
-      init: key -> nested dict of all parameters; traced, so nothing exists before it is sharded.
+      title: name in the progress bar and the report.
+      init: key -> nested dict of all parameters; traced, so that parameters are created sharded.
       rules: partition rules of the parameters.
       trainable: regex of the paths that are updated.
-      clip_depth: how deep in the parameters the subtrees lie whose gradients are clipped each by
-        its own norm, as if it were trained alone; 0 clips all together.
+      clip_depth: depth of the parameter subtrees whose gradients are clipped separately, each by
+        its own norm, as if it were trained alone; 0 clips the whole gradient by one norm.
       loss: see `common_jax.step.Loss`.
-      streams: names of the streams of random numbers that the loss draws from; it is given a key
-        for each.
-      batch: shapes and dtypes of a micro-batch over all hosts.
+      streams: names of the random streams that the loss draws from; it gets one key for each.
+      batch: global shapes and dtypes of a micro-batch.
       steps_per_epoch: updates in a pass over the training set.
-      helpers: parameters that the loss needs and that this run neither changes nor saves; to
-        compile, their shapes and shardings are enough.
-      warm_start: called once at the start of a fresh run with shapes and shardings of all
-        parameters; the parameters that it returns replace fresh ones. None: all are fresh.
-      batches: first step -> batches of numpy arrays from that step on; not needed to compile.
-      evaluators: each by the prefix of its metrics.
-      shown: names of the metrics that the terminal shows; metrics.jsonl has all.
-      files: name -> content of the JSON files beside config.json that using the result needs.
+      helpers: parameters that the loss needs and that this run neither updates nor saves; for
+        compilation, their shapes and shardings are enough.
+      warm_start: called once at the start of a fresh run with the shapes and shardings of all
+        parameters; the parameters that it returns replace freshly initialised ones. None
+        initialises all of them.
+      batches: first step -> batches of numpy arrays from that step on; not needed for compilation.
+      evaluators: evaluators by the prefix of their metrics.
+      shown: names of the metrics shown on the terminal; metrics.jsonl has all.
+      files: name -> content of further JSON files, written beside config.json, that are needed to
+        use the result.
     """
 
     title: str
@@ -69,11 +70,11 @@ def abstract_state(
     """Shapes and shardings of the whole state, as ShapeDtypeStructs; no array exists yet.
 
     Args:
-      task, optim, mesh: of the run.
+      task, optim, mesh: the run's.
       averaged: as for `common_jax.step.init_state`.
 
     Raises:
-      ValueError: for parameters that the mesh does not divide.
+      ValueError: for parameters that do not divide over the mesh.
     """
     params = jax.eval_shape(task.init, jax.random.key(0))
     shardings = meshes.match_rules(task.rules, params, mesh)
@@ -107,8 +108,8 @@ def abstract_state(
 def step_program(
     task: Task, optim: OptimConfig, abstract: TrainState, *, log_every: int
 ) -> Callable[..., Any]:
-    """The update of a run, jitted: step(state, helpers, batch, seed) -> (state, metrics), with
-    `state` donated and laid out as `abstract` says. See `common_jax.step.make_step`."""
+    """The jitted train step, step(state, helpers, batch, seed) -> (state, metrics), with `state`
+    donated and sharded like `abstract`. See `common_jax.step.make_step`."""
     schedule = make_schedule(optim, task.steps_per_epoch)
     step = make_step(
         task.loss,
@@ -120,19 +121,19 @@ def step_program(
         log_every=log_every,
     )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    # The metrics are replicated, as the step's number is: every process reads them.
+    # The metrics are replicated, like the step counter: every process reads them.
     outputs = (shardings, shardings.step)
-    # Donated, so that the new state takes the memory of the old one.
+    # Donated, so that the new state reuses the memory of the old one.
     return jax.jit(step, donate_argnums=0, out_shardings=outputs)
 
 
 def average_program(
     task: Task, abstract: TrainState
 ) -> Callable[[TrainState, jax.Array], TrainState]:
-    """include(state, share), jitted: the state, which is donated, with its average moved towards
-    its parameters:  a <- (1 - share) a + share p.
+    """The jitted include(state, share) -> state, which moves the state's average towards its
+    parameters:  a <- (1 - share) a + share p. The state is donated.
 
-    A share of 1 / k for the k-th of several steps gives the mean over them.
+    A share of 1 / k at the k-th included step gives the mean over these steps.
     """
 
     def include(state: TrainState, share: jax.Array) -> TrainState:
@@ -143,19 +144,19 @@ def average_program(
     return jax.jit(include, donate_argnums=0, out_shardings=shardings)
 
 
-# Drawing parameters happens once and is three times quicker to compile without optimisation.
+# Initialization runs once, and compiles three times faster without optimisation.
 RUN_ONCE = {"cpu": {"xla_backend_optimization_level": 0}}
 
 
 def create_program(
     task: Task, optim: OptimConfig, abstract: TrainState
 ) -> Callable[[jax.Array, Mapping[str, Any]], TrainState]:
-    """The start of a run, jitted: create(seed, warm) -> the state at step 0, laid out as `abstract`
-    says. Of the parameters only those that `warm` lacks are drawn; `warm` is donated."""
+    """The jitted create(seed, warm) -> the state at step 0, sharded like `abstract`. Initializes
+    only the parameters that `warm` lacks; `warm` is donated."""
 
     def create(seed: jax.Array, warm: Mapping[str, Any]) -> TrainState:
-        # Under jit the parameters that `warm` replaces are never computed, and each of the others
-        # is born on its own shards.
+        # Under jit, the parameters that `warm` replaces are never computed, and the others are
+        # created already sharded.
         params = merge(task.init(fold_name(jax.random.key(seed), "init")), warm)
         return init_state(
             params,

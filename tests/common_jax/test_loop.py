@@ -148,7 +148,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_read(changes, seed
     ("last", "ema", "best", "message"),
     [
         (2, 0.0, "test/w", r"config\.run\.average_last=2 .*\.best='test/w' would choose"),
-        (4, 0.0, None, r"config\.run\.average_last=4 is more than descent has checkpoints, 3: "),
+        (4, 0.0, None, r"config\.run\.average_last=4 is more than the 3 checkpoints of descent: "),
         (2, 0.9, None, r"config\.run\.average_last=2 and config\.optim\.ema=0\.9 are two averages"),
     ],
 )

@@ -308,7 +308,7 @@ def test_a_run_and_a_config_are_shown(runs, capsys):
     status, out, _ = call(capsys, "show", runs / "student")
     assert status == 0
     assert "config.optim.batch = 64   (default " in out
-    assert "    examples an update, over all devices and micro-batches." in out
+    assert "    examples per update, over all devices and micro-batches." in out
     assert "end_to_end: " in out and "FLOPs of products per step of 64 examples" in out
     line = next(line for line in out.splitlines() if line.startswith("student/stage_*/head/kernel"))
     assert line.split()[1:] == ["trained", "16", "x", "10", "float32", "fsdp", "1", "160"]
