@@ -55,7 +55,7 @@ def test_stopped_in_compiling_then_killed_two_resume_to_the_bit(undisturbed, tmp
         outputs = finish_all((first, second))
     (step,) = finished_steps(workdir / "checkpoints")
     assert step < 5
-    assert all(f"is saved at step {step}" in output for output in outputs)
+    assert all(f"saved at step {step}" in output for output in outputs)
 
     with pair(workdir, TWO_EPOCHS, devices=2) as (first, second):
         second.send(signal.SIGKILL, when=lambda: says(workdir / "metrics.jsonl", '"step": 15'))
