@@ -1,4 +1,4 @@
-"""The entry of a command: flags, caches, and errors that a user can act on."""
+"""The entry point of a command: flags, caches, and errors that a user can act on."""
 
 import logging
 import sys
@@ -25,35 +25,36 @@ def run(
     system: command_line.System | None = None,
     reads: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """Calls `main(config, workdir)` with the config and the folder of --config and --workdir.
+    """Calls `main(config, workdir)` with the values of --config and --workdir.
 
-    Any field of the config can be set by --config.FIELD=VALUE. An error that a user can cause ends
-    in a message on standard error and exit status 2, before anything is compiled or written;
-    --debug shows its traceback as well.
+    Any field of the config can be set with --config.FIELD=VALUE. A user error ends in a message on
+    standard error and exit status 2, before anything is compiled or written; --debug also shows its
+    traceback.
 
     Args:
       main: the command.
       description: shown by --help.
-      argv: command line; that of the process by default.
-      system: whose command it is; configs of other systems are refused. None takes any.
-      reads: sections and fields that each kind of run reads; a flag that sets another is warned of.
+      argv: the command line; by default the process's.
+      system: the system that the command belongs to; configs of other systems are refused. None
+        accepts any.
+      reads: sections and fields that each kind of run reads; setting another one logs a warning.
 
-    Several processes that are one run are connected first, see `common_jax.hosts.start`. After a
-    signal to any of them all save and end: with exit status 0 after SIGTERM, 130 after Ctrl-C, 129
-    after SIGHUP (see `common_jax.signals`).
+    If several processes form one run, they are connected first, see `common_jax.hosts.start`. A
+    signal to any of them makes all save and exit, with status 0 after SIGTERM, 130 after Ctrl-C and
+    129 after SIGHUP (see `common_jax.signals`).
     """
     argv = list(sys.argv if argv is None else argv)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s  %(message)s", handlers=[_Lines()], force=True
     )
-    for library in ("absl", "jax", "orbax"):  # orbax, through absl, reports its every save
+    for library in ("absl", "jax", "orbax"):  # orbax logs every save, through absl
         logging.getLogger(library).setLevel(logging.WARNING)
     with signals.listening():
         _run(main, description, argv, system, reads)
 
 
 class _Lines(logging.StreamHandler):
-    """Writes lines above a progress bar, where there is one."""
+    """Writes log lines above the progress bar, if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with tqdm.tqdm.external_write_mode(self.stream):
@@ -76,8 +77,8 @@ def _run(
         main(config, workdir)
     except signals.Stopped:
         if not jax.distributed.is_initialized() or jax.process_index() == 0:
-            print("stopped as asked; the same command resumes", file=sys.stderr)
-        # Not by hosts.leave: the other processes stop as well, and are waited for.
+            print("stopped as requested; the same command resumes", file=sys.stderr)
+        # Not hosts.leave: the other processes stop too, and this one waits for them.
         if status := signals.status():
             sys.exit(status)
     except USER_ERRORS as error:
@@ -91,7 +92,7 @@ def _run(
         traceback.print_exc()
         print(
             f"process {jax.process_index()} of {jax.process_count()} ends here; if another one "
-            "ended before, its output says why. Checkpoints are whole: the same command in all "
+            "ended first, its output says why. Checkpoints are intact: the same command in all "
             "processes resumes",
             file=sys.stderr,
         )
@@ -101,28 +102,28 @@ def _run(
 def _warn_of_unread(
     paths: Sequence[str], field: str, kind: str, reads: Mapping[str, Sequence[str]]
 ) -> None:
-    # A name that is no kind of run is left to the config's own check.
+    # An unknown kind of run is reported by the config's own check.
     for path in command_line.unread(paths, reads.get(kind, paths)):
         logging.warning("--config.%s changes nothing: %s=%r does not read it", path, field, kind)
 
 
 def warn_of_idle(fields: Mapping[str, str]) -> None:
-    """Warns of fields of the config, by path, that are set and change nothing; with the reasons."""
+    """Warns about config fields that are set but have no effect, given the reasons by path."""
     for path, why in fields.items():
         logging.warning("config.%s changes nothing: %s", path, why)
 
 
 def use_compilation_cache(folder: str | None) -> None:
-    """Keeps compiled programs in `folder` for later runs; None keeps none.
+    """Caches compiled programs in `folder` for later runs; None disables the cache.
 
-    For a folder that cannot be made there is a warning: the run computes the same without it.
+    If the folder cannot be created, this only warns: the run's results do not depend on it.
     """
     if folder is None:
         return
     try:
         check_output("config.run.compilation_cache", folder)
     except OSError as error:
-        logging.warning("%s; every start compiles again", error)
+        logging.warning("%s; every start will recompile", error)
         return
     jax.config.update("jax_compilation_cache_dir", str(epath.Path(folder).expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -130,10 +131,10 @@ def use_compilation_cache(folder: str | None) -> None:
 
 
 def read_config(argv: Sequence[str], description: str = "") -> ml_collections.ConfigDict:
-    """The config that `run` would call its command with, from the same command line; connects and
+    """The config that `run` would pass to its command, from the same command line; connects to and
     starts nothing.
 
     Raises:
-      ValueError, OSError: for a mistake of the user.
+      ValueError, OSError: for a user error.
     """
     return command_line.read(command_line.define(), list(argv), description)[0]

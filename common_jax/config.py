@@ -1,9 +1,9 @@
 """ConfigDict outside, frozen dataclasses inside.
 
 A config file turns the defaults of a dataclass into a `ConfigDict` (`unfreeze`), flags change it,
-and a run turns it back once, at the top (`freeze`). A default therefore stands in one place, the
-dataclass, with its range (`common_jax.ranges`), and a wrong key or value ends in `freeze`, whose
-message names the key, the value and what is expected.
+and a run turns it back once, at the top (`freeze`). A default is therefore written in one place,
+the dataclass, next to its range (`common_jax.ranges`). A wrong key or value is caught by `freeze`,
+whose message names the key, the value and what is expected.
 """
 
 import contextlib
@@ -23,15 +23,15 @@ T = TypeVar("T")
 
 class FieldError(ValueError):
     """A value that a section does not allow. The message begins with the name of a field of that
-    section, `heads=7 must divide width=64`; `under` puts the path of the section before it."""
+    section, as in `heads=7 must divide width=64`; `under` prepends the section's path."""
 
 
 class Section:
-    """Base of every dataclass of a config: a value of another type or out of its range raises
+    """Base class of all config dataclasses: a value of the wrong type or out of range raises
     FieldError.
 
-    A subclass that checks fields against each other does so in its own `__post_init__`, which calls
-    this one first.
+    A subclass that checks fields against each other does so in its own `__post_init__`, after
+    calling this one.
     """
 
     def __post_init__(self):
@@ -41,8 +41,8 @@ class Section:
 
 @contextlib.contextmanager
 def under(path: str) -> Iterator[None]:
-    """Puts `path` before the field that a FieldError names, and raises that as a ValueError, so
-    that no path is put there twice."""
+    """Prepends `path` to the field that a FieldError names, and reraises it as a ValueError, so
+    that no outer `under` prepends another path."""
     try:
         yield
     except FieldError as error:
@@ -51,7 +51,7 @@ def under(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def renamed(keys: Mapping[str, str]) -> Iterator[None]:
-    """Calls keys of the config by other names in the messages of a user's errors."""
+    """Replaces the names of config keys in the messages of user errors."""
     try:
         yield
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
@@ -64,25 +64,24 @@ def renamed(keys: Mapping[str, str]) -> Iterator[None]:
 
 
 def in_recipe(recipe: type, name: str) -> contextlib.AbstractContextManager[None]:
-    """`renamed` for a run of a pipeline: messages name the fields of the dataclass `recipe` as
-    `config.recipes.NAME.FIELD`, which is where a user sets them."""
+    """`renamed` for one run of a pipeline: messages name the fields of the dataclass `recipe` as
+    `config.recipes.NAME.FIELD`, which is where the user sets them."""
     fields = (field.name for field in dataclasses.fields(recipe))
     return renamed({f"config.{field}": f"config.recipes.{name}.{field}" for field in fields})
 
 
 def freeze(cls: type[T], config: Mapping[str, Any], path: str = "config") -> T:
-    """The frozen dataclass `cls` with the values of `config`; nested dataclasses are frozen in
-    turn.
+    """The frozen dataclass `cls` with the values of `config`; nested dataclasses are frozen too.
 
     Args:
       cls: a frozen dataclass whose fields are scalars, tuples, dataclasses, `X | None` of these, or
-        one of several dataclasses (`X | Y`) that their defaults of the field `kind` tell apart.
+        one of several dataclasses (`X | Y`), told apart by their field `kind`.
       config: ConfigDict or mapping; missing fields keep the dataclass's default.
       path: the name of `config` in messages, for example "config.model".
 
     Raises:
-      ValueError: for a key `cls` lacks, a value of another type or out of its range, and values
-        that do not fit each other; names key, value and the expected range.
+      ValueError: for a key that `cls` lacks, a value of the wrong type or out of range, and values
+        that contradict each other; names the key, the value and the expected range.
     """
     hints = _hints(cls)
     for key in config:
@@ -98,7 +97,7 @@ def freeze(cls: type[T], config: Mapping[str, Any], path: str = "config") -> T:
 
 def unfreeze(value: Any) -> Any:
     """The inverse of `freeze`: a dataclass becomes a type-safe ConfigDict, field by field; other
-    values stay as they are."""
+    values are returned unchanged."""
     if isinstance(value, Mapping):
         return ml_collections.ConfigDict({key: unfreeze(item) for key, item in value.items()})
     if not dataclasses.is_dataclass(value):
@@ -120,7 +119,7 @@ def parse_args(text: str | None, defaults: dict[str, Any]) -> ml_collections.Con
     Args:
       text: `key=value` pairs separated by commas; a comma inside a value is written `+`
         (`layer=0+3`).
-      defaults: every argument of the file, with its default, whose type the value must have.
+      defaults: every argument of the file with its default; a value must have the same type.
     """
     args = dict(defaults)
     for pair in filter(None, (text or "").split(",")):
@@ -152,7 +151,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """One line a leaf that differs, `key: old -> new`; a key that one side lacks shows as
+    """One line per leaf that differs, `key: old -> new`; a key that one side lacks shows as
     `(absent)`."""
     before, after = dict(flatten(old)), dict(flatten(new))
     return [
@@ -175,7 +174,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _scalar_of(hint: Any) -> type | None:
-    """int for `int | None`, and so on; None where the hint is not an optional scalar."""
+    """int for `int | None`, and so on; None if the hint is not an optional scalar."""
     plain = [_bare(arg) for arg in typing.get_args(hint) if arg is not types.NoneType]
     return plain[0] if len(plain) == 1 and plain[0] in (int, float, str, bool) else None
 
@@ -186,16 +185,16 @@ def _bare(hint: Any) -> Any:
 
 
 def _convert(hint: Any, value: Any, name: str, path: str | None = None) -> Any:
-    """The value as the dataclass holds it.
+    """Converts a value of a config to what the dataclass holds.
 
     Args:
-      hint: its type, with its range.
-      value: as the config has it.
-      name: the field, below the section.
-      path: of the section; None where `value` is in a dataclass already.
+      hint: the field's type, with its range.
+      value: the value in the config.
+      name: the field's name within its section.
+      path: the section's path; None if `value` is already in a dataclass.
 
-    Raises FieldError for a wrong value, and ValueError, with the whole path, for one in a section
-    further down.
+    Raises FieldError for a wrong value, and ValueError, with the full path, for one in a nested
+    section.
     """
     if isinstance(value, ml_collections.FieldReference):
         value = value.get()
@@ -229,7 +228,7 @@ def _convert(hint: Any, value: Any, name: str, path: str | None = None) -> Any:
 
 
 def _convert_section(choices: list[Any], value: Any, name: str, path: str | None) -> Any:
-    """The value of a field whose type is a dataclass, or one of several."""
+    """Converts the value of a field whose type is a dataclass, or one of several."""
     if isinstance(value, tuple(choices)):
         return value
     if path is None or not isinstance(value, Mapping | ml_collections.ConfigDict):
@@ -253,7 +252,7 @@ def _convert_scalar(kind: Any, value: Any, name: str, or_none: str) -> Any:
     if value is None and kind is not Any:
         raise FieldError(f"{name}=None must be of type {getattr(kind, '__name__', kind)}")
     if kind is float and type(value) is int:
-        # A float holds no integer beyond; what remains one is out of every range.
+        # float() overflows on larger integers. Left as an int, the value is out of every range.
         return float(value) if abs(value) < 2**1023 else value
     if kind in (int, float, str, bool) and type(value) is not kind:
         raise FieldError(

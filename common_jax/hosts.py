@@ -1,9 +1,9 @@
-"""Several processes as one run: they find each other, agree, and stop together.
+"""Several processes as one run: they connect, agree, and stop together.
 
-A request to stop (SIGTERM, as schedulers send it before they take a machine away, or another of
-`common_jax.signals`) may reach only one process, at any time. All processes `check` at the same
-places, once per step of training and once per batch of evaluation, and get the same answer there:
-the run stops at a step on which all agree.
+A request to stop (SIGTERM, which schedulers send before they preempt a machine, or another signal
+of `common_jax.signals`) may reach only one process, at any time. All processes call `check` at the
+same points, once per training step and once per evaluation batch, and get the same answer there, so
+the run stops at a step that all of them agree on.
 """
 
 import glob
@@ -19,11 +19,11 @@ from jax.experimental import multihost_utils
 
 from common_jax import signals
 
-# Seconds without a sign of life after which a process counts as dead and all others stop.
+# Seconds without a heartbeat after which a process counts as dead and all others stop.
 HEARTBEAT = 30
 
-_polls = 0  # calls of `check` so far: the same number in every process at the same place
-_stopping = False  # the answer was yes once, and remains yes
+_polls = 0  # calls of `check` so far; the same in every process at the same point
+_stopping = False  # once true, it stays true
 
 
 def start(
@@ -33,19 +33,19 @@ def start(
     processes: int | None = None,
     process: int | None = None,
 ) -> None:
-    """Connects this process with the others of its run, before any device is looked at.
+    """Connects this process to the others of its run. Call it before anything touches a device.
 
     Args:
-      hosts: "auto" connects where the environment describes several processes (a TPU VM, SLURM's
-        srun, Open MPI), "all" does so or fails, "one" never does.
-      coordinator: HOST:PORT of process 0, where the environment does not say it.
-      processes: how many there are.
-      process: the number of this one, from 0.
+      hosts: "auto" connects if the environment describes several processes (a TPU VM, SLURM's
+        srun, Open MPI), "all" connects or fails, "one" never connects.
+      coordinator: HOST:PORT of process 0, if the environment does not provide it.
+      processes: total number of processes.
+      process: index of this process, from 0.
 
     Raises:
-      ValueError: when some of the last three are given and others are not, they contradict each
-        other, or "all" finds no other process.
-      RuntimeError: when the others cannot be reached.
+      ValueError: if only some of the last three are given, they contradict each other, or "all"
+        finds no other process.
+      RuntimeError: if the other processes cannot be reached.
     """
     given = {"coordinator": coordinator, "processes": processes, "process": process}
     missing = [f"--{name}" for name, value in given.items() if value is None]
@@ -54,7 +54,7 @@ def start(
     if 0 < len(missing) < len(given):
         raise ValueError(
             f"{', '.join(missing)} missing: give --coordinator, --processes and --process "
-            "together, or none of them where the cluster tells"
+            "together, or none of them if the cluster provides them"
         )
     explicit = not missing
     if explicit and hosts == "one":
@@ -79,17 +79,17 @@ def start(
         jax.local_device_count(),
         jax.device_count(),
     )
-    if jax.process_index() > 0:  # process 0 speaks for all; warnings and errors pass
+    if jax.process_index() > 0:  # process 0 logs for all; warnings and errors still show
         logging.getLogger().setLevel(logging.WARNING)
 
 
 def cluster() -> str | None:
-    """The kind of cluster whose environment describes the processes of this run; None for none.
+    """The kind of cluster whose environment describes this run's processes; None if there is none.
 
-    A single host of a TPU VM counts too: only its metadata server knows what it is part of.
+    A single-host TPU VM counts too: only its metadata server knows what it is part of.
     """
     tasks = {
-        "SLURM": ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST"),  # of srun, not of a batch script
+        "SLURM": ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST"),  # set by srun, not by sbatch
         "Open MPI": ("OMPI_COMM_WORLD_SIZE", "OMPI_MCA_orte_hnp_uri"),
     }
     for name, variables in tasks.items():
@@ -103,7 +103,8 @@ def cluster() -> str | None:
 
 
 def check() -> None:
-    """Raises `signals.Stopped` where all processes stop. All of them must call it equally often."""
+    """Raises `signals.Stopped` at the point where all processes stop. All processes must make the
+    same sequence of calls."""
     global _polls, _stopping
     _polls += 1
     if not _stopping:
@@ -115,28 +116,29 @@ def check() -> None:
 
 
 def agree(*values: float) -> np.ndarray:
-    """The greatest of each value over all processes, the same in all of them; (values,) float64.
+    """The maximum of each value over all processes, the same in all of them; (values,) float64.
 
-    All of them must call it at the same place.
+    All processes must call this at the same point.
     """
     mine = np.asarray(values, np.float64)
     if jax.process_count() == 1:
         return mine
-    # As bytes: jax would turn float64 into float32.
+    # As bytes: jax would convert float64 to float32.
     everyone = multihost_utils.process_allgather(mine.view(np.uint8))
     return np.ascontiguousarray(everyone).view(np.float64).max(axis=0)
 
 
 def raise_everywhere(failure: Exception | None, elsewhere: Exception) -> None:
-    """Raises in all processes if one has failed: its `failure` in that one, `elsewhere` in the
-    others, which would wait for it forever. All of them must call it at the same place."""
+    """Raises in all processes if one has failed: `failure` in that process, `elsewhere` in the
+    others, which would otherwise wait for it forever. All processes must call this at the same
+    point."""
     if agree(failure is not None).any():
         raise failure or elsewhere
 
 
 def leave(status: int) -> NoReturn:
-    """Ends this process. Where it is one of several and has failed, it does not wait for the
-    others, which would wait for it: they notice within HEARTBEAT seconds that it is gone."""
+    """Exits this process. If it is one of several and has failed, it exits without waiting for the
+    others, which would deadlock: they notice within HEARTBEAT seconds that it is gone."""
     if jax.distributed.is_initialized() and status:
         logging.shutdown()
         sys.stdout.flush()

@@ -1,8 +1,8 @@
-"""Device meshes and the two tables that split arrays over them.
+"""Device meshes, and the two tables that shard arrays over them.
 
-Parameters: ordered `(regex, PartitionSpec)` rules, kept at the foot of each model's file and
-  applied by `match_rules`; a parameter without a rule is an error. Activations: logical names,
-  mapped to mesh axes in `ACTIVATIONS` and nowhere else.
+Parameters: ordered `(regex, PartitionSpec)` rules, at the end of each model's file, applied by
+  `match_rules`; a parameter without a rule is an error. Activations: logical names, mapped to mesh
+  axes in `ACTIVATIONS` and nowhere else.
 """
 
 import dataclasses
@@ -23,26 +23,26 @@ from common_jax.config import FieldError, Section
 from common_jax.ranges import LARGEST_INT, Interval
 
 AXES = ("data", "fsdp", "expert")
-BATCH = PartitionSpec(AXES)  # examples are split over every axis, also those that split parameters
+BATCH = PartitionSpec(AXES)  # examples are split over all axes, including those for parameters
 
 ACTIVATIONS = {
     "batch": AXES,
     "tokens": None,
     "width": None,
     "labels": None,
-    # Of vectors from a table whose columns are split over `fsdp`.
+    # The next two: vectors looked up in a table whose columns are split over `fsdp`.
     "looked_up": ("data", "expert"),
     "columns": "fsdp",
 }
 
-# Devices along an axis.
+# Number of devices along an axis.
 Axis = Annotated[int, Interval("at least 1, or -1 for all that are left", 1, LARGEST_INT, other=-1)]
 Rules = tuple[tuple[str, PartitionSpec], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Section):
-    """Devices along each axis; -1 on one axis means all that the others leave."""
+    """Number of devices along each axis; -1, on at most one axis, takes all that are left."""
 
     data: Axis = -1
     fsdp: Axis = 1
@@ -58,8 +58,8 @@ class MeshConfig(Section):
 
 
 def start_backend() -> str:
-    """The platform of JAX's devices, which are started if they have not been. Raises ValueError
-    when JAX_PLATFORMS asks for a platform that cannot be started here."""
+    """Starts JAX's backend if needed and returns its platform. Raises ValueError if JAX_PLATFORMS
+    asks for a platform that cannot be started here."""
     try:
         return jax.default_backend()
     except (RuntimeError, AssertionError) as error:  # JAX asserts where a plugin is missing
@@ -73,7 +73,7 @@ def start_backend() -> str:
 
 
 def _installed_platforms() -> list[str]:
-    """Platforms that JAX has code for, whether or not there is such a device."""
+    """Platforms that this JAX installation supports, whether or not such a device is present."""
     spec = importlib.util.find_spec("jax_plugins")
     plugins = pkgutil.iter_modules(spec.submodule_search_locations) if spec else ()
     tpu = ["tpu"] if importlib.util.find_spec("libtpu") else []
@@ -81,15 +81,15 @@ def _installed_platforms() -> list[str]:
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh of `config` over `devices` (all of them by default), with Auto axes `data`, `fsdp`,
+    """The mesh of `config` over `devices` (by default all), with Auto axes `data`, `fsdp`,
     `expert`.
 
-    Of TPUs in several slices, which a slower network connects, `data` runs over the slices, and
-    `fsdp` and `expert` stay within one.
+    With several TPU slices, which are connected by a slower network, `data` spans the slices, and
+    `fsdp` and `expert` stay within one slice.
 
     Raises:
-      ValueError: when the axes do not multiply to the number of devices, or `data` not to a
-        multiple of the slices.
+      ValueError: if the product of the axes is not the number of devices, or `data` is not a
+        multiple of the number of slices.
     """
     if devices is None:
         start_backend()
@@ -116,7 +116,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             f"the {slices} slices, so that config.mesh.fsdp and config.mesh.expert stay within "
             "one; lower these two"
         )
-    # A mesh axis need not be a product of the torus's axes: 8 of 16 x 16 takes a part of one.
+    # Lets a mesh axis be part of a physical axis of the torus, such as 8 chips on a 16 x 16 slice.
     split = {"allow_split_physical_axes": True, "devices": devices}
     if slices == 1:
         placed = mesh_utils.create_device_mesh(shape, **split)
@@ -134,8 +134,8 @@ def count_slices(devices: list[jax.Device]) -> int:
 
 
 def check_batch(mesh: Mesh, key: str, batch: int) -> None:
-    """Raises ValueError unless `batch` examples, set by config field `key`, split evenly over all
-    devices."""
+    """Raises ValueError unless the batch size `batch`, set by config field `key`, divides evenly
+    over all devices."""
     if batch % mesh.size:
         raise ValueError(
             f"{key}={batch} must be a multiple of the mesh's {mesh.size} devices "
@@ -145,8 +145,8 @@ def check_batch(mesh: Mesh, key: str, batch: int) -> None:
 
 
 def constrain(x: jax.Array, *names: str) -> jax.Array:
-    """Pins the sharding of activation `x`, one logical name of `ACTIVATIONS` per axis; has no
-    effect without a mesh."""
+    """Constrains the sharding of activation `x`, given one logical name from `ACTIVATIONS` per
+    axis; does nothing without a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(
@@ -155,31 +155,31 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
 
 
 def batch_shards() -> int:
-    """Devices of the mesh that is set, over all of which batches are split; 1 without a mesh."""
+    """The number of shards of a batch: all devices of the current mesh; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.size
 
 
 def on_own_examples(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, of arrays with examples along the first axis, as each device of the mesh computes
-    it for its own examples; for all of them where they cannot be split evenly."""
+    """Maps `function`, of arrays with examples along the first axis, over the mesh's devices, each
+    with its own examples. If these do not split evenly, every device computes all of them."""
     if batch_shards() == 1:
         return function
 
     def run(*arrays: jax.Array) -> Any:
         split = BATCH if len(arrays[0]) % batch_shards() == 0 else PartitionSpec()
-        # check_vma would ask the results of a Pallas kernel on which axes they vary.
+        # check_vma would require Pallas kernels to declare the axes over which results vary.
         return jax.shard_map(function, in_specs=split, out_specs=split, check_vma=False)(*arrays)
 
     return run
 
 
 def take_rows(tree: Any, rows: jax.Array) -> Any:
-    """Chosen examples of each device's share of a batch, so that none leaves its device.
+    """Selects examples from each device's share of a batch, so that none leaves its device.
 
     Args:
-      tree: arrays with examples along the first axis; scalars stay as they are.
-      rows: (devices, chosen) numbers within the share.
+      tree: arrays with examples along the first axis; scalars are returned unchanged.
+      rows: (devices, chosen) indices within each device's share.
     """
 
     def take(x: jax.Array) -> jax.Array:
@@ -202,16 +202,16 @@ def put_rows(tree: Any, chosen: Any, rows: jax.Array) -> Any:
 
 
 def match_rules(rules: Rules, params: Any, mesh: Mesh) -> Any:
-    """The sharding of every parameter: that of the first rule whose regex is found in its path.
+    """The sharding of every parameter, from the first rule whose regex is found in its path.
 
     Args:
       rules: ordered (regex, PartitionSpec) pairs; no catch-all, so that a new parameter is noticed.
       params: nested dict of arrays or ShapeDtypeStructs; the path of a leaf is `/a/b/c`.
-      mesh: what the specs' axis names refer to.
+      mesh: the mesh that the specs' axis names refer to.
 
     Raises:
-      ValueError: for a parameter no rule matches, a spec of more axes than its parameter has, or a
-        mesh axis that does not divide.
+      ValueError: for a parameter that no rule matches, a spec with more axes than its parameter, or
+        a parameter axis that the mesh axis does not divide.
     """
     shardings = {}
     for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
@@ -224,7 +224,7 @@ def match_rules(rules: Rules, params: Any, mesh: Mesh) -> Any:
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:
-    """The shapes and dtypes of arrays, with their shardings, as ShapeDtypeStructs."""
+    """ShapeDtypeStructs with the shapes and dtypes of `shapes` and the given shardings."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -233,7 +233,7 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
 
 
 def to_devices(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """A batch on the mesh, split over all devices: each host brings its own rows of every array."""
+    """Puts a batch on the mesh, split over all devices; each host supplies its own rows."""
     return {
         name: jax.make_array_from_process_local_data(batched(mesh), rows)
         for name, rows in batch.items()
@@ -241,8 +241,8 @@ def to_devices(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arr
 
 
 def move_to_devices(params: dict[str, Any], sharding: Sharding) -> None:
-    """Replaces the numpy arrays in a nested dict by arrays on devices, one by one, so that a host's
-    memory has all of them only once."""
+    """Replaces the numpy arrays in a nested dict by arrays on devices, in place and one by one, so
+    that host memory never holds a second copy of all of them."""
     for name, value in params.items():
         if isinstance(value, Mapping):
             move_to_devices(value, sharding)
@@ -251,9 +251,8 @@ def move_to_devices(params: dict[str, Any], sharding: Sharding) -> None:
 
 
 def put(array: np.ndarray, sharding: Sharding) -> jax.Array:
-    """The array, which every process has whole, on devices."""
-    # Not device_put: where devices are of several processes, it gathers the array of each to
-    # compare them.
+    """Puts an array on devices; every process must hold all of it."""
+    # Not device_put, which with several processes gathers everyone's array to compare them.
     return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
 
@@ -263,7 +262,7 @@ def batched(mesh: Mesh) -> NamedSharding:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array that every device holds whole."""
+    """The sharding of an array that is replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 

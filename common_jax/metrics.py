@@ -1,7 +1,7 @@
 """A run's numbers: metrics.jsonl, timing.jsonl, TensorBoard, Weights & Biases.
 
-metrics.jsonl depends on config and seed only, so that a resumed run writes the same file, byte for
-byte, as an undisturbed one; times go to timing.jsonl.
+metrics.jsonl depends only on config and seed, so a resumed run writes the same file, byte for byte,
+as an uninterrupted one; timings go to timing.jsonl.
 """
 
 import contextlib
@@ -23,19 +23,19 @@ from tensorboardX.proto.summary_pb2 import Summary
 from common_jax.untrusted import RefusedError, brief, parse_json
 from common_jax.workdir import write_bytes
 
-MOST_AXES = 8  # of arrays among the metrics
+MOST_AXES = 8  # of array-valued metrics
 
 
 class Recorder:
-    """Writes a run's numbers, on process 0 only; where a run resumes, first drops lines of steps
-    after `step`.
+    """Writes a run's numbers, on process 0 only. When a run resumes, drops the lines beyond `step`
+    first.
 
     Args:
       workdir: the run's folder.
       step: updates done before this start.
-      tracker: takes the scalars as well.
-      patient: keeps lines that cannot be written, and tries again with the next, instead of
-        raising the system's OSError.
+      tracker: also receives the scalars.
+      patient: whether to keep lines that cannot be written and retry with the next ones, instead
+        of raising the OSError.
     """
 
     def __init__(
@@ -47,9 +47,9 @@ class Recorder:
         patient: bool = False,
     ):
         self._workdir, self._patient = epath.Path(workdir), patient
-        self._unwritten = {}  # text by file
+        self._unwritten = {}  # text by file name
         self._main = jax.process_index() == 0
-        self._appends = "://" not in str(workdir)  # an object of a bucket is written as a whole
+        self._appends = "://" not in str(workdir)  # objects in a bucket can only be rewritten
         if not self._main:
             return
         for name in ("metrics.jsonl", "timing.jsonl"):
@@ -68,7 +68,7 @@ class Recorder:
         self._copy(step, scalars)
 
     def write_timing(self, step: int, *, examples_per_second: float, milliseconds: float) -> None:
-        """Appends one line of timing, means since the line before."""
+        """Appends one line of timings, averaged since the previous line."""
         if not self._main:
             return
         timing = {"examples_per_second": examples_per_second, "milliseconds_per_step": milliseconds}
@@ -76,7 +76,7 @@ class Recorder:
         self._copy(step, {f"timing/{name}": value for name, value in timing.items()})
 
     def complete(self) -> bool:
-        """Tries again to write lines that could not be written; returns whether all are now."""
+        """Retries lines that could not be written; returns True if none are left."""
         for name in list(self._unwritten):
             self._append(name, "")
         return not self._unwritten
@@ -85,7 +85,7 @@ class Recorder:
         """Flushes and closes everything.
 
         Raises:
-          OSError: where lines still cannot be written.
+          OSError: if some lines still cannot be written.
         """
         if not self._main:
             return
@@ -113,12 +113,12 @@ class Recorder:
 
 
 class _Copy:
-    """Scalars that are written elsewhere too, where they are dispensable: when they cannot be, a
-    warning says so, and no more are written.
+    """A second, dispensable destination of the scalars: the first failure logs a warning and
+    disables it.
 
     Args:
       name: what is written, for the warning.
-      failures: exceptions that say that it cannot be.
+      failures: exceptions that count as a failure.
     """
 
     def __init__(self, name: str, *failures: type[Exception]):
@@ -136,12 +136,12 @@ class _Copy:
 
 
 class _Events(_Copy):
-    """TensorBoard's events, written by the calling thread: tensorboardX's own thread ends when the
-    disk is full, and its queue then blocks the run for ever.
+    """TensorBoard events, written in the calling thread: tensorboardX's own thread dies when the
+    disk is full, and its queue then blocks the run forever.
 
     Args:
-      workdir: gets the file.
-      step: updates done before this start; TensorBoard drops later events of earlier starts.
+      workdir: the folder of the event file.
+      step: updates done before this start; TensorBoard drops events of previous starts beyond it.
     """
 
     def __init__(self, workdir: epath.Path, step: int):
@@ -151,7 +151,7 @@ class _Events(_Copy):
         self._add(Event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes numbers of a step."""
+        """Writes a step's scalars."""
         values = [summary.scalar(name, value).value[0] for name, value in scalars.items()]
         self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
@@ -167,17 +167,18 @@ class _Events(_Copy):
 
 
 class Tracker(_Copy):
-    """A run of Weights & Biases. Steps that it has already, from before a run resumed, are dropped
-    there: they are the same.
+    """A Weights & Biases run. When a run resumes and repeats steps that were already logged, wandb
+    drops them; the numbers are the same.
 
     Args:
-      project: its name there; where it does not exist, it is made.
-      workdir: names the run, and gets the folder `wandb`, unless it is in a bucket.
-      run_id: of the run; a run with this id is continued.
-      config: of the run, as JSON.
+      project: the project's name; created if it does not exist.
+      workdir: names the run; also holds wandb's files, in the folder `wandb`, unless it is in a
+        bucket.
+      run_id: the run's id; an existing run with this id is continued.
+      config: the run's config, as JSON.
 
     Raises:
-      ValueError: when the run cannot be opened, with wandb's reason.
+      ValueError: if the run cannot be opened, with wandb's reason.
     """
 
     def __init__(
@@ -194,7 +195,7 @@ class Tracker(_Copy):
                 dir=None if "://" in str(workdir) else str(workdir),
                 config=dict(config),
                 resume="allow",
-                settings=wandb.Settings(console="off"),  # the bar redraws itself all the time
+                settings=wandb.Settings(console="off"),  # else it records every progress-bar redraw
             )
         except wandb.Error as error:
             raise ValueError(
@@ -203,7 +204,7 @@ class Tracker(_Copy):
             ) from error
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Adds numbers of a step."""
+        """Logs a step's scalars."""
         self._attempt(lambda: self._run.log(dict(scalars), step=step))
 
     def close(self) -> None:
@@ -214,14 +215,14 @@ class Tracker(_Copy):
 def open_tracker(
     project: str | None, workdir: epath.Path, *, run_id: str, config: Mapping[str, Any]
 ) -> Tracker | None:
-    """See `Tracker`; None without a project, and in processes after the first."""
+    """Opens a `Tracker`; None without a project, and on all processes but the first."""
     if project is None or jax.process_index() > 0:
         return None
     return Tracker(project, workdir, run_id=run_id, config=config)
 
 
 def check_tracker(project: str | None) -> None:
-    """Raises ValueError where `project` asks for Weights & Biases, which is not installed."""
+    """Raises ValueError if `project` asks for Weights & Biases but wandb is not installed."""
     if project is not None and importlib.util.find_spec("wandb") is None:
         raise ValueError(
             f"config.run.wandb={project!r} needs the package wandb, which is not installed: "
@@ -230,8 +231,8 @@ def check_tracker(project: str | None) -> None:
 
 
 def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
-    """The lines of a metrics or timing file, in order. A last line without its newline that is no
-    whole object was cut off when the run was killed, and is left out.
+    """The lines of a metrics or timing file, in order. Skips an incomplete last line without a
+    newline, which was cut off when the run was killed.
 
     Raises:
       ValueError: for any other line that is not a JSON object of numbers and lists of numbers with
@@ -239,7 +240,7 @@ def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
     """
     lines = epath.Path(path).read_bytes().split(b"\n")
     metrics = [_parse_line(path, number, line) for number, line in enumerate(lines[:-1], 1)]
-    with contextlib.suppress(ValueError):  # nothing, in a file that ends in a newline
+    with contextlib.suppress(ValueError):  # an incomplete line, or "" after the last newline
         metrics.append(_parse_line(path, len(lines), lines[-1]))
     return metrics
 
@@ -259,7 +260,7 @@ def _parse_line(path: epath.PathLike, number: int, line: bytes) -> dict[str, Any
 
 
 def _is_numbers(value: Any, depth: int = 0) -> bool:
-    """Whether a value is a number or a list of numbers, nested as deep as MOST_AXES."""
+    """Whether a value is a number, or a list of numbers nested at most MOST_AXES deep."""
     if isinstance(value, list) and depth < MOST_AXES:
         return all(_is_numbers(part, depth + 1) for part in value)
     return isinstance(value, int | float) and not isinstance(value, bool)
@@ -283,8 +284,8 @@ def _add_to_end(path: epath.Path, text: str) -> None:
 
 
 def _drop_later(path: epath.Path, step: int) -> None:
-    """Rewrites `path` without lines of steps after `step` and without a last line that was cut off.
-    Where it raises ValueError, as `read_metrics`, the file stays as it is."""
+    """Rewrites `path` without the lines beyond `step` and without a last line that was cut off.
+    Raises ValueError as `read_metrics`, leaving the file unchanged."""
     if not path.exists():
         return
     lines = path.read_bytes().split(b"\n")[:-1]

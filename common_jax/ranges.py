@@ -1,7 +1,7 @@
-"""Ranges of config fields, stated beside the default: `alpha: Fraction = 0.5`.
+"""Ranges of config fields, written beside the default: `alpha: Fraction = 0.5`.
 
 A field's type is `Annotated[T, range]`, and `common_jax.config` checks the value against both. No
-range holds NaN or infinity.
+range includes NaN or infinity.
 """
 
 import dataclasses
@@ -11,12 +11,12 @@ import re
 from collections.abc import Callable, Iterable, Sized
 from typing import Annotated, Any
 
-LARGEST_INT = 2**31 - 1  # of int32, in which JAX counts steps and sizes
-SEEDS = 2**32  # of JAX's keys
-# A number beyond these is a mistake, and its square or its reciprocal leaves float32.
+LARGEST_INT = 2**31 - 1  # the largest int32, which JAX uses for steps and sizes
+SEEDS = 2**32  # number of seeds of JAX's keys
+# A number beyond these is a mistake, and its square or reciprocal may leave float32's range.
 LARGEST = 1e9
 SMALLEST = 1e-30
-LONGEST = 200  # characters of a value that a message shows
+LONGEST = 200  # characters of a value shown in a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Interval:
     text: str  # what a number must be, for messages
     low: float
     high: float
-    open_high: bool = False  # leaves out `high` itself
-    other: int | None = None  # a number outside that is allowed too
+    open_high: bool = False  # whether `high` itself is excluded
+    other: int | None = None  # a number outside the interval that is also allowed
 
     def refusal(self, value: float) -> str | None:
-        # Comparisons with NaN are false, and integers of any size can be compared.
+        # NaN is refused, since comparisons with it are false. Integers of any size can be compared.
         below = value < self.high if self.open_high else value <= self.high
         if value == self.other or (below and self.low <= value):
             return None
@@ -41,7 +41,8 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Names of a table; a function where the table is defined after the config that uses it."""
+    """The names of a table, or a function that returns them, for a table that is defined after the
+    config that uses it."""
 
     names: tuple[Any, ...] | Callable[[], Iterable[str]]
 
@@ -72,7 +73,7 @@ class Filled:
 
 
 def at_least(low: int) -> Interval:
-    """Whole numbers from `low`, up to the largest that int32 holds."""
+    """Integers from `low` up to the largest int32."""
     return Interval(f"at least {low}", low, LARGEST_INT)
 
 
@@ -92,7 +93,7 @@ def one_of(*names: str | int) -> Choice:
 
 
 def key_of(table: Callable[[], Iterable[str]]) -> Choice:
-    """A key of the table that `table` returns, which may be defined after the config."""
+    """A key of the table that `table()` returns; the table may be defined after the config."""
     return Choice(table)
 
 
@@ -112,18 +113,18 @@ Sizes = Annotated[tuple[Size, ...], Filled()]
 
 
 def shown(value: Any) -> str:
-    """The value as a message shows it: its repr, cut where it is long."""
+    """The value's repr for a message, truncated if long."""
     try:
         text = repr(value)
-    except ValueError:  # Python writes out no integer of more than 4,300 digits
+    except ValueError:  # Python refuses to print integers of more than 4,300 digits
         return f"a number of {value.bit_length()} bits"
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def did_you_mean(key: Any, known: Iterable[Any]) -> str:
-    """` (did you mean 'experts'?)` when one of the `known` keys is close to `key`, else nothing."""
+    """` (did you mean 'experts'?)` if one of the `known` keys is close to `key`, else ""."""
     names = [name for name in known if isinstance(name, str)]
-    # The time of a comparison grows with both lengths, and a long text is no misspelt key.
+    # A comparison's cost grows with both lengths, and a long text is not a misspelt key.
     short = isinstance(key, str) and len(key) <= LONGEST
     close = difflib.get_close_matches(key, names, n=1, cutoff=0.6) if short else []
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,14 +1,14 @@
 """Requests to stop: SIGTERM from schedulers, Ctrl-C (SIGINT), a terminal that hangs up (SIGHUP).
 
-The first one stops the run in good order. Where a run has something to lose (`deferred`), the
-request is only noted, and `common_jax.hosts.check` stops at the next step; anywhere else the run
-stops at once. A second request ends the process, with two exceptions: one that comes together with
-the first, since one Ctrl-C may arrive by two routes, and SIGHUP, which a closing terminal sends
-several times.
+The first request stops the run cleanly. While a run has something to lose (`deferred`), the request
+is only recorded, and `common_jax.hosts.check` stops at the next step; anywhere else the run stops
+immediately. A second request ends the process, with two exceptions: one that arrives right after
+the first, since one Ctrl-C may reach the process by two routes, and SIGHUP, which a closing
+terminal sends several times.
 
-Python calls handlers between two of its own instructions, so never during a compilation. A thread
-therefore reads the numbers of signals from a pipe, into which Python's C code writes them at once.
-It says that the request has arrived, and counts.
+Python runs handlers only between bytecode instructions, so never during a compilation. A thread
+therefore reads signal numbers from a pipe, which Python's C-level handler writes to immediately. It
+acknowledges the request and counts further ones.
 """
 
 import contextlib
@@ -24,30 +24,31 @@ from collections.abc import Callable, Iterator
 import jax
 
 REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# A scheduler that stops a run takes it as a success; a shell must not run the next command.
+# Exit statuses. To a scheduler, a run that it stopped has succeeded; in a shell, the next command
+# of a script must not run.
 STATUSES = {signal.SIGTERM: 0, signal.SIGINT: 130, signal.SIGHUP: 129}
 
 TOGETHER = 0.5  # seconds within which signals count as one request
 
-_received: list[int] = []  # requests to this process
+_received: list[int] = []  # signals that this process has received, without repeats
 _deferrals = 0
 
 
 class Stopped(BaseException):
-    """The run was asked to stop, and does so here, with everything saved. Like KeyboardInterrupt it
-    is no Exception, so that nothing handles it as a failure."""
+    """The run was asked to stop, and stops here with everything saved. Like KeyboardInterrupt, this
+    is not an Exception, so that nothing handles it as a failure."""
 
 
 def heeded() -> list[signal.Signals]:
-    """The signals that ask this process to stop: SIGTERM, and those that it was not started to
-    ignore, as SIGHUP is under nohup."""
+    """The signals that ask this process to stop: SIGTERM, and the others unless the process was
+    started with them ignored, like SIGHUP under nohup."""
     return [x for x in REQUESTS if x == signal.SIGTERM or signal.getsignal(x) != signal.SIG_IGN]
 
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-    """Accepts requests to stop, until the end of the block; in the main thread, elsewhere it does
-    nothing. A signal that was ignored before stays ignored."""
+    """Accepts requests to stop within the block. Does nothing outside the main thread. A signal
+    that was ignored before stays ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -63,16 +64,16 @@ def listening() -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(pipe)
         for number, handler in handlers.items():
-            # jax's own handler of SIGTERM is not one of Python's, and stays.
+            # jax handles SIGTERM itself, outside Python: leave its handler in place.
             if number != signal.SIGTERM or not jax.distributed.is_initialized():
                 signal.signal(number, handler)
-        os.close(send)  # which ends the thread
+        os.close(send)  # ends the thread
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """A block that a request to stop does not interrupt; the request takes effect at the end of the
-    block, or where the block asks for it."""
+    """A block that a request to stop does not interrupt. The request takes effect at the end of the
+    block, or where the block checks for it."""
     global _deferrals
     _deferrals += 1
     try:
@@ -94,14 +95,15 @@ def status() -> int:
 
 
 def ends_quietly(main: Callable[..., int | None]) -> Callable[..., int | None]:
-    """A tool's main function. Ctrl-C ends it with a line in place of a traceback. SIGTERM raises
-    SystemExit in it, so that `except` and `finally` blocks can end processes that it has started.
+    """Decorates a tool's main function. Ctrl-C ends it with one line instead of a traceback.
+    SIGTERM raises SystemExit in it, so that `except` and `finally` blocks can end processes that it
+    has started.
     """
 
     @functools.wraps(main)
     def wrapped(*arguments: object) -> int | None:
         if threading.current_thread() is not threading.main_thread():
-            return main(*arguments)  # signals do not reach it
+            return main(*arguments)  # signals are delivered to the main thread only
         before = signal.signal(signal.SIGTERM, _leave)
         try:
             return main(*arguments)
@@ -119,7 +121,7 @@ def _leave(number: int, frame: object) -> None:
 
 
 def _stop(number: int, frame: object) -> None:
-    """The handler, which Python calls in the main thread."""
+    """The signal handler, which Python runs in the main thread."""
     if number not in _received:
         _received.append(number)
     if not _deferrals and not jax.distributed.is_initialized():
@@ -127,7 +129,7 @@ def _stop(number: int, frame: object) -> None:
 
 
 def _watch(receive: int) -> None:
-    """Announces a request, hands it to jax, and ends the process at the second one."""
+    """Acknowledges a request, forwards it to jax, and ends the process at the second one."""
     first = None
     with open(receive, "rb", buffering=0) as pipe:
         while content := pipe.read(1):
@@ -144,11 +146,11 @@ def _watch(receive: int) -> None:
             if _deferrals or jax.distributed.is_initialized():
                 _say("asked to stop: saving at the next step\n")
             if jax.distributed.is_initialized():
-                # jax handles SIGTERM only, and agrees with the other processes where to stop.
+                # jax reacts to SIGTERM only; it agrees with the other processes where to stop.
                 os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _say(text: str) -> None:
-    # Not by print: the main thread may be in the middle of a line.
-    with contextlib.suppress(OSError):  # of a terminal that is gone
+    # Not print, which the main thread may be in the middle of.
+    with contextlib.suppress(OSError):  # if the terminal is gone
         os.write(sys.__stderr__.fileno(), text.encode())

@@ -78,7 +78,7 @@ def test_one_computes_what_two_do_and_each_resumes_as_the_other(undisturbed, tmp
 
     alone = start(workdir, TWO_EPOCHS, devices=4)
     alone.send(signal.SIGTERM, when=lambda: says(workdir / "metrics.jsonl", '"step": 12'))
-    assert "stopped as asked; the same command resumes" in alone.finish()
+    assert "stopped as requested; the same command resumes" in alone.finish()
     assert 12 <= finished_steps(workdir / "checkpoints")[-1] < 22
     finish_pair(workdir, TWO_EPOCHS, devices=2)
     assert_same_numbers(workdir, undisturbed, tolerance=1e-5)

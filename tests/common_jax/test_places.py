@@ -51,7 +51,7 @@ def test_a_cache_that_cannot_be_made_is_warned_of(tmp_path, caplog):
     (tmp_path / "file").touch()
     app.use_compilation_cache(str(tmp_path / "file"))
     assert "config.run.compilation_cache=" in caplog.text
-    assert "every start compiles again" in caplog.text
+    assert "every start will recompile" in caplog.text
 
 
 def test_a_source_without_a_checkpoint_is_named(tmp_path):
