@@ -18,7 +18,7 @@ LAST = 44  # the step that DIGITS ends at
 # What is copied into the checkpoints of a stopped run, from a finished run of another seed or from
 # itself, under what name, and what the log must say of it.
 STRANGE: dict[str, tuple[bool, str, str]] = {
-    "a checkpoint of another run": (True, "33", "it is of a run of another config"),
+    "a checkpoint of another run": (True, "33", "it belongs to a run with another config"),
     "a copied checkpoint": (False, "33", "it holds "),
     "a step beyond the end": (False, "2400", f"the run ends at step {LAST}"),
 }
@@ -41,7 +41,7 @@ def strange_checkpoints(bench: Bench) -> Iterator[Row]:
             if not ids:
                 _forget(workdir)
             output = start(workdir, OFTEN).finish()
-            if f"{name} is put aside: {reason}" not in output:
+            if f"{name} aside: {reason}" not in output:
                 line.fail("the run does not say so")
             if not (folder / f"foreign_{name}").exists():
                 line.fail("it is gone")

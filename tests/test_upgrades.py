@@ -98,7 +98,7 @@ def test_an_unfinished_run_of_m2mkd_resumes_to_the_end(folder, caplog):
     assert identity["unmarked"] == [4]
     newest = checkpoint.find_step(workdir)
     assert read_json(newest / "run" / "metadata") == {"id": identity["id"], "step": 6}
-    assert "put aside" not in caplog.text
+    assert "aside:" not in caplog.text
 
 
 def test_an_unfinished_run_of_cliptrans_resumes_whatever_fields_came_and_went(folder, caplog):

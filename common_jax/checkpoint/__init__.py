@@ -1,8 +1,8 @@
-"""Checkpoints with orbax, written during training and read on any mesh, whole or in part.
+"""Checkpoints with orbax: written during training, and read on any mesh, in full or in part.
 
 A step's folder has four items: `params`, all that a user loads; `trainer`, the state that a run
 needs to resume; `config`, the run's config; `run`, the run's id. Finished folders have orbax's
-marker in every item; only these are ever read, and in a workdir only those of its run.
+marker in every item. Only finished ones are ever read, and in a workdir only those of its own run.
 """
 
 from common_jax.checkpoint.belonging import FOLDER, Stock, finished_steps, own_steps, take_stock

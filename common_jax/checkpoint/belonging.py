@@ -1,4 +1,4 @@
-"""Checks that checkpoints belong to the run in whose folder they are, by their content, their
+"""Checks that checkpoints belong to the run whose folder they are in, by their content, their
 folder's name and the files beside them."""
 
 import contextlib
@@ -25,10 +25,10 @@ class Stock:
     """The finished checkpoints in a workdir.
 
     Attributes:
-      steps: those of its run, ascending.
-      foreign: the reason why a checkpoint is not the run's, by the number of its folder.
-      unmarked: those of `steps` that an earlier version wrote, without an id.
-      id: of the run, from run.json or else from its checkpoints; None if neither has one.
+      steps: the steps of the workdir's own run, ascending.
+      foreign: why a checkpoint does not belong to the run, by its step.
+      unmarked: those of `steps` that an earlier version wrote without a run id.
+      id: the run's id, from run.json or else from its checkpoints; None if neither has one.
     """
 
     steps: tuple[int, ...] = ()
@@ -40,7 +40,7 @@ class Stock:
 def finished_steps(folder: epath.PathLike) -> list[int]:
     """Returns the steps below `folder` with orbax's marker in every item, ascending.
 
-    They are read from the disk, and may be of any run.
+    Lists the disk, and does not check which run they belong to.
     """
     folder = epath.Path(folder)
     if not folder.exists():
@@ -56,28 +56,28 @@ def finished_steps(folder: epath.PathLike) -> list[int]:
 def own_steps(folder: epath.PathLike) -> list[int]:
     """Returns the finished steps of the run that this `checkpoints` folder belongs to, ascending.
 
-    The log names the others.
+    Logs a warning for each of the others.
 
     Raises:
-      ValueError: when there are checkpoints, and all contradict the files beside them.
+      ValueError: if there are checkpoints, but all contradict the files beside them.
     """
     folder = epath.Path(folder)
     workdir = folder.parent if folder.name == FOLDER else None
     steps, config, total = finished_steps(folder), None, None
     if workdir is not None:
-        with contextlib.suppress(ValueError, OSError):  # a step has a config of its own
+        with contextlib.suppress(ValueError, OSError):  # each step also has its own config
             config = read_json(workdir / "config.json")
         with contextlib.suppress(ValueError, OSError):
             total = read_json(workdir / "result.json").get("steps")
-        # A run always saves its last step: without it the result is another run's.
+        # A run always saves its last step, so without it the result belongs to another run.
         total = total if total in steps else None
     stock = _take_stock(folder, workdir, steps, config=config, total=total)
     for step, why in stock.foreign.items():
         logging.warning("checkpoint %s is left out: %s", folder / str(step), why)
     if stock.foreign and not stock.steps:
         raise ValueError(
-            f"no checkpoint in {folder} is its run's: {_reasons(stock)}. Give the folder of a step "
-            "to load it all the same"
+            f"no checkpoint in {folder} belongs to its run: {_reasons(stock)}. Give the folder of "
+            "a step to load it anyway"
         )
     return list(stock.steps)
 
@@ -85,15 +85,15 @@ def own_steps(folder: epath.PathLike) -> list[int]:
 def take_stock(workdir: epath.PathLike, *, config: Any, total: int) -> Stock:
     """Returns the checkpoints that exist when a run starts.
 
-    All processes must call this at the same place; nothing changes before all have looked.
+    All processes must call this at the same point; nothing is changed before all have looked.
 
     Args:
-      workdir: of the run.
-      config: of the run, a frozen dataclass or a mapping.
-      total: steps of the run.
+      workdir: the run's folder.
+      config: the run's config, a frozen dataclass or a mapping.
+      total: total number of steps of the run.
 
     Raises:
-      ValueError: when there are checkpoints, and none is the run's.
+      ValueError: if there are checkpoints, but none belongs to the run.
     """
     workdir = epath.Path(workdir)
     folder, stock, failure = workdir / FOLDER, Stock(), None
@@ -102,25 +102,25 @@ def take_stock(workdir: epath.PathLike, *, config: Any, total: int) -> Stock:
         stock = _take_stock(folder, workdir, steps, config=config, total=total)
         if stock.foreign and not stock.steps:
             failure = ValueError(
-                f"no checkpoint in {folder} is this run's: {_reasons(stock)}. Give another "
+                f"no checkpoint in {folder} belongs to this run: {_reasons(stock)}. Give another "
                 "--workdir, or move the folder away to start from scratch"
             )
     except (ValueError, OSError) as error:
         failure = error
-    elsewhere = ValueError(f"{folder} is not this run's; another process says why")
+    elsewhere = ValueError(f"{folder} does not belong to this run; another process says why")
     hosts.raise_everywhere(failure, elsewhere)
     return stock
 
 
 @dataclasses.dataclass(frozen=True)
 class _Content:
-    """The description in a step's folder. Missing or unreadable parts are None: `restore_latest`
-    reports them."""
+    """What a step's folder says about itself. Missing or unreadable parts are None;
+    `restore_latest` reports them."""
 
     number: int  # the folder's name
     marked: bool  # whether it has a mark, readable or not
     mark: Mark | None
-    stored: int | None  # number of updates in its state
+    stored: int | None  # the step counter of its state
     config: Mapping[str, Any] | None
 
     @classmethod
@@ -147,8 +147,8 @@ def _take_stock(
     reasons = {c.number: _contradiction(c, config=config, total=total) for c in contents}
     identity = None if workdir is None else read_identity(workdir)
     if identity is None and workdir is not None:
-        # run.json is lost, or an earlier version wrote none: the newest checkpoint without a
-        # contradiction has the run's id.
+        # run.json is lost, or an earlier version wrote none: take the run's id from the newest
+        # checkpoint without a contradiction.
         ids = [c.mark.id for c in contents if c.mark and not reasons[c.number]]
         unmarked = tuple(c.number for c in contents if not c.marked)
         identity = Identity(ids[-1], unmarked) if ids else None
@@ -165,7 +165,7 @@ def _take_stock(
 
 
 def _contradiction(content: _Content, *, config: Any, total: int | None) -> str:
-    """Returns the contradiction between a step's content and its name and place; "" if none."""
+    """Returns what contradicts a step's name or its place in this run; "" if nothing does."""
     number, mark = content.number, content.mark
     if total is not None and number > total:
         return f"the run ends at step {total}"
@@ -178,19 +178,19 @@ def _contradiction(content: _Content, *, config: Any, total: int | None) -> str:
     if lines := contradictions(content.config, config):
         more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
         shown = "; ".join(line[:120] for line in lines[:3])
-        return f"it is of a run of another config ({shown}{more}, its value first)"
+        return f"it belongs to a run with another config ({shown}{more}, its value first)"
     return ""
 
 
 def _other_run(content: _Content, identity: Identity) -> str:
     if content.mark is not None and content.mark.id != identity.id:
-        return f"it is of run {content.mark.id[:40]!r}, and this is run {identity.id[:40]!r}"
+        return f"it belongs to run {content.mark.id[:40]!r}, and this is run {identity.id[:40]!r}"
     if not content.marked and content.number not in identity.unmarked:
-        return f"it does not say of which run it is, and this is run {identity.id[:40]!r}"
+        return f"it does not say which run it belongs to, and this is run {identity.id[:40]!r}"
     return ""
 
 
 def _reasons(stock: Stock) -> str:
-    lines = [f"of {step}, {why}" for step, why in stock.foreign.items()]
+    lines = [f"step {step}: {why}" for step, why in stock.foreign.items()]
     more = f"; and {len(lines) - 4} more" if len(lines) > 4 else ""
     return "; ".join(lines[-4:]) + more

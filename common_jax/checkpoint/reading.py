@@ -1,4 +1,4 @@
-"""Reading of checkpoints, which any mesh may have written."""
+"""Reads checkpoints, whatever mesh wrote them."""
 
 import re
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ from common_jax.mesh import Rules, match_rules, replicated, with_shardings
 from common_jax.state import merge
 from common_jax.workdir import read_json
 
-AVERAGE = "average"  # a further item, of runs that evaluate an average of their parameters
-PATTERN = re.compile(r"[*?\[\]\\]")  # valid in file names, but special in patterns
+AVERAGE = "average"  # an extra item, in runs that evaluate an average of their parameters
+PATTERN = re.compile(r"[*?\[\]\\]")  # valid in file names, but special in glob patterns
 
 
 def load(
@@ -28,26 +28,26 @@ def load(
     rules: Rules | None = None,
     average: bool = False,
 ) -> dict[str, Any]:
-    """Loads the parameters of a checkpoint, or those below `subtree`, without a trainer.
+    """Loads a checkpoint's parameters, or those below `subtree`, without the trainer's state.
 
-    Only the files of that part are read; any mesh may have written them.
+    Reads only the parameters that it returns. Any mesh may have written them.
 
     Args:
-      source: a run's workdir (its newest finished checkpoint), its `checkpoints` folder, or one
+      source: a run's workdir (for its newest finished checkpoint), its `checkpoints` folder, or one
         step's folder.
       subtree: path of keys, such as "encoder/block_2"; empty for all.
-      mesh: devices to put them on; None for the first device alone.
-      rules: their partition over `mesh`; None replicates them.
-      average: uses the average of trained parameters that was evaluated, if the checkpoint has one
-        (config.optim.ema, or config.run.average_last at the last step).
+      mesh: devices to put them on; None for the first device only.
+      rules: partition rules over `mesh`; None replicates.
+      average: whether to load the evaluated average of the trained parameters, if the checkpoint
+        has one (config.optim.ema, or config.run.average_last at the last step).
 
     Returns:
       The nested dict below `subtree`.
 
     Raises:
-      FileNotFoundError: when there is no finished checkpoint, naming `source`.
-      ValueError: when all checkpoints contradict the run in whose folder they are.
-      KeyError: when the checkpoint lacks `subtree`, naming its subtrees.
+      FileNotFoundError: if there is no finished checkpoint, naming `source`.
+      ValueError: if all checkpoints contradict the run whose folder they are in.
+      KeyError: if the checkpoint lacks `subtree`, naming the subtrees that it has.
     """
     step = find_step(source)
     shapes = _shapes(step)
@@ -67,7 +67,7 @@ def load(
         whole = first if mesh is None else replicated(mesh)
         shardings = jax.tree.map(lambda _: whole, abstract)
     abstract = with_shardings(abstract, shardings)
-    # The average has only parameters that were trained; frozen ones come from `params`.
+    # The average has only the trained parameters; frozen ones come from `params`.
     averages = _shapes(step, AVERAGE) if average and (step / AVERAGE).exists() else {}
     averaged = traverse_util.flatten_dict(averages).keys()
     items = {AVERAGE: {}, "params": {}}
@@ -86,10 +86,8 @@ def load(
 
 
 def read(step: epath.Path, abstract: Mapping[str, Any], *, item: str = "params") -> dict[str, Any]:
-    """Reads the parameters of `abstract`, ShapeDtypeStructs with shardings, from an item of a step.
-
-    Nothing else of the item is read.
-    """
+    """Reads the parameters in `abstract`, ShapeDtypeStructs with shardings, from an item of a step,
+    and nothing else."""
     return ocp.PyTreeCheckpointer().restore(
         step / item,
         args=ocp.args.PyTreeRestore(
@@ -106,14 +104,13 @@ def load_config(source: epath.PathLike) -> dict[str, Any]:
 
 
 def load_shapes(source: epath.PathLike) -> dict[str, Any]:
-    """Returns a nested dict of ShapeDtypeStructs of all parameters of `source`; reads no array."""
+    """Returns ShapeDtypeStructs of all parameters of `source`, a nested dict; reads no array."""
     return _shapes(find_step(source))
 
 
 def check_source(key: str, source: str) -> None:
-    """Raises FileNotFoundError, with the field `key`, unless its run has a finished checkpoint.
-
-    An empty `source` names no run, and passes.
+    """Raises FileNotFoundError, naming the field `key`, unless the run at `source` has a finished
+    checkpoint. An empty `source` passes, since it names no run.
     """
     try:
         if source:
@@ -123,7 +120,7 @@ def check_source(key: str, source: str) -> None:
 
 
 def find_step(source: epath.PathLike) -> epath.Path:
-    """Returns the folder of a step: `source` itself, or the newest finished one of the run there.
+    """Returns a step's folder: `source` itself, or the newest finished one of the run there.
 
     Raises as `load`.
     """
@@ -148,28 +145,28 @@ def find_step(source: epath.PathLike) -> epath.Path:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """Returns the absolute path, which orbax requires; a bucket's (`gs://...`) already is one."""
+    """Returns the absolute path, which orbax requires; bucket paths (`gs://...`) already are."""
     path = epath.Path(path)
     return path if "://" in str(path) else path.expanduser().resolve()
 
 
 def refuse_pattern(path: epath.PathLike, name: str) -> None:
-    """Raises ValueError for a folder that no checkpoint can be written to.
+    """Raises ValueError for a folder that orbax cannot write checkpoints to.
 
-    orbax finds the files that it merges with a pattern that begins with the folder's own path:
-    special characters there would leave a checkpoint without its arrays. What a link points to does
-    not matter, since orbax does not follow it.
+    orbax globs for the files that it merges, with a pattern that begins with the folder's path.
+    Special characters in the path would leave a checkpoint without its arrays. The target of a link
+    does not matter, since orbax does not follow it.
 
     Args:
-      path: of the folder.
+      path: the folder.
       name: its name in messages, for example "--workdir".
     """
     resolved = absolute(path)
     if special := sorted(set(PATTERN.findall(str(resolved)))):
         raise ValueError(
             f"{name}={str(path)[:300]!r}: checkpoints cannot be written below "
-            f"{str(resolved)[:300]!r}, since {' '.join(special)} in a path stand for other names; "
-            "give a folder without them, or a link to this one"
+            f"{str(resolved)[:300]!r}, since orbax treats {' '.join(special)} in a path as "
+            "patterns; give a folder without them, or a link to this one"
         )
 
 

@@ -32,39 +32,39 @@ from common_jax.state import TrainState
 from common_jax.workdir import keep_identity, read_identity
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-# Bytes of a state. On a CPU, steps wait until one as large is written, and do not make a second.
+# Bytes. On CPU, steps wait until a state this large is written, so that no second copy is made.
 LARGE = 1 << 30
-# Bytes of a file of arrays on a disk, unless one array is larger. orbax's own choice, 2 GiB, keeps
-# up to that much of a state in memory, compressed, until a file is full.
+# Bytes of a file of arrays on disk, unless one array is larger. orbax's default, 2 GiB, buffers up
+# to that much of a compressed state in memory until a file is full.
 FILE = 1 << 27
-# The item of an average that later steps still change; only the run itself reads it, to resume.
+# The item of an unfinished average; only the run itself reads it, when it resumes.
 PARTIAL_AVERAGE = "partial_average"
 
 
 class SaveError(OSError):
-    """A checkpoint could not be written; the earlier ones are whole."""
+    """A checkpoint could not be written; earlier ones are intact."""
 
 
 class Checkpoints:
     """The checkpoints of one run: saves asynchronously, keeps the newest `keep` and the best one.
 
-    A save counts once its files have been checked, in orbax's thread: before that its folder has no
-    marker, and no older checkpoint is deleted for it.
+    A save counts only after its files have been checked, in orbax's thread. Until then its folder
+    has no marker, and no older checkpoint is deleted.
 
-    All processes of a run call every method at the same place; all raise where one fails.
+    All processes of a run must call every method at the same point; if one fails, all raise.
 
     Args:
       workdir: the run's folder; raises as `refuse_pattern`.
-      keep: number of the newest checkpoints that stay.
-      best: name of the metric whose highest value keeps its checkpoint, or None.
-      on_failed: "stop" raises SaveError when a save has failed, "go_on" warns.
-      run_id: of the run's run.json, written to every checkpoint; None for checkpoints of no run.
-      foreign: reasons why checkpoints are not the run's, by step; they are put aside.
-      averaged_from: first step whose average is whole; before it, a checkpoint has its average
-        under another name, for resuming alone.
+      keep: number of newest checkpoints to keep.
+      best: name of the metric whose highest value also keeps its checkpoint, or None.
+      on_failed: "stop" raises SaveError after a failed save, "go_on" warns.
+      run_id: the id in the run's run.json, written to every checkpoint; None outside a run.
+      foreign: why checkpoints do not belong to the run, by step; these are moved aside.
+      averaged_from: first step whose average is complete; an earlier checkpoint has its average
+        under another name, which is used only to resume.
       at_once: bytes of one item, parameters or trainer, that may be compressed and written at a
-        time, never less than the largest array; None for no limit. Files wait in memory until they
-        are written, almost as large as the arrays.
+        time, never less than the largest array; None for no limit. Files that wait to be written
+        take almost as much memory as the arrays.
     """
 
     def __init__(
@@ -83,15 +83,16 @@ class Checkpoints:
         self.folder = absolute(workdir) / FOLDER
         self._keep, self._best, self._on_failed, self._run_id = keep, best, on_failed, run_id
         self._averaged_from, self._at_once = averaged_from, at_once
-        self._scores: dict[int, float] = {}  # of evaluated steps, by `best`
-        self._reads = False  # whether orbax may be reading the memory of a state
-        # Step and expected content of the save in progress, for the check in orbax's thread.
+        self._scores: dict[int, float] = {}  # the metric `best` of evaluated steps
+        self._reads = False  # whether orbax may still be reading a state's memory
+        # Step and expected content of the save in progress, checked in orbax's thread.
         self._step = None
         self._arrays: dict[str, Outline] = {}
         self._texts: dict[str, Any] = {}
         for step, why in (foreign or {}).items():
-            logging.warning("checkpoint %s is put aside: %s", self.folder / str(step), why)
-        # Before orbax looks: it could count a foreign step as the newest, and delete ours for it.
+            logging.warning("moving checkpoint %s aside: %s", self.folder / str(step), why)
+        # Before orbax lists the folder: it could take a foreign step for the newest, and delete
+        # one of ours.
         self._foreign = frozenset(foreign or ())
         self._put_aside(self._foreign, "foreign")
         self._manager = self._open()
@@ -104,25 +105,25 @@ class Checkpoints:
         config: Mapping[str, Any],
         metrics: Mapping[str, float] | None,
     ) -> None:
-        """Starts to write `state`; returns when the arrays are copied, before they are on disk. On
-        a CPU they are not copied: call `release` before the next step, which waits for large ones.
+        """Starts writing `state`; returns once the arrays are copied, before they are on disk. On
+        CPU they are not copied: call `release` before the next step, which waits for large states.
 
         Args:
-          state, step: the state, and the number of its updates.
-          config: of the run, as JSON.
+          state, step: the state, and its step counter.
+          config: the run's config, as JSON.
           metrics: of the state's evaluation; None if it is evaluated later.
 
         Raises:
-          ValueError: when there are metrics, but not the one that decides which is best.
-          SaveError: when this save or the one before it fails and `on_failed` is "stop".
+          ValueError: if there are metrics, but `best` is not among them.
+          SaveError: if this save or the previous one fails and `on_failed` is "stop".
         """
         if metrics and self._best is not None and self._best not in metrics:
             raise ValueError(
-                f"config.run.best={self._best!r} is none of the metrics {sorted(metrics)}; "
+                f"config.run.best={self._best!r} is not one of the metrics {sorted(metrics)}; "
                 "None keeps no best checkpoint"
             )
         if metrics:
-            self.score(step, metrics)  # a manager that replaces this one knows no scores
+            self.score(step, metrics)  # kept here, since `_attempt` may replace the manager
         arrays = {"params": state.params, "trainer": _trainer(state)}
         if state.ema is not None:
             arrays[self._average_item(step)] = state.ema
@@ -135,7 +136,7 @@ class Checkpoints:
             for name, tree in arrays.items()
         }
         items |= {name: ocp.args.JsonSave(value) for name, value in texts.items()}
-        # First the save before this one, since the fields below describe a single save.
+        # Finish the previous save first: the fields below describe a single save.
         self._attempt(self._finish)
         self._step, self._texts = step, texts
         self._arrays = {name: outline(tree) for name, tree in arrays.items()}
@@ -150,37 +151,38 @@ class Checkpoints:
         self._reads = jax.default_backend() == "cpu" and size >= LARGE
 
     def _file_size(self, arrays: Any) -> int | None:
-        """Bytes of a file, None for orbax's choice."""
-        # An array larger than a file is cut into chunks, with which a save took up to 1.4 times as
-        # long; and for buckets orbax has a size of its own.
+        """Bytes per file; None for orbax's default."""
+        # An array larger than a file is cut into chunks, which made saves up to 1.4 times slower;
+        # and orbax has its own file size for buckets.
         largest = max(leaf.nbytes for leaf in jax.tree.leaves(arrays))
         return FILE if largest <= FILE and "://" not in str(self.folder) else None
 
     def release(self) -> bool:
         """Waits until a large state has been written, and returns whether there was one; raises as
-        `save`. Until then a step cannot reuse the state's memory, and would make a second one."""
+        `save`. Until then a step cannot reuse the state's memory, and would allocate a second
+        state."""
         reads, self._reads = self._reads, False
         if reads:
             self._attempt(self._finish)
         return reads
 
     def score(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds the metrics of a checkpoint that was saved without them."""
+        """Records the metrics of a checkpoint, which may have been saved without them."""
         if self._best is not None and self._best in metrics:
             self._scores[step] = metrics[self._best]
 
     def restore_latest(self, abstract: TrainState) -> TrainState:
         """Restores the newest state that can be read, with the shardings of `abstract`.
 
-        A warning names a checkpoint that cannot be read, and the one before it is tried. As soon as
-        one can be read, the damaged ones are put aside, as damaged_STEP.
+        Warns about a checkpoint that cannot be read, and tries the one before it. Once one has been
+        read, the damaged ones are moved aside, to damaged_STEP.
 
         Raises:
-          ValueError: when none can be read.
+          ValueError: if none can be read.
         """
-        # On shared storage another process may still see a folder that the first has renamed.
+        # On shared storage, a process may still see a folder that process 0 has already renamed.
         steps, damaged = sorted(set(finished_steps(self.folder)) - self._foreign), []
-        # The newest that any process sees: on shared storage one may see a folder later.
+        # The newest that any process sees: on shared storage some may see a new folder late.
         while (step := int(hosts.agree(max(set(steps) - set(damaged), default=-1))[0])) >= 0:
             state, failure = None, None
             try:
@@ -188,8 +190,8 @@ class Checkpoints:
             except FAILURES as error:
                 failure = error
             if not hosts.agree(failure is not None).any():
-                # Only now, when the run has a state to continue from: without one it must not
-                # change the folder. The manager lists the steps when it opens, so it is replaced.
+                # Only now that the run has a state to continue from; without one it must not change
+                # the folder. The manager lists the steps when it opens, so open a new one.
                 if damaged:
                     self._manager.close()
                     self._put_aside(damaged, "damaged")
@@ -208,15 +210,15 @@ class Checkpoints:
         self._attempt(self._finish, last=True)
 
     def close(self) -> None:
-        """Waits for saves and ends orbax's threads; raises as `wait`."""
+        """Waits for all saves and ends orbax's threads; raises as `wait`."""
         try:
             self.wait()
         finally:
             self._manager.close()
 
     def abandon(self) -> None:
-        """Lets a save in progress reach the disk after a failure; raises nothing."""
-        # Several processes write a checkpoint together, and the others may already be gone.
+        """Lets a save in progress reach the disk after the run failed; never raises."""
+        # With several processes this could hang: they write together, and others may be gone.
         if jax.process_count() == 1:
             with contextlib.suppress(*FAILURES):
                 self._manager.close()
@@ -224,7 +226,7 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         if jax.process_index() == 0:
             _remove_unfinished(self.folder)
-        hosts.agree(0)  # a barrier: the others must not list the folder before it is clean
+        hosts.agree(0)  # a barrier: the others must not list the folder before it is cleaned up
         policies = [checkpoint_managers.LatestN(self._keep)]
         if self._best is not None:
             policies.append(_Best(self._metric))
@@ -236,7 +238,7 @@ class Checkpoints:
         return _Manager(self.folder, options=options, handler_registry=self._handlers())
 
     def _handlers(self) -> ocp.handlers.CheckpointHandlerRegistry:
-        """orbax's handlers, of which those for arrays keep to `at_once`."""
+        """orbax's handlers, with the limit `at_once` for items with arrays."""
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
         if self._at_once is not None:
             limit = -(-self._at_once // 10**9)  # whole GB
@@ -249,10 +251,11 @@ class Checkpoints:
     def _look(self) -> None:
         """Raises OSError unless a save's files have the expected content.
 
-        orbax calls it in its thread, in the process that then writes the marker.
+        orbax calls this in its own thread, in the process that then writes the marker.
         """
         name = str(self._step)
-        # Before the marker, a step has a temporary name; in a bucket, which cannot rename, its own.
+        # Until it has its marker, a step has a temporary name; in buckets, which cannot rename, its
+        # final one.
         places = [
             path
             for path in self.folder.iterdir()
@@ -263,18 +266,18 @@ class Checkpoints:
         check_written(places[0], self._arrays, self._texts)
 
     def _finish(self) -> None:
-        """Waits for the save in progress; raises if it failed, or the folder is no longer ours."""
+        """Waits for the save in progress; raises if it failed or the folder is no longer ours."""
         self._manager.wait_until_finished()
         if self._step is None or jax.process_index() != 0:
             return
-        # Looks at the disk again: orbax reports success even if the folder is deleted meanwhile.
+        # Look at the disk again: orbax reports success even if the folder is deleted meanwhile.
         if self._step not in finished_steps(self.folder):
-            raise OSError("it is not there")
+            raise OSError("it is missing")
         identity = read_identity(self.folder.parent) if self._run_id is not None else None
         if self._run_id is not None and (identity is None or identity.id != self._run_id):
             raise OSError(
-                f"run.json beside it is {'of another run' if identity else 'gone'}, so the workdir "
-                "was deleted or replaced"
+                f"run.json beside it {'belongs to another run' if identity else 'is gone'}, so the "
+                "workdir was deleted or replaced"
             )
 
     def _attempt(self, action: Callable[[], Any], *, last: bool = False) -> None:
@@ -284,11 +287,11 @@ class Checkpoints:
             action()
         except FAILURES as error:
             failure = error
-        # Every process reaches this line, failed or not, and then all take the same branch.
+        # Every process gets here, failed or not, and then all take the same branch.
         if not hosts.agree(failure is not None).any():
             return
         failed, self._step = self._step, None
-        # A manager with an unfinished save fails in every later call, so a new one replaces it.
+        # A manager with an unfinished save fails in all later calls, so replace it.
         with contextlib.suppress(*FAILURES):
             self._manager.close()
         self._manager = self._open()
@@ -297,7 +300,7 @@ class Checkpoints:
             f"the checkpoint of step {failed} could not be written to {self.folder} "
             f"({failure or 'another process says why'}); "
             + (
-                f"the newest whole one is of step {steps[-1]}"
+                f"the newest intact one is that of step {steps[-1]}"
                 if steps
                 else "there is no earlier one"
             )
@@ -322,7 +325,7 @@ class Checkpoints:
             )
             for name, tree in trees.items()
         }
-        read_mark(self.folder / str(step))  # raises if it is damaged
+        read_mark(self.folder / str(step))  # raises if the mark is damaged
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         average = restored[self._average_item(step)] if abstract.ema is not None else None
         return TrainState(params=restored["params"], ema=average, **restored["trainer"])
@@ -331,37 +334,38 @@ class Checkpoints:
         return AVERAGE if step >= self._averaged_from else PARTIAL_AVERAGE
 
     def _put_aside(self, steps: Collection[int], why: str) -> None:
-        """Renames folders to WHY_STEP: nothing is lost, and the run can save these steps again."""
+        """Renames folders to WHY_STEP, so that nothing is lost and the run can save these steps
+        again."""
         for step in steps if jax.process_index() == 0 else ():
             _move(self.folder / str(step), self.folder / f"{why}_{step}")
         hosts.agree(0)  # a barrier: the others must not list the folder before
 
     def _metric(self, checkpoint: Any) -> float:
-        # Not orbax's metrics, which live as long as one manager.
+        # Not orbax's own metrics, which are lost when a manager is replaced.
         return self._scores.get(checkpoint.step, float("-inf"))
 
 
 class _Manager(ocp.CheckpointManager):
-    """orbax's manager without its own check for preemption, which the train loop makes."""
+    """orbax's manager without its check for preemption, which the train loop does itself."""
 
     def reached_preemption(self, step: int) -> bool:
         """Returns False."""
-        # jax agrees on a stop by counting the calls of all processes. Calls from orbax, with the
-        # run's step in place of that count, would make them miss the agreed point.
+        # jax agrees on where to stop by counting the calls in every process. Calls from orbax,
+        # which pass the run's step instead of that count, would make them miss the agreed point.
         del step
         return False
 
 
 @dataclasses.dataclass(frozen=True)
 class _Best(checkpoint_managers.PreservationPolicy):
-    """Keeps the checkpoint with the highest finite value, the earliest one of several."""
+    """Keeps the checkpoint with the highest finite value; ties go to the earliest."""
 
     value: Callable[[Any], float]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Returns True for the checkpoint that stays."""
+        """Returns True for the checkpoint to keep."""
         values = [self.value(checkpoint) for checkpoint in checkpoints]
-        # Filtered, since the `max` of a list with NaN depends on its order.
+        # Filtered, since the `max` of a list with NaN depends on the order.
         best = max(filter(np.isfinite, values), default=None)
         first = None if best is None else values.index(best)
         return [place == first for place in range(len(values))]
@@ -379,16 +383,16 @@ def _move(source: epath.Path, target: epath.Path) -> None:
 def write_params(
     workdir: epath.PathLike, params: dict[str, Any], config: Mapping[str, Any]
 ) -> None:
-    """Makes a workdir for other runs to start from: a checkpoint of step 0, with only parameters.
+    """Makes a workdir for other runs to start from: a checkpoint at step 0 with only parameters.
 
     Args:
       workdir: a new folder; raises as `refuse_pattern`.
-      params: nested dict of arrays; those of numpy are replaced by arrays on the device, one by
-        one, since orbax would make a copy of all of them.
-      config: JSON of a run with such parameters.
+      params: nested dict of arrays; numpy arrays in it are replaced by arrays on the device, one by
+        one, since orbax would copy all of them at once.
+      config: config of a run with these parameters, as JSON.
 
     Raises:
-      SaveError: when it cannot be written, or does not read back.
+      SaveError: if the checkpoint cannot be written or read back.
     """
     refuse_pattern(workdir, "workdir")
     move_to_devices(params, SingleDeviceSharding(jax.devices()[0]))
@@ -411,7 +415,7 @@ def _trainer(state: TrainState) -> dict[str, Any]:
 
 
 def _remove_unfinished(folder: epath.Path) -> None:
-    """Deletes the remains of a killed save, which would block the next save of its step."""
+    """Deletes what a killed save left behind, which would block the next save of its step."""
     if not folder.exists():
         return
     finished = {str(step) for step in finished_steps(folder)}
@@ -423,7 +427,7 @@ def _remove_unfinished(folder: epath.Path) -> None:
 
 
 def _remove(folder: epath.Path, *, patience: float = 10.0) -> None:
-    """Deletes a folder into which the threads of a failed save may still write for a while."""
+    """Deletes a folder that the threads of a failed save may still write to for a while."""
     deadline = time.monotonic() + patience
     while folder.exists():
         try:

@@ -1,4 +1,4 @@
-"""A command's flags, its config file, and the fields that flags change."""
+"""A command's flags, its config file, and the fields that flags set."""
 
 from common_jax.command_line.commands import USER_ERRORS, Command, dispatch, read_settings
 from common_jax.command_line.fields import change_config, check_field, set_field

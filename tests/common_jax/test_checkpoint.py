@@ -69,7 +69,7 @@ def test_an_empty_folder_restores_nothing(tmp_path):
 
 
 def test_a_misspelt_best_metric_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"config\.run\.best='test/accuracies' is none of"):
+    with pytest.raises(ValueError, match=r"config\.run\.best='test/accuracies' is not one of"):
         save(tmp_path, [0.1], best="test/accuracies")
 
 

@@ -116,7 +116,7 @@ def test_a_foreign_checkpoint_is_put_aside(marked, stopped, undisturbed, tmp_pat
     assert log(stopped) == undisturbed
     assert steps(stopped) == [8, 12]
     assert (stopped / "checkpoints" / "foreign_8" / "params").exists()
-    assert "checkpoints/8 is put aside: it is of a run of another config (seed: 1 -> 0" in (
+    assert "checkpoints/8 aside: it belongs to a run with another config (seed: 1 -> 0" in (
         caplog.text
     )
 
@@ -128,7 +128,7 @@ def test_one_of_the_same_config_is_foreign_too(stopped, undisturbed, tmp_path, c
     descend(stopped)
     assert log(stopped) == undisturbed
     ids = [read_identity(workdir).id for workdir in (other, stopped)]
-    assert f"it is of run {ids[0]!r}, and this is run {ids[1]!r}" in caplog.text
+    assert f"it belongs to run {ids[0]!r}, and this is run {ids[1]!r}" in caplog.text
 
 
 @pytest.mark.parametrize("marked", [True, False])
@@ -146,7 +146,7 @@ def test_a_step_beyond_the_end_is_put_aside(stopped, undisturbed, caplog):
     copy(stopped / "checkpoints" / "4", stopped / "checkpoints" / "2400")
     descend(stopped)
     assert log(stopped) == undisturbed
-    assert "checkpoints/2400 is put aside: the run ends at step 12" in caplog.text
+    assert "checkpoints/2400 aside: the run ends at step 12" in caplog.text
     assert steps(stopped) == [8, 12]
 
 
@@ -162,7 +162,7 @@ def test_where_none_is_the_runs_nothing_is_written(stopped, tmp_path):
     workdir = tmp_path / "new"
     copy(stopped / "checkpoints", workdir / "checkpoints")
     before = sorted(str(path) for path in workdir.rglob("*"))
-    with pytest.raises(ValueError, match="is this run's: of 4, it is of a run of another") as error:
+    with pytest.raises(ValueError, match="to this run: step 4: it belongs to a run with") as error:
         descend(workdir, seed=1)
     assert "Give another --workdir, or move the folder away" in str(error.value)
     assert sorted(str(path) for path in workdir.rglob("*")) == before
@@ -200,7 +200,7 @@ def test_beside_an_id_a_checkpoint_without_one_is_foreign(stopped):
     shutil.rmtree(stopped / "checkpoints" / "6" / "run")
     stock = checkpoint.take_stock(stopped, config={"seed": 0}, total=STEPS)
     assert stock.steps == (4,)
-    assert stock.foreign[6].startswith("it does not say of which run it is, and this is run '")
+    assert stock.foreign[6].startswith("it does not say which run it belongs to, and this is run '")
     assert checkpoint.take_stock(stopped, config={}, total=5).foreign == {
         6: "the run ends at step 5"
     }
@@ -234,7 +234,7 @@ def test_loading_leaves_out_what_is_not_the_runs(stopped, tmp_path, caplog):
     copy(stopped / "checkpoints" / "4", stopped / "checkpoints" / "20")
     assert checkpoint.find_step(stopped).name == "6"
     assert checkpoint.load(stopped)["w"] == want
-    assert "checkpoints/12 is left out: it is of a run of another config (seed: 1 -> 0" in (
+    assert "checkpoints/12 is left out: it belongs to a run with another config (seed: 1 -> 0" in (
         caplog.text
     )
     assert "checkpoints/20 is left out: it holds step 4" in caplog.text
@@ -242,7 +242,7 @@ def test_loading_leaves_out_what_is_not_the_runs(stopped, tmp_path, caplog):
     assert checkpoint.find_step(stopped / "checkpoints" / "12").name == "12"
     for step in (4, 6):
         shutil.rmtree(stopped / "checkpoints" / str(step))
-    with pytest.raises(ValueError, match=r"no checkpoint in .* is its run's: of 12, .*; of 20, "):
+    with pytest.raises(ValueError, match=r"no checkpoint in .* belongs to its run: step 12: .*; step 20: "):
         checkpoint.load(stopped)
 
 
@@ -345,9 +345,9 @@ def spoil(monkeypatch, change) -> None:
 
 
 CHANGES = {
-    "'params' does not read back": lambda at: (at / "params" / "manifest.ocdbt").unlink(),
-    "'trainer' does not read back": lambda at: (at / "trainer" / "_METADATA").write_text("{"),
-    "'config' reads back as something else": lambda at: (at / "config" / "metadata").write_text(
+    "'params' cannot be read": lambda at: (at / "params" / "manifest.ocdbt").unlink(),
+    "'trainer' cannot be read": lambda at: (at / "trainer" / "_METADATA").write_text("{"),
+    "'config' reads back with other content": lambda at: (at / "config" / "metadata").write_text(
         '{"x": [1]}'
     ),
     "No such file": lambda at: shutil.rmtree(at / "config"),
@@ -370,7 +370,7 @@ def test_a_save_counts_when_it_reads_back(message, two, tmp_path, monkeypatch):
 def test_a_save_that_does_not_read_back_is_warned_of(tmp_path, monkeypatch, caplog):
     found = Checkpoints(tmp_path, keep=2, best=None, on_failed="go_on")
     with monkeypatch.context() as patch:
-        spoil(patch, CHANGES["'params' does not read back"])
+        spoil(patch, CHANGES["'params' cannot be read"])
         found.save(state(1), step=1, config={}, metrics=None)
         found._attempt(found._finish)
     found.save(state(2), step=2, config={}, metrics=None)
@@ -385,8 +385,8 @@ def test_what_differs_in_an_array_is_named(two, tmp_path):
     assert outline == {"a.b": ((4, 2), np.float32), "c": ((3,), np.float32)}
     contents.check_written(folder, {"params": outline}, {"config": {"x": [1, 2]}})
     for change, message in (
-        ({"a.b": ((4, 3), np.dtype("f4"))}, r"a\.b is float32 \(4, 2\), and was float32 \(4, 3\)"),
-        ({"c": ((3,), np.dtype("i4"))}, r"c is float32 \(3,\), and was int32 \(3,\)"),
+        ({"a.b": ((4, 3), np.dtype("f4"))}, r"a\.b is float32 \(4, 2\), not float32 \(4, 3\)"),
+        ({"c": ((3,), np.dtype("i4"))}, r"c is float32 \(3,\), not int32 \(3,\)"),
         ({"d": ((), np.dtype("f4"))}, "d is missing"),
     ):
         with pytest.raises(OSError, match=message):
@@ -411,7 +411,7 @@ def test_a_deleted_workdir_is_no_success(tmp_path):
     found.save(state(1), step=1, config={}, metrics=None)
     found.wait()
     shutil.rmtree(workdir)
-    with pytest.raises(SaveError, match=r"step 1 could not be written.*it is not there"):
+    with pytest.raises(SaveError, match=r"step 1 could not be written.*it is missing"):
         found.wait()
     found.save(state(2), step=2, config={}, metrics=None)
     with pytest.raises(SaveError, match=r"run\.json beside it is gone, so the workdir was"):
