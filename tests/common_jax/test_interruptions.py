@@ -159,7 +159,7 @@ def test_a_failed_save_stops_the_run_and_the_next_start_goes_on(
     train, no_room, undisturbed, tmp_path
 ):
     no_room(8)
-    with pytest.raises(SaveError, match=r"step 8 could not .*No space left.*is that of step 4") as error:
+    with pytest.raises(SaveError, match=r"step 8 .*No space left.*is that of step 4") as error:
         train(run_config())
     assert "Make room, and start the same command again" in str(error.value)
     assert kept(tmp_path) == [4]
