@@ -1,7 +1,7 @@
-"""Programs of several commands, such as `PROGRAM predict RUN PICTURE`.
+"""Programs with several commands, such as `PROGRAM predict RUN PICTURE`.
 
-Programs list their commands without importing what these need: the file of a command imports jax
-and networks inside functions, so that --help answers at once.
+A program lists its commands without importing what they need: a command's file imports jax and
+networks inside functions, so that --help responds immediately.
 """
 
 import argparse
@@ -23,11 +23,11 @@ class Command:
     """A command of a program.
 
     Attributes:
-      summary: its line of the program's --help, which opens the command's own --help as well.
+      summary: its line in the program's --help, which also opens the command's own --help.
       add_arguments: adds its arguments to a parser.
-      run: does the work, and returns the exit status; None is 0.
-      rest: arguments that open with one of these texts are not parsed but given to `run` as the
-        list `rest`: ("--config.",) for fields of a config, ("",) for all arguments.
+      run: does the work and returns the exit status; None is 0.
+      rest: arguments that start with one of these prefixes are not parsed but passed to `run` as
+        the list `rest`: ("--config.",) for config fields, ("",) for all arguments.
     """
 
     summary: str
@@ -41,13 +41,13 @@ def dispatch(
 ) -> int:
     """Runs the command that the command line names, and returns the exit status.
 
-    An error that a user can cause ends in a message on standard error and status 2; --debug shows
-    its traceback instead.
+    A user error ends in a message on standard error and status 2; --debug shows its traceback
+    instead.
 
     Args:
-      program: its name, as a user types it.
-      commands: in the order of --help.
-      argv: arguments without the program's name; those of the process by default.
+      program: the program's name, as a user types it.
+      commands: the commands by name, in the order of --help.
+      argv: arguments without the program's name; by default the process's.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -58,7 +58,7 @@ def dispatch(
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader, such as `head`, has enough. What is buffered must not be flushed at exit.
+        # The reader, such as `head`, has quit. Keep Python from flushing the rest at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
@@ -92,7 +92,7 @@ def _dispatch(program: str, commands: Mapping[str, Command], argv: Sequence[str]
 
 
 def read_settings(arguments: Sequence[str]) -> dict[str, str]:
-    """Text by the path of a field, of arguments --config.PATH=TEXT, or --PATH=TEXT for short.
+    """Parses arguments --config.PATH=TEXT, or --PATH=TEXT for short, to text by field path.
 
     Raises:
       ValueError: for an argument without a value.
@@ -120,7 +120,7 @@ def _overview(program: str, commands: Mapping[str, Command]) -> str:
 
 
 def _parse(program: str, command: Command, argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments of a command, with those of `command.rest` as a list `rest`."""
+    """Parses a command's arguments; those that match `command.rest` become the list `rest`."""
     parser = argparse.ArgumentParser(
         prog=program,
         description=command.summary,
@@ -129,7 +129,7 @@ def _parse(program: str, command: Command, argv: Sequence[str]) -> argparse.Name
     command.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     rest = [one for one in argv if one.startswith(command.rest)]
-    # Intermixed, or options before optional arguments would end these.
+    # Intermixed: with parse_args, an option between optional positionals would end them.
     args = parser.parse_intermixed_args([one for one in argv if not one.startswith(command.rest)])
     args.rest = rest
     return args

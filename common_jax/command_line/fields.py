@@ -1,4 +1,4 @@
-"""Fields of a config by their paths, and the values that the text of a flag means there."""
+"""Config fields by path, and the conversion of a flag's text to a field's type."""
 
 import ast
 import contextlib
@@ -12,18 +12,18 @@ from common_jax.config import BOOLEANS, did_you_mean, freeze, unfreeze
 
 T = TypeVar("T")
 
-NOTHING = "None"  # the text for the absence of a value
-EXACT = 2**53  # up to here a float holds every whole number
-SHOWN = 6  # paths in a message
-# Errors of `ast.literal_eval` for text that is no literal, or too deep for the parser.
+NOTHING = "None"  # the text for no value
+EXACT = 2**53  # floats are exact for integers up to this
+SHOWN = 6  # paths listed in a message
+# Errors of `ast.literal_eval` for text that is not a literal, or nested too deep for the parser.
 NO_LITERAL = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
 
 
 def set_field(config: ml_collections.ConfigDict, path: str, text: str) -> None:
-    """Sets the field at `path` to the value that `text` means for its type.
+    """Sets the field at `path` to `text`, converted to the field's type.
 
-    "None" is the absence of a value for every type. A section accepts a dict, which replaces it.
-    Raises ValueError for a path without a field, or text of another type, naming both.
+    "None" means no value for every type. A section accepts a dict, which replaces it. Raises
+    ValueError for an unknown path, or text of the wrong type, naming both.
     """
     check_field(config, path)
     set_value(config, path, convert(type_of(config, path), text, path))
@@ -36,16 +36,16 @@ def change_config(
     changeable: Sequence[str],
     fixed: Sequence[str] = (),
 ) -> T:
-    """The config of a trained network with fields set from text.
+    """The config of a trained network with some fields set from text.
 
     Args:
       config: a frozen dataclass.
-      settings: text by the path of a field.
-      changeable: sections and fields that do not make the network.
-      fixed: fields of these sections that do.
+      settings: text by field path.
+      changeable: sections and fields that do not define the network.
+      fixed: fields in these sections that do.
 
     Raises:
-      ValueError: for any other field, or text of another type.
+      ValueError: for any other field, or text of the wrong type.
     """
     changed = unfreeze(config)
     for path, text in settings.items():
@@ -53,15 +53,16 @@ def change_config(
         if not inside or path in fixed:
             left_out = f", except {' and '.join(fixed)}" if fixed else ""
             raise ValueError(
-                f"--config.{path}={text} would make another network than was trained; what can be "
-                f"changed is {', '.join(changeable)}{left_out}"
+                f"--config.{path}={text} would make a different network from the trained one; only "
+                f"these can be changed: {', '.join(changeable)}{left_out}"
             )
         set_field(changed, path, text)
     return freeze(type(config), changed)
 
 
 def check_field(config: ml_collections.ConfigDict, path: str) -> None:
-    """Raises ValueError unless the path of a flag, `a.b` of `--config.a.b=1`, is of a field."""
+    """Raises ValueError unless there is a field at a flag's path, such as `a.b` in
+    `--config.a.b=1`."""
     section, name = config, "config"
     for key in path.split("."):
         if not isinstance(section, ml_collections.ConfigDict):
@@ -81,42 +82,42 @@ def check_field(config: ml_collections.ConfigDict, path: str) -> None:
 
 
 def type_of(config: ml_collections.ConfigDict, path: str) -> type:
-    """The type of the values of a field; NoneType where it is unknown."""
+    """The type of a field's values; NoneType if unknown."""
     section, key = _section_of(config, path)
     return section.get_type(key)
 
 
 def set_value(config: ml_collections.ConfigDict, path: str, value: Any) -> None:
-    """Sets a field to a value of its type, or to None, in a locked config too. Raises ValueError
-    where the field's section was replaced by something without such a section."""
+    """Sets a field to a value of its type, or to None, even in a locked config. Raises ValueError
+    if a section on the path was replaced by something without the field's section."""
     try:
         section, key = _section_of(config, path)
     except (KeyError, TypeError):
         section = None
     if not isinstance(section, ml_collections.ConfigDict):
         raise ValueError(
-            f"--config.{path}: a flag before it replaced the section that the field is in; set "
-            "both at once there, or leave out one"
+            f"--config.{path}: an earlier flag replaced the section that this field is in; set "
+            "both there, or leave one out"
         )
-    # ConfigDict would refuse a value where the config file has None without a type.
+    # Otherwise ConfigDict would refuse a value for a field that the config file sets to plain None.
     with section.unlocked(), section.ignore_type():
         section[key] = value
 
 
 def find_paths(config: ml_collections.ConfigDict, end: str) -> list[str]:
-    """The paths of all fields, sections among them, that end in the path `end`."""
+    """The paths of all fields and sections that end in the path `end`."""
     return [path for path in _paths(config) if end and f".{path}".endswith(f".{end}")]
 
 
 def either(paths: Sequence[str]) -> str:
-    """The flags of these paths, joined by "or"; of many the first ones."""
+    """The flags of these paths, joined by "or"; at most SHOWN of them."""
     more = f" or {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
     return " or ".join(f"--config.{path}" for path in paths[:SHOWN]) + more
 
 
 def convert(kind: type, text: str, path: str) -> Any:
-    """The value that `text` means for a field of type `kind`; any literal where that is NoneType.
-    Raises ValueError, with the field's path, for text without a meaning there."""
+    """Converts `text` to a value of type `kind`; to any literal if that is NoneType. Raises
+    ValueError, with the field's path, for text that does not fit the type."""
     if text == NOTHING:
         return None
     if issubclass(kind, ml_collections.ConfigDict):
@@ -140,13 +141,13 @@ def convert(kind: type, text: str, path: str) -> Any:
 
 
 def shorten(text: str, length: int = 200) -> str:
-    """Printable text of a bounded length."""
+    """Makes text printable and truncates it."""
     plain = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
     return plain if len(plain) <= length else f"{plain[:length]}..."
 
 
 def _whole_number(text: str, path: str) -> int:
-    """Digits, or an exact number such as 1e3."""
+    """Converts digits, or an exact number such as 1e3."""
     with contextlib.suppress(ValueError):
         return int(text)
     with contextlib.suppress(ValueError):
@@ -157,9 +158,9 @@ def _whole_number(text: str, path: str) -> int:
 
 
 def _sequence(text: str, path: str) -> Sequence[Any]:
-    """A tuple or list; text that is neither is a tuple of one item."""
+    """Converts text to a tuple or list; anything else becomes a tuple of one item."""
     value = _literal(text)
-    is_open = value is text and (text.strip() or "(")[0] in "([{"  # as (1,2 without its bracket
+    is_open = value is text and (text.strip() or "(")[0] in "([{"  # such as (1,2
     if is_open or isinstance(value, dict | set):
         raise _wrong(path, text, "a tuple, such as (1,2) or ('a','b'); () is the empty one")
     return value if isinstance(value, tuple | list) else (value,)
@@ -186,9 +187,9 @@ def _has_text_keys(value: dict) -> bool:
 
 
 def _literal(text: str) -> Any:
-    """The Python literal in `text`; `text` itself if it is none."""
+    """The Python literal in `text`; `text` itself if it is not one."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about backslashes, as in paths and regexes
+        warnings.simplefilter("ignore")  # about backslashes in paths and regexes
         try:
             return ast.literal_eval(text)
         except NO_LITERAL:

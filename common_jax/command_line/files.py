@@ -1,7 +1,7 @@
 """Config files: Python with a function get_config(), given as FILE.py or FILE.py:ARGUMENTS.
 
-FILE is a path, or the name of one of this project's own configs, such as SYSTEM/NAME.py, which are
-found from any folder.
+FILE is a path, or the name of one of this project's own configs, such as SYSTEM/NAME.py, which
+works from any folder.
 """
 
 import difflib
@@ -16,7 +16,7 @@ import ml_collections
 
 import common_jax
 
-# Where the project's own configs are: in an installed package, or beside it in a checkout.
+# The project's own configs: inside an installed package, or beside it in a checkout.
 PACKAGE = pathlib.Path(common_jax.__file__).parent
 INSTALLED = (PACKAGE / "configs", PACKAGE.parent / "configs")
 
@@ -29,7 +29,7 @@ def read_config_file(text: str) -> ml_collections.ConfigDict:
         part after the first colon.
 
     Raises:
-      ValueError: for an error in the file or in its arguments, with file and line.
+      ValueError: for an error in the file or its arguments, with file and line.
       OSError: for a file that cannot be read.
     """
     name, colon, arguments = text.partition(":")
@@ -42,14 +42,14 @@ def read_config_file(text: str) -> ml_collections.ConfigDict:
         raise _located(error, name) from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise ValueError(
-            f"--config={name}: get_config() returned {type(config).__name__}, where a ConfigDict "
-            "is expected"
+            f"--config={name}: get_config() must return a ConfigDict, and returned "
+            f"{type(config).__name__}"
         )
     return config.lock()
 
 
 def run_config_file(text: str) -> dict[str, Any]:
-    """The names that the file of `text`, FILE.py:ARGUMENTS, defines; raises as
+    """The names that the config file in `text`, FILE.py:ARGUMENTS, defines; raises as
     `read_config_file`."""
     name = text.partition(":")[0]
     path = _find(name, text)
@@ -60,8 +60,8 @@ def run_config_file(text: str) -> dict[str, Any]:
 
 
 def describe_config_file(text: str) -> str:
-    """What the file of `text` says about itself and its arguments, for --help; raises as
-    `read_config_file`."""
+    """The docstring of the config file in `text` and the defaults of its arguments, for --help;
+    raises as `read_config_file`."""
     names = run_config_file(text)
     about = [names.get("__doc__") or f"{text} has no docstring."]
     if defaults := names.get("ARGUMENTS"):
@@ -70,16 +70,16 @@ def describe_config_file(text: str) -> str:
 
 
 def load_beside(file: str, name: str) -> types.SimpleNamespace:
-    """The names that `name`.py defines, a file in the folder of `file`.
+    """The names defined by `name`.py in the same folder as `file`.
 
-    For config files that share settings. They are run by their paths, from any working directory,
-    and belong to no package, so that an import statement would not find the other file.
+    For config files that share settings. They are run by path, from any working directory, and are
+    not in a package, so an import statement would not find the other file.
     """
     return types.SimpleNamespace(**runpy.run_path(str(pathlib.Path(file).with_name(f"{name}.py"))))
 
 
 def _find(name: str, text: str) -> pathlib.Path:
-    """The path of a config file that exists."""
+    """The path of an existing config file."""
     if "://" in text:
         raise ValueError(f"--config={text} must be a local file; copy it here first")
     path = pathlib.Path(name).expanduser()
@@ -95,13 +95,12 @@ def _find(name: str, text: str) -> pathlib.Path:
         if (folder / name).is_file():
             return folder / name
     folder = pathlib.Path(os.path.abspath(path)).parent
-    # A wrong working directory is a more frequent mistake than a wrong name.
+    # A wrong working directory is a more common mistake than a wrong name.
     here = "" if path.is_absolute() else f"; relative paths start at {pathlib.Path.cwd()}"
     if not folder.is_dir():
         nearest = next(one for one in folder.parents if one.is_dir())
         raise FileNotFoundError(
-            f"--config={name}: there is no folder {folder}; {nearest} is the last part of it that "
-            f"exists{here}"
+            f"--config={name}: there is no folder {folder}; only {nearest} exists{here}"
         )
     known = {one.stem: one.name for one in folder.glob("*.py")}
     close = difflib.get_close_matches(path.name.removesuffix(".py"), known, n=1)
@@ -116,7 +115,7 @@ def _listed(files: list[pathlib.Path]) -> str:
 
 
 def _located(error: Exception, name: str) -> Exception:
-    """An error of a config file as one that a user can act on, with file and line."""
+    """Turns an error in a config file into one that a user can act on, with file and line."""
     message = str(error) or type(error).__name__
     message = message if len(message) <= 1500 else f"{message[:1500]}..."
     if isinstance(error, SyntaxError) and error.filename and error.lineno:

@@ -1,9 +1,9 @@
-"""The command line of a run: absl's flags, and `--config.FIELD=VALUE` for any field of the config.
+"""The command line of a run: absl flags, and `--config.FIELD=VALUE` for any config field.
 
-absl parses the arguments, in all of its forms: one dash or two, the value after "=" or as the next
-argument, `--flagfile`, and `--config.x` or `--noconfig.x` for booleans. Overrides are noted in the
-order of the command line and set afterwards, so that of several values of a field the last one
-counts, in whichever forms they are.
+absl parses the arguments in all of its forms: one dash or two, the value after "=" or as the next
+argument, `--flagfile`, and `--config.x` or `--noconfig.x` for booleans. Overrides are recorded in
+the order of the command line and applied afterwards, so that the last value of a field wins,
+whatever form it has.
 """
 
 import logging
@@ -34,7 +34,7 @@ OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(=.*)?", re.DOTALL)
 
 
 class _Override(flags.Flag):
-    """Notes the path of a field and the text of its value, in the order of the command line."""
+    """A flag that records its field's path and the text of its value, in command-line order."""
 
     def __init__(self, path: str, *, boolean: bool, noted: list[tuple[str, str]]):
         self._path, self._noted = path, noted
@@ -45,22 +45,22 @@ class _Override(flags.Flag):
 
 
 def define() -> flags.FlagValues:
-    """The flags of a run, none of them read yet."""
+    """Defines the flags of a run, without reading them."""
     values = flags.FlagValues()
     for name, text in (
         ("config", "Config file and its arguments: FILE.py:key=value,key=value"),
-        ("workdir", "Folder of the run; started there again, it resumes."),
-        ("coordinator", "HOST:PORT of process 0, where the environment does not say it."),
+        ("workdir", "Folder of the run; run again with the same folder, it resumes."),
+        ("coordinator", "HOST:PORT of process 0, if the environment does not provide it."),
     ):
         flags.DEFINE_string(name, None, text, flag_values=values)
     for name, text in (
-        ("processes", "With --coordinator: how many there are."),
-        ("process", "With --coordinator: the number of this one, from 0."),
+        ("processes", "With --coordinator: the number of processes."),
+        ("process", "With --coordinator: the index of this process, from 0."),
     ):
         flags.DEFINE_integer(name, None, text, flag_values=values)
     hosts = (
-        "Whether to connect with other processes: where the environment describes them (TPU VM, "
-        "SLURM, Open MPI), always, or never."
+        "Whether to connect to other processes: auto, if the environment describes them (TPU VM, "
+        "SLURM, Open MPI); all, always; one, never."
     )
     flags.DEFINE_enum("hosts", "auto", ("auto", "all", "one"), hosts, flag_values=values)
     flags.DEFINE_bool("debug", False, "Show the traceback of a user's error.", flag_values=values)
@@ -77,19 +77,19 @@ def read(
     """The config with all overrides, the workdir, and the paths of the fields that were set.
 
     Args:
-      values: of `define`; they are set to those of the command line.
-      argv: the command line, the program's name first.
-      description: shown by --help, which ends the process.
-      system: the config must be of it; None takes any config.
+      values: the flags from `define`; set from the command line.
+      argv: the command line, starting with the program's name.
+      description: shown by --help, which exits.
+      system: the system that the config must belong to; None accepts any config.
 
     Raises:
-      ValueError, OSError: for a mistake of the user.
+      ValueError, OSError: for a user error.
     """
-    # Imported here, as it needs jax, without which the list of a program's commands is shown.
+    # Imported here since it imports jax, which listing a program's commands must not wait for.
     from common_jax.checkpoint import absolute, refuse_pattern
 
     argv = [argv[0], *_expand(argv[1:])]
-    # Overrides cannot be read before their types are known, which are in the config file.
+    # The overrides' types come from the config file, so parse the other flags first.
     _parse(values, argv, known_only=True)
     if values["help"].value:
         lines = (
@@ -101,13 +101,13 @@ def read(
             print(f"\n{file}:", describe_config_file(file), sep="\n")
         sys.exit(0)
     if not values["config"].value:
-        raise ValueError("--config is missing; --help shows what it is")
+        raise ValueError("--config is missing; see --help")
     config = read_config_file(values["config"].value)
     if system is not None:
         check_system(config, system, f"--config={values['config'].value}")
     noted = _read_overrides(config, argv)
     if not values["workdir"].value:
-        raise ValueError("--workdir is missing; --help shows what it is")
+        raise ValueError("--workdir is missing; see --help")
     refuse_pattern(values["workdir"].value, "--workdir")
     _set_all(config, noted)
     return config, absolute(values["workdir"].value), [path for path, _ in noted]
@@ -116,18 +116,18 @@ def read(
 def _read_overrides(
     config: ml_collections.ConfigDict, argv: Sequence[str]
 ) -> list[tuple[str, str]]:
-    """The path and the text of every override, in the order of the command line."""
+    """The path and text of every override, in command-line order."""
     values, noted = define(), []
     for argument in argv[1:]:
         match = OVERRIDE.fullmatch(argument)
         if match is None:
             continue
         negated, path, _ = match.groups()
-        check_field(config, path)  # absl could only say that it does not know the flag
+        check_field(config, path)  # gives a better message than absl's unknown flag
         boolean = type_of(config, path) is bool
         if negated and not boolean:
             raise ValueError(
-                f"--noconfig.{path} is for booleans, and config.{path} is none; write "
+                f"--noconfig.{path} is for booleans, and config.{path} is not one; write "
                 f"--config.{path}=VALUE"
             )
         if f"config.{path}" not in values:
@@ -144,32 +144,32 @@ def _read_overrides(
 
 
 def _set_all(config: ml_collections.ConfigDict, noted: Sequence[tuple[str, str]]) -> None:
-    """Sets the fields in order, each to a value of the type that the config file gave it."""
+    """Sets the fields in order, each converted to the type that it has in the config file."""
     found = [(path, convert(type_of(config, path), text, path)) for path, text in noted]
     for i, (path, value) in enumerate(found):
         if isinstance(value, ml_collections.ConfigDict):
             if before := [one for one, _ in found[:i] if one.startswith(f"{path}.")]:
                 raise ValueError(
-                    f"--config.{path} replaces the whole section, and undoes --config.{before[0]} "
-                    f"before it; put --config.{path} first"
+                    f"--config.{path} replaces the whole section and undoes the earlier "
+                    f"--config.{before[0]}; put --config.{path} first"
                 )
             logging.warning(
-                "--config.%s replaces the section: fields that it leaves out have their defaults, "
-                "and not what the config file says",
+                "--config.%s replaces the whole section: fields that it leaves out get their "
+                "defaults, not the values in the config file",
                 path,
             )
         set_value(config, path, value)
 
 
 def _expand(arguments: Sequence[str]) -> list[str]:
-    """The arguments, with --flagfile replaced by those in its file."""
+    """The arguments, with --flagfile replaced by the arguments in its file."""
     try:
         return flags.FlagValues().read_flags_from_files(list(arguments), force_gnu=True)
     except flags.Error as error:
         raise ValueError(f"--flagfile: {str(error).removeprefix('ERROR:: ')}") from None
     except (UnicodeDecodeError, RecursionError) as error:
         named = [one for one in arguments if one.lstrip("-").startswith("flagfile")]
-        raise ValueError(f"{' '.join(named)} is no file of flags: {error}") from None
+        raise ValueError(f"{' '.join(named)} is not a file of flags: {error}") from None
 
 
 def _parse(
@@ -179,13 +179,13 @@ def _parse(
     known_only: bool = False,
     config: ml_collections.ConfigDict | None = None,
 ) -> list[str]:
-    """Parses the arguments into `values` and returns those that are no flags.
+    """Parses the arguments into `values` and returns those that are not flags.
 
     Args:
       values: the defined flags.
       argv: the command line.
-      known_only: skips flags that are not defined, and arguments that may be their values.
-      config: its fields are suggested for a flag that is not defined.
+      known_only: whether to skip undefined flags, and arguments that may be their values.
+      config: its fields are suggested in place of an undefined flag.
     """
     values.set_gnu_getopt(known_only)
     try:
@@ -201,8 +201,8 @@ def _parse(
 
 
 def _check_is_value(name: str, text: str, values: flags.FlagValues) -> None:
-    """Raises ValueError if the value of a flag looks like another flag, which absl takes as the
-    value of a flag that has none."""
+    """Raises ValueError if a flag's value looks like another flag: absl takes the next flag as the
+    value of a flag that lacks one."""
     flag = text.lstrip("-").partition("=")[0]
     known = flag in values or flag.removeprefix("no") in values or OVERRIDE.fullmatch(text)
     if text.startswith("--") or (text.startswith("-") and known):
@@ -214,7 +214,7 @@ def _check_is_value(name: str, text: str, values: flags.FlagValues) -> None:
 def _unknown_flag(
     name: str, values: flags.FlagValues, config: ml_collections.ConfigDict | None
 ) -> str:
-    """The message for an undefined flag, with the field or flag that may be meant."""
+    """The message for an undefined flag, with the field or flag that was probably meant."""
     paths = [] if config is None else find_paths(config, name.replace("-", "_"))
     if paths:
         return f"there is no flag --{shorten(name)}; did you mean {either(paths)}?"

@@ -190,7 +190,7 @@ def test_a_users_errors_name_file_and_line(refusal, pipeline, loaded, corpus, tm
     )
     assert "give one of them" in refusal("translate", pipeline, "red", "--file", file)
     assert "trains no translation model" in refusal("translate", pipeline / "clip", "red")
-    assert "--config.model.mapper.prefix=2 would make another network" in refusal(
+    assert "--config.model.mapper.prefix=2 would make a different network" in refusal(
         "translate", pipeline, "red", "--config.model.mapper.prefix=2"
     )
 

@@ -146,8 +146,8 @@ def test_a_dict_replaces_a_section_and_later_flags_change_it(read):
         (["--config.model.depths={1,2}"], ["must be a tuple"]),
         (["--config.optim=3"], ["--config.optim=3: config.optim is a section"]),
         (["--config.optim={1: 2}"], ["config.optim is a section"]),
-        (["--config.optim.lr=1", "--config.optim={}"], ["undoes --config.optim.lr"]),
-        (["--config.optim=None", "--config.optim.lr=1"], ["--config.optim.lr: a flag before it"]),
+        (["--config.optim.lr=1", "--config.optim={}"], ["undoes the earlier --config.optim.lr"]),
+        (["--config.optim=None", "--config.optim.lr=1"], ["--config.optim.lr: an earlier flag"]),
         (["--processes=x"], ["--processes=x", "invalid literal"]),
         (["--hosts=some"], ["--hosts=some", "one of"]),
         (["--flagfile=/nowhere/flags"], ["--flagfile", "/nowhere/flags"]),
@@ -165,7 +165,7 @@ def test_what_is_wrong_is_named(read, flags, said):
 
 def test_a_flag_file_that_is_none_is_named(read, tmp_path):
     (tmp_path / "flags").write_bytes(b"\xff\xfe--config")
-    with pytest.raises(ValueError, match=r"--flagfile=.*/flags is no file of flags"):
+    with pytest.raises(ValueError, match=r"--flagfile=.*/flags is not a file of flags"):
         read(f"--flagfile={tmp_path}/flags")
 
 
@@ -223,7 +223,7 @@ def test_a_config_file_that_is_not_there_is_looked_for(file, tmp_path, monkeypat
         read_config_file("confg.py")
     with pytest.raises(FileNotFoundError, match=rf"relative paths start at {tmp_path}$"):
         read_config_file("other.py")
-    missing = rf"no folder {tmp_path}/configs/m2mkd; {tmp_path} is the last .* start at {tmp_path}$"
+    missing = rf"no folder {tmp_path}/configs/m2mkd; only {tmp_path} exists.* start at {tmp_path}$"
     with pytest.raises(FileNotFoundError, match=missing):
         read_config_file("configs/m2mkd/mine.py")
     with pytest.raises(
@@ -273,9 +273,11 @@ def test_a_config_file_loads_another_beside_it_from_any_working_directory(tmp_pa
 def test_a_config_of_the_other_system_is_refused():
     system = System("drawing", field="pencil", others={"brush": "painting"})
     check_system({"pencil": "x"}, system, "W")
-    with pytest.raises(ValueError, match=r"^W is of painting, and this is drawing; use python -m"):
+    with pytest.raises(
+        ValueError, match=r"^W belongs to painting, and this is drawing; use python -m"
+    ):
         check_system({"brush": "x"}, system, "W")
-    with pytest.raises(ValueError, match=r"^W has no field 'pencil', as every config of drawing"):
+    with pytest.raises(ValueError, match=r"^W has no field 'pencil', which every config of "):
         check_system({"chalk": "x"}, system, "W")
 
 
