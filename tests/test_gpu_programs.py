@@ -210,7 +210,7 @@ def test_a_report_says_launches_products_and_how_loops_were_counted():
         "HBM per card: 0.0 MB of 84.94 GB",
         "products per card: cuBLAS 3; FLOPs 1 on bf16, 4.94e+14 on f32",
         "launches: 75,000 per step; the host waits 4,920 times",
-        "loops whose length depends on data: 24, counted with 205 turns",
+        "loops whose length depends on data: 24, counted with 205 iterations",
         "loops of unknown length, counted as run once: 2",
     ):
         assert said in lines, lines

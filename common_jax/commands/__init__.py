@@ -1,1 +1,1 @@
-"""Commands that both programs have, with what a package must tell them as arguments."""
+"""Commands that both programs share; what differs between packages is passed as arguments."""

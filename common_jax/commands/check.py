@@ -1,15 +1,16 @@
-"""Reports the contents of a config's data and every problem that would prevent a run from starting.
+"""Reports what a config's data holds, and every problem that would keep a run from starting.
 
-Accepts the config and flags of a run, and uses no device. Of image sets it counts classes and their
-images, reads a sample and reports its sizes and unreadable files. Of sentences it counts lines and
-empty lines by language and split, and pictures, missing and unreadable ones. All problems are
-listed, not only the first. For a user's own folder or table it ends with the flags that train on
+Takes the config and flags of a run, and uses no device. For image sets, counts the classes and
+their images, reads a sample, and reports its sizes and unreadable files. For sentences, counts
+lines and empty lines by language and split, and all, missing and unreadable pictures. Lists all
+problems, not only the first. For a user's own folder or table, ends with the flags that train on
 it, whatever flags were given.
 
   --sample=N  read N pictures per split, evenly spaced (default 500)
   --all       read every picture
 
-Exits with 0 if the data lets a run start, otherwise with 1. Does not check weights or tokenizers.
+Exits with 0 if a run could start on the data, otherwise with 1. Does not check weights or
+tokenizers.
 """
 
 import collections
@@ -38,11 +39,11 @@ NOWHERE = epath.Path("check_data")  # a workdir that is never written
 
 @dataclasses.dataclass
 class Findings:
-    """The results so far, printed as they arrive.
+    """The findings so far, printed as they come in.
 
     Attributes:
       sample: number of pictures to read per split; None for all.
-      problems: those that prevent a run from starting.
+      problems: the problems that keep a run from starting.
     """
 
     sample: int | None
@@ -52,13 +53,13 @@ class Findings:
         print(text, flush=True)
 
     def problem(self, text: str) -> None:
-        """Records a problem that prevents a run from starting, once."""
+        """Records a problem that keeps a run from starting, once."""
         if text not in self.problems:
             self.problems.append(text)
             self.say(f"  PROBLEM: {text}")
 
     def attempt(self, load: Callable[..., Any], *args: Any, **settings: Any) -> Any | None:
-        """The result of `load`; on an error that the user must fix, records it and returns None."""
+        """Returns the result of `load`; records a user error and returns None."""
         try:
             return load(*args, **settings)
         except USER_ERRORS as error:
@@ -74,14 +75,14 @@ class Findings:
 
 @dataclasses.dataclass(frozen=True)
 class Checker:
-    """A package's part of checking.
+    """What a package contributes to the check.
 
     Attributes:
       config: the dataclass of its configs.
-      look: (config, findings) -> None; records everything about its data.
-      settings_of: (config.data.path, config.data) -> fields of config.data that train on a user's
-        own data there; empty for data of a known layout.
-      example: commands for --help.
+      look: (config, findings) -> None; records everything about the config's data.
+      settings_of: (config.data.path, config.data) -> fields of config.data that train on the user's
+        own data at that path; empty for data with a known layout.
+      example: example commands for --help.
     """
 
     config: type
@@ -90,7 +91,7 @@ class Checker:
     example: str
 
 
-Checkers = Mapping[str, Checker]  # by the field of a config that tells whose it is
+Checkers = Mapping[str, Checker]  # by the config field that identifies the package
 
 
 def read_sizes(
@@ -118,11 +119,11 @@ def say_bad(bad: Mapping[str, str], places: Sequence[int], findings: Findings) -
 
 
 def flags_for(config: ml_collections.ConfigDict, settings: Mapping[str, Any]) -> str:
-    """Returns fields of config.data as flags of a command line."""
+    """Returns fields of config.data as command-line flags."""
     values = {f"data.{key}": value for key, value in settings.items()}
-    if config.get("languages"):  # of other data
+    if config.get("languages"):  # these belong to other data
         values["languages"] = settings["source_language"], settings["target_language"]
-    # Tuples in double quotes, since a shell's quotes around them are single ones.
+    # Double quotes within tuples, since shlex.quote puts single quotes around them.
     texts = {key: str(value).replace("'", '"') for key, value in values.items()}
     texts |= {key: value for key, value in values.items() if isinstance(value, str)}
     return " \\\n  ".join(f"--config.{key}={shlex.quote(text)}" for key, text in texts.items())
@@ -158,11 +159,11 @@ def check(config: ml_collections.ConfigDict, sample: int | None, checkers: Check
 
 
 def main(argv: Sequence[str], checkers: Checkers) -> None:
-    """The command; exits with 0, 1, or 2 for a bad command line.
+    """Runs the command; exits with 0, 1, or 2 for a bad command line.
 
     Args:
-      argv: the command line, the program's name first.
-      checkers: of the packages whose configs it takes.
+      argv: the command line, starting with the program's name.
+      checkers: the checkers of the packages whose configs it accepts.
     """
     sample: int | None = SAMPLE
     rest = [argv[0], f"--workdir={NOWHERE}"]

@@ -1,4 +1,4 @@
-"""The package that a config belongs to, by the field that only its configs have."""
+"""Finds the package that a config belongs to, by a field that only its configs have."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -7,15 +7,15 @@ T = TypeVar("T")
 
 
 def choose(config: Mapping[str, Any], table: Mapping[str, T]) -> T:
-    """The entry of `table` for the one of its fields that a config has.
+    """The entry of `table` for the one field among its keys that the config has.
 
     Raises:
-      ValueError: for a config with several or none of them.
+      ValueError: for a config with several or none of these fields.
     """
     found = [entry for field, entry in table.items() if field in config]
     if len(found) != 1:
         raise ValueError(
             f"a config of this program has one of the fields {sorted(table)}, and this one has "
-            f"{sorted(config)}; give it to the program that it belongs to"
+            f"{sorted(config)}; pass it to the program that it belongs to"
         )
     return found[0]

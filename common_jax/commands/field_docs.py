@@ -1,4 +1,4 @@
-"""The meaning of a config's fields, from the docstrings of its dataclasses."""
+"""Descriptions of config fields, from the docstrings of their dataclasses."""
 
 import dataclasses
 import inspect
@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-# A line of an attribute, `name: text` or `name, other: text`.
+# The first line of an attribute's entry, `name: text` or `name, other: text`.
 ENTRY = re.compile(r"( *)([a-z]\w*(?:, [a-z]\w*)*): (.*)")
 # A comment after a field, or on the line above it.
 BESIDE = re.compile(r"^    (\w+): .*?# (.*)$", re.MULTILINE)
@@ -16,8 +16,8 @@ ABOVE = re.compile(r"^    # (.*)\n    (\w+): ", re.MULTILINE)
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """A field of a config: its path, its value, that of its dataclass by default (or MISSING), and
-    its meaning, "" where nothing says it."""
+    """A config field: its path, its value, its default in the dataclass (or MISSING), and its
+    description ("" if there is none)."""
 
     path: str
     value: Any
@@ -26,10 +26,9 @@ class Field:
 
 
 def list_fields(config: Any, path: str = "config") -> Iterator[Field]:
-    """Yields the fields of a frozen dataclass and of all sections in it, in the order in which they
-    stand.
+    """Yields the fields of a frozen dataclass and of all sections in it, in order of definition.
 
-    A section whose default is the same follows as its fields, too.
+    Sections are expanded even if they are left at their defaults.
     """
     meanings = field_meanings(type(config))
     for field in dataclasses.fields(config):
@@ -44,8 +43,8 @@ def list_fields(config: Any, path: str = "config") -> Iterator[Field]:
 
 
 def field_meanings(cls: type) -> dict[str, str]:
-    """The meaning of every field of a dataclass that its docstring, that of a class it extends, or
-    a comment beside the field has."""
+    """Descriptions of a dataclass's fields, from its docstring, its base classes' docstrings, or
+    comments beside the fields."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if dataclasses.is_dataclass(base):

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Lines of columns, each as wide as its longest cell; numbers are aligned to the right."""
+    """Formats rows in columns, each as wide as its longest cell, with numbers right-aligned."""
     rows = [[str(cell) for cell in row] for row in rows]
     columns = list(zip(header, *rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
@@ -26,7 +26,7 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str
 
 
 def check_npz(name: str) -> Path:
-    """The path of --out; raises ValueError unless it can be that of a new npz file."""
+    """The path of --out; raises ValueError unless an npz file can be written there."""
     out = Path(name).expanduser()
     if out.suffix != ".npz" or not out.parent.is_dir():
         raise ValueError(f"--out={out} must be a name that ends in .npz, in an existing folder")

@@ -424,7 +424,7 @@ def test_a_folder_is_uploaded_when_asked(call, refusal, pipeline, tmp_path, monk
     assert "uploaded to https://huggingface.co/me/model" in printed
     assert asked == [("me/model", True, True), ("me/model", out)]
     message = refusal("export", pipeline / "clip", tmp_path / "two", "--push", "me/other")
-    assert "cannot be uploaded to me/other" in message and "hf upload me/other" in message
+    assert "could not be uploaded to me/other" in message and "hf upload me/other" in message
     assert f"{out} exists" in refusal("export", pipeline / "clip", out)
 
 

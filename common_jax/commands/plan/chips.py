@@ -1,4 +1,4 @@
-"""Published figures of TPU chips, and the described devices of a slice."""
+"""Published specs of TPU chips, and described (compile-only) devices of a slice."""
 
 import dataclasses
 import importlib.metadata
@@ -14,21 +14,21 @@ from common_jax.commands.plan.hlo import LIBTPU
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """The figures of one chip, a TPU or a GPU.
+    """The specs of one chip, a TPU or a GPU.
 
     Attributes:
-      flops: operations per second in bfloat16; a multiply-add is two.
+      flops: bfloat16 operations per second; a multiply-add is two.
       hbm: bytes of memory.
-      hbm_bandwidth: bytes per second between that memory and the cores.
-      links: bytes per second that it can send within its group over all of its links, and receive
-        at the same time.
-      layout: libtpu's name of the setting in which a chip is one device.
-      network: the name of those links.
-      unit: its name, for people.
-      group: the name of the chips that those links connect: a slice of TPUs, a host of GPUs.
-      flops32: operations per second on float32 at JAX's default precision; None: as `flops`.
-      launch: seconds from the start of a kernel to the start of the next; 0: not counted.
-      wait: seconds per turn of a loop whose length the host reads; 0: not counted.
+      hbm_bandwidth: bytes per second between memory and cores.
+      links: bytes per second that the chip can send within its group, over all of its links, while
+        receiving as many.
+      layout: libtpu's name for the setting in which a chip is one device.
+      network: name of these links.
+      unit: what people call the chip.
+      group: name of the group of chips that these links connect: a slice of TPUs, a host of GPUs.
+      flops32: float32 operations per second at JAX's default precision; None: same as `flops`.
+      launch: seconds between the starts of two consecutive kernels; 0: not counted.
+      wait: seconds per iteration of a loop whose length the host reads; 0: not counted.
     """
 
     flops: float
@@ -44,10 +44,10 @@ class Chip:
     wait: float = 0.0
 
 
-# From https://docs.cloud.google.com/tpu/docs/v4, v5e, v5p-training and v6e: peak compute, capacity
-# and bandwidth of HBM, half of the bidirectional bandwidth of ICI. The page of v4 has only the
-# bandwidth of all-reduce over a pod of 4,096 chips, 1.1 PB/s; the same division gives the figures
-# of v5e (51.2 TB/s over 256) and v6e (102.4 TB/s over 256).
+# From https://docs.cloud.google.com/tpu/docs/v4, v5e, v5p-training and v6e: peak compute, HBM
+# capacity and bandwidth, and half of the bidirectional ICI bandwidth. The v4 page gives only the
+# all-reduce bandwidth of a pod of 4,096 chips, 1.1 PB/s, which is divided by their number; the same
+# gives the published figures of v5e (51.2 TB/s over 256) and v6e (102.4 TB/s over 256).
 CHIPS = {
     "v4": Chip(275e12, 32 * 2**30, 1200e9, 268e9, layout="megacore"),
     "v5e": Chip(197e12, 16e9, 819e9, 200e9),
@@ -57,8 +57,8 @@ CHIPS = {
 
 
 def check_libtpu() -> None:
-    """Warns if libtpu is not of the version that `plan.hlo` was written for; raises ValueError if
-    it is not installed."""
+    """Warns if libtpu is not the version that `plan.hlo` was written for; raises ValueError if it
+    is not installed."""
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
             "libtpu, which holds the compiler for TPUs, is not installed: pip install "
@@ -73,7 +73,7 @@ def check_libtpu() -> None:
 
 
 def warn_of_version(package: str, read: str, *, doubtful: str, remedy: str) -> None:
-    """Warns if a compiler's package is not of the version whose programs `plan.hlo` reads."""
+    """Warns if a compiler's package is not the version whose programs `plan.hlo` reads."""
     installed = importlib.metadata.version(package)
     if installed != read:
         logging.warning(
@@ -94,7 +94,7 @@ def describe_chips(topology: str, *, slices: int) -> list[jax.Device]:
       ValueError: without libtpu, or for a shape that it does not know.
     """
     check_libtpu()
-    # libtpu must not look for a TPU here, and another process may use it at the same time.
+    # Keep libtpu from looking for a TPU here, and from locking out other processes that use it.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     options = {"num_slices": slices} if slices > 1 else {}
     layout = CHIPS[topology.partition(":")[0]].layout

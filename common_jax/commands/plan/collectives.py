@@ -8,7 +8,7 @@ import numpy as np
 
 from common_jax.commands.plan.hlo import Array, Instruction, Program, starts_collective
 
-# Bytes that a chip sends, and receives, in a ring of n chips, by the size of the result.
+# Bytes that each chip sends (and receives) in a ring of n chips, given the size of the result.
 SENT: dict[str, Callable[[float, int], float]] = {
     "all-gather": lambda size, n: size * (n - 1) / n,
     "all-reduce": lambda size, n: 2 * size * (n - 1) / n,
@@ -17,23 +17,23 @@ SENT: dict[str, Callable[[float, int], float]] = {
     "ragged-all-to-all": lambda size, n: size * (n - 1) / n,
     "reduce-scatter": lambda size, n: size * (n - 1),
 }
-# XLA's name of a fusion for TPU that sums over a group and leaves a part on each chip.
+# XLA's name for a TPU fusion that sums over a group and leaves one part on each chip.
 SCATTER = "all-reduce-scatter"
-# Transfers between slices, which XLA passes to the hosts, with the name of the collective.
+# Transfers between slices, which XLA delegates to the hosts, with the name of the collective.
 _OVER_SLICES = re.compile(r'"xla_megascale_runtime".*_xla_megascale_transfer_type="(\w+)"')
-_TRANSFERS = {"ONE_TO_ONE": "collective-permute"}  # whose names are not those of SENT
+_TRANSFERS = {"ONE_TO_ONE": "collective-permute"}  # transfers named differently in SENT
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """The collectives of one kind over groups of one size.
+    """All collectives of one kind over groups of one size.
 
     Attributes:
       kind: a key of SENT.
-      group: chips in a group; slices, for transfers between slices.
-      crosses: whether groups have chips of several slices, or of several hosts of GPUs.
-      count: how often they run per step, in total.
-      bytes: that a chip sends per step, in total.
+      group: number of chips in a group, or of slices for transfers between slices.
+      crosses: whether groups span several slices, or several hosts of GPUs.
+      count: total number of runs per step.
+      bytes: total bytes that a chip sends per step.
     """
 
     kind: str
@@ -46,13 +46,14 @@ class Collective:
 def find_collectives(program: Program, *, devices: int, slices: int = 1) -> list[Collective]:
     """The collectives of a program, counted as often as they run, see `Program.runs`.
 
-    An all-to-all moves its whole result except a chip's own part; a ragged one at most that. Groups
-    of a single chip are left out, since nothing moves. A collective that overlaps other work counts
-    where it starts. The bytes of transfers between slices are those that a chip passes to its host.
+    An all-to-all moves its whole result except a chip's own part; a ragged one moves at most that.
+    Groups of a single chip are skipped, since nothing moves. A collective that overlaps other work
+    counts where it starts. For transfers between slices, the bytes are those that a chip passes to
+    its host.
 
     Args:
       program: the compiled program.
-      devices: number of devices, in the order of the slices.
+      devices: number of devices, which are ordered by slice.
       slices: number of slices.
     """
     totals: dict[tuple[str, int, bool], tuple[int, float]] = {}
@@ -85,7 +86,7 @@ def find_collectives(program: Program, *, devices: int, slices: int = 1) -> list
 
 
 def received(instruction: Instruction) -> tuple[Array, ...]:
-    """The arrays that a collective makes; the result of a "-start" begins with its operands."""
+    """The arrays that a collective produces; the result of a "-start" begins with its operands."""
     if not instruction.kind.endswith("-start") or instruction.kind == "all-reduce-start":
         return instruction.result
     operands = len(instruction.operands)
@@ -93,7 +94,7 @@ def received(instruction: Instruction) -> tuple[Array, ...]:
 
 
 def _groups(attributes: str, devices: int) -> np.ndarray:
-    """The chips of each group, (groups, chips); for a permutation the pairs."""
+    """The chips of each group, (groups, chips); for a permutation, the pairs."""
     lists = r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)+)\}"
     if match := re.search(lists, attributes):
         groups = re.findall(r"\{([\d,]+)\}", match[1])
@@ -104,12 +105,12 @@ def _groups(attributes: str, devices: int) -> np.ndarray:
     if match := re.search(pattern, attributes):
         return _over_axes(match[1], match[2] or f"[{devices}]", match[3])
     if match := re.search(r"replica_groups=(?!\{\})[^,]*", attributes):
-        raise ValueError(f"a collective names its groups in a way that is not known: {match[0]}")
+        raise ValueError(f"a collective lists its groups in an unknown format: {match[0]}")
     return np.arange(devices)[None]
 
 
 def _permuted(text: str) -> np.ndarray:
-    """Chips in the order of `[2,4]T(1,0)`: numbered in that shape, with transposed axes."""
+    """Chips in the order of `[2,4]T(1,0)`: numbered in that shape, then with axes transposed."""
     sizes, _, order = text.removesuffix(")").partition("]")
     sizes = [int(size) for size in sizes.removeprefix("[").split(",")]
     ids = np.arange(np.prod(sizes)).reshape(sizes)
@@ -117,7 +118,8 @@ def _permuted(text: str) -> np.ndarray:
 
 
 def _over_axes(mesh: str, ids: str, axes: str) -> np.ndarray:
-    """Groups of chips that differ only along some axes of a mesh, `'a'=32,'b'=8` and `'b'`."""
+    """Groups of chips that differ only along some `axes` of a mesh, such as `'b'` of
+    `'a'=32,'b'=8`."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
     inner = [list(sizes).index(name) for name in re.findall(r"'([^']+)'", axes)]
     outer = [axis for axis in range(len(sizes)) if axis not in inner]

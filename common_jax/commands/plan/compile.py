@@ -1,22 +1,21 @@
 """Compiles a run's train step for TPUs or GPUs that you do not have; reports its memory and time.
 
-Takes the config and flags of a run; neither data nor weights are read. Where the config file has
-an argument `chips` and none is given, it gets the number of chips: the program is that of a run
-with that argument.
+Takes the config and flags of a run; reads neither data nor weights. If the config file has an
+argument `chips` that is not given, it is set to the number of chips, as for a run on them.
 
   --topology=CHIP:SHAPE  v4, v5e, v5p or v6e and the shape of a slice, such as v5e:16x16; or
-                         a100, h100, h200 or b200, hosts and cards per host, such as h100:1x8
+                         a100, h100, h200 or b200 with hosts and cards per host, such as h100:1x8
                          (default 1x1)
-  --slices=N             of TPUs: so many slices, over which the data axis runs (default 1)
+  --slices=N             TPUs: number of slices, which the data axis spans (default 1)
   --examples=N           size of the training set, which schedules need (default: the usual one)
-  --tokens=N             of runs on sentences: length to which all are padded (default 64)
-  --encode[=texts]       of runs on frozen features: their program, not the train step
+  --tokens=N             runs on sentences: length that all are padded to (default 64)
+  --encode[=texts]       runs on frozen features: the program that encodes texts, not the train step
   --encode=pictures      the same for pictures
-  --json=PATH            also writes the numbers as JSON
-  --hlo=PATH             also writes the compiled program's text
+  --json=PATH            also write the numbers as JSON
+  --hlo=PATH             also write the compiled program's text
 
-Exit status 0 if the step fits the chips, 1 if it does not, 2 if flags, config or topology do not
-fit each other, which is checked before anything is compiled.
+Exit status: 0 if the step fits on the chips, 1 if it does not, 2 if flags, config and topology
+contradict each other, which is checked before anything is compiled.
 """
 
 import dataclasses
@@ -57,8 +56,8 @@ from common_jax.task import Task
 
 NOWHERE = "plan"  # a workdir that is never written
 NO_ROOM = "RESOURCE_EXHAUSTED"
-ENCODED = ("texts", "pictures")  # what frozen towers read
-SAVERS = ("config.optim.accumulate", "config.mesh.fsdp")  # that lower the memory of any run
+ENCODED = ("texts", "pictures")  # the inputs of frozen towers
+SAVERS = ("config.optim.accumulate", "config.mesh.fsdp")  # fields that lower any run's memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +78,11 @@ class Step:
     """A program to compile.
 
     Attributes:
-      title: for people.
-      lowered: traced, for the devices of the mesh.
-      arguments: shapes and shardings, by name.
-      flops: its operations over all devices.
-      kept: returns the largest arrays that it keeps for a backward pass, a device's share.
+      title: name for people.
+      lowered: the program, traced and lowered for the devices of the mesh.
+      arguments: shapes and shardings of its arguments, by name.
+      flops: its operations, over all devices.
+      kept: returns the largest arrays per device that are kept for the backward pass.
       savers: config fields that lower its memory.
     """
 
@@ -97,12 +96,12 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Planner:
-    """A package's part of compiling.
+    """What a package contributes to the plan.
 
     Attributes:
       config: the dataclass of its configs.
       step: (config, mesh, options) -> the program to compile.
-      example: a command for --help.
+      example: an example command for --help.
     """
 
     config: type
@@ -110,7 +109,7 @@ class Planner:
     example: str
 
 
-Planners = Mapping[str, Planner]  # by the field of a config that tells whose it is
+Planners = Mapping[str, Planner]  # by the config field that identifies the package
 
 
 def train_step(
@@ -122,7 +121,7 @@ def train_step(
     *,
     flops: Flops,
 ) -> Step:
-    """The step of a task."""
+    """The train step of a task, ready to compile."""
     run = config.run
     lowered, abstract = lower_step(
         task, optim, mesh, log_every=run.log_every, averaged=run.average_last > 1
@@ -144,12 +143,12 @@ def train_step(
 
 
 def precision_savers(config: Any) -> tuple[str, ...]:
-    """The precision, where it could be lower."""
+    """The precision field, if it could be lowered."""
     return () if config.precision == "bfloat16" else ("config.precision=bfloat16",)
 
 
 def placed_on(shapes: Any, sharding: jax.sharding.Sharding) -> Any:
-    """The shapes, all of them with one sharding."""
+    """The shapes, all with the same sharding."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
 
 
@@ -264,8 +263,8 @@ def _launches_line(launches: Launches | None) -> list[str]:
 
 def _open_loop_lines(loops: Mapping[int | None, int]) -> list[str]:
     lines = [
-        f"loops whose length depends on data: {count}, counted with {turns} turns, the most that "
-        "the shapes of what they slice allow"
+        f"loops whose length depends on data: {count}, counted with {turns} iterations, the most "
+        "that the shapes of what they slice allow"
         for turns, count in sorted(pair for pair in loops.items() if pair[0])
     ]
     if None in loops:
@@ -295,7 +294,7 @@ def as_json(sizing: Sizing) -> dict[str, Any]:
 
 
 def _config_with_chips(arguments: Sequence[str], chips: int) -> list[str]:
-    """The command line with the value of --config as `with_chips` makes it."""
+    """The command line with `with_chips` applied to the value of --config."""
     found, pending = [], list(arguments)
     while pending:
         argument = pending.pop(0)
@@ -307,11 +306,11 @@ def _config_with_chips(arguments: Sequence[str], chips: int) -> list[str]:
 
 
 def with_chips(text: str, chips: int) -> str:
-    """FILE:ARGS of --config, with `chips` added where the file has it and it is not given."""
+    """FILE:ARGS of --config, with `chips` added if the file has that argument and ARGS lacks it."""
     file, _, args = text.partition(":")
     try:
         known = run_config_file(file).get("ARGUMENTS", {})
-    except app.USER_ERRORS:  # which reading the config reports
+    except app.USER_ERRORS:  # reported later, when the config is read
         return text
     if "chips=" in args or "chips" not in known:
         return text
@@ -319,10 +318,10 @@ def with_chips(text: str, chips: int) -> str:
 
 
 def read_options(arguments: Sequence[str]) -> tuple[Options, list[str]]:
-    """The tool's flags, as --name=value or --name value, and the others.
+    """Splits the arguments into the tool's flags, --name=value or --name value, and the others.
 
     Raises:
-      ValueError: for a value that is no number from 1, or that no tower reads.
+      ValueError: for a value that is not a number from 1, or not something that a tower reads.
     """
     known = {field.name: field for field in dataclasses.fields(Options)}
     values, rest, pending = {}, [], list(arguments)
@@ -347,11 +346,11 @@ def read_options(arguments: Sequence[str]) -> tuple[Options, list[str]]:
 
 
 def main(argv: Sequence[str], planners: Planners) -> None:
-    """The command; exits with 0, 1 or 2.
+    """Runs the command; exits with 0, 1 or 2.
 
     Args:
-      argv: the command line, the program's name first.
-      planners: of the packages whose configs it takes.
+      argv: the command line, starting with the program's name.
+      planners: the planners of the packages whose configs it accepts.
     """
     jax.config.update("jax_platforms", "cpu")
     try:

@@ -1,8 +1,9 @@
 """Floating-point operations of a program, counted in its jaxpr.
 
-XLA counts the body of a loop once, and counts the optimised program; a jaxpr is the program as
-written, with the length of every scan. As usual for model FLOPs, only matrix products and
-convolutions count, with a multiply-add as two, not softmax, norms, activations or the optimizer.
+XLA's own count takes the optimised program and the body of a loop only once. A jaxpr is the program
+as written, with the length of every scan. As usual for model FLOPs, only matrix products and
+convolutions count, with a multiply-add as two; softmax, norms, activations and the optimizer do
+not.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import jax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
-# In jax's name stack, the part of a backward pass that recomputes values.
+# Marks, in jax's name stack, the part of a backward pass that recomputes values.
 AGAIN = "rematted_computation"
 
 
@@ -23,8 +24,8 @@ class Flops:
     """Operations of a program.
 
     Attributes:
-      model: those that its result needs.
-      again: those that `jax.checkpoint` repeats in the backward pass to save memory.
+      model: operations that the result requires.
+      again: operations that `jax.checkpoint` repeats in the backward pass to save memory.
     """
 
     model: int = 0
@@ -32,7 +33,7 @@ class Flops:
 
     @property
     def executed(self) -> int:
-        """All that are computed."""
+        """All operations, including repeated ones."""
         return self.model + self.again
 
     def __add__(self, other: "Flops") -> "Flops":
@@ -43,21 +44,21 @@ class Flops:
 
 
 class UnknownLength(ValueError):
-    """The length of a loop with products depends on its data."""
+    """The length of a loop with matrix products depends on data."""
 
 
 def count_flops(function: Callable[..., Any], *arguments: Any) -> Flops:
-    """The operations of function(*arguments), arrays or their shapes, over all devices.
+    """The operations of function(*arguments) over all devices; arguments are arrays or shapes.
 
     A scan counts as often as it runs, a conditional as its branch with the most operations. A
-    convolution over a dilated input counts the products with zeros. A kernel of Pallas counts what
-    its `cost_estimate` says, or else its body for every place of its grid.
+    convolution over a dilated input counts the products with zeros. A Pallas kernel counts as its
+    `cost_estimate`, or else as its body times the size of its grid.
 
     Raises:
       UnknownLength: for a `while` loop with products, unless a conditional has another branch.
     """
     jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
-    # XLA removes what no result needs, such as a frozen network whose output the loss ignores.
+    # XLA removes dead code, such as a frozen network whose output the loss ignores.
     needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     return _count(needed)
 
@@ -122,7 +123,7 @@ def _dot(equation: core.JaxprEqn) -> int:
 
 
 def _ragged_dot(equation: core.JaxprEqn) -> int:
-    """All rows of the ragged axis, of any group."""
+    """Counts all rows of the ragged axis, whatever their group."""
     numbers = equation.params["ragged_dot_dimension_numbers"]
     (_, contracted), (_, batch) = numbers.dot_dimension_numbers
     left, right = (variable.aval.shape for variable in equation.invars[:2])
@@ -138,14 +139,14 @@ def _convolution(equation: core.JaxprEqn) -> int:
 
 
 def _scores(equation: core.JaxprEqn) -> int:
-    """Operations of queries times keys in an attention of cuDNN."""
+    """Operations of queries times keys in cuDNN attention."""
     heads_first = equation.params["layout"] == 1
     query, key = (variable.aval.shape for variable in equation.invars[:2])
     return 2 * math.prod(query) * key[2 if heads_first else 1]
 
 
-# The attention of cuDNN: products of the size of queries x keys. Its backward pass makes the first
-# of the forward pass again.
+# cuDNN attention: the number of products of size queries x keys. The backward pass recomputes the
+# first product of the forward pass.
 ATTENTION = {
     "dot_product_attention_fwd_wrapper": Flops(model=2),
     "dot_product_attention_bwd_wrapper": Flops(model=4, again=1),
