@@ -176,9 +176,9 @@ def eight_devices(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((VMOE, "--topology=v7:4x4"), "--topology=v7:4x4 must be a chip of"),
-        ((VMOE,), "--topology= must be a chip of"),
-        ((VMOE, "--topology=h300"), "a card of ['a100', 'b200', 'h100', 'h200']"),
+        ((VMOE, "--topology=v7:4x4"), "--topology=v7:4x4 must be one of"),
+        ((VMOE,), "--topology= must be one of"),
+        ((VMOE, "--topology=h300"), "or one of ['a100', 'b200', 'h100', 'h200']"),
         ((VMOE, "--topology=h100:1x8", "--slices=2"), "hosts is in --topology=h100:HOSTSxCARDS"),
         (
             (VMOE, "--topology=h100:1x8", "--config.mesh.fsdp=3"),

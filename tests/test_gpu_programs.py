@@ -82,7 +82,7 @@ def test_a_topology_has_its_chips_and_groups(text, slices, topology, devices):
     "topology", ["", "v5e", "v9:4x4", "v5e:4", "v5e:4x", "16x16", "h100:8", "h100:0x8", "h300:1x8"]
 )
 def test_a_topology_must_be_of_a_known_chip_or_card(topology):
-    message = rf"--topology={topology} must be .* v5e:16x16 or v5p:8x8x8; or a card .* h100:1x8"
+    message = rf"--topology={topology} must be .* v5e:16x16 or v5p:8x8x8; or one of .* h100:1x8"
     with pytest.raises(ValueError, match=message):
         read_topology(topology)
 

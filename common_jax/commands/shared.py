@@ -1,4 +1,4 @@
-"""Commands that both programs have, made from each package's part; imports nothing slow."""
+"""Commands that both programs share, built from each package's part; imports nothing slow."""
 
 import argparse
 from collections.abc import Callable
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 def check_command(program: str, field: str, checker: Callable[[], "Checker"]) -> Command:
-    """`PROGRAM check`: the contents of a config's data, and all problems that stop a run.
+    """`PROGRAM check`: what a config's data holds, and all problems that keep a run from starting.
 
     Args:
-      program: its name, as a user types it.
-      field: of a config, by which it is the program's.
+      program: the program's name, as a user types it.
+      field: the config field that identifies the program's configs.
       checker: imports and returns the package's part.
     """
 
@@ -33,8 +33,8 @@ def check_command(program: str, field: str, checker: Callable[[], "Checker"]) ->
 
 
 def plan_command(program: str, field: str, planner: Callable[[], "Planner"]) -> Command:
-    """`PROGRAM plan`: memory and time of a run's step on TPUs or GPUs; for the arguments
-    see `check_command`."""
+    """`PROGRAM plan`: memory and time of a run's step on TPUs or GPUs. Arguments are as for
+    `check_command`."""
 
     def run(args: argparse.Namespace) -> None:
         from common_jax.commands.plan.compile import main
@@ -45,8 +45,8 @@ def plan_command(program: str, field: str, planner: Callable[[], "Planner"]) -> 
 
 
 def sweep_command(program: str, field: str, part: Callable[[], "Program"], example: str) -> Command:
-    """`PROGRAM sweep`: a config for every setting of a grid and several seeds; for the arguments
-    see `check_command`."""
+    """`PROGRAM sweep`: a config for every setting of a grid and several seeds. Arguments are as for
+    `check_command`; `example` is an example command for --help."""
 
     def run(args: argparse.Namespace) -> int:
         from common_jax.commands.sweep.command import main
@@ -59,5 +59,5 @@ def sweep_command(program: str, field: str, part: Callable[[], "Program"], examp
 
 
 def passing(summary: str, run: Callable[[argparse.Namespace], int | None]) -> Command:
-    """A command that parses all of its arguments itself, the list `rest`."""
+    """A command that parses all of its arguments itself, from the list `rest`."""
     return Command(summary, add_none, run, rest=("",))

@@ -1,5 +1,5 @@
-"""`PROGRAM show RUN_OR_CONFIG`: the resolved config with its fields' meanings, the parameters, and
-the operations of a step."""
+"""`PROGRAM show RUN_OR_CONFIG`: the resolved config with descriptions of its fields, the
+parameters, and the FLOPs of a step."""
 
 import argparse
 import dataclasses
@@ -38,7 +38,7 @@ WIDTH = 100  # columns
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A run of a config: its name, task, and optimizer."""
+    """One run of a config: its name, task, and optimizer settings."""
 
     name: str
     task: Task
@@ -47,12 +47,12 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A package's part of showing.
+    """What a package contributes to `show`.
 
     Attributes:
-      system: whose configs these are.
-      config: their dataclass.
-      trainings: (config, mesh) -> its runs, several for a pipeline.
+      system: the system that its configs belong to.
+      config: the dataclass of its configs.
+      trainings: (config, mesh) -> the config's runs, several for a pipeline.
     """
 
     system: System
@@ -81,10 +81,10 @@ def _source(args: argparse.Namespace) -> str:
 
 
 def read(source: str, settings: Mapping[str, str], subject: Subject) -> Any:
-    """The frozen config of a run or of a config file, with fields set from text.
+    """The frozen config of a run or a config file, with fields set from text.
 
     Raises:
-      ValueError, OSError: when there is none, or it is of another system.
+      ValueError, OSError: if there is none, or it belongs to another system.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -105,7 +105,7 @@ def read(source: str, settings: Mapping[str, str], subject: Subject) -> Any:
 
 
 def mesh_of(config: MeshConfig) -> Mesh:
-    """The mesh of a config on the devices here, or one over `data` alone where they are too few:
+    """The config's mesh on the devices here or, if it does not fit them, one over `data` alone:
     partition specs are the same on both."""
     try:
         return make_mesh(config)
@@ -114,7 +114,7 @@ def mesh_of(config: MeshConfig) -> Mesh:
 
 
 def format_field(field: Field) -> str:
-    """The path and the value of a field, its default where that is another, and its meaning."""
+    """A field's path and value, its default if different, and its description."""
     default = field.default
     other = default is not dataclasses.MISSING and default != field.value
     line = f"{field.path} = {field.value!r}" + (f"   (default {default!r})" if other else "")
@@ -123,7 +123,7 @@ def format_field(field: Field) -> str:
 
 
 def describe_training(training: Training, mesh: Mesh, *, only: str = "") -> str:
-    """A table of the parameters of a run, and the operations of its step."""
+    """A table of a run's parameters, and the FLOPs of its step."""
     task = training.task
     params = jax.eval_shape(task.init, jax.random.key(0))
     trained, frozen = partition(params, task.trainable)
@@ -152,12 +152,13 @@ def describe_training(training: Training, mesh: Mesh, *, only: str = "") -> str:
 
 
 def count(params: Any) -> int:
-    """Numbers in all arrays."""
+    """The total number of elements in all arrays."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
 
 
 def list_parameters(params: Mapping[str, Any], shardings: Any, use: str) -> list[tuple[str, ...]]:
-    """A row for every parameter; those of one shape whose paths differ only in numbers are one."""
+    """One row per parameter; parameters of the same shape whose paths differ only in numbers share
+    a row."""
     placed = traverse_util.flatten_dict(dict(shardings), sep="/")
     groups: dict[tuple[str, ...], list[int]] = {}
     for path, leaf in traverse_util.flatten_dict(dict(params), sep="/").items():

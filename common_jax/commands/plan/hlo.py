@@ -1,7 +1,7 @@
-"""Parsing the text of a compiled program: its instructions, and how often each of them runs.
+"""Parses the text of a compiled program: its instructions, and how often each of them runs.
 
-The text is not a stable interface of XLA: this was written for version LIBTPU of libtpu, and for
-version CUDA of JAX's plugin for CUDA.
+XLA's text is not a stable interface: this was written for version LIBTPU of libtpu and version CUDA
+of JAX's CUDA plugin.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ BITS = {
     "s32": 32, "u32": 32, "s64": 64, "u64": 64, "f16": 16, "bf16": 16, "f32": 32, "f64": 64,
     "c64": 64, "c128": 128, "f8e4m3fn": 8, "f8e5m2": 8, "f8e4m3b11fnuz": 8,
 }  # fmt: skip
-# A collective for TPU that overlaps other work appears in every fusion that it overlaps, each time
-# with the number of its chain, and first in the fusion that starts it.
+# A TPU collective that overlaps other work appears in the fusion that starts it and then in every
+# fusion that it overlaps, each time with its chain id.
 _CHAIN, _STARTED = "chain_id=", "AsyncCollectiveStart"
 _LEAF = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 _SPACE = re.compile(r"S\((\d+)\)")
@@ -50,12 +50,12 @@ class Instruction:
     """One line of a computation.
 
     Attributes:
-      name: its result.
-      kind: of operation, such as "fusion".
+      name: name of its result.
+      kind: the operation, such as "fusion".
       result: the arrays of its result, tuples flattened.
       operands: names of its arguments.
       rest: the text after the operands: attributes and metadata.
-      root: whether its result is the computation's.
+      root: whether its result is the computation's result.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Instruction:
 
     @functools.cached_property
     def called(self) -> dict[str, list[str]]:
-        """The computations that it runs, by attribute."""
+        """The computations that it calls, by attribute."""
         return {match[1]: _NAME.findall(match[2]) for match in _CALLED.finditer(self.rest)}
 
     @property
@@ -80,7 +80,7 @@ Computation = dict[str, Instruction]
 
 
 def starts_collective(computation: Computation) -> bool:
-    """True if a computation starts a collective that then overlaps others."""
+    """True if a computation starts a collective that then overlaps other computations."""
     return any(_STARTED in one.rest for one in computation.values())
 
 
@@ -89,8 +89,8 @@ class Program:
     """A compiled program.
 
     Attributes:
-      computations: by name.
-      entry: the name of the one that is the program.
+      computations: computations by name.
+      entry: name of the entry computation.
     """
 
     computations: dict[str, Computation]
@@ -98,7 +98,7 @@ class Program:
 
     @functools.cached_property
     def runs(self) -> dict[str, int]:
-        """The number of runs of every computation that the entry calls, directly or indirectly. All
+        """How often each computation runs that the entry calls, directly or indirectly. All
         branches of a conditional count; for the length of loops see `turns`."""
         times: dict[str, int] = {}
         pending = [(self.entry, 1)]
@@ -113,8 +113,8 @@ class Program:
 
     @functools.cached_property
     def open_loops(self) -> dict[int | None, int]:
-        """The loops whose length depends on data, as often as they run, by the turns that `most`
-        gives them."""
+        """Counts the loops whose length depends on data, as often as they run, by the number of
+        iterations that `most` gives them."""
         loops: dict[int | None, int] = {}
         for name, times in self.runs.items():
             for instruction in self.computations[name].values():
@@ -124,13 +124,13 @@ class Program:
         return loops
 
     def turns(self, instruction: Instruction) -> int:
-        """The number of runs of each computation that an instruction calls: `trips` where it is
-        known, or else `most`, or else 1."""
+        """How often an instruction runs each computation that it calls: `trips` if known, else
+        `most`, else 1."""
         return self.trips(instruction) or self.most(instruction) or 1
 
     def most(self, loop: Instruction) -> int | None:
-        """The most turns of a loop that takes or writes a slice of an array per turn, which is the
-        number of such slices in it; None for a loop that does neither."""
+        """The most iterations of a loop that reads or writes one slice of an array per iteration:
+        the number of such slices in the array. None for a loop that does neither."""
         names, most = list(loop.called["body"]), None
         for name in names:
             computation = self.computations[name]
@@ -145,8 +145,8 @@ class Program:
         return most
 
     def trips(self, instruction: Instruction) -> int | None:
-        """The number of runs of each computation that an instruction calls: a loop's length, None
-        if unknown; 1 for other kinds."""
+        """How often an instruction runs each computation that it calls: a loop's length, None if
+        unknown; 1 for other kinds."""
         if instruction.kind != "while":
             return 1
         if match := re.search(r"known_trip_count\W+n\W+(\d+)", instruction.rest):
@@ -154,8 +154,8 @@ class Program:
         return self._compared(instruction.called["condition"][0])
 
     def _compared(self, condition: str) -> int | None:
-        """The bound of a loop that counts from 0: the only constant in its condition, which may be
-        in a computation that the condition calls."""
+        """The bound of a loop that counts up from 0: the only constant in its condition or in the
+        computations that the condition calls."""
         bounds, kinds = [], []
         names = [condition]
         for name in names:
@@ -169,14 +169,15 @@ class Program:
 
 
 def read_program(text: str, *, on_chip: bool = True) -> Program:
-    """The program of `jax.stages.Compiled.as_text()`.
+    """Parses the text of `jax.stages.Compiled.as_text()`.
 
     Args:
       text: the compiled program.
-      on_chip: False for GPUs, on which all that a memory space other than 0 means is a part of HBM.
+      on_chip: whether memory spaces other than 0 are on-chip; False for GPUs, where they are just
+        other parts of HBM.
 
     Raises:
-      ValueError: for another text.
+      ValueError: for any other text.
     """
     if not on_chip:
         text = _SPACE.sub("", text)
@@ -202,7 +203,7 @@ def _instruction(name: str, text: str, *, root: bool) -> Instruction:
 
 
 def _split(text: str) -> tuple[str, str]:
-    """The bracketed part that a text begins with, and the rest."""
+    """Splits text into the bracketed part that it begins with, and the rest."""
     depth = 0
     for place, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
@@ -212,7 +213,7 @@ def _split(text: str) -> tuple[str, str]:
 
 
 def arrays(text: str) -> tuple[Array, ...]:
-    """The arrays of a type, such as `(f32[8,128]{1,0:T(8,128)S(1)}, s32[])`."""
+    """The arrays in a type, such as `(f32[8,128]{1,0:T(8,128)S(1)}, s32[])`."""
     result = []
     for kind, sizes, layout in _LEAF.findall(text):
         space = _SPACE.search(layout)

@@ -1,4 +1,4 @@
-"""The kernels that a host starts for a compiled program, and how often it waits for one."""
+"""How many kernels the host launches for a compiled program, and how often it waits for one."""
 
 import dataclasses
 
@@ -8,13 +8,12 @@ from common_jax.commands.plan.traffic import FREE, stages
 
 @dataclasses.dataclass(frozen=True)
 class Launches:
-    """Of a run of a program.
+    """Launches and waits in one run of a program.
 
     Attributes:
-      kernels: kernels and copies that are started, and calls of libraries, each of which starts at
-        least one.
-      waits: turns of loops and choices of branches that the host makes from a number that it reads
-        from the card, for which it waits until everything before is done.
+      kernels: launched kernels and copies, and library calls, each of which launches at least one.
+      waits: loop iterations and branches that the host decides from a number that it reads from the
+        card, which makes it wait until everything before is done.
     """
 
     kernels: int
@@ -22,7 +21,7 @@ class Launches:
 
 
 def count_launches(program: Program) -> Launches:
-    """The launches of a program, with loops as in `Program.runs`."""
+    """Counts the launches of a program, with loops counted as in `Program.runs`."""
     kernels = waits = 0
     known = {
         instruction.called["condition"][0]
@@ -31,7 +30,7 @@ def count_launches(program: Program) -> Launches:
         if instruction.kind == "while" and program.trips(instruction) is not None
     }
     for name in stages(program):
-        if name in known:  # the host counts the turns itself, and computes no condition
+        if name in known:  # the host counts iterations itself, without computing the condition
             continue
         for one in program.computations[name].values():
             times = program.runs[name]

@@ -1,4 +1,4 @@
-"""Matrix products and convolutions in a compiled program, from the shapes of their operands."""
+"""Counts matrix products and convolutions in a compiled program, from their operands' shapes."""
 
 import dataclasses
 import json
@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from common_jax.commands.plan.hlo import Array, Computation, Instruction, Program
 
-# The products of fused attention, each of queries x keys x width: backward, the first is repeated.
+# Number of products in fused attention, each queries x keys x width; the backward pass repeats the
+# first.
 FORWARD, BACKWARD = 2, 5
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
 _LISTS = r"{}=\{{([\d,]*)\}}"
@@ -16,11 +17,11 @@ _LISTS = r"{}=\{{([\d,]*)\}}"
 
 @dataclasses.dataclass(frozen=True)
 class Products:
-    """What computes the products of a program, and how much, in a run of it.
+    """The products in one run of a program.
 
     Attributes:
-      calls: runs, by what computes them: a library, "kernel" for a kernel of Pallas, whose products
-        the text does not show, or "fusion" for products that XLA compiles itself.
+      calls: number of calls, by what computes them: a library, "kernel" for a Pallas kernel, whose
+        products the text does not show, or "fusion" for products that XLA compiles itself.
       flops: operations, by the type of the operands.
     """
 
@@ -29,7 +30,7 @@ class Products:
 
 
 def find_products(program: Program) -> Products:
-    """The products of a program for GPUs, counted as often as they run, see `Program.runs`."""
+    """The products of a GPU program, counted as often as they run, see `Program.runs`."""
     calls: dict[str, int] = {}
     flops: dict[str, int] = {}
     for name, times in program.runs.items():
@@ -46,7 +47,7 @@ def find_products(program: Program) -> Products:
 
 
 def made_by(one: Instruction) -> str | None:
-    """What computes an instruction, if that is a product: a key of COUNTS or "kernel"."""
+    """What computes an instruction, if it is a product: a key of COUNTS or "kernel"."""
     if one.kind in ("dot", "convolution"):
         return "fusion"
     target = target_of(one)
@@ -70,7 +71,7 @@ def _arrays(computation: Computation, one: Instruction) -> list[Array]:
 
 
 def _config(one: Instruction) -> dict:
-    """The JSON that an instruction carries for the library that it calls."""
+    """The JSON config that an instruction carries for the library that it calls."""
     start = one.rest.index("backend_config=") + len("backend_config=")
     return json.JSONDecoder().raw_decode(one.rest[start:])[0]
 
@@ -93,15 +94,15 @@ def _dot(computation: Computation, one: Instruction) -> int:
 
 
 def _product(computation: Computation, one: Instruction, shared: set[int]) -> int:
-    """Of all rows of the first operand by the axes of the second that it does not share."""
+    """Operations of all rows of the first operand by the axes of the second that are not shared."""
     left, right = _arrays(computation, one)[:2]
     free = math.prod(size for axis, size in enumerate(right.shape) if axis not in shared)
     return 2 * math.prod(left.shape) * free
 
 
 def _convolution(computation: Computation, one: Instruction) -> int:
-    """2 x outputs x numbers of the kernel per output; backward, the same with the roles of result
-    and operands exchanged."""
+    """2 x outputs x kernel entries per output. A backward convolution counts the same, with the
+    roles of result and operands exchanged."""
     operands, result = _arrays(computation, one), one.result[0]
     target = target_of(one)
     output, kernel = result, operands[1]

@@ -1,4 +1,4 @@
-"""The memory of a compiled step on a chip, and a lower bound of its time."""
+"""The memory that a compiled step takes on a chip, and a lower bound on its time."""
 
 import dataclasses
 import math
@@ -16,18 +16,18 @@ from common_jax.commands.plan.launches import Launches, count_launches
 from common_jax.commands.plan.products import Products, find_products
 from common_jax.commands.plan.traffic import hbm_bytes
 
-SHOWN = 5  # largest arrays that are listed
+SHOWN = 5  # number of largest arrays listed
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of a chip's HBM in XLA's layout.
+    """Bytes of a chip's HBM, in XLA's layout.
 
     Attributes:
       arguments: state, helpers, batch.
       temporaries: intermediate values.
       output: new state and metrics.
-      aliased: the part of `output` in the memory of donated arguments.
+      aliased: the part of `output` that reuses the memory of donated arguments.
       code: the program itself.
     """
 
@@ -39,7 +39,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Bytes at the peak."""
+        """Peak bytes."""
         return self.arguments + self.temporaries + self.output - self.aliased + self.code
 
 
@@ -48,16 +48,16 @@ class Sizing:
     """The analysis of a compiled step.
 
     Attributes:
-      chip: its figures.
+      chip: the chip's specs.
       devices: number of chips.
-      flops: per step, over all chips.
-      memory: per chip.
-      traffic: bytes between HBM and cores per step and chip.
-      collectives: of the step.
-      open_loops: loops whose length depends on data, by the turns that they count as, see
-        `Program.open_loops`.
-      launches: per step, of GPUs.
-      products: of the compiled program, of GPUs.
+      flops: operations per step, over all chips.
+      memory: memory per chip.
+      traffic: bytes between HBM and cores, per step and chip.
+      collectives: the step's collectives.
+      open_loops: loops whose length depends on data, by the number of iterations that they count
+        as, see `Program.open_loops`.
+      launches: kernel launches per step; GPUs only.
+      products: products in the compiled program; GPUs only.
     """
 
     chip: Chip
@@ -72,8 +72,8 @@ class Sizing:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Time per step of each resource at its peak rate: "compute", "hbm", the network within a
-        slice or host, and "launches" on GPUs."""
+        """Seconds per step that each resource takes at its peak rate: "compute", "hbm", the network
+        within a slice or host, and "launches" on GPUs."""
         inside = sum(one.bytes for one in self.collectives if not one.crosses)
         seconds = {
             "compute": self._compute_seconds,
@@ -87,8 +87,8 @@ class Sizing:
 
     @property
     def _compute_seconds(self) -> float:
-        """Of the operations of the program as written; those that the compiled program shows at the
-        peak of their type, all others at that of bfloat16."""
+        """Compute time for the operations of the program as written. Those in the compiled text
+        take the peak rate of their type, all others that of bfloat16."""
         shown = {} if self.products is None else self.products.flops
         slower = sum(count for kind, count in shown.items() if kind in ("f32", "f64"))
         others = max(self.flops.executed / self.devices, sum(shown.values())) - slower
@@ -101,8 +101,8 @@ class Sizing:
 
     @property
     def mfu(self) -> float:
-        """The highest possible model FLOPs utilisation: model FLOPs per chip and second over the
-        chip's peak, for a step of `step_seconds`."""
+        """The highest possible model FLOPs utilisation (MFU): model FLOPs per chip and second over
+        the chip's peak, for a step of `step_seconds`."""
         ideal = self.flops.model / self.devices / self.chip.flops
         return ideal / self.step_seconds
 
@@ -110,8 +110,8 @@ class Sizing:
 def size_up(
     compiled: jax.stages.Compiled, flops: Flops, chip: Chip, *, devices: int, groups: int = 1
 ) -> Sizing:
-    """Analyses a step that is compiled for `devices` chips in `groups` slices or hosts, with
-    `flops` over all."""
+    """Analyses a step compiled for `devices` chips in `groups` slices or hosts; `flops` is over all
+    chips."""
     gpu = chip.launch > 0
     program = read_program(compiled.as_text(), on_chip=not gpu)
     return Sizing(
@@ -140,7 +140,7 @@ def _memory(compiled: jax.stages.Compiled) -> Memory:
 
 @dataclasses.dataclass(frozen=True)
 class ArraySize:
-    """Large arrays on a chip: name, shape of a shard, and total bytes."""
+    """Large arrays on a chip: their name, the shape of a shard, and total bytes."""
 
     name: str
     shape: str
@@ -148,8 +148,8 @@ class ArraySize:
 
 
 def largest_arguments(arguments: Any) -> list[ArraySize]:
-    """The largest of a program's arguments, ShapeDtypeStructs with shardings, on a device; those of
-    one shape whose paths differ only in numbers are one entry."""
+    """The largest of a program's arguments, ShapeDtypeStructs with shardings, per device. Arguments
+    of the same shape whose paths differ only in numbers form one entry."""
     sizes: dict[tuple[str, str], int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(arguments):
         name = re.sub(r"\d+", "*", jax.tree_util.keystr(path, simple=True, separator="/"))
@@ -163,8 +163,8 @@ def largest_kept(kept: Any, params: Any, *, devices: int) -> list[ArraySize]:
     """The largest arrays per device that a forward pass keeps for the backward pass.
 
     Args:
-      kept: ShapeDtypeStructs of the whole batch.
-      params: those of the parameters; arrays of their shapes are not activations.
+      kept: ShapeDtypeStructs for the whole batch.
+      params: ShapeDtypeStructs of the parameters; arrays with their shapes are not activations.
       devices: number of devices that activations are split over.
     """
     known = {leaf.shape for leaf in jax.tree.leaves(params)}
@@ -189,7 +189,7 @@ def bytes_text(size: float) -> str:
 
 
 def collectives_text(collectives: Sequence[Collective], chip: Chip) -> str:
-    """Collectives on one line: kind, count, bytes sent per chip."""
+    """Formats collectives on one line: kind, count, bytes sent per chip."""
     return ", ".join(
         f"{one.kind} {one.count} x of {one.group} {chip.unit}s"
         f"{f' over {chip.group}s' if one.crosses else ''}, {bytes_text(one.bytes)}"

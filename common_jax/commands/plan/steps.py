@@ -1,5 +1,5 @@
-"""Analysing the step of a run from shapes and shardings alone: its arguments, its lowered program,
-its operations, and the activations that it keeps."""
+"""Analyses a run's step from shapes and shardings alone: its arguments, its lowered program, its
+operations, and the activations that it keeps."""
 
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +34,7 @@ def step_arguments(
 def lower_step(
     task: Task, optim: OptimConfig, mesh: Mesh, *, log_every: int, averaged: bool = False
 ) -> tuple[jax.stages.Lowered, TrainState]:
-    """The lowered update of a run and its abstract state; the devices of `mesh` may be described.
+    """The lowered train step and its abstract state; the mesh may consist of described devices.
 
     Raises:
       ValueError: as `abstract_state`.
@@ -46,8 +46,8 @@ def lower_step(
 
 
 def step_flops(task: Task, optim: OptimConfig) -> Flops:
-    """Operations of one update over all devices, without the optimizer's: the loss of every
-    micro-batch, and its gradients by the trained parameters."""
+    """Operations of one update over all devices, without the optimizer: every micro-batch's loss
+    and its gradients with respect to the trained parameters."""
     gradient = lambda trained, loss: jax.value_and_grad(loss, has_aux=True)(trained)  # noqa: E731
     return count_flops(*_with_loss(task, gradient)) * optim.accumulate
 
@@ -60,8 +60,8 @@ def kept_shapes(task: Task) -> Any:
 
 
 def _with_loss(task: Task, function: Callable[..., Any]) -> tuple[Any, ...]:
-    """A function of parameters, helpers and batch that returns function(trained parameters, loss
-    of trained parameters), and the shapes of its arguments."""
+    """Returns a function of (params, helpers, batch) that computes function(trained, loss), with
+    `loss` a function of the trained parameters; and the shapes of its arguments."""
 
     def call(params, helpers, batch):
         trained, fixed = partition(params, task.trainable)

@@ -1,4 +1,4 @@
-"""Machines by their names on the command line, and their described devices."""
+"""Parses --topology, and describes the devices of such a machine."""
 
 import dataclasses
 import math
@@ -13,12 +13,12 @@ from common_jax.commands.plan.gpus import CARDS, OPTIONS, describe_cards
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Chips of a machine.
+    """The chips of a machine.
 
     Attributes:
       kind: a name in CHIPS or CARDS.
-      shape: of a slice of TPUs; hosts and cards on each, of GPUs.
-      groups: slices or hosts, over which a slower network goes.
+      shape: the shape of a TPU slice; for GPUs, hosts and cards per host.
+      groups: number of slices or hosts, which a slower network connects.
     """
 
     kind: str
@@ -27,12 +27,12 @@ class Topology:
 
     @property
     def name(self) -> str:
-        """As --topology has it, with nothing left out."""
+        """The value of --topology, with nothing left out."""
         return f"{self.kind}:{'x'.join(map(str, self.shape))}"
 
     @property
     def chip(self) -> Chip:
-        """Its chip's figures."""
+        """The chip's specs."""
         return (CARDS | CHIPS)[self.kind]
 
     @property
@@ -42,16 +42,16 @@ class Topology:
 
     @property
     def compiler_options(self) -> dict[str, Any] | None:
-        """What XLA needs to compile without the machine."""
+        """Options with which XLA can compile without the machine."""
         return OPTIONS if self.kind in CARDS else None
 
 
 def read_topology(text: str, *, slices: int = 1) -> Topology:
-    """The machine of --topology: "v5e:16x16", a chip and the shape of one of `slices` slices;
-    "h100:2x8", a card, hosts and cards per host; "h100", one card.
+    """Parses --topology: "v5e:16x16", a chip and the shape of one of `slices` slices; "h100:2x8", a
+    card, hosts and cards per host; "h100", one card.
 
     Raises:
-      ValueError: for a chip or card that is in no table, or a shape that is none of its kind.
+      ValueError: for an unknown chip or card, or a shape that does not suit its kind.
     """
     kind, _, sizes = text.partition(":")
     if kind in CARDS and re.fullmatch(r"[a-z0-9]+(:[1-9]\d*x[1-9]\d*)?", text):
@@ -67,9 +67,9 @@ def read_topology(text: str, *, slices: int = 1) -> Topology:
             raise ValueError(f"--slices={slices} must be at least 1")
         return Topology(kind, tuple(map(int, sizes.split("x"))), slices)
     raise ValueError(
-        f"--topology={text} must be a chip of {sorted(CHIPS)} and the shape of a slice, such as "
-        f"v5e:16x16 or v5p:8x8x8; or a card of {sorted(CARDS)} with hosts and cards per host, such "
-        "as h100:1x8, where one card may leave out 1x1"
+        f"--topology={text} must be one of {sorted(CHIPS)} and the shape of a slice, such as "
+        f"v5e:16x16 or v5p:8x8x8; or one of {sorted(CARDS)} with hosts and cards per host, such as "
+        "h100:1x8, where 1x1 may be left out"
     )
 
 
@@ -77,7 +77,7 @@ def describe_devices(topology: Topology) -> list[jax.Device]:
     """Described devices, one per chip.
 
     Raises:
-      ValueError: without the compiler for them, or if it does not know them.
+      ValueError: if the compiler for them is not installed, or does not know them.
     """
     if topology.kind in CARDS:
         hosts, cards = topology.shape

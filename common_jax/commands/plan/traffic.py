@@ -4,25 +4,25 @@ from common_jax.commands.plan.collectives import SENT, received
 from common_jax.commands.plan.hlo import Array, Computation, Instruction, Program, starts_collective
 from common_jax.commands.plan.products import target_of
 
-# Operations that move nothing themselves, such as names for parts of other results.
+# Operations that move no data themselves, such as those that only name parts of other results.
 FREE = {
     "after-all", "bitcast", "call", "conditional", "constant", "get-tuple-element", "iota",
     "opt-barrier", "parameter", "partition-id", "replica-id", "tuple", "while",
 }  # fmt: skip
 # Operations that read only the part of their first operand that they return.
 PARTS = {"dynamic-slice", "gather", "slice"}
-# The end of a collective that overlapped other work; it counts where it starts.
+# The end of a collective that overlapped other work, which was counted at its start.
 ENDED = "AsyncCollectiveDone"
-# An XLA fusion for TPU that concatenates operands that are already adjacent.
+# A TPU fusion that "concatenates" operands that are already adjacent, and so moves nothing.
 NAMES_ALONE = 'custom_call_target="ConcatBitcast"'
 
 
 def hbm_bytes(program: Program) -> int:
-    """Bytes between memory and cores in a run of the program.
+    """Bytes moved between memory and cores in one run of the program.
 
-    The sum over all instructions outside fusions, counted as often as they run, of the bytes that
-    each reads and writes in HBM. Arrays in on-chip memory and padding of layouts do not count; a
-    slice counts only its own size, and a slice or scatter written in place only what it writes.
+    Sums the bytes that each instruction outside fusions reads and writes in HBM, as often as it
+    runs. Arrays in on-chip memory and layout padding do not count. A slice counts only its own
+    size, and an in-place slice update or scatter only what it writes.
     """
     runs, total = program.runs, 0
     for name in stages(program):
@@ -34,7 +34,7 @@ def hbm_bytes(program: Program) -> int:
 
 
 def stages(program: Program) -> list[str]:
-    """The entry, and the computations that loops, conditionals and calls run."""
+    """The entry computation, and those that loops, conditionals and calls run."""
     names = [program.entry]
     for name in names:
         for instruction in program.computations[name].values():
@@ -74,7 +74,7 @@ def _instruction_bytes(program: Program, computation: Computation, one: Instruct
 
 
 def _copied(one: Instruction) -> Array:
-    """The target array of a started copy."""
+    """The target array of an asynchronous copy."""
     arrays = [array for array in one.result if array.bytes > 4] or list(one.result)
     sizes = sorted(arrays, key=lambda array: array.bytes)
     return sizes[0] if one.kind == "slice-start" else one.result[0]
@@ -93,18 +93,18 @@ def _written(one: Instruction) -> int:
     if one.kind.removesuffix("-start") in SENT:
         results = received(one)
     elif target_of(one).startswith(("__cublas", "__cudnn")) and len(results) > 1:
-        results = results[:-1]  # without the memory that the library works in
+        results = results[:-1]  # without the library's workspace
     return sum(array.bytes for array in results if array.space == 0)
 
 
 def _combines(program: Program, scatter: Instruction) -> bool:
-    """True if a scatter computes with the old numbers, False if it only replaces them."""
+    """True if a scatter combines updates with the old values, False if it only replaces them."""
     combiner = program.computations[scatter.called["to_apply"][0]]
     return any(one.root and one.kind != "parameter" for one in combiner.values())
 
 
 def _written_by(fused: Computation, fusion: Instruction) -> int:
-    """Bytes that a fusion writes; for a result that is updated in place, only the update."""
+    """Bytes that a fusion writes; only the update for a result that is updated in place."""
     root = next(one for one in fused.values() if one.root)
     parts = root.operands if root.kind == "tuple" else (root.name,)
     total = 0
@@ -119,8 +119,8 @@ def _written_by(fused: Computation, fusion: Instruction) -> int:
 
 
 def _update(fused: Computation, name: str) -> int | None:
-    """Bytes of the update, if `name` is an array with an updated slice, or a parameter with updates
-    that are scattered."""
+    """Bytes of the update if `name` is an array with one slice updated, or a parameter that updates
+    are scattered into; else None."""
     one = _without_bitcasts(fused, name)
     if one.kind == "scatter" and _without_bitcasts(fused, one.operands[0]).kind == "parameter":
         return _scattered(fused, one)
@@ -130,7 +130,7 @@ def _update(fused: Computation, name: str) -> int | None:
 
 
 def _without_bitcasts(fused: Computation, name: str) -> Instruction:
-    """The instruction whose result `name` is, perhaps in another shape."""
+    """The instruction that computes `name`, up to a change of shape."""
     while fused[name].kind == "bitcast":
         name = fused[name].operands[0]
     return fused[name]
@@ -143,7 +143,7 @@ def _scattered(fused: Computation, scatter: Instruction) -> int:
 
 
 def _read(program: Program, fused: Computation, place: int) -> int:
-    """Bytes that a fusion reads of its parameter number `place`."""
+    """Bytes that a fusion reads from its parameter number `place`."""
     name = next(
         one.name
         for one in fused.values()
@@ -157,7 +157,7 @@ def _used(program: Program, fused: Computation, name: str) -> int:
     for one in fused.values():
         if name not in one.operands:
             continue
-        if one.kind in ("bitcast", "convert"):  # computed where it is used
+        if one.kind in ("bitcast", "convert"):  # fused into its users, so count what these read
             share = whole / sum(array.bytes for array in one.result)
             total += round(share * _used(program, fused, one.name))
         elif one.kind in PARTS and one.operands[0] == name:
