@@ -127,14 +127,14 @@ def test_a_config_of_neither_system_is_refused(tmp_path):
         ("baseline.alpha=0.1,1.5", ["alpha=1.5", "must be in [0, 1]"]),
         (
             "model.moe.experts=4,x",
-            ["experts=x must be a whole number", "unswept it is", "experts=4"],
+            ["experts=x must be a whole number", "unswept, ", "experts=4"],
         ),
         ("optim.lr=None,1", ["config.optim.lr=None must be of type float"]),
         ("model.depths=1,(1.5,2)", ["config.model.depths[0]=1.5 must be of type int"]),
         ("distill=1", ["config.distill is a section", "'alpha'"]),
         ("baseline.alpha=1,1.0", ["alpha=1.0: two cells have the same settings"]),
         ("seed=1,2", ["--seeds N"]),
-        ("optim.epochs=1", ["'optim.epochs' is swept, and --config.optim.epochs=2 sets it"]),
+        ("optim.epochs=1", ["'optim.epochs' is swept, but --config.optim.epochs=2 sets it"]),
     ],
 )
 def test_a_bad_cell_is_found_before_any_is_started(tmp_path, capsys, stand_in, grid, said):
@@ -264,7 +264,7 @@ def test_a_signal_is_passed_on_and_the_sweep_goes_on_later(tmp_path, capsys, sta
     assert locked, "a run must keep its log to itself"
     assert take() == [first] and (workdir / first / "saved").exists()
     printed, said = capsys.readouterr()
-    assert "SIGTERM: passed on to 1 run, which is waited for" in said
+    assert "SIGTERM: passed on to 1 run; waiting until" in said
     assert f"{first} stopped\n" in printed
     assert f"{first}  stopped early" in printed and "alpha=0.5,seed=0  not started" in printed
     give({})

@@ -111,7 +111,7 @@ def test_results_of_another_run_in_a_cells_folder_are_refused(tmp_path):
     config = dict(cell.config) | {"seed": 0}
     (root / "config.json").write_text(json.dumps(config))
     assert sweep_table.read_results(root, cell, 0) is None
-    with pytest.raises(ValueError, match=r"another config than this cell .*\n  seed: 0 -> 1"):
+    with pytest.raises(ValueError, match=r"config differs from this cell .*\n  seed: 0 -> 1"):
         sweep_table.read_results(root, cell, 1)
 
 

@@ -1,4 +1,4 @@
-"""The cells of a sweep: read from --grid or from a config file's `sweep()`, and each checked."""
+"""The cells of a sweep: read from --grid or from a config file's `sweep()`, and checked."""
 
 import dataclasses
 import functools
@@ -19,8 +19,8 @@ from common_jax.config import freeze
 NOWHERE = epath.Path("WORKDIR")  # never written to
 BRACKETS = {"(": ")", "[": "]"}
 
-Files = dict[str, tuple[str, ...]]  # folder of a run -> files that it has when it is finished
-Programs = Mapping[str, "Program"]  # by the field of a config that tells which one runs it
+Files = dict[str, tuple[str, ...]]  # folder of a run -> files that it has once it is finished
+Programs = Mapping[str, "Program"]  # by the config field that identifies the program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +29,11 @@ class Program:
 
     Attributes:
       module: for python's -m.
-      field: of its configs, which names the kind of run.
+      field: the field of its configs that names the kind of run.
       config: the dataclass of its configs.
-      metric: that a sweep compares by default.
-      results: the folder of the run that a cell is about (None where there is none), and all files.
+      metric: the metric that a sweep compares by default.
+      results: config -> the folder of the run whose metrics count (None if there is none), and the
+        files of all runs.
       reads: sections and fields that each kind of run reads.
     """
 
@@ -49,11 +50,11 @@ class Cell:
     """A row of the table: one setting of the swept fields, run once per seed.
 
     Attributes:
-      name: of its folders, without the seed, such as "alpha=0.3,experts=4".
+      name: name of its folders without the seed, such as "alpha=0.3,experts=4".
       values: text by key, as in flags and arguments.
-      config: of its runs, as a plain dict.
-      command: arguments of python, without seed and workdir.
-      main: the folder of the run whose metrics count, "" for its own; None where there is none.
+      config: the config of its runs, as a plain dict.
+      command: arguments for python, without seed and workdir.
+      main: folder of the run whose metrics count, "" for the cell's own; None if there is none.
       files: folder -> files of each finished run.
     """
 
@@ -66,11 +67,11 @@ class Cell:
 
 
 def parse_grid(text: str) -> list[dict[str, str]]:
-    """The product of `KEY=VALUE,VALUE;KEY=VALUE`, one dict per cell; commas in brackets and quotes
-    belong to a value.
+    """Expands `KEY=VALUE,VALUE;KEY=VALUE` to all combinations, one dict per cell; commas in
+    brackets and quotes belong to a value.
 
     Raises:
-      ValueError: for text of another form, quoting it.
+      ValueError: for malformed text, quoting it.
     """
     grid: dict[str, list[str]] = {}
     for part in filter(None, (part.strip() for part in _split(text, ";"))):
@@ -90,12 +91,12 @@ def read_sweep(config: str) -> list[dict[str, str]]:
     """The dicts of a config file's `sweep()`, one per cell, all with the same keys.
 
     Raises:
-      ValueError: where there is no such function, or it yields something else.
+      ValueError: if there is no such function, or it yields something else.
     """
     file = config.partition(":")[0]
     sweep = run_config_file(config).get("sweep")
     if sweep is None:
-        raise ValueError(f"--grid is missing, and {file} has no sweep() in its place; give --grid")
+        raise ValueError(f"--grid is missing, and {file} has no sweep() to replace it; give --grid")
     found = list(sweep())
     if not found or not all(isinstance(one, Mapping) and one for one in found):
         raise ValueError(f"{file}: sweep() must yield dicts such as {{'optim.lr': 1e-3}}")
@@ -114,16 +115,16 @@ def plan_cells(
     settings: Iterable[Mapping[str, str]],
     programs: Programs,
 ) -> list[Cell]:
-    """The cells of these settings, each read, frozen and planned as the command would do it.
+    """The cells of these settings, each read, frozen and planned as its command would.
 
     Args:
       config: a config file with its arguments, FILE.py:key=value.
-      flags: of all cells, --config.FIELD=VALUE.
+      flags: flags of all cells, --config.FIELD=VALUE.
       settings: text by key, all with the same keys: a field's path, or ":" and an argument's name.
-      programs: that may run the config.
+      programs: the programs that may run the config.
 
     Raises:
-      ValueError: when the command of any cell would refuse its config, with all reasons.
+      ValueError: if the command of any cell would refuse its config, with all reasons.
     """
     settings = list(settings)
     _check_keys(config, flags, list(settings[0]))
@@ -148,7 +149,7 @@ def plan_cells(
 
 
 def short_keys(keys: Iterable[str]) -> dict[str, str]:
-    """For every key the shortest end of its path that no other has: `lr` of `optim.lr`."""
+    """Maps every key to the shortest end of its path that is unique: `optim.lr` to `lr`."""
     paths = {key: key.removeprefix(":").split(".") for key in keys}
     short = {}
     for key, path in paths.items():
@@ -162,14 +163,14 @@ def short_keys(keys: Iterable[str]) -> dict[str, str]:
 
 
 def _check_keys(config: str, flags: Sequence[str], keys: Sequence[str]) -> None:
-    """Raises ValueError for a key that is set elsewhere as well."""
+    """Raises ValueError for a key that is also set elsewhere."""
     given = {flag.removeprefix("--config.").partition("=")[0]: flag for flag in flags}
     arguments = [pair.partition("=")[0] for pair in config.partition(":")[2].split(",")]
     given |= {f":{name}": f"--config={config}" for name in arguments if name}
     if "seed" in (*keys, *given):
-        raise ValueError("seed is what --seeds N repeats every cell with; leave config.seed out")
+        raise ValueError("--seeds N runs every cell with seeds from 0; leave config.seed out")
     if both := [key for key in keys if key in given]:
-        raise ValueError(f"{both[0]!r} is swept, and {given[both[0]]} sets it, too; leave out one")
+        raise ValueError(f"{both[0]!r} is swept, but {given[both[0]]} sets it too; leave one out")
 
 
 def _plan_cell(
@@ -185,7 +186,7 @@ def _plan_cell(
     chosen = f"{file}:{','.join(pairs)}" if pairs else file
     fields = {key: value for key, value in values.items() if not key.startswith(":")}
     found = _read_fields(chosen, flags, fields)
-    # As the config has it, so that 0.3 and 0.30 are the same cell.
+    # The value in the config, not the given text, so that 0.3 and 0.30 are the same cell.
     fields = {key: _text(_look_up(found, key)) for key in fields}
     program = choose(found, programs)
     main, files = program.results(freeze(program.config, found))
@@ -203,13 +204,13 @@ def _plan_cell(
 
 
 def _check_read(program: Program, config: ml_collections.ConfigDict, fields: Iterable[str]) -> None:
-    """Raises ValueError for a swept field that the cell's kind of run does not read."""
+    """Raises ValueError if a swept field is not read by the cell's kind of run."""
     kind = config[program.field]
     reads = program.reads[kind]
     if lost := unread(fields, reads):
         raise ValueError(
-            f"{program.field}={kind!r} does not read config.{lost[0]}, so that all cells would "
-            f"have the same numbers; it reads {sorted(reads)}"
+            f"{program.field}={kind!r} does not read config.{lost[0]}, so all cells would have the "
+            f"same numbers; it reads {sorted(reads)}"
         )
 
 
@@ -219,16 +220,16 @@ def _read_fields(
     try:
         return read_config(config, [*flags, *(f"--config.{k}={v}" for k, v in fields.items())])
     except ValueError as error:
-        plain = read_config(config, flags)  # raises what is not the fault of the swept fields
+        plain = read_config(config, flags)  # raises if the swept fields are not at fault
         if unknown := [key for key in fields if key.partition(".")[0] not in plain]:
             hint = f"an argument of the config file begins with a colon, ':{unknown[0]}=VALUE'"
             raise ValueError(f"{error}; {hint}") from None
         usual = ", ".join(f"config.{key}={_look_up(plain, key)!r}" for key in fields)
-        raise ValueError(f"{error}; unswept it is {usual}: write values of that type") from None
+        raise ValueError(f"{error}; unswept, {usual}: write values of that type") from None
 
 
 def read_config(config: str, flags: Sequence[str]) -> ml_collections.ConfigDict:
-    """The config that a command with these flags would run.
+    """The config that a command with these flags would use.
 
     Raises:
       ValueError, FileNotFoundError: as the command itself.
@@ -245,7 +246,7 @@ def _look_up(config: ml_collections.ConfigDict, path: str) -> Any:
 
 
 def _text(value: Any) -> str:
-    """The text of a value in a flag; a tuple has no spaces."""
+    """A value as text for a flag; tuples without spaces."""
     if isinstance(value, tuple | list):
         items = ",".join(repr(item) for item in value)
         return f"({items},)" if len(value) == 1 else f"({items})"
@@ -253,13 +254,14 @@ def _text(value: Any) -> str:
 
 
 def _cell_name(values: Mapping[str, str]) -> str:
-    """A folder's name, which does not depend on the order of the keys."""
+    """The name of a cell's folders, independent of the order of the keys."""
     name = ",".join(f"{key}={_in_a_name(values[key])}" for key in sorted(values))
     return name if len(name) <= 150 else f"{name[:140]}~{_digest(name)}"
 
 
 def _in_a_name(text: str) -> str:
-    """A value in letters that are safe in a shell: (1,2) is 1-2; other changes add a digest."""
+    """A value in characters that are safe in a shell: (1,2) becomes 1-2; any other change adds a
+    digest."""
     item = r"[\w.+-]+"
     if re.fullmatch(rf"\({item}(,{item})*,?\)", text):
         return text.strip("(),").replace(",", "-")
@@ -272,7 +274,7 @@ def _digest(text: str) -> str:
 
 
 def _split(text: str, separator: str) -> list[str]:
-    """`text` split at separators outside brackets and quotes."""
+    """Splits `text` at separators outside brackets and quotes."""
     parts, closing, quote = [""], [], ""
     for letter in text:
         if letter == separator and not closing and not quote:

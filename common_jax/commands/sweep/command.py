@@ -1,18 +1,17 @@
 """Runs a config for every setting of a grid and several seeds, and makes one table of them.
 
-A key of the grid is a field of the config, as after --config., or an argument of the config file
-after a colon: ':prior=ring,none'. Commas in brackets belong to a value:
-'model.depths=(1,1),(2,2)'. Without --grid, the cells are those of the config file's sweep(), which
-yields one dict per cell, such as {"optim.lr": 1e-3} or {":prior": "ring"}. Any
---config.FIELD=VALUE is the same for all.
+A key of the grid is a config field, as after --config., or an argument of the config file after a
+colon: ':prior=ring,none'. Commas in brackets belong to a value: 'model.depths=(1,1),(2,2)'. Without
+--grid, the cells come from the config file's sweep(), which yields one dict per cell, such as
+{"optim.lr": 1e-3} or {":prior": "ring"}. Any --config.FIELD=VALUE applies to all cells.
 
-Every cell is checked before one is started. Started again, finished runs are skipped, others
-resume, and failed ones are tried again. More values or more seeds in the same folder add to the
-runs there. DIR/sweep.json has the settings, DIR/NAME and DIR/NAME.log are the runs, and sweep.csv,
-sweep.md and sweep.png in DIR the table and its plot, of the finished runs.
+All cells are checked before any is started. When the command is run again, finished runs are
+skipped, unfinished ones resume, and failed ones are retried. More values or seeds in the same
+folder add to the runs there. DIR/sweep.json has the settings, DIR/NAME and DIR/NAME.log are the
+runs, and sweep.csv, sweep.md and sweep.png in DIR are the table and the plot of the finished runs.
 
-Exit status: 0 if all runs are finished, 1 if some are not, 2 if nothing could be started, 128 plus
-the number of a signal that was passed on to the runs.
+Exit status: 0 if all runs are finished, 1 if some are not, 2 if nothing could be started, or 128
+plus the number of a signal that was passed on to the runs.
 """
 
 import argparse
@@ -63,10 +62,10 @@ class Run:
     """A cell with one seed.
 
     Attributes:
-      name: of its folder and its log.
-      cell: that it belongs to.
-      seed: of everything random.
-      command: arguments of python, without the workdir.
+      name: name of its folder and its log.
+      cell: the cell that it belongs to.
+      seed: seeds everything random.
+      command: arguments for python, without the workdir.
     """
 
     name: str
@@ -80,14 +79,15 @@ class Run:
         return cls(f"{cell.name},seed={seed}", cell, seed, (*cell.command, f"--config.seed={seed}"))
 
     def results(self, workdir: epath.Path) -> dict[str, float] | None:
-        """Its metrics below the sweep's folder; None while it is not finished."""
+        """Its metrics, read below the sweep's folder; None until it is finished."""
         return read_results(workdir / self.name, self.cell, self.seed)
 
 
 def parse_flags(
     argv: Sequence[str] | None, programs: Programs, *, example: str = "", name: str | None = None
 ) -> argparse.Namespace:
-    """The flags, with `programs`; `common` are those of the config, `--config.FIELD=VALUE`."""
+    """Parses the flags. The result also has `programs`, and in `common` all --config.FIELD=VALUE
+    flags."""
     parser = argparse.ArgumentParser(
         prog=name,
         description=f"{__doc__}{example}",
@@ -101,20 +101,20 @@ def parse_flags(
     parser.add_argument(
         "--jobs",
         type=count,
-        help="runs at a time, by default 1; several share the cores, but would get in each other's "
-        "way on an accelerator",
+        help="runs at a time, by default 1; on a CPU several share the cores, but on an "
+        "accelerator they would get in each other's way",
     )
     parser.add_argument(
         "--metric",
         help="one or more to compare, NAME,NAME; by default "
         + " or ".join(program.metric for program in programs.values())
-        + "; one of an earlier run of a pipeline begins with its folder, FOLDER/NAME",
+        + "; for a metric of an earlier run in a pipeline, give its folder too, FOLDER/NAME",
     )
     parser.add_argument(
         "--emit",
         choices=(*FORMS, "table"),
-        help="run nothing, but print commands for the runs that are not finished: one per line, a "
-        "script for sbatch, a script of xpk commands; or make the table only",
+        help="run nothing, but print commands for the unfinished runs: one per line, a script for "
+        "sbatch, or a script of xpk commands; or make only the table",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     flags, common = parser.parse_known_args(argv)
@@ -128,13 +128,13 @@ def parse_flags(
 def main(
     argv: Sequence[str] | None, programs: Programs, example: str = "", name: str | None = None
 ) -> int:
-    """The command; returns its exit status.
+    """Runs the command; returns its exit status.
 
     Args:
-      argv: the arguments; those of the process by default.
-      programs: that may run the configs.
-      example: a command for --help.
-      name: of the command, as a user types it; that of the process by default.
+      argv: the arguments; by default the process's.
+      programs: the programs that may run the configs.
+      example: an example command for --help.
+      name: the command's name, as a user types it; by default the process's.
     """
     flags = parse_flags(argv, programs, example=example, name=name)
     try:
@@ -150,12 +150,12 @@ def sweep(flags: argparse.Namespace) -> int:
     """Checks everything, then runs or prints the unfinished runs, and makes the table.
 
     Raises:
-      ValueError: when the sweep, or any run of it, cannot start.
-      OSError: also when another process runs a sweep in the same folder.
+      ValueError: if the sweep, or any of its runs, cannot start.
+      OSError: among others, if another process runs a sweep in the same folder.
     """
     workdir = absolute(flags.workdir)
     check_output("--workdir", workdir)
-    # The table alone can be made while a sweep runs.
+    # Making only the table is safe while a sweep runs.
     with contextlib.nullcontext() if flags.emit == "table" else hold(workdir):
         return _sweep(flags, workdir)
 
@@ -193,20 +193,20 @@ def plan_asked(flags: argparse.Namespace) -> list[Cell]:
 
 
 def plan(flags: argparse.Namespace, workdir: epath.Path) -> tuple[list[Cell], list[Cell]]:
-    """All cells of the folder, including those of earlier starts, and the requested ones; writes
-    sweep.json.
+    """Returns all cells in the folder, including those of earlier starts, and the requested ones;
+    writes sweep.json.
 
     Raises:
       ValueError: for cells that cannot run, and for a folder that holds something else.
     """
     if "://" in str(workdir) and flags.emit is None:
-        raise ValueError(f"--workdir={workdir}: runs started here need a local folder; or --emit")
+        raise ValueError(f"--workdir={workdir}: give a local folder to run here, or --emit")
     refuse_pattern(flags.workdir, "--workdir")
     asked = plan_asked(flags)
     record, keys = workdir / "sweep.json", list(asked[0].values)
     before = read_json(record, FIELDS) if record.exists() else {"cells": {}, "seeds": 0}
     if not record.exists() and (workdir / "config.json").exists():
-        raise ValueError(f"--workdir={workdir} holds a run and no sweep; give another one")
+        raise ValueError(f"--workdir={workdir} holds a run, not a sweep; give another one")
     found = {}
     if before["cells"] and holds_results(workdir):
         if set(before["keys"]) != set(keys):
@@ -231,12 +231,12 @@ def plan(flags: argparse.Namespace, workdir: epath.Path) -> tuple[list[Cell], li
         "cells": {cell.name: {key: cell.values[key] for key in keys} for cell in cells},
     }
     write_json(record, content)
-    write_json(workdir / "config.json", cells[0].config)  # later starts are compared with it
+    write_json(workdir / "config.json", cells[0].config)  # later starts are compared to it
     return cells, asked
 
 
 def make_table(flags: argparse.Namespace, workdir: epath.Path, cells: Sequence[Cell]) -> str:
-    """Writes and prints the table of all cells; returns the error in --metric, or ""."""
+    """Writes and prints the table of all cells; returns what is wrong with --metric, or ""."""
     content = read_json(workdir / "sweep.json", FIELDS)
     rows = []
     for cell in cells:

@@ -1,4 +1,4 @@
-"""Commands that start a sweep's runs elsewhere: for a shell, a SLURM array, workloads of xpk."""
+"""Commands that start a sweep's runs elsewhere: in a shell, a SLURM array, or xpk workloads."""
 
 import hashlib
 import os
@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 
 from etils import epath
 
-LONGEST = 39  # letters of a workload's name, for xpk
+LONGEST = 39  # characters of a workload's name that xpk allows
 
 SLURM = """#!/bin/bash
-# {count} runs of {workdir}, one per task; submitted again, each resumes.
+# {count} runs of {workdir}, one per task; submit again to resume them.
 # Add the options that your cluster needs (--partition, --account, --gres, --time), or give them
 # to sbatch.
 #SBATCH --job-name={title}
@@ -28,7 +28,7 @@ case "$SLURM_ARRAY_TASK_ID" in
   *) echo "there is no task $SLURM_ARRAY_TASK_ID" >&2; exit 2 ;;
 esac
 
-# Two minutes before the time limit, or when preempted: the run saves, and the task queues again.
+# Two minutes before the time limit, or on preemption: the run saves, and the task is requeued.
 stop() {{
   trap '' TERM
   kill -TERM "$step"
@@ -50,16 +50,16 @@ XPK = """#!/bin/bash
 {lines}
 """
 
-Commands = Mapping[str, Sequence[str]]  # run -> arguments of python, without its workdir
+Commands = Mapping[str, Sequence[str]]  # run -> arguments for python, without the workdir
 
 
 def format_commands(commands: Commands, workdir: epath.Path, *, at_a_time: int | None) -> str:
-    """One shell command per line; the number of runs at a time is left to whoever starts them."""
+    """One shell command per line. Ignores `at_a_time`, which is up to whoever starts them."""
     return "".join(f"{shlex.join(line)}\n" for line in _lines(commands, workdir).values())
 
 
 def format_slurm(commands: Commands, workdir: epath.Path, *, at_a_time: int | None) -> str:
-    """A script for sbatch, an array with one task per run."""
+    """A script for sbatch: an array with one task per run."""
     if not commands:
         return ""
     cases = [
@@ -94,7 +94,7 @@ def format_xpk(commands: Commands, workdir: epath.Path, *, at_a_time: int | None
 def _lines(
     commands: Commands, workdir: epath.Path, *, python: str | None = None
 ) -> dict[str, list[str]]:
-    """Whole commands by name, by default with the Python that runs this."""
+    """Full commands by name, by default with the running Python."""
     return {
         name: [python or sys.executable, *command, f"--workdir={workdir / name}"]
         for name, command in commands.items()
@@ -102,7 +102,8 @@ def _lines(
 
 
 def _workload(workdir: epath.Path, name: str) -> str:
-    """A name that Kubernetes accepts, always the same for a run: its own, cut, and a digest."""
+    """A name that Kubernetes accepts, always the same for a run: its own, truncated, plus a
+    digest."""
     digest = hashlib.sha1(f"{workdir / name}".encode()).hexdigest()[:6]
     plain = re.sub(r"[^a-z0-9]+", "-", f"{workdir.name}-{name}".lower())
     return "s-" + f"{plain[: LONGEST - 9].strip('-')}-{digest}"

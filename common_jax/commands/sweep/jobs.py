@@ -1,5 +1,5 @@
-"""Runs the processes of a demo or a sweep, a few at a time, each once the run that it needs has
-finished. Also the flags of a demo, and the numbers in its tables."""
+"""Runs the processes of a demo or a sweep, a few at a time, each after the run that it needs. Also
+has the flags of a demo, and the numbers in its tables."""
 
 import argparse
 import contextlib
@@ -23,9 +23,9 @@ from common_jax.signals import heeded
 from common_jax.workdir import check_output, read_json
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
-# On a CPU, XLA allocates a step's buffers in every step. With these settings, which a process
-# reads when it starts, glibc keeps freed memory: in one heap that never shrinks, without mappings
-# beside it, in pages of 2 MB. `benchmarks/kept_memory.py` measures the gain.
+# On CPU, XLA allocates a step's buffers anew in every step. These settings, read when a process
+# starts, make glibc keep freed memory: one heap that never shrinks, no separate mappings, pages of
+# 2 MB. `benchmarks/kept_memory.py` measures the gain.
 KEPT_MEMORY = {
     "GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:"
     "glibc.malloc.trim_threshold=1000000000000:glibc.malloc.hugetlb=1"
@@ -37,9 +37,10 @@ class Job:
     """A run.
 
     Attributes:
-      command: arguments of python, without the run's workdir.
-      needs: the run that must be finished before it starts, or None.
-      file: must exist before it starts, such as the result of a part of another run; None for none.
+      command: arguments for python, without the run's workdir.
+      needs: the run that must finish before it starts, or None.
+      file: a file that must exist before it starts, such as the result of part of another run; None
+        for none.
     """
 
     command: tuple[str, ...]
@@ -47,12 +48,12 @@ class Job:
     file: pathlib.Path | None = None
 
     def may_start(self, done: Collection[str | None]) -> bool:
-        """Whether all that it needs exists, given the finished runs and None."""
+        """Whether all that it needs is there, given the names of finished runs, and None."""
         return self.needs in done and (self.file is None or self.file.exists())
 
 
 def demo_parser(description: str, *, workdir: str, seeds: int) -> argparse.ArgumentParser:
-    """The flags of every demo, with these defaults."""
+    """A parser for the flags of every demo, with these defaults."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -61,17 +62,17 @@ def demo_parser(description: str, *, workdir: str, seeds: int) -> argparse.Argum
         "--seeds", type=count, default=seeds, help="repetitions of everything that is compared"
     )
     parser.add_argument("--jobs", type=count, default=2, help="runs at a time")
-    parser.add_argument("flags", nargs="*", help="more flags of every run, such as --config.x=1")
+    parser.add_argument("flags", nargs="*", help="more flags for every run, such as --config.x=1")
     return parser
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """The ends of several runs.
+    """How several runs ended.
 
     Attributes:
-      statuses: exit status by name, minus the signal's number if one ended the run; None if another
-        process is working on the run. Runs that were not started are left out.
+      statuses: exit status by name; minus the signal's number if one ended the run, and None if
+        another process is working on the run. Runs that were not started are left out.
       signal: the number of the signal that was passed on to the runs, or None.
     """
 
@@ -79,7 +80,7 @@ class Outcome:
     signal: int | None
 
 
-Running = dict[str, tuple[subprocess.Popen, int]]  # process, and its place, counted from 0
+Running = dict[str, tuple[subprocess.Popen, int]]  # process, and the index of its slot
 
 
 def run_all(
@@ -89,10 +90,10 @@ def run_all(
     at_a_time: int,
     after_each: Callable[[str], None] = lambda name: None,
 ) -> None:
-    """Runs the jobs by name, in order as far as their needs allow, with workdir WORKDIR/NAME and
-    output in WORKDIR/NAME.log; exits at the first failure. Whatever ends it early, Ctrl-C and
-    SIGTERM too, it asks the other runs to stop and waits until they have saved. `after_each` is
-    called with the name of every job that is finished."""
+    """Runs the named jobs, in order as far as their needs allow, with workdir WORKDIR/NAME and
+    output in WORKDIR/NAME.log; exits at the first failure. Whenever it ends early, including on
+    Ctrl-C and SIGTERM, it asks the other runs to stop and waits until they have saved. Calls
+    `after_each` with the name of every finished job."""
     start, running = time.time(), {}
     try:
         check_output("--workdir", workdir)
@@ -110,8 +111,8 @@ def run_all(
                 sys.exit(1)
             print(f"{time.time() - start:5.0f} s  {name} done", flush=True)
             after_each(name)
-    except BaseException as end:  # of `after_each`, too
-        # If a terminal has sent SIGINT to them already, the two count as one request.
+    except BaseException as end:  # including those of `after_each`
+        # If the terminal has already sent SIGINT to the runs, the two count as one request.
         number = signal.SIGINT if isinstance(end, KeyboardInterrupt) else signal.SIGTERM
         for process, _ in running.values():
             process.send_signal(number)
@@ -121,12 +122,11 @@ def run_all(
 
 
 def run_each(jobs: Mapping[str, Job], workdir: pathlib.Path, *, at_a_time: int) -> Outcome:
-    """Runs the jobs by name as `run_all` does, even after failures, in this process's folder and
-    environment, several at a time, each on its share of the cores.
+    """Runs the named jobs like `run_all`, but continues after failures, and in this process's
+    folder and environment; several at a time, each on its share of the cores.
 
-    Signals that ask to stop are passed on to the runs, and it waits for them and starts no others.
-    A run that another process is working on, such as one of an earlier start that was killed, is
-    skipped.
+    Passes requests to stop on to the runs, waits for them and starts no others. Skips a run that
+    another process is working on, such as one left running by an earlier start that was killed.
     """
     start, waiting, started, statuses, caught = time.time(), dict(jobs), [], {}, []
 
@@ -135,7 +135,7 @@ def run_each(jobs: Mapping[str, Job], workdir: pathlib.Path, *, at_a_time: int) 
         process = _start_locked(job, workdir, name, _share_of_cores(place, at_a_time))
         if process is not None:
             started.append(process)
-            if len(caught) > before:  # it started too late to be passed the signal
+            if len(caught) > before:  # the signal arrived while it was starting
                 process.send_signal(caught[-1])
         return process
 
@@ -146,21 +146,21 @@ def run_each(jobs: Mapping[str, Job], workdir: pathlib.Path, *, at_a_time: int) 
         for process in living:
             process.send_signal(number)
         name = signal.Signals(number).name
-        # Not to standard output, which the signal may have found in the middle of a line.
-        runs = "1 run, which is" if len(living) == 1 else f"{len(living)} runs, which are"
-        print(f"{name}: passed on to {runs} waited for", file=sys.stderr)
+        # Not on standard output, which the signal may have interrupted in the middle of a line.
+        runs = "1 run" if len(living) == 1 else f"{len(living)} runs"
+        print(f"{name}: passed on to {runs}; waiting until all have ended", file=sys.stderr)
 
     with _handling(heeded(), pass_on):
         for name, status in _ends(waiting, {}, begin, at_a_time=at_a_time):
             statuses[name] = status
-            # A run that stops as asked ends with 0, as one that is done.
+            # A run that stops on request exits with 0, like a finished one.
             end = "stopped" if caught and status == 0 else describe(status)
             print(f"{time.time() - start:5.0f} s  {name} {end}", flush=True)
     return Outcome(statuses, caught[-1] if caught else None)
 
 
 def describe(status: int | None) -> str:
-    """The end of a run in words."""
+    """How a run ended, in words."""
     if status is None:
         return "is being run by another process"
     if status < 0:
@@ -175,8 +175,8 @@ def _ends(
     *,
     at_a_time: int,
 ) -> Iterator[tuple[str, int | None]]:
-    """Starts waiting jobs as soon as possible, and yields (name, status) of those that have ended.
-    `waiting` and `running` are kept up to date; the caller may read and change them."""
+    """Starts waiting jobs as soon as possible, and yields (name, status) as they end. Keeps
+    `waiting` and `running` up to date; the caller may read and change them."""
     done = {None}
     while running or any(job.may_start(done) for job in waiting.values()):
         for name in [name for name, job in waiting.items() if job.may_start(done)]:
@@ -203,10 +203,10 @@ def _start(job: Job, workdir: pathlib.Path, name: str, core: int) -> subprocess.
     (workdir / name).parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, *job.command, f"--workdir={workdir / name}"]
     with open(workdir / f"{name}.log", "a") as log:
-        # Most of the time is compilation, a fifth shorter at this level; steps are as fast.
+        # Most of the time is compilation, a fifth faster at this level; steps are as fast.
         xla_flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1"
         environment = KEPT_MEMORY | os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags}
-        # Networks this small are quickest on a core each; two threads would wait for each other.
+        # Networks this small run fastest on one core each; two threads would wait for each other.
         return subprocess.Popen(
             _on_cores(str(core), command), stdout=log, stderr=log, cwd=ROOT, env=environment
         )
@@ -215,8 +215,8 @@ def _start(job: Job, workdir: pathlib.Path, name: str, core: int) -> subprocess.
 def _start_locked(
     job: Job, workdir: pathlib.Path, name: str, cores: str
 ) -> subprocess.Popen | None:
-    """Starts a run whose process keeps its log locked as long as it lives; None if another process
-    has the lock."""
+    """Starts a run whose process keeps its log locked while it lives; None if another process holds
+    the lock."""
     workdir = workdir.resolve()
     workdir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, *job.command, f"--workdir={workdir / name}"]
@@ -225,8 +225,8 @@ def _start_locked(
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return None
-        # In a new session, Ctrl-C reaches the run only once, when it is passed on. The lock has
-        # another descriptor than the log, which processes that the run starts inherit.
+        # In a new session, Ctrl-C reaches the run only once, when it is passed on. The lock has its
+        # own descriptor, since child processes of the run inherit the log's.
         return subprocess.Popen(
             _on_cores(cores, command),
             stdout=log,
@@ -237,12 +237,12 @@ def _start_locked(
 
 
 def _on_cores(cores: str, command: list[str]) -> list[str]:
-    """The command on these cores; on all where they are "" or there is no taskset."""
+    """The command pinned to these cores; unchanged if `cores` is "" or there is no taskset."""
     return ["taskset", "-c", cores, *command] if cores and shutil.which("taskset") else command
 
 
 def _share_of_cores(place: int, places: int) -> str:
-    """The cores of one of several places, such as "0,1"; "" if there is not one for each."""
+    """The cores of one of several slots, such as "0,1"; "" if there is not one for each."""
     if places == 1 or not hasattr(os, "sched_getaffinity"):
         return ""
     cores = sorted(os.sched_getaffinity(0))
@@ -252,7 +252,7 @@ def _share_of_cores(place: int, places: int) -> str:
 
 @contextlib.contextmanager
 def _handling(numbers: Sequence[signal.Signals], handler: Callable) -> Iterator[None]:
-    """Signals go to the handler within the block."""
+    """Sends these signals to `handler` within the block."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
@@ -262,8 +262,8 @@ def _handling(numbers: Sequence[signal.Signals], handler: Callable) -> Iterator[
 
 
 def mean_and_spread(results: Sequence[Mapping[str, float]], metric: str, *, unit: str = "") -> str:
-    """`42.1 ± 9.6`, mean and, of several, sample standard deviation; empty where the runs did not
-    measure it."""
+    """`42.1 ± 9.6`: the mean and, for several runs, the sample standard deviation; "" if no run
+    measured the metric."""
     values = [result[metric] for result in results if metric in result]
     if not values:
         return ""
@@ -272,7 +272,7 @@ def mean_and_spread(results: Sequence[Mapping[str, float]], metric: str, *, unit
 
 
 def deviation(values: Sequence[float]) -> float:
-    """The sample standard deviation; NaN if a value is not finite, for which `statistics` fails."""
+    """The sample standard deviation; NaN if a value is not finite, which `statistics` rejects."""
     return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 

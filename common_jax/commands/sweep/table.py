@@ -1,4 +1,4 @@
-"""The table of a sweep, of the runs that are finished: sweep.csv, sweep.md, sweep.png."""
+"""The table of a sweep's finished runs: sweep.csv, sweep.md, sweep.png."""
 
 import csv
 import dataclasses
@@ -20,13 +20,13 @@ from common_jax.report import COLOURS, DPI, INK, Table
 from common_jax.workdir import contradictions, read_json, write_bytes
 
 MARKERS = "os^Dv*P"
-NOT_SCORES = ("step", "sentences")  # numbers of scores.json that are no scores
+NOT_SCORES = ("step", "sentences")  # numbers in scores.json that are not scores
 TWIN = " †"
 TWINS = (
     "; †: every number equals that of another cell to the last digit, so the runs may not read "
     "what differs between them"
 )
-WIDE = 30  # a swept number whose values span more than this factor has a logarithmic axis
+WIDE = 30  # swept values that span more than this factor get a logarithmic axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,18 +42,19 @@ class Row:
     results: Sequence[Mapping[str, float]]
 
     def values(self, metric: str) -> list[float]:
-        """The metric of the finished seeds."""
+        """The metric's values, one per finished seed that has it."""
         return [result[metric] for result in self.results if metric in result]
 
 
 def read_results(folder: epath.Path, cell: Cell, seed: int) -> dict[str, float] | None:
-    """All final numbers of the runs of a cell, by name; None unless all are finished.
+    """All final numbers of a cell's runs, by name; None unless all are finished.
 
-    A metric of the cell's main run goes by its own name, `test/accuracy`, one of another run begins
-    with its folder, `FOLDER/test/accuracy`. Those of scores.json are under `test/`.
+    A metric of the cell's main run goes by its own name, `test/accuracy`; one of another run is
+    prefixed with its folder, `FOLDER/test/accuracy`. Numbers from scores.json are prefixed with
+    `test/`.
 
     Raises:
-      ValueError: when the folder holds a run of another config than the cell's.
+      ValueError: if the folder holds a run whose config is not the cell's.
     """
     found: dict[str, float] = {}
     if (folder / "config.json").exists():
@@ -61,7 +62,7 @@ def read_results(folder: epath.Path, cell: Cell, seed: int) -> dict[str, float] 
         if lines := contradictions(read_json(folder / "config.json"), one):
             shown = "\n  ".join(line[:120] for line in lines[:10])
             raise ValueError(
-                f"{folder} holds a run of another config than this cell of the sweep (its value "
+                f"{folder} holds a run whose config differs from this cell of the sweep (its value "
                 f"first):\n  {shown}\nmove it away, or give another --workdir"
             )
     for run, names in cell.files.items():
@@ -84,14 +85,14 @@ def read_results(folder: epath.Path, cell: Cell, seed: int) -> dict[str, float] 
 
 
 def sort_rows(rows: Sequence[Row]) -> list[Row]:
-    """Sorts by the swept values: numbers by size, others in the order in which they stand."""
+    """Sorts by the swept values: numbers by size, others in order of appearance."""
     keys = list(rows[0].swept)
     orders = {key: _order([row.swept[key] for row in rows]) for key in keys}
     return sorted(rows, key=lambda row: [orders[key].index(row.swept[key]) for key in keys])
 
 
 def missing_metrics(rows: Sequence[Row], metrics: Sequence[str]) -> str:
-    """An error for metrics that no finished run has, with those that exist; "" if all exist."""
+    """The error for metrics that no finished run has, listing those that exist; "" if all exist."""
     known = sorted({name for row in rows for result in row.results for name in result})
     missing = [metric for metric in metrics if known and metric not in known]
     lines = [f"--metric={one}: no finished run has it{did_you_mean(one, known)}" for one in missing]
@@ -100,8 +101,8 @@ def missing_metrics(rows: Sequence[Row], metrics: Sequence[str]) -> str:
 
 
 def write_table(workdir: epath.Path, rows: Sequence[Row], metrics: Sequence[str]) -> Table:
-    """Writes sweep.csv, sweep.md and sweep.png, in which a cell without results is empty; returns
-    the table for people."""
+    """Writes sweep.csv, sweep.md and sweep.png, with empty entries for cells without results;
+    returns the table in the form for people."""
     keys = list(rows[0].swept)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -131,7 +132,7 @@ def write_table(workdir: epath.Path, rows: Sequence[Row], metrics: Sequence[str]
 
 
 def find_twins(rows: Sequence[Row]) -> set[int]:
-    """Places of the rows all of whose numbers are those of another row, to the last digit, for as
+    """Indices of the rows whose numbers all equal those of another row, to the last digit, for as
     many seeds as both have."""
     texts = [[repr(sorted(result.items())) for result in row.results] for row in rows]
     twins = set()
@@ -143,8 +144,8 @@ def find_twins(rows: Sequence[Row]) -> set[int]:
 
 
 def plot(rows: Sequence[Row], metrics: Sequence[str]) -> Figure:
-    """A panel a metric, against what is swept first; a line for each setting of the rest, with
-    error bars of one sample standard deviation."""
+    """One panel per metric, plotted against the first swept key; one line per setting of the other
+    keys, with error bars of one sample standard deviation."""
     first, *others = rows[0].swept
     names = short_keys(rows[0].swept)
     ticks = _order([row.swept[first] for row in rows])
@@ -189,14 +190,15 @@ def plot(rows: Sequence[Row], metrics: Sequence[str]) -> Figure:
 
 
 def _numbers(values: Sequence[float]) -> tuple[str, str, str]:
-    """Mean, spread and n as text; "" for what there is not."""
+    """Mean, spread and n as text; "" for what is not defined."""
     mean = repr(statistics.mean(values)) if values else ""
     spread = repr(deviation(values)) if len(values) > 1 else ""
     return mean, spread, str(len(values))
 
 
 def _mean_and_spread(values: Sequence[float]) -> str:
-    """Mean and spread to the second digit of the spread; without one, four digits of the mean."""
+    """Mean and spread, rounded to the second digit of the spread; without a spread, four digits of
+    the mean."""
     if not values:
         return ""
     mean, spread = statistics.mean(values), deviation(values) if len(values) > 1 else 0.0
@@ -214,7 +216,7 @@ def _as_numbers(texts: Sequence[str]) -> list[float] | None:
 
 
 def _order(texts: Sequence[str]) -> list[str]:
-    """Each text once: by size if all are numbers, else in the order in which they stand."""
+    """Each text once: by size if all are numbers, else in order of appearance."""
     once = list(dict.fromkeys(texts))
     return once if _as_numbers(once) is None else sorted(once, key=float)
 
@@ -226,5 +228,5 @@ def _markdown(table: Table) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib does not read as mathematics."""
+    """Escapes text so that matplotlib does not render it as mathematics."""
     return text.replace("$", r"\$")
