@@ -29,15 +29,15 @@ from common_jax.inputs.workers import read_in_order
 TrainTransform = Callable[[Example, np.random.Generator], Example]
 EvalTransform = Callable[[Example], Example]
 
-ENDLESS = 2**50  # examples: more than are ever read; grain needs an end
+ENDLESS = 2**50  # more examples than any run reads; grain needs an end
 
 
-# A dataclass, not a closure, since worker processes get it pickled.
+# A dataclass, not a closure, since it is pickled for worker processes.
 @dataclasses.dataclass(frozen=True)
 class _TrainReader:
-    """Reads rows of the global batches; returns a bad example instead of raising it.
+    """Reads rows of the global batches; returns BadExample instead of raising it.
 
-    A call reads one of this host's rows, numbered consecutively through all steps.
+    A call reads one of this host's rows, which are numbered consecutively through all steps.
     """
 
     source: Source
@@ -48,14 +48,14 @@ class _TrainReader:
     rows: slice
 
     def __call__(self, position: int) -> Outcome:
-        # A single number, since that is what grain hands to its worker processes.
+        # Takes a single number, since that is what grain passes to its worker processes.
         step, row = divmod(position, self.rows.stop - self.rows.start)
         return self.read(step, self.rows.start + row)
 
     def place(self, step: int, row: int) -> tuple[int, int, int]:
-        """Returns epoch, index of the example, and number of its copy."""
+        """Returns the epoch, the example's index, and the number of its copy."""
         epoch, place = divmod(step, len(self.source) // self.batch)
-        # Copies are neighbours in the order: all of them fall into one batch, or two.
+        # Copies are adjacent in the order, so all of them fall into one batch, or two.
         position, copy = divmod(place * self.batch + row, self.repeats)
         return epoch, example_index(self.seed, epoch, position, size=len(self.source)), copy
 
@@ -64,10 +64,10 @@ class _TrainReader:
         try:
             example = self.source[index]
             if self.transform is not None:
-                # Seeded by the example, not by the row: other hosts and workers draw the same.
+                # Seeded by the example, not the row, so that any host and worker draws the same.
                 rng = example_generator(self.seed, epoch, index, copy=copy)
                 example = self.transform(example, rng)
-        # An exception would end a worker process, and the bad example must be counted in one place.
+        # An exception would end a worker process, and bad examples must be counted in one place.
         except BadExample as bad:
             return bad
         return example
@@ -86,37 +86,37 @@ def train_batches(
     shard: tuple[int, int] = (0, 1),
     report_path: os.PathLike | str | None = None,
 ) -> Iterator[Batch]:
-    """Returns training batches from global step `start_step` on, without end.
+    """Returns an endless iterator of training batches, starting at global step `start_step`.
 
-    Every epoch is a new permutation without its last incomplete batch. Nothing before `start_step`
+    Every epoch is a new permutation, without its last incomplete batch. Nothing before `start_step`
     is read. A source in memory (`arrays`) without a transform is gathered by index; any other is
-    read example by example in `workers` processes (0: in the caller's), which start with the first
-    batch and end with the iterator. Their number does not change a bit of any batch.
+    read example by example in `workers` processes (0: in this one), which start with the first
+    batch and end with the iterator. Batches are bitwise the same for any number of workers.
 
     With `repeats` above 1, an epoch has that many consecutive copies of an example, each with its
-    own random numbers. The number of steps stays, so an epoch then covers only one in `repeats`
-    examples.
+    own random numbers. The number of steps does not change, so an epoch then covers only one in
+    `repeats` examples.
 
-    A bad example is counted, reported and, while at most `bad_share` of the source is bad, replaced
-    by the next good row of the same global batch, with that row's pixels: the same on any number of
-    hosts.
+    A bad example is counted, reported and, as long as at most `bad_share` of the source is bad,
+    replaced by the next good row of the same global batch, with that row's pixels. The replacement
+    does not depend on the number of hosts.
 
     Args:
       source: the examples.
       transform: maps (example, generator) to an example and draws all random numbers from the
         generator; None for none. With workers, it and the source must be picklable.
-      seed: of the order and of the generators.
+      seed: seeds the order and the generators.
       batch: global batch size; the arrays have batch / hosts rows.
       start_step, repeats, workers, bad_share: see above.
       shard: (this host, number of hosts).
-      report_path: a `bad_examples.jsonl` to extend by a line per bad example, `{"name", "reason",
-        "index"}`. Hosts after the first write `bad_examples.HOST.jsonl` beside it.
+      report_path: a `bad_examples.jsonl`, to which a line `{"name", "reason", "index"}` is added
+        per bad example. Hosts after the first write `bad_examples.HOST.jsonl` beside it.
 
     Raises:
-      ValueError: the batch is larger than the source or does not divide among the hosts; more than
-        `bad_share` is bad.
+      ValueError: if the batch is larger than the source or does not divide among the hosts, or more
+        than `bad_share` is bad.
     """
-    # Checked now: this function returns generators, whose bodies run only with the first batch.
+    # Checked now, since the body of a generator runs only when its first batch is requested.
     rows = host_rows(batch, shard)
     steps_per_epoch(len(source), batch)
     epoch_permutation(seed, 0, 1)
@@ -132,7 +132,7 @@ def _gather_train_batches(
     arrays: dict[str, np.ndarray], order: tuple[int, int, int, int], start_step: int, rows: slice
 ) -> Iterator[Batch]:
     seed, size, batch, repeats = order
-    # One index into each array replaces reading and stacking examples one by one.
+    # Indexing each array once replaces reading and stacking examples one by one.
     host = np.arange(rows.start, rows.stop)
     for step in itertools.count(start_step):
         epoch, place = divmod(step, size // batch)
@@ -147,7 +147,7 @@ def _read_train_batches(
     count = reader.rows.stop - first
     positions = range(start_step * count, ENDLESS)
     stream = read_in_order(reader, positions, batch=count, workers=workers)
-    # Closed with this generator, or the worker processes would outlive it.
+    # Closed with this generator; otherwise the worker processes would outlive it.
     with contextlib.closing(stream):
         for step in itertools.count(start_step):
             examples = list(itertools.islice(stream, count))
@@ -161,8 +161,8 @@ def _next_good(
     reader: _TrainReader, step: int, row: int, example: BadExample, bad: BadExamples
 ) -> Example:
     bad.add(reader.place(step, row)[1], example)
-    # Searches the global batch, not this host's rows, so that the choice does not depend on the
-    # number of hosts. It reads here, in the training process: bad examples are rare.
+    # Searches the global batch, not only this host's rows, so that the choice does not depend on
+    # the number of hosts. Reads in the training process, since bad examples are rare.
     for offset in range(1, reader.batch):
         other = (row + offset) % reader.batch
         example = reader.read(step, other)
@@ -190,11 +190,11 @@ def eval_batches(
 
     `_mask` [B] float32 is 1 for real rows and 0 for padding. Every host yields ceil(size / batch)
     batches of batch / hosts rows, even if it has no examples left. A bad example is counted,
-    reported and masked out while at most `bad_share` of those that this host reads are bad.
+    reported and masked out, as long as at most `bad_share` of those that this host reads are bad.
     Arguments are as in `train_batches`, except that the transform takes no generator.
 
     Raises:
-      ValueError: an empty source, a batch that does not divide among the hosts; more than
+      ValueError: if the source is empty, the batch does not divide among the hosts, or more than
         `bad_share` is bad.
     """
     rows = host_rows(batch, shard)
@@ -202,14 +202,14 @@ def eval_batches(
         raise ValueError("nothing to evaluate: the source is empty; check config.data.test_split")
     if source.arrays is not None and transform is None:
         return _gather_eval_batches(source.arrays, len(source), batch, rows)
-    # Of the examples that this host reads: no other host counts them.
+    # The share is of the examples that this host reads, since no other host counts them.
     own = sum(len(places) for places in _eval_places(len(source), batch, rows))
     bad = BadExamples(own, bad_share, host_report_path(report_path, shard))
     return _read_eval_batches(source, transform, batch, rows, workers, bad)
 
 
 def _eval_places(size: int, batch: int, rows: slice) -> Iterator[np.ndarray]:
-    """Yields the real examples among this host's rows of each batch; padding is at the end."""
+    """Yields the indices of real examples in this host's rows of each batch; padding comes last."""
     for first in range(0, size, batch):
         yield np.arange(min(first + rows.start, size), min(first + rows.stop, size))
 
@@ -229,7 +229,7 @@ def _gather_eval_batches(
 
 @dataclasses.dataclass(frozen=True)
 class _EvalReader:
-    """Reads the examples of one host, by their places in `order` [n]."""
+    """Reads one host's examples, by their places in `order` [n]."""
 
     source: Source
     transform: EvalTransform | None
@@ -268,8 +268,8 @@ def _read_eval_batches(
                     bad.add(int(index), example)
             real = [not isinstance(example, BadExample) for example in examples]
             real += [False] * (count - len(real))
-            # Every host yields equally many batches of one shape, padded where it runs out: a
-            # compiled evaluation step is a collective that all of them must enter.
+            # All hosts yield the same number of batches, of one shape, and pad when they run out:
+            # the compiled evaluation step has collectives that all of them must join.
             if blank is None and not all(real):
                 blank = _blank(reader, bad)
             padded = [blank if isinstance(example, BadExample) else example for example in examples]
@@ -278,7 +278,8 @@ def _read_eval_batches(
 
 
 def _blank(reader: _EvalReader, bad: BadExamples) -> Example:
-    """Returns zeros of a real example's shapes; searches all hosts' rows, as this may have none."""
+    """Returns zeros in a real example's shapes. Searches all rows, since this host may have no good
+    one."""
     for index in range(len(reader.source)):
         example = reader.read(index)
         if not isinstance(example, BadExample):

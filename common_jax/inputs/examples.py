@@ -1,4 +1,4 @@
-"""Single examples, their sources, and the account of those that cannot be read."""
+"""Single examples, their sources, and the bookkeeping of those that cannot be read."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ Batch = dict[str, np.ndarray]
 
 
 class BadExample(ValueError):
-    """An example that cannot be read: `name` identifies it (a file), `reason` says why."""
+    """An example that cannot be read: `name` identifies it (such as a file), `reason` says why."""
 
     def __init__(self, name: str, reason: str):
         super().__init__(name, reason)
@@ -24,12 +24,12 @@ class BadExample(ValueError):
         return f"{self.name}: {self.reason}"
 
 
-Outcome = Example | BadExample  # of reading an example
+Outcome = Example | BadExample  # the outcome of reading an example
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Random access to examples; `arrays` has all of them stacked if they are in memory."""
+    """Random access to examples. `arrays` has all of them stacked, if they are in memory."""
 
     @property
     def arrays(self) -> dict[str, np.ndarray] | None: ...
@@ -37,15 +37,15 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example:
-        """Returns an example; raises BadExample where it cannot be read."""
+        """Returns an example; raises BadExample if it cannot be read."""
         ...
 
 
 class BadExamples:
-    """The bad examples so far: each is counted once and reported by name; too many raise an error.
+    """The bad examples so far. Each is counted once and reported by name; too many raise an error.
 
-    The limit is the share of distinct bad examples in all that may be read (`size`): neither one
-    bad file early in a run nor the same file in every epoch stops it.
+    The limit is on the share of distinct bad examples among all that may be read (`size`), so
+    neither one bad file early in a run nor the same file in every epoch stops it.
     """
 
     def __init__(self, size: int, bad_share: float, report_path: os.PathLike | str | None):
@@ -55,7 +55,8 @@ class BadExamples:
         self._by_index: dict[int, BadExample] = {}
 
     def add(self, index: int, bad: BadExample) -> None:
-        """Counts and reports one; raises ValueError, with names and counts, above the share."""
+        """Counts and reports an example; raises ValueError, with names and counts, if there are now
+        too many."""
         if index in self._by_index:
             return
         self._by_index[index] = bad
@@ -67,7 +68,7 @@ class BadExamples:
             raise self.error(why, ", or raise config.data.bad_share")
 
     def error(self, why: str, else_do: str = "") -> ValueError:
-        """Returns the error with names and number of the bad examples."""
+        """Returns the error, with the names and the number of the bad examples."""
         count = len(self._by_index)
         names = "; ".join(str(bad) for bad in list(self._by_index.values())[:10])
         more = f"; and {count - 10} more" if count > 10 else ""
@@ -79,7 +80,7 @@ class BadExamples:
 
 
 def _append_line(path: os.PathLike | str, record: dict) -> None:
-    # Rewritten, not appended to: object stores cannot append, and the file is short.
+    # Rewritten as a whole, since object stores cannot append; the file is short.
     path, line = epath.Path(path), json.dumps(record) + "\n"
     text = path.read_text() if path.exists() else ""
     if line not in text:  # a resumed run reports the same example again

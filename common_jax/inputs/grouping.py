@@ -1,4 +1,4 @@
-"""Groups of things that must stay in one split, found by what they share."""
+"""Groups of items that must stay in the same split, found by what they share."""
 
 
 class Groups:
@@ -8,13 +8,13 @@ class Groups:
         self._parents: dict[str, str] = {}
 
     def name(self, node: str) -> str:
-        """The name of the group of `node`; a new node is a group of its own."""
+        """The name of the group that `node` is in; a new node forms its own group."""
         parents = self._parents
         while parents.setdefault(node, node) != node:
             parents[node] = node = parents[parents[node]]
         return node
 
     def join(self, left: str, right: str) -> None:
-        """Makes one group of those of two nodes."""
+        """Merges the groups of two nodes."""
         smaller, larger = sorted((self.name(left), self.name(right)))
         self._parents[larger] = smaller

@@ -1,4 +1,4 @@
-"""Names of files and classes in messages."""
+"""Formats names of files and classes for messages."""
 
 from collections.abc import Iterable
 
@@ -6,9 +6,9 @@ LISTED = 700  # characters of names in a message
 
 
 def listed(names: Iterable[str]) -> str:
-    """Returns the first names in order and the number of the others, safe to print.
+    """Returns the first names in sorted order and the number of the others, safe to print.
 
-    There are ten names, or as many as fit in LISTED characters.
+    Lists at most ten names, and no more than fit in LISTED characters.
     """
     names, shown = sorted(names), []
     for name in map(_shortened, names[:10]):
@@ -25,5 +25,5 @@ def _shortened(name: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Escapes characters that do not print, such as bytes of a name that are not UTF-8."""
+    """Escapes unprintable characters, such as bytes of a file name that are not UTF-8."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

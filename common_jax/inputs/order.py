@@ -1,11 +1,10 @@
-"""The order of the examples in an epoch, and the random numbers of each."""
+"""The order of examples in an epoch, and each example's random numbers."""
 
 import functools
 
 import numpy as np
 
-# Two streams of one seed, since the order of an epoch and the draws of an example must be
-# independent.
+# Two streams of one seed: the order of an epoch must be independent of the examples' draws.
 ORDER_STREAM, EXAMPLE_STREAM = 0, 1
 
 
@@ -14,8 +13,8 @@ def epoch_permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     """Returns the order of one epoch: [size] int64, read-only. Raises ValueError for a negative
     seed.
 
-    It comes from numpy's legacy generator, whose numbers are frozen: a run started under one
-    version of numpy resumes exactly under another.
+    Uses numpy's legacy generator, whose stream is frozen: a run started under one version of numpy
+    resumes exactly under another.
     """
     order = np.random.RandomState(_bits(seed, ORDER_STREAM, epoch)).permutation(size)
     order.flags.writeable = False
@@ -28,9 +27,9 @@ def example_index(seed: int, epoch: int, position: int, *, size: int) -> int:
 
 
 def example_generator(seed: int, epoch: int, index: int, *, copy: int = 0) -> np.random.Generator:
-    """Returns the generator of example `index` in an epoch, the same wherever it is read.
+    """Returns the generator of example `index` in an epoch, the same on any host and worker.
 
-    If an epoch repeats the example, every copy has its own.
+    If an epoch repeats the example, every copy has its own generator.
     """
     path = (epoch, index, copy) if copy else (epoch, index)
     return np.random.Generator(_bits(seed, EXAMPLE_STREAM, *path))
@@ -45,8 +44,9 @@ def _bits(seed: int, stream: int, *path: int) -> np.random.MT19937 | np.random.P
 
 
 def steps_per_epoch(size: int, batch: int) -> int:
-    """Returns the whole batches in an epoch, size // batch; training drops the incomplete one.
-    Raises ValueError where the source is smaller than a batch, so every epoch would be empty."""
+    """Returns the number of complete batches in an epoch, size // batch; training drops an
+    incomplete last one. Raises ValueError if the source is smaller than a batch, since every epoch
+    would be empty."""
     if not 0 < batch <= size:
         raise ValueError(
             f"config.optim.batch={batch} must be from 1 to {size}, the number of examples in "
@@ -57,7 +57,7 @@ def steps_per_epoch(size: int, batch: int) -> int:
 
 def host_rows(batch: int, shard: tuple[int, int]) -> slice:
     """Returns the rows of the global batch that host shard[0] of shard[1] yields. Raises ValueError
-    where the batch does not divide among the hosts, or there is no such host."""
+    if the batch does not divide among the hosts, or there is no such host."""
     host, hosts = shard
     if not 0 <= host < hosts:
         raise ValueError(f"shard={shard} must be (host, hosts) with 0 <= host < hosts")

@@ -1,7 +1,7 @@
 """Decodes image files to 8-bit pixels.
 
-All pictures of data sets are decoded here: a file is the same picture, or the same bad example, in
-every system.
+All pictures of all data sets are decoded here, so that a file is the same picture, or the same bad
+example, in every system.
 """
 
 import io
@@ -11,28 +11,28 @@ import stat
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-# Pillow would try all of its formats. EPS starts Ghostscript, others are rarely tested.
+# Pillow would try all of its formats. EPS starts Ghostscript, and others are rarely tested.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MODES = {1: "L", 3: "RGB"}
 
-# A header can declare any size. A few hundred bytes may unpack to SMALL pixels; beyond that a file
-# must have a byte for each PIXELS_PER_BYTE, which photographs exceed tenfold. LARGEST is Pillow's
-# own limit for a warning.
+# Guards against decompression bombs, since a header can declare any size. Any file may unpack to
+# SMALL pixels; beyond that, it needs a byte for every PIXELS_PER_BYTE pixels, and photographs have
+# ten times as many bytes. LARGEST is the limit at which Pillow itself warns.
 SMALL = 2**24
 PIXELS_PER_BYTE = 20
 LARGEST = 89_478_485
 LARGEST_FILE = 2**28  # bytes
-# A strip's long side grows with its short one when that is resized to 256 pixels.
-LONGEST = 100  # long side over short side
+# Resizing the short side of a thin strip to 256 pixels would blow up its long side.
+LONGEST = 100  # largest ratio of long side to short side
 
 WIDE_GREY = ("I;16", "I;16B", "I;16L", "I;16N")
-BITS_PER_SAMPLE, PHOTOMETRIC, BLACK_IS_ZERO = 258, 262, 1  # of TIFF's tags
+BITS_PER_SAMPLE, PHOTOMETRIC, BLACK_IS_ZERO = 258, 262, 1  # two TIFF tags, and a value
 
 
 def read_file(path: str | os.PathLike) -> bytes:
-    """Returns the bytes of an image file. Raises OSError where it cannot be read, is not a regular
-    file, or has more than 256 MiB."""
+    """Returns the bytes of an image file. Raises OSError if it cannot be read, is not a regular
+    file, or is larger than 256 MiB."""
     # Opening a pipe without O_NONBLOCK would wait for a writer.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     with open(descriptor, "rb") as file:
@@ -50,16 +50,16 @@ def require_small(size: int) -> None:
 
 
 def decode_picture(content: bytes, channels: int) -> Image.Image:
-    """Decodes an image file's bytes to a picture of 8 bits, grey or RGB by `channels`.
+    """Decodes an image file's bytes to an 8-bit picture, grey or RGB according to `channels`.
 
-    Of 16 bits per channel the upper 8 are kept, in grey and in RGB alike. As PIL's
-    `convert("RGB")` does, it drops transparency, takes the first frame of an animation, and does
-    not apply EXIF's orientation.
+    For 16 bits per channel, keeps the upper 8, in grey and RGB alike. Like PIL's
+    `convert("RGB")`, drops transparency, takes the first frame of an animation, and does not apply
+    the EXIF orientation.
 
     Raises:
-      OSError: there are no bytes, they are in none of FORMATS, or Pillow cannot read them.
-      ValueError: more pixels than so few bytes can give, or a strip of them; grey values of unknown
-        range (32-bit integers and floats); any other failure of Pillow.
+      OSError: if there are no bytes, they are in none of FORMATS, or Pillow cannot read them.
+      ValueError: for more pixels than so few bytes can hold, or a thin strip; for grey values of
+        unknown range (32-bit integers and floats); for any other failure of Pillow.
     """
     if not content:
         raise OSError("the file is empty (0 bytes)")
@@ -80,7 +80,7 @@ def decode_picture(content: bytes, channels: int) -> Image.Image:
 
 
 def pixels_of(picture: Image.Image) -> np.ndarray:
-    """Returns uint8 (I, J, X) of a grey or RGB picture."""
+    """Returns the pixels of a grey or RGB picture, uint8 (I, J, X)."""
     pixels = np.asarray(picture)
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
@@ -102,11 +102,11 @@ def _require_pixels(size: tuple[int, int], content: int) -> None:
 
 def _of_8_bits(image: Image.Image) -> Image.Image:
     """Returns the picture with 8 bits per channel; `convert` would clip wider values to white."""
-    # For 16-bit grey of PNG and PPM Pillow has one of WIDE_GREY or I, depending on its version.
+    # The mode of 16-bit grey PNG and PPM is one of WIDE_GREY or I, depending on Pillow's version.
     wide = image.mode in WIDE_GREY or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if not wide and image.mode not in ("I", "F"):
         return image
-    # Only TIFF has tags; 12 bits and inverted values come unscaled.
+    # Only TIFF has tags. Pillow does not scale 12-bit or inverted values, so they are refused.
     tags = getattr(image, "tag_v2", {})
     plain = tags.get(PHOTOMETRIC, BLACK_IS_ZERO) == BLACK_IS_ZERO
     if not wide or not plain or tuple(tags.get(BITS_PER_SAMPLE, (16,))) != (16,):

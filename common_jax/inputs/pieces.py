@@ -1,13 +1,13 @@
-"""Pieces of a batch, sent from the processes that read to the one that trains.
+"""Sends pieces of a batch from the processes that read to the process that trains.
 
-They go through shared memory that is reused. Fresh memory from the kernel costs several times as
-much as the copy: every page is cleared, and mapped by both processes. So each sender has a ring of
-slots as large as its first piece, and the receiver counts in the ring's head the pieces that it has
-copied out. A piece that is larger, or finds no free slot, is sent without the ring: nobody waits,
+Pieces go through shared memory that is reused: fresh memory from the kernel costs several times as
+much as the copy, since every page is zeroed and mapped by both processes. Each sender has a ring of
+slots as large as its first piece. In the ring's head, the receiver counts the pieces that it has
+copied out. A piece that is larger, or finds no free slot, is sent without the ring, so nobody waits
 and the result is the same.
 
-The receiver names the rings and removes them: a sender may end before its last pieces are received,
-and may be killed at any time.
+The receiver names and removes the rings: a sender may exit before its last pieces are received, or
+be killed at any time.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ import numpy as np
 from common_jax.inputs.examples import BadExample, Batch, Outcome
 
 HEAD = 64  # bytes before the first slot; arrays start at multiples of it
-COUNT = "q"  # the head's only content: the number of pieces that the receiver has copied out
+COUNT = "q"  # format of the head, the number of pieces that the receiver has copied out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Field:
 
 @dataclasses.dataclass(frozen=True)
 class RingPiece:
-    """The reference that is sent for a piece in a ring: its `number` in the order of writing, and
-    the byte `slot` at which its slot begins."""
+    """The reference sent for a piece in a ring: its `number` in the order of writing, and the byte
+    offset `slot` of its slot."""
 
     ring: str
     number: int
@@ -55,9 +55,9 @@ class Sender:
     """Maps outcomes to a message for a `Receiver`; can be pickled until its first call.
 
     Args:
-      names: prefix of the rings' names; each sender uses the first free one.
-      slots: pieces in the ring; as many as can be in flight are useful. All are soon written to,
-        even if nothing waits.
+      names: prefix of the rings' names; each sender takes the first free name.
+      slots: number of pieces in the ring; more than can be in flight are of no use. All slots are
+        soon touched, even if nothing ever waits.
     """
 
     def __init__(self, names: str, slots: int):
@@ -94,8 +94,8 @@ class Sender:
 
 
 class Receiver:
-    """Maps the messages of at most `senders` `Sender`s, whose rings begin with `names`, back to
-    outcomes in memory of their own."""
+    """Maps the messages of at most `senders` `Sender`s, whose rings' names begin with `names`, back
+    to outcomes in their own memory."""
 
     def __init__(self, names: str, senders: int):
         self.names = names
@@ -108,7 +108,7 @@ class Receiver:
         if isinstance(message, list):
             return message
         count = len(next(iter(message.values())))
-        # With the dots a scalar stays an array, whose strings keep their width.
+        # With the ellipsis a scalar stays an array, in which strings keep their width.
         return ({name: value[row, ...] for name, value in message.items()} for row in range(count))
 
     def _copy(self, piece: RingPiece) -> Batch:
@@ -116,13 +116,14 @@ class Receiver:
             ring = SharedMemory(piece.ring)
             self._rings[piece.ring] = ring, ring.buf[:HEAD].cast(COUNT)
         ring, done = self._rings[piece.ring]
-        # Counts only the pieces before this one: the queue that delivered this one is a barrier
+        # Counts only the pieces before this one. The queue that delivered this one is a barrier
         # between their copies and this store, so the sender cannot see the store too early.
         done[0] = piece.number
         return {field.name: field.array(ring, piece.slot).copy() for field in piece.fields}
 
     def close(self) -> None:
-        """Removes all rings, also those of senders without a message; the senders have ended."""
+        """Removes all rings, including those of senders that sent nothing. The senders must have
+        ended."""
         for ring, done in self._rings.values():
             _close(ring, done)
         self._rings.clear()
@@ -143,7 +144,7 @@ def _close(ring: SharedMemory, done: memoryview) -> None:
 
 
 def _alike(outcomes: list[Outcome]) -> bool:
-    """Returns True for examples that can be stacked, and unstacked to the same."""
+    """Returns True for examples that survive stacking and unstacking unchanged."""
     first, *others = map(_kinds, outcomes)
     if not first or any(dtype.hasobject for dtype, _ in first.values()):
         return False
@@ -151,7 +152,7 @@ def _alike(outcomes: list[Outcome]) -> bool:
 
 
 def _kinds(outcome: Outcome) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-    """Returns types and shapes of an example's arrays; nothing for a bad one."""
+    """Returns the dtypes and shapes of an example's arrays; {} for a bad example."""
     if isinstance(outcome, BadExample):
         return {}
     return {name: (value.dtype, value.shape) for name, value in outcome.items()}

@@ -1,7 +1,7 @@
-"""Sequences of unequal length, without an object for each element.
+"""Sequences of unequal length, without a Python object for each element.
 
-In a list, a sentence takes 50 to 110 bytes beside its text or ids, and reading all of them takes as
-long as reading the file does. Here elements are made on access.
+In a list, a sentence takes 50 to 110 bytes on top of its text or ids, and creating all of them
+takes as long as reading the file. Here, elements are created on access.
 """
 
 import dataclasses
@@ -13,18 +13,18 @@ from typing import Any, TypeVar
 import numpy as np
 from jaxtyping import Int, Int32, Integer, UInt8
 
-PIECE = 1 << 16  # texts that are joined at a time
+PIECE = 1 << 16  # texts joined at a time
 Items = TypeVar("Items", bound=Sequence)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Ragged(Sequence):
-    """Arrays of one dimension, as views of one array.
+    """One-dimensional arrays, stored as slices of one flat array.
 
     Attributes:
-      flat: the numbers of all of them; may be memory-mapped.
-      starts: place of the first number of each.
-      lengths: count of numbers of each.
+      flat: the elements of all arrays; may be memory-mapped.
+      starts: offset of each array in `flat`.
+      lengths: length of each array.
     """
 
     flat: Integer[np.ndarray, " _"]
@@ -33,7 +33,7 @@ class Ragged(Sequence):
 
     @classmethod
     def of(cls, flat: Integer[np.ndarray, " _"], lengths: Int[np.ndarray, " B"]) -> "Ragged":
-        """The arrays that lie one after the other in `flat`."""
+        """The arrays of these lengths that follow one another in `flat`."""
         return cls(flat, np.cumsum(lengths, dtype=np.int64) - lengths, lengths)
 
     def __len__(self) -> int:
@@ -49,7 +49,7 @@ class Ragged(Sequence):
         return map(self.__getitem__, range(len(self)))
 
     def take(self, rows: Int[np.ndarray, " _"] | slice) -> "Ragged":
-        """The arrays at `rows`, of the same numbers."""
+        """The arrays at `rows`, sharing the same `flat`."""
         return Ragged(self.flat, self.starts[rows], self.lengths[rows])
 
 
@@ -58,14 +58,14 @@ class Lines(Sequence):
     """Texts, decoded on access; equal to any sequence of the same texts.
 
     Attributes:
-      utf8: the bytes of each.
+      utf8: the bytes of each text.
     """
 
     utf8: Ragged
 
     @classmethod
     def of(cls, texts: Sequence[str]) -> "Lines":
-        """The texts of a sequence."""
+        """Encodes a sequence of texts."""
         encoded = [text.encode() for text in texts]
         lengths = np.fromiter(map(len, encoded), np.int32, len(encoded))
         return cls(Ragged.of(np.frombuffer(b"".join(encoded), np.uint8), lengths))
@@ -98,12 +98,12 @@ class Lines(Sequence):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Picked(Sequence):
-    """Elements of several sequences, such as one of each language.
+    """Elements picked from several sequences, such as one sequence per language.
 
     Attributes:
       parts: the sequences, or arrays whose rows are the elements.
-      part: which of them an element is from.
-      rows: the element's place there.
+      part: index of the sequence that each element is from.
+      rows: each element's place in its sequence.
     """
 
     parts: tuple[Any, ...]
@@ -114,7 +114,7 @@ class Picked(Sequence):
     def of(
         cls, by_name: Mapping[str, Any], names: Sequence[str], rows: Int32[np.ndarray, " B"]
     ) -> "Picked":
-        """From the sequence of each name the element at each row."""
+        """Picks, for each name, the element at its row from the sequence of that name."""
         places = {name: place for place, name in enumerate(by_name)}
         part = np.fromiter((places[name] for name in names), np.uint8, len(names))
         return cls(tuple(by_name.values()), part, rows)
@@ -143,7 +143,7 @@ class Picked(Sequence):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Chain(Sequence):
-    """Texts of several sequences, one sequence after the other."""
+    """The texts of several sequences, one sequence after the other."""
 
     parts: tuple[Sequence[str], ...]
 
@@ -177,22 +177,21 @@ def _joined(texts: Sequence[str]) -> bytes | memoryview:
     if isinstance(texts, Lines):
         flat, starts = texts.utf8.flat, texts.utf8.starts
         ends = starts + texts.lengths
-        # Consecutive lines of a file, of which nothing was stripped.
+        # Consecutive lines of a file that needed no stripping: return its bytes as they are.
         if (starts[1:] == ends[:-1] + 1).all() and (flat[ends[:-1]] == ord("\n")).all():
             return flat[starts[0] : ends[-1]].data
     return "\n".join(texts).encode()
 
 
 def lengths_of(items: Sequence) -> Int[np.ndarray, " B"]:
-    """Returns the length of every element; of texts, some measure that is 0 for "" alone."""
+    """Returns every element's length; for texts, in bytes or characters, and 0 only for ""."""
     if isinstance(items, Ragged | Lines | Picked):
         return items.lengths
     return np.fromiter(map(len, items), np.int64, len(items))
 
 
 def elements(items: Sequence, rows: Int[np.ndarray, " _"]) -> list:
-    """Returns `[items[row] for row in rows]`; of flat arrays, the places of all rows are looked up
-    at once."""
+    """Returns `[items[row] for row in rows]`; for flat arrays, looks up all rows at once."""
     if isinstance(items, Ragged):
         starts = items.starts[rows]
         ends = (starts + items.lengths[rows]).tolist()

@@ -1,4 +1,4 @@
-"""Tables that a user wrote: TSV, CSV and JSONL, plain or gzipped, as rows of text by column."""
+"""Reads user-supplied tables, TSV, CSV and JSONL, plain or gzipped, as rows of text by column."""
 
 import csv
 import dataclasses
@@ -16,8 +16,8 @@ class Table:
 
     Attributes:
       path: the file.
-      columns: names in the order of the file.
-      rows: (number of the line that a row starts in, its text by column).
+      columns: column names, in the order of the file.
+      rows: (number of the line that the row starts on, its text by column).
     """
 
     path: Path
@@ -25,19 +25,20 @@ class Table:
     rows: tuple[tuple[int, Mapping[str, str]], ...]
 
     def require(self, column: str, what: str) -> None:
-        """Raises ValueError unless there is a column of this name; `what` is what it holds."""
+        """Raises ValueError unless there is a column of this name; `what` says what it should
+        hold."""
         if column not in self.columns:
             raise ValueError(
                 f"{self.path} has no column {column!r}{did_you_mean(column, self.columns)}, which "
-                f"is to hold {what}; its columns are {plain(', '.join(self.columns)) or 'none'}"
+                f"should hold {what}; its columns are {plain(', '.join(self.columns)) or 'none'}"
             )
 
 
 def find_table(folder: Path, name: str) -> Path | None:
-    """Returns the table `name` of a folder, with any of the suffixes; None if there is none.
+    """Returns the table `name` in a folder, with any of the suffixes; None if there is none.
 
     Raises:
-      ValueError: there are several.
+      ValueError: if there are several.
     """
     paths = [path for suffix in READERS if (path := find_text(folder / f"{name}{suffix}"))]
     if len(paths) > 1:
@@ -53,19 +54,19 @@ def table_names(folder: Path) -> list[str]:
 
 
 def is_table(path: Path) -> bool:
-    """Returns True where a file's name is that of a table."""
+    """Returns True if a file has the suffix of a table."""
     return path.name.lower().removesuffix(".gz").endswith(tuple(READERS))
 
 
 def read_table(path: Path) -> Table:
-    """Reads a table; its suffix says which kind it is. Rows without any text are left out.
+    """Reads a table in the format given by its suffix. Skips rows without any text.
 
-    A TSV has one row a line, and quotes are ordinary characters. A CSV may quote cells, which may
-    then contain commas, quotes (doubled) and line feeds. The first line of both names the columns.
-    A line of a JSONL is an object of texts; a missing key is an empty cell, as null is.
+    A TSV has one row per line, and quotes are ordinary characters. A CSV may quote cells, which may
+    then contain commas, quotes (doubled) and line feeds. In both, the first line names the columns.
+    A line of a JSONL is an object of texts; a missing key or null is an empty cell.
 
     Raises:
-      ValueError: a malformed file; the message names file, line and column.
+      ValueError: for a malformed file; the message names file, line and column.
     """
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     return READERS[suffix](path, read_whole_lines(path))
@@ -134,7 +135,7 @@ def _read_jsonl(path: Path, lines: Sequence[str]) -> Table:
 
 
 def _text(path: Path, number: int, key: str, value: object) -> str:
-    """Returns the text of a value of JSON."""
+    """Returns a JSON value as text."""
     if isinstance(value, str):
         if value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value):
             return _one_line(value)
@@ -147,7 +148,7 @@ def _text(path: Path, number: int, key: str, value: object) -> str:
 
 
 def _one_line(cell: str) -> str:
-    """Returns a cell without line breaks, and stripped."""
+    """Returns a cell stripped and without line breaks."""
     return " ".join(filter(None, (line.strip() for line in cell.splitlines())))
 
 

@@ -1,4 +1,4 @@
-"""Text files that a user wrote: lines of UTF-8, plain or gzipped."""
+"""Reads user-supplied text files: lines of UTF-8, plain or gzipped."""
 
 import gzip
 import io
@@ -11,11 +11,11 @@ import numpy as np
 from common_jax.inputs.ragged import Lines, Ragged
 
 MOST_INFLATED = 200  # largest ratio of a text to its gzip file
-CHECKED = 1 << 16  # lines that are decoded at a time to see whether they are UTF-8
-# White space of ASCII, as `str.strip` has it.
+CHECKED = 1 << 16  # lines decoded at a time to check that they are UTF-8
+# ASCII white space, as in `str.strip`.
 BLANK = np.isin(np.arange(256), [*range(9, 14), *range(28, 33)])
-# First bytes of characters that may be white space (U+0085, U+00A0, U+1680, U+2000 to U+205F,
-# U+3000), and bytes that these may end with.
+# First and last bytes of characters that may be white space (U+0085, U+00A0, U+1680, U+2000 to
+# U+205F, U+3000).
 WIDE_FIRST = np.isin(np.arange(256), [0xC2, 0xE1, 0xE2, 0xE3])
 WIDE_LAST = np.isin(np.arange(256), [*range(0x80, 0x8B), 0x9F, 0xA0, 0xA8, 0xA9, 0xAF])
 
@@ -23,11 +23,11 @@ WIDE_LAST = np.isin(np.arange(256), [*range(0x80, 0x8B), 0x9F, 0xA0, 0xA8, 0xA9,
 def read_lines(path: Path) -> Lines:
     """Reads the lines of a UTF-8 text file, plain or gzipped (by its name), and strips them.
 
-    Only a line feed ends a line, since a sentence may contain any other separator of Unicode.
+    Only a line feed ends a line, since a sentence may contain any other Unicode separator.
 
     Raises:
-      ValueError: a line that is not UTF-8 or has a zero byte, with its number; lines that end with
-        carriage returns alone; a damaged gzip file.
+      ValueError: for a line that is not UTF-8 or has a zero byte, with its number; for lines that
+        end with carriage returns only; for a damaged gzip file.
     """
     content = _read(path)
     utf8 = np.frombuffer(content, np.uint8)
@@ -41,12 +41,12 @@ def read_lines(path: Path) -> Lines:
 
 
 def read_whole_lines(path: Path) -> tuple[str, ...]:
-    """Does what `read_lines` does, but strips only a line's end."""
+    """Like `read_lines`, but strips only line endings."""
     return _decode(path, _read(path))
 
 
 def _read(path: Path) -> bytes:
-    """Returns the text, unpacked and without a byte order mark."""
+    """Returns the file's bytes, unpacked and without a byte order mark."""
     content = path.read_bytes()
     if path.suffix == ".gz":
         limit = MOST_INFLATED * len(content) + 1024
@@ -75,7 +75,7 @@ def _is_text(content: bytes, starts: np.ndarray) -> bool:
     if b"\0" in content:
         return False
     view = memoryview(content)
-    # In pieces, since Python's text of a whole file may be four times its size.
+    # In pieces, since decoding a whole file may take four times its size.
     bounds = [*starts[::CHECKED].tolist(), len(content)]
     try:
         for first, last in itertools.pairwise(bounds):
@@ -86,9 +86,9 @@ def _is_text(content: bytes, starts: np.ndarray) -> bool:
 
 
 def _stripped(utf8: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> Ragged:
-    """Returns the lines from `starts` to `ends` without white space at both ends."""
-    # A line that ends with a carriage return or a space is common, so those of ASCII are stripped
-    # in all lines at once, twice; what is left is rare.
+    """Returns the lines from `starts` to `ends`, stripped of white space."""
+    # Lines that end with a carriage return or a space are common, so strip one ASCII character at
+    # each end of all lines at once, twice. Lines that need more are rare.
     for _ in range(2):
         starts = starts + ((starts < ends) & BLANK[utf8[np.minimum(starts, len(utf8) - 1)]])
         ends = ends - ((starts < ends) & BLANK[utf8[ends - 1]])

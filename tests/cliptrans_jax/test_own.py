@@ -82,7 +82,7 @@ def test_a_split_that_no_row_has_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"no row of split 'test', only of: train, val; correct"):
         load_corpus(config_of(tmp_path / "all.csv"), "test", PAIR)
     write_table(tmp_path / "all.csv", columns=PAIR)
-    with pytest.raises(ValueError, match=r"no column 'split', which is to hold each row's split"):
+    with pytest.raises(ValueError, match=r"no column 'split', which should hold each row's split"):
         load_corpus(config_of(tmp_path / "all.csv"), "train", PAIR)
 
 

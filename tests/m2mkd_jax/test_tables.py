@@ -85,7 +85,7 @@ def test_a_table_with_a_column_of_splits(tmp_path):
         (
             (("a.png", "ant"),),
             "file,label",
-            r"t\.csv has no column 'path', which is to hold the i",
+            r"t\.csv has no column 'path', which should hold the i",
         ),
         ((("a.png", "ant"),), "path,label", r"no column 'split', .*set config\.data\.test_share"),
     ],
