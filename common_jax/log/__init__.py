@@ -1,4 +1,4 @@
-"""A run's log while it trains: what is written, what the terminal shows, and the clocks."""
+"""A run's log: what is written to files, what the terminal shows, and the clocks."""
 
 from common_jax.log.clocks import Alarm, Clock
 from common_jax.log.console import Console, conclude, introduce

@@ -1,10 +1,10 @@
-"""The clocks of a run: of its steps, and of its saves."""
+"""A run's clocks: one times its steps, one its saves."""
 
 import time
 
 
 class Clock:
-    """Wall time of training steps; `restart` leaves out evaluations and saves.
+    """Wall time of training steps; `restart` excludes evaluations and saves.
 
     Args:
       step: updates done before this start.
@@ -16,13 +16,13 @@ class Clock:
         self._step, self._start = step, None
 
     def restart(self, step: int) -> None:
-        """Starts again at this step."""
+        """Restarts the clock at this step."""
         self._step, self._start = step, time.perf_counter()
 
     def read(self, step: int) -> dict[str, float] | None:
-        """Means since the last reading; None for the first stretch, which compiles."""
+        """Averages since the last reading; None for the first stretch, which compiles."""
         now, before, start = time.perf_counter(), self._step, self._start
-        # Even without a reading: the next stretch begins here.
+        # Even if nothing is returned: the next stretch begins here.
         self.restart(step)
         if start is None or step == before:
             return None
@@ -31,16 +31,16 @@ class Clock:
 
 
 class Alarm:
-    """Rings when `minutes` have passed; None never rings."""
+    """Rings once `minutes` have passed; never, if None."""
 
     def __init__(self, minutes: float | None):
         self._minutes = minutes
         self.restart()
 
     def restart(self) -> None:
-        """Counts from now."""
+        """Starts counting from now."""
         self._start = time.monotonic()
 
     def rings(self) -> bool:
-        """True after `minutes`."""
+        """True once `minutes` have passed."""
         return self._minutes is not None and time.monotonic() - self._start > 60 * self._minutes

@@ -1,4 +1,4 @@
-"""What a run says on the terminal: what it is about to do, how far it is, and how it ended."""
+"""What a run shows on the terminal: what it is about to do, its progress, and how it ended."""
 
 import logging
 import sys
@@ -15,9 +15,9 @@ from common_jax.optim import OptimConfig
 from common_jax.state import TrainState, partition
 from common_jax.task import Task
 
-PAUSE = 10.0  # seconds between two lines where there is no terminal
+PAUSE = 10.0  # seconds between two lines when there is no terminal
 BAR = "{desc}  step {n_fmt}/{total_fmt} |{bar:20}| {remaining} left{postfix}"
-# Names that are longer in metrics.jsonl than a line has room for.
+# Shorter labels for names from metrics.jsonl.
 LABELS = {
     "train/loss": "loss",
     "train/learning_rate": "learning rate",
@@ -25,39 +25,39 @@ LABELS = {
     "examples_per_second": "examples/s",
 }
 ALWAYS = ("train/learning_rate", "examples_per_second")
-# Compilations of the shipped configs, on TPUs by docs/sizing.md.
+# Usual compilation times of the shipped configs; for TPUs, from docs/sizing.md.
 COMPILING = {"cpu": "5 to 60 s", "gpu": "20 s to 2 min", "tpu": "1 to 5 min"}
 
 
 class Console:
-    """Shows how far a run is, on process 0: a bar on a terminal; elsewhere a line every PAUSE
-    seconds at most, and one at the end.
+    """Shows a run's progress, on process 0: a bar on a terminal; elsewhere at most one line every
+    PAUSE seconds, and one at the end.
 
     Args:
-      title: begins the bar and the lines.
+      title: prefix of the bar and the lines.
       step: updates done before this start.
-      total: updates in all.
-      shown: names of metrics to show besides ALWAYS; each keeps its last value.
+      total: total number of updates.
+      shown: names of metrics to show besides ALWAYS; each shows its latest value.
     """
 
     def __init__(self, title: str, *, step: int, total: int, shown: Collection[str] = ()):
         self._title, self._total, self._shown = title, total, (*shown, *ALWAYS)
         self._main = jax.process_index() == 0
         self._values: dict[str, float] = {}
-        self._step, self._first = step, None  # the first step of this start, and when it was done
+        self._step, self._first = step, None  # `_first`: this start's first step and its end time
         self._bar, self._said, self._news = None, -PAUSE, False
         if self._main and step < total:
             usual = COMPILING.get(jax.default_backend(), COMPILING["gpu"])
-            logging.info("%s: compiling the step (usually %s, less if it was before)", title, usual)
+            logging.info("%s: compiling the step (usually %s, less if cached)", title, usual)
         self._start = time.monotonic()
 
     def advance(self, step: int) -> None:
-        """Takes a step that was done."""
+        """Advances to a step that has finished."""
         if not self._main:
             return
         self._step = step
         if self._first is None:
-            # Only now, so that the time left does not count a compilation.
+            # Set only now, so that the time left does not include compilation.
             self._first = step, time.monotonic()
             logging.info("%s: first step after %.0f s", self._title, self._first[1] - self._start)
             if sys.stderr.isatty():
@@ -68,7 +68,7 @@ class Console:
             self._bar.update(step - self._bar.n)
 
     def show(self, values: Mapping[str, Any]) -> None:
-        """Takes new values of metrics."""
+        """Shows new values of metrics."""
         if not self._main:
             return
         self._values |= {name: float(values[name]) for name in self._shown if name in values}
@@ -79,7 +79,7 @@ class Console:
             self._say()
 
     def close(self) -> None:
-        """Ends the bar, or logs the last values."""
+        """Closes the bar, or logs the last values."""
         if self._bar is not None:
             self._bar.close()
         elif self._news:
@@ -140,7 +140,7 @@ def introduce(
 
 
 def conclude(scores: Mapping[str, float], command: str = "") -> None:
-    """Logs the scores of a finished command, and the command line that uses what it trained."""
+    """Logs the scores of a finished command, and a command line that uses what it trained."""
     values = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
     logging.info("finished%s", f": {values}" if values else "")
     if command:

@@ -1,4 +1,4 @@
-"""A run's log while it trains: what its steps and evaluations report, a step late."""
+"""A run's log during training: the metrics of its steps, one step late, and of its evaluations."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,19 +15,19 @@ from common_jax.workdir import require
 
 
 class Log:
-    """Writes what steps and evaluations report.
+    """Writes the metrics that steps and evaluations report.
 
-    A step is dispatched and not waited for: its report is read when the next step has been
-    dispatched, so that the devices always have work. Whoever evaluates or saves reads it first.
+    A step is dispatched without waiting for it. Its report is read only once the next step has been
+    dispatched, so that the devices always have work. Call `flush` before evaluating or saving.
 
     Args:
       recorder: writes the lines.
       console: shows them.
-      workdir: the run's folder, which must still be locked by this run when a line is written.
+      workdir: the run's folder; this run must still hold its lock whenever a line is written.
       step: updates done before this start.
       batch: examples per step.
       steps_per_epoch: updates in a pass over the training set.
-      patience: steps in a row with a non-finite gradient after which the run stops.
+      patience: consecutive steps with a non-finite loss or gradient after which the run stops.
     """
 
     def __init__(
@@ -44,27 +44,27 @@ class Log:
         self._recorder, self._console, self._workdir = recorder, console, workdir
         self._steps_per_epoch, self._patience = steps_per_epoch, patience
         self._clock = Clock(step, batch)
-        self._pending = None  # (step, report, line) of the step that was dispatched last
+        self._pending = None  # (step, report, line) of the last dispatched step
 
     def add(self, step: int, report: Mapping[str, jax.Array], *, line: bool) -> None:
-        """Takes the report of a step that was just dispatched, and reads that of the step before.
+        """Adds the report of a step that was just dispatched, and reads the one of the step before.
 
         Args:
-          step: its number, from 1.
+          step: the step's number, from 1.
           report: the second result of `common_jax.step.Step`.
-          line: whether it is written to the log.
+          line: whether to write it to the log.
 
         Raises:
-          FloatingPointError: when too many steps in a row had non-finite gradients.
+          FloatingPointError: if too many consecutive steps had a non-finite loss or gradient.
         """
         self.flush()
         self._pending = (step, report, line)
 
     def flush(self) -> None:
-        """Waits for the step that was dispatched last and reads its report; raises as `add`."""
+        """Waits for the last dispatched step and reads its report; raises as `add`."""
         if self._pending is None:
             return
-        # Taken first, so that a step whose report raises is not read again when the run ends.
+        # Cleared first, so that a report that raises is not read again when the run ends.
         (step, report, line), self._pending = self._pending, None
         skipped_in_row = int(report["skipped_in_row"])  # waits for the step
         self._console.advance(step)
@@ -78,27 +78,27 @@ class Log:
         if skipped_in_row >= self._patience:
             raise FloatingPointError(
                 f"the last {skipped_in_row} steps up to step {step} had a non-finite loss or "
-                f"gradient (config.run.nan_patience={self._patience}). The checkpoints in "
-                f"{self._workdir / FOLDER} are from before and stay: lower config.optim.lr or set "
+                f"gradient (config.run.nan_patience={self._patience}). Earlier checkpoints are "
+                f"kept in {self._workdir / FOLDER}: lower config.optim.lr or set "
                 "config.optim.clip, and start in another workdir"
             )
 
     def write_evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes the metrics of an evaluation, whose time counts for no step."""
+        """Writes the metrics of an evaluation, and excludes its time from the timing of steps."""
         self._recorder.write(step, self._epoch(step), values)
         self._console.show(values)
         self._clock.restart(step)
 
     def restart_clock(self, step: int) -> None:
-        """Leaves the time since the last line out of the timing, such as that of a save."""
+        """Excludes the time since the last line from the timing, such as that of a save."""
         self._clock.restart(step)
 
     def complete(self) -> bool:
-        """Tries again to write lines that could not be written; returns whether all are now."""
+        """Retries lines that could not be written; returns True if none are left."""
         return self._recorder.complete()
 
     def close(self) -> None:
-        """Closes everything; raises OSError where lines still cannot be written."""
+        """Closes everything; raises OSError if some lines still cannot be written."""
         self._console.close()
         self._recorder.close()
 
@@ -107,8 +107,8 @@ class Log:
 
 
 def averages(sums: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """A line of the log: means over the steps summed, and the counts of skipped steps."""
+    """The content of a log line: means over the summed steps, and the counts of skipped steps."""
     counts = {name: int(sums[name]) for name in ("skipped", "skipped_in_row")}
-    steps = sums["steps"] or np.nan  # a stretch of skipped steps has no mean
+    steps = sums["steps"] or np.nan  # if all steps were skipped, there is no mean
     means = {name: sums[name] / steps for name in sums if name not in (*counts, "steps")}
     return {f"train/{name}": value for name, value in (means | counts).items()}

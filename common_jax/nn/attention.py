@@ -1,4 +1,4 @@
-"""Attention: its implementations and the choice among them, and multi-head self-attention with one
+"""Attention: its implementations, the choice among them, and multi-head self-attention with one
 fused projection for queries, keys and values."""
 
 import importlib.util
@@ -18,7 +18,7 @@ from common_jax.ranges import one_of
 INIT = nn.initializers.normal(0.02)
 
 # The implementation for each value of a config's `attention`, by the platform that the program is
-# compiled for, not the one that compiles it.
+# compiled for (not the one that compiles it).
 PLATFORMS: Mapping[str, Mapping[str, str]] = types.MappingProxyType(
     {
         "auto": {"cuda": "cudnn", "tpu": "splash", "cpu": "cpu", "default": "xla"},
@@ -26,12 +26,12 @@ PLATFORMS: Mapping[str, Mapping[str, str]] = types.MappingProxyType(
         "cudnn": {"cuda": "cudnn"},
     }
 )
-Implementation = Annotated[str, one_of(*PLATFORMS)]  # of config fields
-# "auto" leaves shorter attention to XLA: cuDNN's kernel takes 0.4 times as long as XLA at 197
-# tokens, and 1.5 times as long at 64 with a mask (docs/gpu.md). On TPUs the kernel moves a quarter
-# of XLA's bytes at 577 tokens; 257 tokens would be padded to 384 (docs/performance.md).
+Implementation = Annotated[str, one_of(*PLATFORMS)]  # the type of config fields
+# With fewer keys, "auto" uses XLA. cuDNN's kernel takes 0.4 times as long as XLA at 197 tokens, but
+# 1.5 times as long at 64 with a mask (docs/gpu.md). On TPUs the kernel moves a quarter of XLA's
+# bytes at 577 tokens, but would pad 257 tokens to 384 (docs/performance.md).
 FEWEST_KEYS = {"cudnn": 128, "splash": 512}
-WIDEST_HEAD = 128  # of all cards that cuDNN's kernel runs on
+WIDEST_HEAD = 128  # supported on all cards that cuDNN's kernel runs on
 CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
 
@@ -46,8 +46,8 @@ def attend(
     """softmax(q k^T / sqrt(K)) v, with the softmax in float32.
 
     Args:
-      query, keys, values: of all heads.
-      visible: the keys (last axis) that each query attends to; None: all of them.
+      query, keys, values: for all heads.
+      visible: True for the keys (last axis) that each query attends to; None: all of them.
       attention: a key of PLATFORMS.
 
     Raises:
@@ -77,13 +77,13 @@ def by_platform(
     keys: Float[Array, "B S H K"],
     *others: jax.Array | None,
 ) -> jax.Array:
-    """Calls the form of an attention that suits the platform of the program.
+    """Calls the implementation of attention that suits the program's platform.
 
     Args:
       attention: a key of PLATFORMS.
-      forms: by implementation, functions of `query`, `keys` and `others` with the same result.
-        Where "auto" would choose one that is missing, "xla" takes its place.
-      query, keys: all that the choice depends on.
+      forms: by implementation, functions of `query`, `keys` and `others` with the same result. If
+        "auto" would choose one that is missing, "xla" is used.
+      query, keys: determine the choice.
       others: further operands.
 
     Raises:
@@ -100,10 +100,10 @@ def by_platform(
 
 
 def choose(attention: str, dtype: DTypeLike, keys: int, width: int) -> Mapping[str, str]:
-    """The implementation on each platform, for so many keys of a `width` per head.
+    """The implementation on each platform, given the number of keys and the `width` per head.
 
     Raises:
-      ValueError: when cuDNN is asked for and cannot compute it.
+      ValueError: if cuDNN is asked for but cannot compute it.
     """
     if attention == "cudnn" and (problem := refusal(dtype, width)):
         raise ValueError(f"attention={attention!r} {problem}, or set attention to 'auto'")
@@ -119,7 +119,7 @@ def choose(attention: str, dtype: DTypeLike, keys: int, width: int) -> Mapping[s
 
 
 def refusal(dtype: DTypeLike, width: int) -> str:
-    """The reason why cuDNN cannot compute attention here, and the way out; "" if it can."""
+    """Why cuDNN cannot compute attention here, and the fix; "" if it can."""
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"does not compute in {dtype.name}: set config.precision to 'bfloat16'"
@@ -142,7 +142,8 @@ def fused(
     visible: Bool[Array, "#B 1 #T S"] | None = None,
     implementation: str = "cudnn",
 ) -> Float[Array, "B T H K"]:
-    """softmax(q k^T / sqrt(K) + bias) v by cuDNN's kernel, which keeps no array of all weights.
+    """softmax(q k^T / sqrt(K) + bias) v with cuDNN's kernel, which does not materialise the T x S
+    attention weights.
 
     Args:
       query, keys, values: in bfloat16 or float16.
@@ -156,8 +157,8 @@ def fused(
         # The kernel broadcasts a mask over examples and heads, but not over queries.
         visible = jnp.broadcast_to(visible, (*visible.shape[:2], queries, senders))
     bias = None if bias is None else bias.astype(query.dtype)
-    # Odd lengths are refused, some of them only in training. XLA fuses the padding into the copy
-    # that separates queries, keys and values.
+    # The kernel refuses odd lengths, some of them only in training. XLA fuses the padding into the
+    # copy that splits the projection into queries, keys and values.
     odd = queries % 2, senders % 2
     lengths = {}
     if any(odd):
@@ -179,8 +180,8 @@ def fused(
 
 
 class SelfAttention(nn.Module):
-    """softmax(q k^T / sqrt(K)) v, heads concatenated and projected back to the width D of the
-    input.
+    """softmax(q k^T / sqrt(K)) v, with heads concatenated and projected back to the input's width
+    D.
 
     Parameters: `qkv/kernel` (D, Q=3, H, K), `qkv/bias` (Q, H, K) if `qkv_bias`, `out/kernel` (H,
       K, D), `out/bias` (D). The softmax is computed in float32, for any `dtype`. `attention` is a
@@ -198,7 +199,7 @@ class SelfAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "B T D"], visible: Bool[Array, "#B 1 #T T"] | None = None
     ) -> Float[Array, "B T D"]:
-        """`visible` says which tokens (last axis) each token attends to; None: all of them."""
+        """`visible` is True for the tokens (last axis) that each token attends to; None: all."""
         width = x.shape[-1]
         features = (3, self.heads, width // self.heads)
         qkv = nn.DenseGeneral(

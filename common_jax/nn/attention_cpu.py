@@ -1,9 +1,9 @@
-"""Attention on CPUs, with a backward pass of its own.
+"""Attention on CPU, with a custom backward pass.
 
-As jax derives it, XLA's CPU compiler writes arrays of all weights more often than the mathematics
-asks for: it divides the weights by their sums, writes these sums once for each weight, and copies
-the gradient of the scores transposed. Here the sums divide the results and the gradients that reach
-them, which are smaller, and no product needs a transposed copy.
+From jax's own derivative, XLA's CPU compiler writes T x S arrays more often than necessary: it
+normalises the attention weights, broadcasts the normalisers to T x S, and copies the scores'
+gradient transposed. Here the normalisers divide the output and its incoming gradient, which are
+smaller, and no product needs a transposed copy.
 """
 
 import jax
@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 
 def fits(dtype: DTypeLike) -> bool:
-    """True if sums in this dtype need no wider one, which forms for CPUs take for granted."""
+    """True if sums can be accumulated in this dtype itself, as the CPU implementations assume."""
     return dtype in (jnp.float32, jnp.float64)
 
 
@@ -26,8 +26,8 @@ def attend(
     """softmax(q k^T / sqrt(K)) v.
 
     Args:
-      query, keys, values: of all heads.
-      visible: the keys (last axis) that each query attends to; None: all of them.
+      query, keys, values: for all heads.
+      visible: True for the keys (last axis) that each query attends to; None: all of them.
     """
     heads = (x.swapaxes(1, 2) for x in (query * query.shape[-1] ** -0.5, keys, values))
     return _attend(*heads, visible).swapaxes(1, 2)
@@ -45,7 +45,7 @@ def _attend(
 
 
 def _forward(query, keys, values, visible):
-    """The result, and what the backward pass reads."""
+    """The result, and the residuals for the backward pass."""
     scores = jnp.einsum("BHTK,BHSK->BHTS", query, keys)
     if visible is not None:
         scores = jnp.where(visible, scores, jnp.finfo(scores.dtype).min)
@@ -60,7 +60,7 @@ def _backward(kept, dy):
     dy = dy / total
     mean = jnp.sum(dy * result, axis=-1, keepdims=True)
     by_scores = weights * (jnp.einsum("BHTK,BHSK->BHTS", dy, values) - mean)
-    if visible is not None:  # a query that attends to nothing has weights, too
+    if visible is not None:  # even a query that attends to no key has non-zero weights
         by_scores = jnp.where(visible, by_scores, 0)
     by_query = jnp.einsum("BHTS,BHSK->BHTK", by_scores, keys)
     by_keys = jnp.einsum("BHTS,BHTK->BHSK", by_scores, query)

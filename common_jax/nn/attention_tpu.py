@@ -1,4 +1,4 @@
-"""Attention on TPUs by JAX's splash kernel, which keeps no array of all weights."""
+"""Attention on TPUs with JAX's splash kernel, which does not materialise the attention weights."""
 
 import jax
 from jax import numpy as jnp
@@ -7,13 +7,13 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from common_jax.mesh import on_own_examples
 
-# Sizes of the blocks of queries and of keys. A core's memory holds the scores of 768 x 768.
+# Block sizes for queries and for keys. A core's memory holds the scores of 768 x 768.
 BLOCKS = (768, 640, 512, 384)
 WIDEST_HEAD = 128
 
 
 def fits(dtype: DTypeLike, width: int) -> bool:
-    """True if the kernel is for arrays of this dtype, and heads of this width."""
+    """True if the kernel supports arrays of this dtype, and heads of this width."""
     return dtype == jnp.bfloat16 and width % 8 == 0 and width <= WIDEST_HEAD
 
 
@@ -25,13 +25,13 @@ def splash(
     visible: Bool[Array, "#B 1 1 S"] | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H K"]:
-    """softmax(q k^T / sqrt(K)) v, on each device of the mesh for its own examples; on each for all
-    examples if these cannot be split evenly.
+    """softmax(q k^T / sqrt(K)) v. Each device of the mesh computes its own examples, or all
+    examples if these do not split evenly.
 
     Args:
-      query, keys, values: of all heads.
-      visible: the keys that all queries of an example attend to, at least one; None: all of them.
-      interpret: computes the same without a TPU, slowly.
+      query, keys, values: for all heads.
+      visible: True for the keys that all queries of an example attend to, at least one; None: all.
+      interpret: whether to compute the same without a TPU, slowly.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention  # slow to import
 
@@ -42,8 +42,8 @@ def splash(
         _pad(x, block).swapaxes(1, 2)
         for x, block in ((query * width**-0.5, of_query), (keys, of_keys), (values, of_keys))
     )
-    # A query attends to the keys of its segment: 1. Queries that fill up the last block are in it
-    # too, and are cut off below; keys that do so are not.
+    # A query attends to the keys in its own segment, which is 1 for all queries. Padding queries
+    # are in it too, and are cut off below; padding keys are in segment 0.
     seen = jnp.ones((1, senders), bool) if visible is None else visible[:, 0, 0]
     seen = jnp.broadcast_to(_pad(seen, of_keys), (batch, keys.shape[2]))
     kernel = splash_attention.make_splash_mha_single_device(
@@ -64,15 +64,15 @@ def splash(
         segments = jnp.ones(query.shape[1], jnp.int32), seen.astype(jnp.int32)
         return kernel(query, keys, values, segment_ids=splash_attention.SegmentIds(*segments))
 
-    run = on_own_examples(jax.vmap(of_one))  # XLA cannot split a kernel
+    run = on_own_examples(jax.vmap(of_one))  # XLA cannot partition a kernel
     return run(query, keys, values, seen).swapaxes(1, 2)[:, :queries]
 
 
 def _block(length: int) -> int:
-    """The block that needs least padding of a length; of several, the largest."""
+    """The block size that pads a length least; ties go to the largest."""
     return min(BLOCKS, key=lambda block: (-(-length // block) * block, -block))
 
 
 def _pad(x: Shaped[Array, "B T ..."], block: int) -> Shaped[Array, "B U ..."]:
-    """`x` with zeros along its second axis, up to a multiple of `block`."""
+    """Zero-pads `x` along its second axis to a multiple of `block`."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), *[(0, 0)] * (x.ndim - 2)))

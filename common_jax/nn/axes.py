@@ -1,7 +1,7 @@
-"""The axis letters, with one meaning each in annotations, einsum equations and docstrings.
+"""The axis letters. Each has one meaning in annotations, einsum equations and docstrings.
 
-Mesh axes are words (`data`, `fsdp`, `expert`), array axes are capital letters, so that neither can
-be taken for the other.
+Mesh axes are words (`data`, `fsdp`, `expert`) and array axes are capital letters, so that they
+cannot be confused.
 """
 
 AXES = {

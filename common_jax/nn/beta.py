@@ -1,7 +1,7 @@
-"""A draw from the beta distribution whose number of steps is known in compiling.
+"""Sampling from the beta distribution with a number of iterations that is fixed at compile time.
 
-`jax.random.beta` repeats each draw until it is accepted. On a GPU the host reads after every turn
-whether there is another one, and until then nothing that follows is started.
+`jax.random.beta` repeats each draw until it is accepted. On a GPU, the host reads after every
+iteration whether there is another one, and launches nothing else until then.
 """
 
 import functools
@@ -10,26 +10,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# A turn is accepted with probability 0.95 or more, a normal of it with 0.993 or more (Marsaglia and
-# Tsang 2000, for the shapes from 1 on that are drawn). So one draw in 10^14 is not, and takes its
-# last turn as it is.
+# Each turn is accepted with probability at least 0.95, and each normal in it with at least 0.993
+# (Marsaglia and Tsang 2000, for shapes of at least 1, as drawn here). So about one draw in 10^14 is
+# never accepted, and uses its last turn anyway.
 TURNS, NORMALS = 12, 7
 
 
 def beta(key: Array, alpha: float) -> Float[Array, ""]:
-    """Beta(alpha, alpha), the number that `jax.random.beta` draws from `key`, up to rounding."""
-    # As there: the logarithms of two gamma variables, so that neither is rounded to 0.
+    """Draws from Beta(alpha, alpha): the same number as `jax.random.beta`, up to rounding."""
+    # Like jax, uses logarithms of two gamma variables, so that neither is rounded to 0.
     first, second = jax.vmap(functools.partial(_log_gamma, alpha=alpha))(jax.random.split(key))
     return jax.nn.sigmoid(first - second)
 
 
 def _log_gamma(key: Array, alpha: float) -> Float[Array, ""]:
-    """The logarithm of a Gamma(alpha) variable, by the method of Marsaglia and Tsang (2000)."""
+    """The logarithm of a Gamma(alpha) draw, by the method of Marsaglia and Tsang (2000)."""
     boost = alpha < 1  # Gamma(alpha) is Gamma(alpha + 1) times a power of a uniform variable
     d = alpha + boost - 1 / 3
     c = 1 / (3 * d**0.5)
     key, boost_key = jax.random.split(jax.random.split(key, 1)[0])
-    keys = _chain(key, TURNS, 3)  # of the normals and the uniform of each turn
+    keys = _chain(key, TURNS, 3)  # for each turn, a key for its normals and one for its uniform
     normals = jax.vmap(lambda key: jax.vmap(jax.random.normal)(_chain(key, NORMALS, 2)[:, 0]))
     x = _first(normals(keys[:, 0]), lambda x: 1 + c * x > 0)
     uniform = jax.vmap(jax.random.uniform)(keys[:, 1])
@@ -43,7 +43,7 @@ def _log_gamma(key: Array, alpha: float) -> Float[Array, ""]:
 
 
 def _chain(key: Array, steps: int, split: int) -> Array:
-    """(steps, split - 1) keys: each step splits a key, of which the first is for the next step."""
+    """(steps, split - 1) keys: each step splits its key, and passes the first part to the next."""
 
     def step(key: Array, _: None) -> tuple[Array, Array]:
         keys = jax.random.split(key, split)

@@ -1,5 +1,5 @@
-"""The matrix product of dense layers, with a backward pass that suits the platform, and the
-precision of products in float32."""
+"""The matrix product of dense layers, with a backward pass suited to the platform, and the
+precision of float32 products."""
 
 import contextlib
 import functools
@@ -11,12 +11,12 @@ from jax.custom_derivatives import SymbolicZero
 
 from common_jax.ranges import one_of
 
-# Of config fields; docs/performance.md says what each is on a platform.
+# The type of config fields; docs/performance.md says what each value means on a platform.
 MatmulPrecision = Annotated[str, one_of("default", "high", "highest")]
 
 
 def matmul_precision(name: str) -> contextlib.AbstractContextManager:
-    """The context in which programs are traced whose float32 products have a precision.
+    """A context to trace programs in, which sets the precision of their float32 products.
 
     "default" leaves it to JAX, and so to JAX_DEFAULT_MATMUL_PRECISION.
     """
@@ -26,13 +26,14 @@ def matmul_precision(name: str) -> contextlib.AbstractContextManager:
 def product(
     x: jax.Array, kernel: jax.Array, dimension_numbers: Any, *, precision: Any = None
 ) -> jax.Array:
-    """`jax.lax.dot_general` for flax's layers: the last axes of `x` with the first of `kernel`.
+    """`jax.lax.dot_general` for flax's layers: contracts the last axes of `x` with the first of
+    `kernel`.
 
-    On CPU the gradients are products of two matrices, whose rows are all tokens of a batch. As jax
-    derives it, a kernel's gradient contracts two axes, examples and tokens. XLA's CPU compiler then
-    makes transposed copies of both sides, and computes their contents again for each: in a ViT of
-    12 blocks the gradients of all later residuals, for every kernel. On other platforms the
-    gradients are as jax derives them, since merging two axes costs a copy on TPUs. A kernel or
+    On CPU, gradients are computed as products of two matrices, with all tokens of a batch as rows.
+    In jax's own derivative, a kernel's gradient contracts two axes, examples and tokens. XLA's CPU
+    compiler then makes transposed copies of both operands, and recomputes their contents for each
+    copy: in a ViT of 12 blocks, the gradients of all later residuals for every kernel. On other
+    platforms, gradients are jax's own, since merging two axes costs a copy on TPUs. A kernel or
     input that is not trained gets no gradient.
     """
     (contracted, _), batch = dimension_numbers
@@ -42,7 +43,7 @@ def product(
 
 
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x @ kernel, with the gradients of `product`; `kernel` is a matrix of x's dtype."""
+    """x @ kernel, with the gradients of `product`; `kernel` is a matrix with x's dtype."""
     return product(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
 
@@ -55,7 +56,7 @@ _product = jax.custom_vjp(_plain, nondiff_argnums=(0, 1))
 
 
 def _forward(count: int, precision: Any, x: Any, kernel: Any):
-    """The product, and the arrays that the requested gradients need."""
+    """The product, and the arrays needed for the requested gradients."""
     kept = x.value if kernel.perturbed else None, kernel.value if x.perturbed else None
     return _plain(count, precision, x.value, kernel.value), kept
 

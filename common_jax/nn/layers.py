@@ -1,4 +1,4 @@
-"""A stack of layers as one loop, whose body is compiled once."""
+"""A stack of layers as one loop, so that the layer is compiled once."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,9 +7,9 @@ import jax
 from flax import linen as nn
 from jax import numpy as jnp
 
-# Operations on single elements, cheaper to compute again than to read: what a loop's backward pass
-# would otherwise keep of a layer is for the most part their results, some of them in float32. In
-# jax 0.12 a part of erf's derivative is a "custom_jvp_call".
+# Elementwise operations, which are cheaper to recompute than to read. Their results, some of them
+# in float32, would be most of what a loop keeps of a layer for its backward pass. In jax 0.12 a
+# part of erf's derivative is a "custom_jvp_call".
 _CHEAP = {
     "abs", "add", "broadcast_in_dim", "convert_element_type", "custom_jvp_call", "div", "erf",
     "exp", "integer_pow", "log", "logistic", "max", "min", "mul", "neg", "pow", "reshape", "rsqrt",
@@ -18,7 +18,7 @@ _CHEAP = {
 
 
 def _keep(operation: Any, *_: Any, **__: Any) -> bool:
-    """True if a loop keeps the results of an operation for its backward pass."""
+    """True if a loop saves the results of an operation for its backward pass."""
     return operation.name not in _CHEAP
 
 
@@ -32,21 +32,21 @@ def scan(
 ) -> tuple[jax.Array, jax.Array]:
     """Applies `layers` one after the other to x, in a `jax.lax.scan`.
 
-    Parameters remain those of the single layers and are stacked in the program: a copy of them,
-    sharded like them. Layers sow as if they ran one by one; their random draws differ from that.
-    The backward pass computes operations on single elements again.
+    Each layer keeps its own parameters. The program stacks them, which copies them, sharded as they
+    are. Layers sow as if they ran one by one, but their random draws differ. The backward pass
+    recomputes elementwise operations.
 
     Args:
-      layers: modules bound to their parent, with parameters, that differ only in these and in
-        their names; called as layer(x, *arguments, *own_entries_of_each).
-      x: of the shape and the type that a layer returns.
+      layers: modules bound to their parent, with parameters, that differ only in their parameters
+        and names; called as layer(x, *arguments, *own_entries_of_each).
+      x: input, with the shape and dtype that a layer returns.
       arguments: the same for all layers; those that are not arrays are constants of the program.
-      remat: whether the layers are under `nn.remat`, which keeps their inputs alone.
+      remat: whether the layers are wrapped in `nn.remat`, which saves only their inputs.
       each: arrays with one entry per layer.
-      streams: of random numbers that the layers draw from, where they are given.
+      streams: names of the random streams that the layers draw from, if present.
 
     Returns:
-      The output of the last layer, and the outputs of all, stacked.
+      The output of the last layer, and the stacked outputs of all layers.
     """
     first = layers[0]
     single = first.clone(parent=None, name=None)
@@ -56,7 +56,7 @@ def scan(
         if first.has_rng(name)
     }
     parameters = [layer.variables["params"] for layer in layers]
-    mutable = first.scope.mutable or []  # with False, `apply` hands back x alone
+    mutable = first.scope.mutable or []  # with False, `apply` would return only x
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parameters)
 
     def run(x: jax.Array, of_one: Any) -> tuple[jax.Array, Any]:

@@ -1,4 +1,4 @@
-"""The transformer's two-layer perceptron."""
+"""The transformer's two-layer MLP."""
 
 import functools
 import math
@@ -18,14 +18,14 @@ INIT = nn.initializers.normal(0.02)
 def gelu(x: jax.Array) -> jax.Array:
     """The exact GELU, x (1 + erf(x / sqrt 2)) / 2.
 
-    jax's own is written with erfc, which takes three times the operations and differs where x is so
-    far below 0 that the outcome is some 1e-7 of x or less.
+    jax's own uses erfc, which takes three times as many operations. The results differ only for x
+    so far below 0 that the result is about 1e-7 of x or less.
     """
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
 def gelu_tanh(x: jax.Array) -> jax.Array:
-    """The GELU's approximation x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2."""
+    """The tanh approximation of the GELU, x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2."""
     return jax.nn.gelu(x, approximate=True)
 
 

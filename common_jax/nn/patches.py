@@ -14,10 +14,11 @@ from common_jax.nn import dense
 class PatchEmbedding(nn.Module):
     """Cuts images into `patch` x `patch` squares, in raster order, and projects each to `width`.
 
+    This is a convolution with kernel size and stride `patch`, written as one matrix product.
+
     Parameters: `kernel` (patch * patch * channels, D) and, if `use_bias`, `bias` (D); the rows of
-      the kernel run over patch row, patch column, channel. Both start by `kernel_init`; by default
-      uniform within 1 / sqrt(fan in), as PyTorch's convolutions. A convolution of kernel and stride
-      `patch`, written as one matrix product.
+      the kernel run over patch row, patch column, channel. Both are initialised by `kernel_init`;
+      by default uniformly within 1 / sqrt(fan in), as PyTorch's convolutions.
     """
 
     patch: int

@@ -1,4 +1,4 @@
-"""Pooling of tokens by a learned query."""
+"""Pools tokens by attention with a learned query."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ from common_jax.nn.norm import LayerNorm
 
 
 class AttentionPool(nn.Module):
-    """y + mlp(norm(y)), where y is the attention output of one learned query, the probe (SigLIP's
+    """y + mlp(norm(y)), where y is the attention output for one learned query, the probe (SigLIP's
     head).
 
     Parameters: `probe` (1, 1, D), `attention` (see `ProbeAttention`), `norm`, `mlp`.
@@ -39,12 +39,12 @@ class AttentionPool(nn.Module):
 
 
 class ProbeAttention(nn.Module):
-    """softmax(q k^T / sqrt(K)) v with q from the probe, k and v from the tokens; heads concatenated
-    and projected.
+    """softmax(q k^T / sqrt(K)) v with q from the probe, and k and v from the tokens; heads are
+    concatenated and projected.
 
     Parameters: `query/kernel` (D, H, K), `key_value/kernel` (D, 2, H, K), `out/kernel` (H, K, D),
       each with a bias, even if the blocks' projections have none. If `stacked`, the first two are
-      one, `qkv/kernel` (D, Q=3, H, K), as in torch.nn.MultiheadAttention.
+      a single `qkv/kernel` (D, Q=3, H, K), as in torch.nn.MultiheadAttention.
     """
 
     heads: int
@@ -82,7 +82,7 @@ class ProbeAttention(nn.Module):
 
 
 class StackedProjections(nn.Module):
-    """The probe's query, and keys and values of the tokens.
+    """The probe's query, and the tokens' keys and values, from one stacked kernel.
 
     Parameters: `kernel` (D, Q=3, H, K), `bias` (Q, H, K).
     """

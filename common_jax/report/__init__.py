@@ -1,4 +1,4 @@
-"""The report of a folder of runs: what its metrics hold, pictures of them, and one HTML page."""
+"""The report on a folder of runs: their metrics, plots of them, and one HTML page."""
 
 from common_jax.report.draw import COLOURS, DPI, INK, is_picture, overlay
 from common_jax.report.gather import (

@@ -1,4 +1,4 @@
-"""Pictures of runs: a run's panels, and curves of several runs in one."""
+"""Plots of runs: a run's panels, and curves of several runs in one plot."""
 
 import itertools
 import math
@@ -20,31 +20,33 @@ from common_jax.workdir import write_bytes
 
 CurveGroups = Mapping[str, Sequence[Sequence[tuple[int, float]]]]
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; their yellow is lost on white.
+# Okabe and Ito's colours, which colour-blind readers can tell apart, without their yellow, which is
+# hard to see on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 INK = "#333333"
-DPI, SLOT, TOP, BOTTOM = 110, 5.6, 0.42, 0.55  # SLOT and on in inches: a panel, its margins
-NAME, LETTER = 0.22, 0.07  # inches: the height of a curve's name or a band, a letter's width
+DPI, SLOT, TOP, BOTTOM = 110, 5.6, 0.42, 0.55  # the last three in inches: a panel and its margins
+NAME, LETTER = 0.22, 0.07  # inches: the height of a curve's name or a band, and a letter's width
 
 
 def is_picture(path: epath.PathLike) -> bool:
-    """Whether a file exists and is a whole PNG, not one that a full disk cut off."""
+    """Whether a file exists and is a complete PNG, not one cut off by a full disk."""
     try:
         content = epath.Path(path).read_bytes()
         with Image.open(BytesIO(content), formats=["PNG"]) as image:
             image.load()
-    except (OSError, SyntaxError, ValueError):  # all three are PIL's, for what it cannot read
+    except (OSError, SyntaxError, ValueError):  # PIL raises all three for unreadable files
         return False
     return content[-8:-4] == b"IEND"  # PIL accepts a file without this last chunk
 
 
 def overlay(curves: CurveGroups, *, label: str, path: epath.PathLike) -> None:
-    """Writes a PNG that compares groups of curves: thin lines for the curves of a group, a bold
-    line for their mean at the steps that all have, and a band from least to greatest there.
+    """Writes a PNG that compares groups of curves: thin lines for a group's curves, a bold line for
+    their mean at the steps that all of them have, and a band from minimum to maximum there.
 
     Args:
       curves: group -> its curves, such as one per seed, each a sequence of (step, value).
-      label: of the values, with their unit.
+      label: label of the values, with their unit.
+      path: the file to write.
 
     Raises:
       ValueError: for a group without curves, or a curve without points.
@@ -69,7 +71,7 @@ def overlay(curves: CurveGroups, *, label: str, path: epath.PathLike) -> None:
 
 
 def draw_panels(panels: Panels) -> bytes:
-    """A PNG of a run's panels, two in a row."""
+    """A PNG of a run's panels, two per row."""
     # Laid out here, in inches, because matplotlib's layout engines draw everything twice.
     rows = []
     for _, group in itertools.groupby(panels, lambda panel: panel.height):
@@ -113,8 +115,8 @@ def _draw_curves(axes: Axes, family: Family, curves: Curves) -> None:
 
 
 def _draw_shares(axes: Axes, panel: HeatMap, curves: Curves) -> None:
-    """A band per list, coloured by share over the fair share. At the end: a column per item. Over
-    time: a line per item, and a column for the steps since the line before, at most 400."""
+    """Draws one band per list, coloured by share over the fair share. At the end of training: one
+    column per item. Over time: one row per item, and one column per log line, at most 400."""
     norm, item = LogNorm(1 / 4, 4), panel.shares.item
     for row, lists in enumerate(curves.values()):
         shares = np.array(list(lists.values()), float)
@@ -152,13 +154,13 @@ def _finish(axes: Axes, *, ylabel: str) -> None:
     axes.yaxis.set(major_locator=MaxNLocator(5, steps=(1, 2, 5, 10)), major_formatter="{x:.4g}")
     axes.set_xlabel("step", size=8, color=INK)
     axes.set_ylabel(_plain(ylabel), size=8, color=INK)
-    # With a place given, matplotlib does not measure the whole panel to find one.
+    # With fixed positions, matplotlib does not measure the whole panel to find them.
     axes.xaxis.set_label_coords(0.5, -33 / axes.bbox.height)
     axes.yaxis.set_label_coords(-58 / axes.bbox.width, 0.5)
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib does not read as mathematics, whatever a metric is called."""
+    """Escapes text so that matplotlib does not render it as mathematics."""
     return text.replace("$", r"\$")
 
 
@@ -167,6 +169,6 @@ def _png(figure: Figure) -> bytes:
     canvas.draw()
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     file = BytesIO()
-    # A palette makes the file a third, and is faster to compress.
+    # With a palette, the file is a third of the size and faster to compress.
     image.quantize(200, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(file, "png")
     return file.getvalue()

@@ -1,8 +1,8 @@
-"""Runs below a folder, and the curves in their metrics.
+"""Finds the runs below a folder, and the curves in their metrics.
 
 A run is a folder with `metrics.jsonl`, one JSON object per line with "step" and any scalars; beside
-it there may be `timing.jsonl` (of the same form), `config.json` and `result.json`. Which curves
-share a panel is said by families; a metric of none gets a panel named after the end of its path.
+it there may be `timing.jsonl` (in the same form), `config.json` and `result.json`. Families define
+which curves share a panel; a metric in no family gets a panel named after the end of its path.
 """
 
 import dataclasses
@@ -26,26 +26,26 @@ Curves = Mapping[str, Mapping[int, Any]]  # name -> step -> value (a list in a h
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Metrics whose curves share a panel: those whose whole name matches `pattern`."""
+    """Metrics whose curves share a panel: those whose full name matches `pattern`."""
 
     title: str
     ylabel: str
-    pattern: str  # its first group, where it has one, names the curve
-    height: float = 1.35  # of the axes, in inches; neighbours of one height stand side by side
-    by_split: bool = False  # curves are split/term: a term has a colour, splits but train marks
-    log: bool = False  # a logarithmic axis where the values span more than a factor of 30
-    if_any: bool = False  # left out as long as all values are 0
+    pattern: str  # its first group, if any, names the curve
+    height: float = 1.35  # of the axes, in inches; adjacent panels of one height share rows
+    by_split: bool = False  # names are split/term: one colour per term, markers except for train
+    log: bool = False  # use a logarithmic axis if the values span more than a factor of 30
+    if_any: bool = False  # leave out the panel while all values are 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Shares:
-    """Metrics that are lists of shares, whose sum is 1. They are rows of two heat maps, coloured by
-    share over the fair share, 1 / length: one of the last step, one over time."""
+    """Metrics that are lists of shares with sum 1. They become rows of two heat maps, one for the
+    last step and one over time, coloured by share over the fair share, 1 / length."""
 
     title: str
     pattern: str  # its first group names the row
-    item: str  # one entry of a list, in a word
-    unit: str  # of its share in percent
+    item: str  # what one entry of a list is called
+    unit: str  # what the shares are percentages of
     height: float = 1.6
 
 
@@ -58,14 +58,14 @@ class HeatMap:
 
     @property
     def title(self) -> str:
-        """Of the panel."""
+        """The panel's title."""
         if self.over_time:
             return f"{self.shares.title} over time"
         return f"{self.shares.title} at the end (% of {self.shares.unit})"
 
     @property
     def height(self) -> float:
-        """Of the axes, in inches."""
+        """The axes' height, in inches."""
         return self.shares.height
 
 
@@ -86,8 +86,8 @@ class Run:
     """A run on disk.
 
     Attributes:
-      folder: it lies there.
-      facts: of its result, or of how far it is, in words.
+      folder: the run's folder.
+      facts: its result or its progress, in words.
       panels: its curves.
       config: dotted key -> value as JSON.
     """
@@ -99,7 +99,7 @@ class Run:
 
 
 def find_runs(folder: epath.Path) -> list[epath.Path]:
-    """Folders in and below `folder` that hold metrics, sorted with numbers in names as numbers."""
+    """`folder` and folders below it that hold metrics, in natural sort order."""
     runs = [folder] if (folder / "metrics.jsonl").exists() else []
     for entry in sorted(folder.iterdir(), key=lambda entry: _natural(entry.name)):
         if entry.name not in NOT_SEARCHED and entry.is_dir():
@@ -111,7 +111,7 @@ def read_run(folder: epath.Path, families: Sequence[Family | Shares]) -> Run:
     """Reads a run's files.
 
     Raises:
-      ValueError: for one that cannot be read, naming it.
+      ValueError: for a file that cannot be read, naming it.
     """
     metrics = read_metrics(folder / "metrics.jsonl")
     timing = read_metrics(folder / "timing.jsonl") if (folder / "timing.jsonl").exists() else []
@@ -127,12 +127,12 @@ def read_run(folder: epath.Path, families: Sequence[Family | Shares]) -> Run:
 def panels(
     lines: Iterable[Mapping[str, Any]], families: Sequence[Family | Shares] = FAMILIES
 ) -> Panels:
-    """The panels of a run's metrics and timing lines, steps ascending.
+    """The panels of a run's metrics and timing lines, with steps ascending.
 
     Args:
-      lines: of several with the same step the last counts, since a run that resumes writes some
-        steps again.
-      families: of several that match a metric the first counts.
+      lines: the lines; among several with the same step the last one counts, since a run that
+        resumes writes some steps again.
+      families: the families; among several that match a metric the first one counts.
     """
     curves: dict[Family | HeatMap, dict[str, dict[int, Any]]] = {
         family: {} for family in families if isinstance(family, Family)
@@ -163,13 +163,13 @@ def panels(
 
 
 def _is_idle(panel: Family | HeatMap, curves: Curves) -> bool:
-    """Whether a panel is left out, since all of its values are 0."""
+    """Whether to leave out a panel because all of its values are 0."""
     optional = isinstance(panel, Family) and panel.if_any
     return optional and not any(any(curve.values()) for curve in curves.values())
 
 
 def _family_of(key: str, families: Iterable[Family]) -> tuple[Family, str]:
-    """The family of a metric and the label of its curve, empty where the title says it all."""
+    """A metric's family and the label of its curve, which is "" if the title says it all."""
     for family in families:
         if match := re.fullmatch(family.pattern, key):
             return family, (match.groups() or ("",))[0]
@@ -178,12 +178,12 @@ def _family_of(key: str, families: Iterable[Family]) -> tuple[Family, str]:
 
 
 def _natural(name: str) -> list[tuple[str, int]]:
-    """Sorts block_2 before block_10."""
+    """A key that sorts block_2 before block_10."""
     return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
 
 
 def _read_json(path: epath.Path) -> dict[str, Any]:
-    """A JSON file's nested object as `a.b.c` -> value; empty where there is no such file."""
+    """A JSON file's nested object as `a.b.c` -> value; empty if there is no such file."""
     try:
         values = read_json(path) if path.exists() else {}
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The report while its runs train: made after the first evaluation, and again now and then."""
+"""Keeps a report up to date during training: after the first evaluation, and then at intervals."""
 
 import contextlib
 import contextvars
@@ -11,15 +11,15 @@ from etils import epath
 
 from common_jax.report.page import dispensable
 
-PAUSE = 30.0  # seconds between two reports at least
-SHARE = 20  # and so many times as long as the last one took, so that it costs 5 % at most
+PAUSE = 30.0  # least seconds between two reports
+SHARE = 20  # also at least this many times what the last one took, so that reports cost at most 5 %
 
 
 @dataclasses.dataclass
 class _Page:
     path: epath.Path
     write: Callable[[], object]
-    due: float = 0.0  # by the monotonic clock
+    due: float = 0.0  # in time.monotonic()
 
 
 _PAGE: contextvars.ContextVar[_Page | None] = contextvars.ContextVar("page", default=None)
@@ -27,11 +27,11 @@ _PAGE: contextvars.ContextVar[_Page | None] = contextvars.ContextVar("page", def
 
 @contextlib.contextmanager
 def reporting(path: epath.Path, write: Callable[[], object]) -> Iterator[None]:
-    """A block whose runs keep a report up to date with `refresh`; it is made once more at the end.
+    """A block whose runs keep a report up to date with `refresh`; it is written again at the end.
 
     Args:
-      path: of the report, for warnings.
-      write: makes it, with unfinished runs too.
+      path: the report's path, for warnings.
+      write: writes the report, which may include unfinished runs.
     """
     token = _PAGE.set(_Page(path, write))
     try:
@@ -42,7 +42,7 @@ def reporting(path: epath.Path, write: Callable[[], object]) -> Iterator[None]:
 
 
 def refresh(*, at_once: bool = False) -> None:
-    """Makes the report of `reporting` on process 0, unless the last one is too recent."""
+    """Writes the report of `reporting`, on process 0, unless the last one is too recent."""
     page, start = _PAGE.get(), time.monotonic()
     if page is None or jax.process_index() > 0 or not (at_once or start >= page.due):
         return

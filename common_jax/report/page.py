@@ -1,4 +1,4 @@
-"""The report of a folder of runs: one HTML page with its pictures inside, readable offline."""
+"""The report on a folder of runs: one HTML page with embedded pictures, readable offline."""
 
 import base64
 import contextlib
@@ -16,7 +16,7 @@ from common_jax.workdir import write_bytes
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table of text and small pictures, the bytes of PNG files; every row is as long as the
+    """A table of text and small pictures (the bytes of PNG files); every row is as long as the
     header."""
 
     caption: str
@@ -35,19 +35,19 @@ def write_report(
 ) -> epath.Path:
     """Writes `workdir/report.html` about every run in or below `workdir`, and each run's plots to
     its own `plots/curves.png`, unless they are newer than its metrics; returns the page's path. The
-    same files give the same bytes, and an unchanged file is not written again.
+    same input files give the same bytes, and an unchanged page is not rewritten.
 
     Args:
-      workdir: searched for folders that hold `metrics.jsonl`.
+      workdir: folder to search for folders with `metrics.jsonl`.
       title: the page's heading.
-      table: the outcome, shown first.
-      tables: further ones, each a section headed with its caption, shown next.
-      figures: (caption, PNG file) of further pictures, shown under the tables.
-      families: of the curves, see `common_jax.report.gather`.
+      table: the main results, shown first.
+      tables: further tables, shown next, each in a section headed by its caption.
+      figures: (caption, PNG file) of further pictures, shown below the tables.
+      families: families of curves, see `common_jax.report.gather`.
 
     Raises:
-      ValueError: for a file of a run that cannot be read, naming it.
-      OSError: when the page cannot be written; a run's plots that cannot be are a warning.
+      ValueError: for a run's file that cannot be read, naming it.
+      OSError: if the page cannot be written; plots that cannot be written only log a warning.
     """
     workdir = epath.Path(workdir)
     sections = []  # (anchor, heading, HTML)
@@ -81,14 +81,14 @@ def write_report(
 
 @contextlib.contextmanager
 def dispensable(path: epath.PathLike) -> Iterator[None]:
-    """A block that makes a report or a picture: a failure is a warning that names `path`, and does
-    not fail the run. A mistake of ours shows its traceback."""
+    """A block that makes a report or a picture: a failure logs a warning that names `path`, and
+    does not fail the run. A bug also shows its traceback."""
     try:
         yield
     except (OSError, ValueError) as error:
-        logging.warning("%s could not be made (%s); the run itself is whole", path, error)
+        logging.warning("%s could not be made (%s); the run itself is intact", path, error)
     except Exception:
-        logging.warning("%s could not be made; the run itself is whole", path, exc_info=True)
+        logging.warning("%s could not be made; the run itself is intact", path, exc_info=True)
 
 
 def _run_html(run: Run, name: str) -> str:
@@ -103,7 +103,7 @@ def _run_html(run: Run, name: str) -> str:
 
 
 def _read_or_draw(run: Run) -> bytes:
-    """The run's picture; drawn again where its metrics have changed since, or it is broken."""
+    """The run's picture, redrawn if its metrics have changed since, or the picture is broken."""
     path = run.folder / "plots" / "curves.png"
     if is_picture(path) and path.stat().mtime > (run.folder / "metrics.jsonl").stat().mtime:
         return path.read_bytes()
@@ -120,7 +120,7 @@ def _table_html(table: Table) -> str:
     def row(tag: str, cells: Sequence[str]) -> str:
         return "<tr>" + "".join(f"<{tag}>{x}</{tag}>" for x in cells) + "</tr>\n"
 
-    # Not a <caption>, which is as wide as its table: a long one would be cut, or stand in a column.
+    # Not a <caption>, which is as wide as its table: a long one would be cut off or wrap narrowly.
     caption = f"<figcaption>{html.escape(table.caption)}</figcaption>" if table.caption else ""
     body = row("th", [html.escape(x) for x in table.header])
     for number, cells in enumerate(table.rows, 1):

@@ -1,4 +1,4 @@
-"""Readers of untrusted bytes: declared sizes are compared with the file before anything is
+"""Readers of untrusted bytes: declared sizes are checked against the file before anything is
 allocated, and every problem is a ValueError that names the file."""
 
 from common_jax.untrusted.json_text import as_text, parse_json

@@ -1,4 +1,4 @@
-"""Untrusted .npz files of numpy, whose declarations are checked against their bytes."""
+"""Reads untrusted .npz files of numpy; declared types and shapes are checked against the bytes."""
 
 import math
 import re
@@ -11,10 +11,10 @@ from etils import epath
 from common_jax.untrusted.refusal import RefusedError, brief
 from common_jax.untrusted.zips import open_archive
 
-MOST_BYTES = 1 << 62  # of an array, which numpy counts in 64 bits
+MOST_BYTES = 1 << 62  # limit on an array's size, which numpy counts in 64 bits
 MAGIC = b"\x93NUMPY\x01\x00"
-# The only form in which numpy writes the header of plain numbers and texts. A pattern evaluates no
-# literal, and admits no structures, objects or dates.
+# The only form in which numpy writes the header of plain numbers and strings. Unlike parsing a
+# literal, a pattern evaluates nothing, and it admits no structures, objects or dates.
 HEADER = re.compile(
     r"\{'descr': '(?P<dtype>[<>|][?biufcSU]\d{1,9})', 'fortran_order': (?P<fortran>True|False), "
     r"'shape': \((?P<shape>(\d{1,18}, ?)*(\d{1,18})?)\), \} *\n"
@@ -28,13 +28,13 @@ def read_npz(
 
     Args:
       path: the file.
-      names: of the arrays.
-      mapped: leaves the numbers in the file, which then must not be changed, only replaced.
+      names: names of the arrays.
+      mapped: whether to map the arrays into memory; the file may then be replaced, but not changed.
 
     Raises:
-      ValueError: naming the file, when it is damaged, lacks an array, or has anything but plain
-        numbers and texts.
-      OSError: when it cannot be read.
+      ValueError: if the file is damaged, lacks an array, or has anything but plain numbers and
+        strings; names the file.
+      OSError: if it cannot be read.
     """
     try:
         with open_archive(path) as archive:
@@ -45,8 +45,8 @@ def read_npz(
 
 
 def full_size(shape: Sequence[int], itemsize: int) -> int:
-    """The bytes of an array with axes of length 0 counted as 1, which would otherwise allow any
-    length of the others."""
+    """The bytes of an array, with axes of length 0 counted as 1; a 0 would hide any length of the
+    other axes."""
     return math.prod(max(axis, 1) for axis in shape) * itemsize
 
 
@@ -71,7 +71,7 @@ def _array(name: str, content: bytearray | memoryview) -> np.ndarray:
         )
     if dtype.kind == "U":
         codes = np.frombuffer(content, np.dtype("u4").newbyteorder(dtype.byteorder), offset=end)
-        if (codes > sys.maxunicode).any():  # numpy would make invalid Python strings of them
+        if (codes > sys.maxunicode).any():  # numpy would make invalid Python strings from them
             raise RefusedError(f"holds {brief(name)} with characters that do not exist")
     array = np.frombuffer(content, dtype, math.prod(shape), end)
     return array.reshape(shape, order="F" if match["fortran"] == "True" else "C")

@@ -1,9 +1,9 @@
-"""Refusals of files, with short, printable messages."""
+"""The error for a refused file, and short, printable forms of untrusted values for messages."""
 
 import reprlib
 from typing import Any
 
-LONGEST = 200  # characters of a value that a message quotes
+LONGEST = 200  # characters of a value quoted in a message
 
 
 class RefusedError(ValueError):

@@ -1,5 +1,5 @@
-"""Untrusted zip archives: an entry is read only up to its declared size, and only if the file can
-contain that much."""
+"""Reads untrusted zip archives: an entry is read only up to its declared size, and only if the file
+can contain that much."""
 
 import contextlib
 import dataclasses
@@ -16,7 +16,7 @@ from etils import epath
 
 from common_jax.untrusted.refusal import RefusedError, brief, plain
 
-# The exceptions of `zipfile` for bytes that are not a complete archive.
+# What `zipfile` raises for bytes that are not an intact archive.
 DAMAGED = (
     EOFError,
     IndexError,
@@ -30,11 +30,11 @@ DAMAGED = (
 )
 AGAIN = "copy or download it again"
 PIECE = 1 << 24  # bytes per read
-# A stored entry cannot be larger than the file. Compression gains little on numbers: an archive
-# that inflates to more than this many times its size is a bomb.
+# A stored entry cannot be larger than the file. Numbers compress little, so an archive that
+# inflates to more than this many times its size is a bomb.
 MOST_INFLATED = 16
-SMALL = 1 << 24  # bytes that are always allowed: text packs better than numbers
-LOCAL_HEADER = struct.Struct("<26xHH")  # ends with the lengths of what lies before the content
+SMALL = 1 << 24  # bytes that are always allowed: text compresses better than numbers
+LOCAL_HEADER = struct.Struct("<26xHH")  # ends with the lengths of name and extra field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,17 +42,17 @@ class Archive:
     """An open zip archive."""
 
     zip: zipfile.ZipFile
-    size: int  # of the whole file, in bytes
-    entries: Mapping[str, zipfile.ZipInfo]  # declared ones, by name
+    size: int  # bytes of the whole file
+    entries: Mapping[str, zipfile.ZipInfo]  # as declared in its directory, by name
 
     @property
     def room(self) -> int:
-        """Most bytes that all entries together may inflate to."""
+        """The most bytes that all entries together may inflate to."""
         return max(MOST_INFLATED * self.size, SMALL)
 
     def read(self, name: str, *, limit: int | None = None) -> bytearray:
-        """Reads an entry, which must have its declared size and checksum. Raises RefusedError when
-        it is missing, damaged, or declares more than `limit` bytes (None: as the file has)."""
+        """Reads an entry, which must have its declared size and checksum. Raises RefusedError if it
+        is missing or damaged, or declares more than `limit` bytes (None: the file's size)."""
         entry = self.entries.get(name)
         if entry is None:
             raise RefusedError(f"lacks {brief(name)}; {AGAIN}")
@@ -66,20 +66,20 @@ class Archive:
                     raise EOFError(f"{brief(name)} ends early")
                 content[start : start + len(piece)] = piece
                 start += len(piece)
-            file.read(1)  # compares the checksum, also of an empty entry
+            file.read(1)  # makes zipfile check the checksum, even of an empty entry
         return content
 
     def view(self, name: str) -> memoryview:
-        """Maps an entry that is not compressed into memory, and reads it once to compare its
-        checksum; other entries, and those of a file that is not on a disk, are read. Raises
-        RefusedError as `read`."""
+        """Maps an uncompressed entry into memory, and reads it once to check its checksum. Other
+        entries, and those of files not on a disk, are read instead. Raises RefusedError as
+        `read`."""
         entry = self.entries.get(name)
         descriptor = _descriptor(self.zip)
         if entry is None or entry.compress_type != zipfile.ZIP_STORED or descriptor is None:
             return memoryview(self.read(name))
         self.require_room([name], limit=self.size)
         with _damaged():
-            self.zip.open(entry).close()  # compares the header before the entry with the directory
+            self.zip.open(entry).close()  # checks the entry's local header against the directory
             header = os.pread(descriptor, LOCAL_HEADER.size, entry.header_offset)
             start = entry.header_offset + len(header) + sum(LOCAL_HEADER.unpack(header))
             mapped = memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))
@@ -89,13 +89,13 @@ class Archive:
         return content
 
     def require_room(self, names: Sequence[str], *, limit: int | None = None) -> None:
-        """Raises RefusedError when entries together declare more than `limit` bytes (None: `room`),
+        """Raises RefusedError if entries together declare more than `limit` bytes (None: `room`),
         or one of them more than the file can contain."""
         entries = [self.entries[name] for name in names]
         for entry in entries:
             stored = entry.compress_type == zipfile.ZIP_STORED
             if not stored and entry.compress_type != zipfile.ZIP_DEFLATED:
-                raise RefusedError(f"has {brief(entry.filename)} in a compression that is not read")
+                raise RefusedError(f"has {brief(entry.filename)} in an unsupported compression")
             size = max(entry.compress_size, entry.file_size if stored else 0)
             if entry.header_offset < 0 or entry.header_offset + size > self.size:
                 raise RefusedError(
@@ -113,8 +113,8 @@ class Archive:
 
 @contextlib.contextmanager
 def open_archive(path: epath.PathLike) -> Iterator[Archive]:
-    """Opens a zip archive. Raises RefusedError when it is none, or has two entries of one name, and
-    OSError when the file cannot be read."""
+    """Opens a zip archive. Raises RefusedError if it is not one, or has two entries with the same
+    name, and OSError if the file cannot be read."""
     with epath.Path(path).open("rb") as file:
         size = file.seek(0, io.SEEK_END)
         with _damaged():
@@ -122,14 +122,14 @@ def open_archive(path: epath.PathLike) -> Iterator[Archive]:
         with archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
             if len(entries) != len(archive.infolist()):
-                raise RefusedError(f"is damaged (it has two entries of one name); {AGAIN}")
+                raise RefusedError(f"is damaged (it has two entries with the same name); {AGAIN}")
             yield Archive(archive, size, entries)
 
 
 def _descriptor(archive: zipfile.ZipFile) -> int | None:
     try:
         return archive.fp.fileno()
-    except (AttributeError, OSError):  # an object store's
+    except (AttributeError, OSError):  # a file in an object store
         return None
 
 
@@ -142,9 +142,9 @@ def _damaged() -> Iterator[None]:
     except DAMAGED as error:
         reason = plain(str(error)) or type(error).__name__
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a place outside any possible file
+        if error.errno != errno.EINVAL:  # EINVAL: an offset that no file can have
             raise
-        reason = "it points to a place outside of any file"
+        reason = "it points to an offset that no file can have"
     else:
         return
     raise RefusedError(f"is damaged or cut off ({reason}); {AGAIN}")

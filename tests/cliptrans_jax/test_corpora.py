@@ -188,7 +188,7 @@ def test_coco_that_is_not_whole_is_refused(tmp_path):
             load_corpus(config, "val2017", ("en",))
     path = tmp_path / "annotations/captions_val2017.json"
     path.write_bytes(b"[" * 100_000)
-    with pytest.raises(ValueError, match=r"captions_val2017\.json .* nests too deep; fetch it"):
+    with pytest.raises(ValueError, match=r"captions_val2017\.json .* nested too deep; fetch it"):
         load_corpus(config, "val2017", ("en",))
     path.write_bytes(b'{"images": "\xe4"}')
     with pytest.raises(ValueError, match=r"captions_val2017\.json is not UTF-8 .*byte 12\)"):

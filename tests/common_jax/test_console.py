@@ -58,7 +58,7 @@ def test_without_a_terminal_lines_keep_their_distance_and_have_the_last_values(a
     shown.close()
     rate, last = "learning rate 0.001", "learning rate 0.001  examples/s 128"
     assert said.messages == [
-        "run: compiling the step (usually 5 to 60 s, less if it was before)",
+        "run: compiling the step (usually 5 to 60 s, less if cached)",
         "run: first step after 20 s",
         f"run  step 5/44  loss 0.5123  {rate}",
         # 19 steps in 20 seconds, and 20 are left.

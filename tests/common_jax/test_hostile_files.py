@@ -205,7 +205,7 @@ def test_an_entry_that_two_names_lead_to_or_none_is_refused(tmp_path):
     archive(tmp_path, {"a": ONES})
     with zipfile.ZipFile(path, "a") as file, pytest.warns(UserWarning, match="Duplicate"):
         file.writestr("weights/data.pkl", b"\x80\x02}.")
-    with pytest.raises(ValueError, match="two entries of one name"):
+    with pytest.raises(ValueError, match="two entries with the same name"):
         read_tensors(path)
 
 
@@ -257,7 +257,7 @@ ODD_HEADERS = [
     ({"__metadata__": {"a": 3}}, "expected a string"),
     (
         json.dumps({"a": entry(), "b": entry()}).replace("b", "a").encode(),
-        "gives the key 'a' twice",
+        "has the key 'a' twice",
     ),
     (b"[" * 9000, "invalid type: sequence"),
     (b"\xff", "invalid UTF-8"),
@@ -334,10 +334,10 @@ def test_values_are_quoted_in_short_and_printable():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"a": 1, "a": 2}', "gives the key 'a' twice in one object"),
+        (b'{"a": 1, "a": 2}', "has the key 'a' twice in one object"),
         (b'{"a": 1', r"is not JSON \(Expecting .*line 1 column 8"),
         (b"\xff\xfe", "is not UTF-8 .* at byte 0"),
-        (b"[" * 100_000, "it nests too deep"),
+        (b"[" * 100_000, "nested too deep"),
         (b"9" * 5000, "is not JSON"),
     ],
 )
