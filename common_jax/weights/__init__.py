@@ -1,5 +1,5 @@
-"""Weights from elsewhere: safetensors and PyTorch files, read without PyTorch; strict checks of
-names and shapes; warm starts from other runs."""
+"""External weights: safetensors and PyTorch files, read without PyTorch; strict checks of names and
+shapes; warm starts from other runs."""
 
 from common_jax.weights.account import Account, format_account, format_assumed, list_problems
 from common_jax.weights.files import (

@@ -1,4 +1,4 @@
-"""Accounts of the tensors in a file, as values and as text."""
+"""Accounts of what became of each tensor in a file, as values and as text."""
 
 import dataclasses
 import itertools
@@ -7,25 +7,25 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Limits of a message's list and of its lines, in characters.
+# Limits on a message's list and on its lines, in characters.
 ROOM, LINE = 1200, 160
 
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """An account of the tensors of a file, by their names."""
+    """What became of each tensor in a file, by name."""
 
     taken: tuple[tuple[str, str, tuple[int, ...]], ...]  # tensor, our path, its shape in the file
     aliases: tuple[tuple[str, str], ...] = ()  # tensor, the equal one that was taken instead
-    dropped: tuple[tuple[str, str], ...] = ()  # tensor, the reason why it is not read
-    # On how the file was read: the chosen state dict, removed prefixes, default values.
+    dropped: tuple[tuple[str, str], ...] = ()  # tensor, why it is not read
+    # How the file was read: the chosen state dict, removed prefixes, default values.
     notes: tuple[str, ...] = ()
-    # Field of the config, value: what neither the file nor the caller specifies.
+    # Config field, value: what neither the file nor the caller specifies.
     assumed: tuple[tuple[str, str], ...] = ()
 
 
 def format_account(account: Account) -> str:
-    """The account as a table, with one line for all layers of a kind."""
+    """Formats an account as a table, with one line for all layers of a kind."""
     groups = {}
     for name, path, shape in account.taken:
         parts = fold(path).split("/")
@@ -60,8 +60,8 @@ def format_assumed(account: Account) -> str:
 
 
 def list_problems(problems: Sequence[str]) -> str:
-    """Problems with tensors as lines of a message. If there are many, those that only differ in the
-    number of a layer are folded into one line, and the rest beyond ROOM is counted."""
+    """Formats problems with tensors as lines of a message. If there are many, those that differ
+    only in a layer's number are folded into one line; what exceeds ROOM is only counted."""
     lines = list(problems)
     if len(lines) > 12:
         folded = {}
@@ -81,13 +81,13 @@ def list_problems(problems: Sequence[str]) -> str:
 
 
 def join(*accounts: Account) -> Account:
-    """The account of several files, or of several parts of one."""
+    """Joins the accounts of several files, or of several parts of one."""
     names = (field.name for field in dataclasses.fields(Account))
     return Account(*(sum((getattr(one, name) for one in accounts), ()) for name in names))
 
 
 def fold(path: str) -> str:
-    """A path or a name with "*" for the numbers of layers."""
+    """A path or name with layer numbers replaced by "*"."""
     return re.sub(r"(?<=[._])\d+(?=[./_]|$)", "*", path)
 
 

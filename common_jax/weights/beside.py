@@ -9,11 +9,11 @@ from common_jax.workdir import read_json
 
 
 def read_beside(path: Path, names: Collection[str]) -> dict[str, dict[str, Any]]:
-    """The JSON files of these names beside the weights in a folder, or beside a file of one; none
-    for a file of any other name, whose folder may hold anything.
+    """Reads the JSON files with these names beside a folder's weights, or beside a weights file
+    with one of the usual names. Reads none beside any other file, whose folder may hold anything.
 
     Raises:
-      ValueError: for a file that holds no JSON object.
+      ValueError: for a file that does not hold a JSON object.
     """
     if path.is_dir() and weights_file(path):
         folder = path

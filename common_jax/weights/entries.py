@@ -1,6 +1,6 @@
 """Entries: conversions between one parameter and its published tensors, in both directions.
 
-They rearrange numbers without changing them, so that a round trip is the identity. Plain numpy.
+They rearrange values without changing them, so a round trip is the identity. Plain numpy.
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ class Entry:
     """The conversion between one parameter and its published tensors.
 
     Attributes:
-      names: the tensors.
+      names: names of the tensors.
       read: (tensors in the order of `names`) -> parameter. May raise ValueError for tensors that
         contradict each other.
       write: parameter -> tensors in that order.
-      forms: alternative tensors of some files; read, never written.
+      forms: alternative tensors in some files; read, never written.
       optional: whether some networks of the table lack the parameter. Only used to recognise kinds;
-        the network's shapes say if a parameter is required.
+        the network's shapes decide whether a parameter is required.
       fill: value of the parameter if a file lacks it; None if it is required.
     """
 
@@ -33,11 +33,11 @@ class Entry:
     fill: float | None = None
 
 
-Entries = Mapping[str, Entry]  # by our path "encoder/layer_0/mlp/up/kernel"
+Entries = Mapping[str, Entry]  # by our path, such as "encoder/layer_0/mlp/up/kernel"
 
 
 def copy(name: str) -> Entry:
-    """A tensor with the parameter's layout."""
+    """A tensor that already has the parameter's layout."""
     return Entry((name,), lambda x: x, lambda x: (x,))
 
 
@@ -61,7 +61,7 @@ def patches(name: str, channels: int = 3) -> Entry:
         side = math.isqrt(rows // channels)
         if side * side * channels != rows:
             raise ValueError(
-                f"a patch kernel of {rows} rows is no square patch with channels={channels}"
+                f"a patch kernel of {rows} rows is not a square patch with channels={channels}"
             )
         return whole.write(kernel.reshape(side, side, channels, width))
 
@@ -69,7 +69,7 @@ def patches(name: str, channels: int = 3) -> Entry:
 
 
 def split_heads(names: tuple[str, ...], heads: int) -> Entry:
-    """The [D, ...] of several linear layers, of queries, keys and values, as one
+    """The [D, ...] of several linear layers, such as queries, keys and values, as one
     (..., len(names), H, K)."""
     stacked = stacked_heads("", heads, parts=len(names))
     return Entry(
@@ -132,7 +132,7 @@ def stacked_heads(name: str, heads: int, parts: int = 3) -> Entry:
 
 
 def single_heads(name: str, heads: int) -> Entry:
-    """Queries alone as the rows [D, ...] of a tensor, as (..., H, K)."""
+    """A tensor [D, ...] with rows of queries only, as (..., H, K)."""
     stacked = stacked_heads(name, heads, parts=1)
     return Entry(
         stacked.names,
@@ -142,8 +142,8 @@ def single_heads(name: str, heads: int) -> Entry:
 
 
 def stacked_attention(source: str, target: str, *, heads: int) -> dict[str, Entry]:
-    """Entries of torch.nn.MultiheadAttention, whose queries, keys and values are the rows of one
-    tensor `in_proj_weight`."""
+    """Entries of torch.nn.MultiheadAttention, which stacks queries, keys and values in the rows of
+    one tensor `in_proj_weight`."""
     return {
         f"{target}/qkv/kernel": stacked_heads(f"{source}.in_proj_weight", heads),
         f"{target}/qkv/bias": stacked_heads(f"{source}.in_proj_bias", heads),
@@ -153,19 +153,19 @@ def stacked_attention(source: str, target: str, *, heads: int) -> dict[str, Entr
 
 
 def below(entries: Entries, *, source: str, target: str) -> dict[str, Entry]:
-    """The entries with every tensor name and every path put under a prefix, such as "mbart." and
-    "mbart/"."""
+    """The entries with `source` prepended to every tensor name and `target` to every path, such as
+    "mbart." and "mbart/"."""
     return {target + path: _renamed(entry, source) for path, entry in entries.items()}
 
 
 def optional(entries: Entries) -> dict[str, Entry]:
-    """The entries, all optional."""
+    """The entries, all made optional."""
     return {path: dataclasses.replace(entry, optional=True) for path, entry in entries.items()}
 
 
 def tied(entries: Entries, first: str, others: tuple[str, ...]) -> dict[str, Entry]:
-    """Entries of a shared module that a file lists several times: below `first`, such as
-    "propagators.0.", with which all names of `entries` start, and below `others`."""
+    """Entries of a shared module that a file lists several times: under `first`, such as
+    "propagators.0.", the prefix of all names in `entries`, and under each of `others`."""
     return {path: _tie(entry, first, others) for path, entry in entries.items()}
 
 

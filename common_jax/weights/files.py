@@ -1,5 +1,5 @@
-"""Reads and writes weights as numpy arrays by name: safetensors and PyTorch's zip archives, whole
-or in shards, without PyTorch."""
+"""Reads and writes weights as numpy arrays by name: safetensors and PyTorch's zip archives, in one
+file or in shards, without PyTorch."""
 
 import dataclasses
 import filecmp
@@ -18,7 +18,7 @@ from common_jax.weights import safetensors_file, torch_archive, torch_writer
 from common_jax.weights.naming import plain_names
 from common_jax.weights.torch_pickle import EXPORT
 
-# Names of the weights in a folder; the first one that exists is read.
+# File names of the weights in a folder; the first one that exists is read.
 FOLDER_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -27,10 +27,10 @@ FOLDER_FILES = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
-# Suffixes of PyTorch's files. A file's content decides its format, these only help messages.
+# Suffixes of PyTorch's files. A file's content decides its format; these are mainly for messages.
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".pth.tar", ".ckpt")
 SUFFIXES = (".safetensors", ".index.json", *TORCH_SUFFIXES)
-# Floating-point types of fewer than 32 bits.
+# Floating-point types with fewer than 32 bits.
 NARROW = (
     *("bfloat16", "float16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2"),
     *("float8_e5m2fnuz", "float8_e8m0fnu"),
@@ -43,7 +43,7 @@ Tensors = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """The tensors of a file or a folder by name, with the stored dtypes, and notes on how they were
+    """The tensors of a file or folder by name, with their stored dtypes, and notes on how they were
     read: the chosen state dict, removed prefixes."""
 
     tensors: Tensors
@@ -56,20 +56,20 @@ def read_tensors(path: str | os.PathLike) -> Tensors:
 
 
 def read_weights(path: str | os.PathLike, *, weights: str = "") -> Weights:
-    """All tensors of a file or folder by name, with the stored dtypes. No code in a file is run.
+    """All tensors of a file or folder by name, with their stored dtypes. Runs no code in a file.
 
     Args:
       path: a file in safetensors or PyTorch's zip format (a state dict, a checkpoint with one under
         "model" or "state_dict", a TorchScript archive), an `.index.json` of shards, or a folder
         with one of `FOLDER_FILES`. If `NAME.pth` is missing, `NAME_1.pth`, `NAME_2.pth`, ... are
-        read, as CLIPTrans is released. Prefixes that frameworks add to names ("module.",
-        "_orig_mod.") are removed.
+        read, the form in which CLIPTrans is released. Prefixes that frameworks add to names
+        ("module.", "_orig_mod.") are removed.
       weights: key of the state dict to read, such as "model_ema", from a PyTorch file with several.
 
     Raises:
       FileNotFoundError: if there is no such file, or shards are missing.
-      ValueError: for a file that is truncated, damaged, of another format, without a dictionary of
-        nothing but tensors, or with several and no choice.
+      ValueError: for a file that is truncated, damaged or in another format, that has no dictionary
+        of only tensors, or that has several and `weights` chooses none.
     """
     path = Path(path)
     if path.is_dir():
@@ -78,7 +78,7 @@ def read_weights(path: str | os.PathLike, *, weights: str = "") -> Weights:
             there = ", ".join(sorted(p.name for p in path.iterdir())[:20]) or "nothing"
             raise FileNotFoundError(
                 f"{path} holds none of {', '.join(FOLDER_FILES)}, but {there}; give the folder or "
-                "the file of the weights"
+                "the file with the weights"
             )
         path = file
     if path.is_file():
@@ -93,20 +93,20 @@ def read_weights(path: str | os.PathLike, *, weights: str = "") -> Weights:
 
 
 def weights_file(folder: Path) -> Path | None:
-    """The file with the weights of a folder, or None."""
+    """The file with a folder's weights, or None."""
     return next((folder / name for name in FOLDER_FILES if (folder / name).is_file()), None)
 
 
 def read_plain(path: str | os.PathLike) -> dict[str, Any]:
-    """The numbers, strings and lists of these, by key, beside the tensors of a PyTorch checkpoint;
-    {} for other files and for folders. Raises ValueError as `read_tensors`."""
+    """The numbers, strings and lists of these that a PyTorch checkpoint has beside its tensors, by
+    key; {} for other files and for folders. Raises ValueError as `read_tensors`."""
     path = Path(path)
     return torch_archive.read_plain(path) if path.is_file() and _is_torch(path) else {}
 
 
 def module_classes(path: str | os.PathLike) -> frozenset[str]:
-    """Names of the classes of a TorchScript archive's modules; none for other files and for
-    folders. Raises ValueError as `read_tensors`."""
+    """Class names of the modules in a TorchScript archive; empty for other files and for folders.
+    Raises ValueError as `read_tensors`."""
     path = Path(path)
     is_torch = path.is_file() and _is_torch(path)
     return torch_archive.module_classes(path) if is_torch else frozenset()
@@ -115,7 +115,7 @@ def module_classes(path: str | os.PathLike) -> frozenset[str]:
 def write_tensors(
     path: str | os.PathLike, tensors: Mapping[str, np.ndarray], *, replace: bool = False
 ) -> None:
-    """Writes one safetensors file atomically, over one of other content only to `replace` it.
+    """Writes one safetensors file atomically; overwrites different content only if `replace`.
 
     Raises:
       FileExistsError: if the file exists with other content.
@@ -123,7 +123,7 @@ def write_tensors(
       ValueError: if its name does not end in `.safetensors`.
     """
     if Path(path).suffix != ".safetensors":
-        raise ValueError(f"{path} must end in .safetensors, the format that is written")
+        raise ValueError(f"{path} must end in .safetensors, the format that it is written in")
     arrays = {name: np.asarray(x) for name, x in tensors.items()}
     _write(Path(path), lambda part: safetensors_file.write(part, arrays), replace)
 
@@ -135,7 +135,7 @@ def write_torch(path: str | os.PathLike, value: Any, *, replace: bool = False) -
       path, replace: as for `write_tensors`.
       value: see `torch_writer.write`; a training checkpoint is `{"model": tensors}`.
 
-    Raises as `write_tensors`, and TypeError for a value that is neither array nor plain.
+    Raises as `write_tensors`, and TypeError for a value that is neither an array nor plain.
     """
     if not Path(path).name.endswith(TORCH_SUFFIXES):
         raise ValueError(f"{path} must end in one of {', '.join(TORCH_SUFFIXES)}")
@@ -144,7 +144,7 @@ def write_torch(path: str | os.PathLike, value: Any, *, replace: bool = False) -
 
 def _write(path: Path, write: Callable[[Path], None], replace: bool) -> None:
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent} is no folder; create it first")
+        raise FileNotFoundError(f"{path.parent} is not a folder; create it first")
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         write(part)
@@ -170,20 +170,20 @@ def _read_file(path: Path, weights: str) -> Weights:
         return Weights(dict(chosen.tensors), chosen.notes)
     if path.suffix == ".safetensors" or _start(path)[8:9] == b"{":
         if weights:
-            raise ValueError(f"{path} holds bare tensors, and none under weights={brief(weights)}")
+            raise ValueError(f"{path} holds bare tensors, none under weights={brief(weights)}")
         return Weights(safetensors_file.read(path))
     raise ValueError(
-        f"{path} must end in one of {', '.join(SUFFIXES)}, which are read; weights of another "
-        f"format must be converted, with PyTorch by {EXPORT}"
+        f"{path} must end in one of {', '.join(SUFFIXES)}, the formats that can be read; convert "
+        f"weights in another format, with PyTorch by {EXPORT}"
     )
 
 
 def _is_torch(path: Path) -> bool:
-    """True if a file is PyTorch's, by its content or, if that is unknown, by its name."""
+    """True if a file is PyTorch's, by its content or, if that is not recognised, by its name."""
     start = _start(path)
     if start.startswith((ZIP, torch_archive.LEGACY)):
         return True
-    # Safetensors begin with the length of their header, an object of JSON.
+    # A safetensors file begins with the length of its header (8 bytes), which is a JSON object.
     return path.name.endswith(TORCH_SUFFIXES) and start[8:9] != b"{"
 
 
@@ -199,7 +199,7 @@ def _numbered(path: Path) -> list[Path]:
     shards = {int(m[1]): p for p in siblings if (m := shape.fullmatch(p.name))}
     if not path.suffix or not shards:
         raise FileNotFoundError(
-            f"there is no {path}, and no shards {path.stem}_1{path.suffix or '.pth'}, ... of it"
+            f"there is no {path}, and it has no shards {path.stem}_1{path.suffix or '.pth'}, ..."
         )
     if max(shards) != len(shards):
         gaps = (i for i in range(1, max(shards)) if i not in shards)
@@ -215,8 +215,8 @@ def _merge(parts: Iterable[tuple[Path, Weights]]) -> Weights:
         for name in set(merged) & set(part.tensors):
             if not np.array_equal(merged[name], part.tensors[name]):
                 raise ValueError(
-                    f"{path} holds {name} with other numbers than an earlier shard; the shards "
-                    "are not of one model"
+                    f"{path} holds {name} with other values than an earlier shard; the shards "
+                    "do not belong to one model"
                 )
         merged |= part.tensors
         notes |= dict.fromkeys(part.notes)
@@ -228,8 +228,8 @@ def _read_indexed(path: Path, weights: str) -> Weights:
         where = _weight_map(parse_json(path.read_bytes()))
     except RefusedError as refused:
         raise ValueError(
-            f'{path} is no index of shards: it must be JSON with a "weight_map" of tensors to '
-            f"files ({refused})"
+            f'{path} is not an index of shards: it must be JSON with a "weight_map" from tensors '
+            f"to files ({refused})"
         ) from None
     files = sorted(set(where.values()))
     if outside := [file for file in files if not _is_plain_name(file)]:
@@ -238,7 +238,7 @@ def _read_indexed(path: Path, weights: str) -> Weights:
         raise ValueError(f"{path} names {brief(indices[0])}, which holds no tensors")
     if missing := [file for file in files if not (path.parent / file).is_file()]:
         names = ", ".join(map(plain, missing[:5])) + (", ..." if len(missing) > 5 else "")
-        raise FileNotFoundError(f"{path} names {names}, missing; fetch them too")
+        raise FileNotFoundError(f"{path} names {names}, missing here; fetch them too")
     read = _merge((path.parent / file, _read_file(path.parent / file, weights)) for file in files)
     if missing := sorted(set(where) - set(read.tensors)):
         raise ValueError(f"{path} names tensors that its files do not hold: {brief(missing)}")
@@ -250,23 +250,23 @@ def _weight_map(index: Any) -> dict[str, str]:
     if not isinstance(where, dict):
         raise RefusedError(f"it holds {brief(index)}")
     if odd := [name for name, file in where.items() if not isinstance(file, str)]:
-        raise RefusedError(f"it gives {brief(odd[0])} the file {brief(where[odd[0]])}")
+        raise RefusedError(f"it maps {brief(odd[0])} to the file {brief(where[odd[0]])}")
     return where
 
 
 def _is_plain_name(file: str) -> bool:
-    """True if a name is that of a file in the same folder, on any system."""
+    """True if a name denotes a file in the same folder, on any system."""
     short = 0 < len(file.encode(errors="replace")) <= LONGEST_FILE_NAME
     return short and file.isprintable() and file not in (".", "..") and not set(file) & set("/\\:")
 
 
 def _refuse_pointer(path: Path) -> None:
-    """Raises ValueError if the file is empty, or a pointer of git-lfs."""
+    """Raises ValueError if the file is empty or a git-lfs pointer."""
     with path.open("rb") as file:
         start = file.read(len(LFS))
     if not start:
         raise ValueError(f"{path} is empty; copy or download it again")
     if start == LFS:
         raise ValueError(
-            f"{path} is a pointer of git-lfs to the weights, not the weights; run `git lfs pull`"
+            f"{path} is a git-lfs pointer to the weights, not the weights; run `git lfs pull`"
         )

@@ -1,13 +1,14 @@
-"""Memory of the process that is free but not given back to the system."""
+"""Returns memory that the process has freed to the operating system."""
 
 import ctypes
 
 
 def give_back() -> None:
-    """Gives freed memory back to the system, where the C library is glibc.
+    """Returns freed memory to the system, if the C library is glibc.
 
-    It keeps freed blocks of up to 32 MB, as most arrays of published networks are, in case the
-    process needs them again. Call it after large arrays were read and freed, not in every step.
+    glibc keeps freed blocks of up to 32 MB, the size of most arrays in published networks, in case
+    the process needs them again. Call this after reading and freeing large arrays, not in every
+    step.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -1,5 +1,5 @@
-"""Removes what frameworks add to a network's tensors: prefixes of their names, and the dictionaries
-of a training checkpoint around them."""
+"""Removes what frameworks add around a network's tensors: prefixes of their names, and the nested
+dictionaries of a training checkpoint."""
 
 import dataclasses
 import re
@@ -9,17 +9,17 @@ from typing import Any
 from common_jax.untrusted import RefusedError, brief, plain
 from common_jax.weights.torch_pickle import EXPORT, Opaque, Scripted, Tensor
 
-# Prefix of every name from a run on several devices.
+# Prefix that data-parallel wrappers add to every name.
 PARALLEL = "module."
 # Inserted into names, at any depth, by torch.compile, FSDP and activation checkpointing.
 INSERTED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-# Keys of the parameters in a training checkpoint: of CLIPTrans (beside "optimizer", "scaler",
-# "epoch" and "best_bleu_test"), of Lightning and OpenCLIP, of m2mKD's modules, of DeepSpeed.
+# Keys of the parameters in training checkpoints of CLIPTrans (beside "optimizer", "scaler",
+# "epoch" and "best_bleu_test"), Lightning and OpenCLIP, m2mKD's modules, and DeepSpeed.
 WRAPPERS = ("model", "state_dict", "block_state_dict", "module", "model_state_dict")
 # Keys of running averages: DeiT's "model_ema", timm's "state_dict_ema", "ema".
 AVERAGE = re.compile(r"(.*[._])?(ema|swa|averaged?|shadow)([._].*)?")
 EXPORT_HINT = f"with PyTorch: {EXPORT}"
-# Limits: nesting of dictionaries, characters of a key and of a name.
+# Limits on the nesting of dictionaries, and on the characters of a key and of a name.
 DEPTH, LONGEST_KEY, LONGEST_NAME = 3, 100, 1000
 
 
@@ -32,8 +32,8 @@ class Chosen:
 
 
 def plain_names(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Tensors by names without the insertions of frameworks, and notes on what was removed. Raises
-    RefusedError if two tensors then have the same name."""
+    """Removes what frameworks insert into names; returns the tensors and notes on what was removed.
+    Raises RefusedError if two tensors then have the same name."""
     result, notes = dict(tensors), []
     for word in (*INSERTED, PARALLEL):
         renamed = {_without(word, name): tensor for name, tensor in result.items()}
@@ -46,24 +46,24 @@ def plain_names(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, 
 
 
 def choose(top: Any, key: str = "") -> Chosen:
-    """The dictionary of tensors in the content of a file.
+    """Chooses the dictionary of tensors in a file's content.
 
     Args:
       top: a state dict, or a training checkpoint with one or several.
-      key: of the one to read, such as "model_ema" or "state.model"; "" if there is no choice.
+      key: key of the one to read, such as "model_ema" or "state.model"; "" to choose automatically.
 
-    Raises RefusedError if there is none, for a missing key, and if the choice is ambiguous, due to
-    a running average or another one with the same names.
+    Raises RefusedError if there is none, if `key` is missing, or if the choice is ambiguous because
+    of a running average or a second one with the same names.
     """
     if not isinstance(top, dict):
         what = "one tensor" if isinstance(top, Tensor) else _kind(top)
-        raise RefusedError(f"holds {what}, and not tensors by their names; {EXPORT_HINT}")
+        raise RefusedError(f"holds {what}, not tensors by name; {EXPORT_HINT}")
     dictionaries = dict(_dictionaries(top, DEPTH, "", set()))
     if key:
         if key not in dictionaries:
             there = ", ".join(map(brief, [*dictionaries][:5])) or "none"
             raise RefusedError(
-                f"holds no tensors by their names under weights={brief(key)}; keys of such: {there}"
+                f"holds no tensors by name under weights={brief(key)}; keys that do: {there}"
             )
         return Chosen(_pure(dictionaries[key]), (f"the weights are those under {key!r}",))
     averages = [name for name in dictionaries if AVERAGE.fullmatch(name)]
@@ -91,7 +91,7 @@ def choose(top: Any, key: str = "") -> Chosen:
 
 
 def require_name(name: str) -> None:
-    """Raises RefusedError for the name of a tensor that is too long."""
+    """Raises RefusedError if a tensor's name is too long."""
     if len(name) > LONGEST_NAME:
         raise RefusedError(f"holds a name of {len(name)} characters, {plain(name[:40])}...")
 
@@ -101,8 +101,8 @@ def _without(word: str, name: str) -> str:
 
 
 def _dictionaries(value: dict, depth: int, path: str, seen: set[int]) -> Iterator[tuple[str, dict]]:
-    """Dictionaries of tensors below `value`, by their dotted keys; each once, since a small file
-    can refer to one many times."""
+    """Dictionaries of tensors below `value`, by dotted key. Yields each once, since a small file
+    can refer to the same one many times."""
     for key, inner in value.items():
         if not (isinstance(key, str) and isinstance(inner, dict)) or id(inner) in seen:
             continue
@@ -117,7 +117,7 @@ def _dictionaries(value: dict, depth: int, path: str, seen: set[int]) -> Iterato
 
 
 def _plain(tensors: Mapping[str, Any]) -> set[str]:
-    """Names as `plain_names` leaves them."""
+    """The names that `plain_names` would leave."""
     names = set(tensors)
     for word in (*INSERTED, PARALLEL):
         names = {_without(word, name) for name in names}
@@ -135,15 +135,15 @@ def _pure(tensors: Mapping[str, Any], others: Iterable[str] = ()) -> Mapping[str
             keys = ", ".join(map(plain, [*others][:5]))
             way_out = f"choose with weights=KEY, KEY one of {keys}" if keys else EXPORT_HINT
             raise RefusedError(
-                f"holds {brief(name)}, {_kind(value)}, where tensors by their names are expected, "
-                f"alone or under one of {WRAPPERS}; {way_out}"
+                f"holds {brief(name)}, {_kind(value)}, where only tensors by name are expected, "
+                f"at the top or under one of {WRAPPERS}; {way_out}"
             )
         require_name(name)
     return tensors
 
 
 def _kind(value: Any) -> str:
-    """The type of a value, for messages."""
+    """A value's type, for messages."""
     if isinstance(value, Opaque | Scripted):
         return f"a {plain(value.name)}"
     return f"a {type(value).__name__.lstrip('_')}"

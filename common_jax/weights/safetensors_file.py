@@ -1,7 +1,7 @@
-"""Reads safetensors files, whose header the library checks against the file, and writes them.
+"""Reads safetensors files, after the library has checked their header, and writes them.
 
-The numbers are read here, since the library has no numpy types for all of fewer than 16 bits, and
-written here, since it would copy all of them first.
+The data are read here, since the library lacks numpy types for some dtypes of fewer than 16 bits,
+and written here, since it would copy all of them first.
 """
 
 import json
@@ -43,17 +43,17 @@ NAMES: Mapping[np.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes a file with the bytes that the library would write, one tensor after the other. Raises
-    ValueError for a dtype that the format lacks."""
+    """Writes the same bytes as the library would, but one tensor at a time. Raises ValueError for a
+    dtype that the format lacks."""
     for name, x in tensors.items():
         if x.dtype not in NAMES:
             raise ValueError(
                 f"{name} is {x.dtype.str}, which safetensors lacks; convert it to one of "
                 f"{', '.join(DTYPES)}"
             )
-    # Hugging Face's loader requires the format in the metadata.
+    # Hugging Face's loader requires "format" in the metadata.
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    # The widest types first, so that all numbers are aligned.
+    # The widest dtypes first, so that all data are aligned.
     kinds = [*reversed(NAMES)]
     order = sorted(tensors, key=lambda name: (kinds.index(tensors[name].dtype), name))
     for name in order:
@@ -66,19 +66,19 @@ def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            # Not all dtypes can be written as they are.
+            # As bytes, since some dtypes cannot be written directly.
             file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8))
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a file by name, in the order of the header.
+    """Reads a file's tensors by name, in the order of the header.
 
     Raises:
       ValueError: naming the file, if it is damaged, truncated, or has a dtype that numpy lacks.
       OSError: if it cannot be read.
     """
     try:
-        with safetensors.safe_open(path, "numpy"):  # tensors fill the file, without gap or overlap
+        with safetensors.safe_open(path, "numpy"):  # checks that tensors tile the file exactly
             pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -89,8 +89,8 @@ def read(path: Path) -> dict[str, np.ndarray]:
                 dtype, (begin, end) = DTYPES.get(entry["dtype"]), entry["data_offsets"]
                 if dtype is None:
                     raise RefusedError(
-                        f"holds {plain(name)} in the type {plain(entry['dtype'])}, which is not "
-                        f"read, only {', '.join(DTYPES)}; save it in one of these"
+                        f"holds {plain(name)} with dtype {plain(entry['dtype'])}, which is not "
+                        f"one of {', '.join(DTYPES)}; save it in one of these"
                     )
                 raw = bytearray(end - begin)
                 file.seek(8 + length + begin)
@@ -98,7 +98,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
                 tensors[name] = np.frombuffer(raw, dtype).reshape(entry["shape"])
     except RefusedError as refused:
         raise ValueError(f"{path} {refused}") from None
-    # The library takes a few forms of entries, and numpy not every shape.
+    # The library accepts some odd headers, and numpy does not accept every shape.
     except (safetensors.SafetensorError, OverflowError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged or cut off ({plain(str(error))}); copy or download it again"

@@ -1,5 +1,5 @@
-"""Tables of tensor names: a strict reader into our parameters, a writer by the same table, and the
-recognition of kinds of networks by their names."""
+"""Tables of tensor names: a strict reader into our parameters, a writer that uses the same table,
+and the recognition of kinds of networks by their tensors' names."""
 
 import dataclasses
 import re
@@ -15,7 +15,7 @@ from common_jax.weights.entries import Entries, Entry, below
 from common_jax.weights.files import NARROW
 
 Tensors = Mapping[str, np.ndarray]
-MOST_PREFIXES = 8  # to try, since a file may have any number of them
+MOST_PREFIXES = 8  # limit on prefixes to try, since a file may have any number
 FLOATS = ("float32", "float64", *NARROW)
 
 
@@ -25,8 +25,8 @@ class Table:
 
     Attributes:
       entries: by our path, one for every parameter that such a network may have.
-      aliases: name -> name of an equal tensor, which it replaces if that one is missing.
-      left_out: regex of whole names -> the reason why they are not read.
+      aliases: name -> name of an equal tensor, which the alias replaces if it is missing.
+      left_out: regex of full names -> why they are not read.
     """
 
     entries: Entries
@@ -34,7 +34,7 @@ class Table:
     left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def below(self, *, source: str, target: str) -> "Table":
-        """The table of a network within another, such as below "mbart." and "mbart/"."""
+        """The table of a network within another, such as under "mbart." and "mbart/"."""
         return Table(
             below(self.entries, source=source, target=target),
             {source + alias: source + name for alias, name in self.aliases.items()},
@@ -47,10 +47,10 @@ class Pretrained:
     """Published weights, converted to our parameters.
 
     Attributes:
-      kind: key in the table of kinds of its package.
-      config: the network's sizes, or a run's config with them.
+      kind: key in its package's table of kinds.
+      config: the network's sizes, or a run's config that has them.
       params: nested dict of float32 numpy arrays.
-      account: of every tensor.
+      account: what became of every tensor.
       source: path or name of the file.
     """
 
@@ -70,24 +70,24 @@ def read(
     what: str = "this model",
     advice: Callable[[list[str]], str] = lambda _: "give the config of the model in the file",
 ) -> tuple[dict[str, Any], Account]:
-    """Our parameters from published tensors, with the dtypes of the file.
+    """Converts published tensors to our parameters, keeping the file's dtypes.
 
     Args:
-      table: with an entry for every parameter in `shapes`.
+      table: a table with an entry for every parameter in `shapes`.
       tensors: name -> array.
       shapes: nested dict of leaves with a `shape`, such as `jax.eval_shape` of the network's init.
-      file: name of their file, for messages.
+      file: name of the tensors' file, for messages.
       what: name of the expected network, for messages.
-      advice: problems, one line per tensor -> the way out, for the message.
+      advice: problems, one line per tensor -> how to fix them, for the message.
 
     Raises:
-      ValueError: naming every tensor that is missing, unknown, of another shape, or different from
-        a tensor that it should equal.
+      ValueError: naming every tensor that is missing, unknown, of the wrong shape, or different
+        from a tensor that it should equal.
     """
     # Problems are collected rather than raised one by one: files take minutes to read.
     tensors, problems = dict(tensors), []
     same = _resolve(tensors, table.aliases, problems)
-    # Tables have entries for all variants of a network; `shapes` is that of one.
+    # Tables have entries for all variants of a network; `shapes` belongs to one of them.
     flat = traverse_util.flatten_dict(shapes, sep="/")
     assert flat.keys() <= table.entries.keys(), sorted(flat.keys() - table.entries.keys())
     params, rows, notes = {}, [], []
@@ -120,8 +120,8 @@ def read(
 
 
 def write(table: Table, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Published tensors from our parameters, or a tree of their shapes such as gradients, in the
-    order of the table. Raises ValueError, naming all parameters that are not in it."""
+    """Converts our parameters, or a tree with the same structure such as gradients, to published
+    tensors in the order of the table. Raises ValueError, naming all parameters that it lacks."""
     flat = traverse_util.flatten_dict(params, sep="/")
     if unknown := sorted(flat.keys() - table.entries.keys()):
         raise ValueError(f"there are no published names for {unknown}")
@@ -136,7 +136,7 @@ def write(table: Table, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def expected_tensors(
     table: Table, shapes: Mapping[str, Any]
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Our path and the shape of every tensor that `write` returns for parameters of these
+    """Our path and the shape of every tensor that `write` would return for parameters of these
     shapes."""
     flat = traverse_util.flatten_dict(shapes, sep="/")
     return {
@@ -148,19 +148,19 @@ def expected_tensors(
 
 
 def as_float32(params: Mapping[str, Any], file: str) -> dict[str, Any]:
-    """The parameters in float32; raises ValueError for other dtypes than floats, and for numbers
+    """The parameters in float32. Raises ValueError for dtypes other than floats, and for values
     that are not finite."""
     flat = traverse_util.flatten_dict(params, sep="/")
     if odd := [f"{path} is {x.dtype}" for path, x in flat.items() if x.dtype.name not in FLOATS]:
-        raise ValueError(f"{file} is not of plain numbers: {'; '.join(odd[:5])}; take another file")
+        raise ValueError(f"{file} holds other types than floats: {'; '.join(odd[:5])}; use another")
     wide = {path: np.asarray(x, np.float32) for path, x in flat.items()}
     if odd := [path for path, x in wide.items() if not np.isfinite(x).all()]:
-        raise ValueError(f"{file} holds numbers that are not finite, in {', '.join(odd[:5])}")
+        raise ValueError(f"{file} holds values that are not finite, in {', '.join(odd[:5])}")
     return traverse_util.unflatten_dict(wide, sep="/")
 
 
 def list_differences(params: Mapping[str, Any], shapes: Mapping[str, Any]) -> list[str]:
-    """One line for every parameter that is missing, unknown or of another shape."""
+    """One line for every parameter that is missing, unknown or of the wrong shape."""
     flat, expected = (traverse_util.flatten_dict(tree, sep="/") for tree in (params, shapes))
     lines = [f"{path} {expected[path].shape} is missing" for path in sorted(expected.keys() - flat)]
     lines += [
@@ -174,9 +174,9 @@ def list_differences(params: Mapping[str, Any], shapes: Mapping[str, Any]) -> li
 
 
 def misfits(table: Table, names: Collection[str]) -> list[str]:
-    """One line per difference between a file's names and those of a table, whatever the number of
-    layers: names that the table lacks, and required ones that the file lacks."""
-    # Folded, since the table is that of a network with any number of layers.
+    """One line per difference between a file's names and a table's, whatever the number of layers:
+    names that the table lacks, and required names that the file lacks."""
+    # Folded, since the number of layers in the table is arbitrary.
     there = {fold(name) for name in names}
     aliases = {fold(alias): fold(name) for alias, name in table.aliases.items()}
     # An alias may replace the tensor that it equals.
@@ -201,10 +201,10 @@ class Claim:
 
     kind: str
     prefix: str
-    misfits: tuple[str, ...]  # differences between the names there and the nearest table
+    misfits: tuple[str, ...]  # differences between the names there and the closest table
 
 
-# (kind, marker as in `prefixes`, function that returns tables of networks of any size)
+# (kind, marker as in `prefixes`, function that returns tables, with any number of layers)
 Format = tuple[str, str, Callable[[], Iterable[Table]]]
 
 
@@ -222,13 +222,13 @@ def rank_kinds(formats: Iterable[Format], names: Collection[str]) -> list[Claim]
 
 
 def describe_nearest(formats: Iterable[Format], names: Collection[str]) -> str:
-    """The kind with the fewest misfits, and these, for the message about an unknown file; "" if
-    more than half of the names do not fit."""
+    """The kind with the fewest misfits and what these are, for the message about an unknown file;
+    "" if more than half of the names do not fit."""
     claims = (_claim(kind, "", tables(), names) for kind, _, tables in formats)
     nearest = min(claims, key=lambda claim: len(claim.misfits))
     if 2 * len(nearest.misfits) > len({fold(name) for name in names}):
         return ""
-    return f". Nearest is kind={nearest.kind!r}:{list_problems(nearest.misfits)}"
+    return f". The closest is kind={nearest.kind!r}:{list_problems(nearest.misfits)}"
 
 
 def _claim(kind: str, prefix: str, tables: Iterable[Table], names: Collection[str]) -> Claim:
@@ -247,18 +247,19 @@ def choose_prefix(markers: Iterable[str], names: Collection[str], chosen: str, f
     """The prefix of the network to read from a file; "" if there is none.
 
     Args:
-      markers: of the kinds of network, see `prefixes`.
-      names: of all tensors.
-      chosen: the user's choice among several networks, such as "teacher."; else "".
-      file: its name, for messages.
+      markers: the markers of the kinds of network, see `prefixes`.
+      names: names of all tensors.
+      chosen: the user's choice among several networks, such as "teacher."; "" without a choice.
+      file: the file's name, for messages.
 
-    Raises ValueError if there are several and none is chosen, or the chosen one is missing.
+    Raises ValueError if there are several networks and none is chosen, or the chosen one is
+    missing.
     """
     there = sorted({prefix for marker in markers for prefix in prefixes(marker, names)})
     shown = ", ".join(map(brief, there[:5])) or "none"
     if chosen and chosen not in there:
         raise ValueError(f"{file} holds no network below weights={chosen!r}; there are: {shown}")
-    # With "" among them, the others are parts of one outer network.
+    # If "" is among them, the others are parts of one outer network.
     if chosen or len(there) < 2 or "" in there:
         return chosen or min(there, default="")
     raise ValueError(
@@ -268,16 +269,16 @@ def choose_prefix(markers: Iterable[str], names: Collection[str], chosen: str, f
 
 
 def take_prefix(tensors: Tensors, prefix: str) -> tuple[dict[str, np.ndarray], Account]:
-    """The tensors below a prefix, by names without it, and the account of the others."""
+    """The tensors under a prefix, by names without it, and an account of the others."""
     own = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
     others = sorted(name for name in tensors if not name.startswith(prefix))
-    notes = (f"the prefix {prefix!r} was taken off the names",) if prefix else ()
-    left = tuple((name, "of the rest of the model") for name in others)
+    notes = (f"the prefix {prefix!r} was removed from the names",) if prefix else ()
+    left = tuple((name, "belongs to the rest of the model") for name in others)
     return own, Account((), dropped=left, notes=notes)
 
 
 def _form(entry: Entry, tensors: Tensors) -> Entry:
-    """The form of an entry that the tensors have; the entry itself if they have none, or both."""
+    """The form of an entry that the tensors match; the entry itself if they match none, or both."""
     there = [form for form in entry.forms if any(name in tensors for name in form.names)]
     own = any(name in tensors for name in entry.names)
     # With both, the other form remains unused, which `_divide` reports.
@@ -285,7 +286,7 @@ def _form(entry: Entry, tensors: Tensors) -> Entry:
 
 
 def _differing(parts: Tensors, expected: Mapping[str, tuple[int, ...]], path: str) -> list[str]:
-    """One line for every tensor of a parameter that is missing or of another shape."""
+    """One line for every tensor of a parameter that is missing or of the wrong shape."""
     missing = {name: shape for name, shape in expected.items() if name not in parts}
     return [f"{name} {shape} is missing, for {path}" for name, shape in missing.items()] + [
         f"{name} is {part.shape} and should be {expected[name]}"
@@ -297,29 +298,29 @@ def _differing(parts: Tensors, expected: Mapping[str, tuple[int, ...]], path: st
 def _divide(
     rest: Tensors, left_out: Mapping[str, str], forms: Mapping[str, str]
 ) -> tuple[tuple[tuple[str, str], ...], list[str]]:
-    """Divides unused tensors into those that are left out, with the reasons, and one line for each
-    of the others."""
+    """Splits unused tensors into those that are left out, with the reasons, and problems, one line
+    for each of the others."""
     left, lines = [], []
     for name, array in sorted(rest.items()):
         reason = next((why for rx, why in left_out.items() if re.fullmatch(rx, name)), None)
         if reason is not None:
             left.append((name, reason))
         elif name in forms:
-            lines.append(f"{name} {np.shape(array)} and {forms[name]} are one; leave out either")
+            lines.append(f"{name} {np.shape(array)} and {forms[name]} are the same; leave one out")
         else:
             lines.append(f"{name} {np.shape(array)} has no place")
     return tuple(left), lines
 
 
 def _other_forms(entries: Iterable[Entry]) -> dict[str, str]:
-    """Name of a tensor of an entry's other forms -> the first tensor of the entry."""
+    """Tensor names in entries' other forms -> the entry's first tensor name."""
     pairs = ((form, entry.names[0]) for entry in entries for form in entry.forms)
     return {name: first for form, first in pairs for name in form.names}
 
 
 def _tensor_shapes(entry: Entry, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Shapes of an entry's tensors for a parameter of a shape."""
-    # Broadcasting makes an array of any shape that takes no memory.
+    """Shapes of an entry's tensors, given the parameter's shape."""
+    # A broadcast array has any shape without taking memory.
     parts = entry.write(np.broadcast_to(np.float32(0), shape))
     return {name: part.shape for name, part in zip(entry.names, parts, strict=True)}
 
@@ -327,8 +328,8 @@ def _tensor_shapes(entry: Entry, shape: tuple[int, ...]) -> dict[str, tuple[int,
 def _resolve(
     tensors: dict[str, np.ndarray], aliases: Mapping[str, str], problems: list[str]
 ) -> dict[str, str]:
-    """Removes aliases from `tensors`, adds the tensors that only aliases have, returns the
-    aliases."""
+    """Removes aliases from `tensors`, adds tensors that are only there under an alias, and returns
+    the aliases."""
     same = {}
     for alias, name in aliases.items():
         if alias not in tensors:

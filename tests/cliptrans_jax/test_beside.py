@@ -349,7 +349,9 @@ def test_a_consistent_prefix_is_taken_off(tmp_path, prefix):
     assert_same(found.params, make_params(kinds.MBART, UNEVEN))
     assert any(repr(prefix) in note for note in found.account.notes)
     if prefix == "model.":
-        assert dict(found.account.dropped) == {"criterion.weight": "of the rest of the model"}
+        assert dict(found.account.dropped) == {
+            "criterion.weight": "belongs to the rest of the model"
+        }
 
 
 def test_networks_below_two_prefixes_are_chosen_between(tmp_path):

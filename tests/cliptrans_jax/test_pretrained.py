@@ -150,7 +150,9 @@ def test_a_tower_that_was_trained_along_is_read_by_itself(tmp_path):
     assert "read separately" in dropped["clip.text_encoder.LinearTransformation.weight"]
     tower = pretrained.load(path, kind="mclip", config=MCLIP)
     assert_same(tower.params, make_params(kinds.KINDS["mclip"][0], MCLIP))
-    assert dict(tower.account.dropped)["adapter.hidden.0.weight"] == "of the rest of the model"
+    assert (
+        dict(tower.account.dropped)["adapter.hidden.0.weight"] == "belongs to the rest of the model"
+    )
 
 
 def test_an_alias_that_differs_and_a_tensor_without_a_place_are_named(tmp_path):
@@ -300,7 +302,7 @@ def test_half_precision_is_widened(tmp_path):
 @pytest.mark.parametrize(
     ("value", "dtype", "message"),
     [
-        (1, np.int8, "is not of plain numbers: logits_bias is int8"),
+        (1, np.int8, "holds other types than floats: logits_bias is int8"),
         (np.nan, np.float32, "not finite, in logits_bias"),
         (np.inf, np.float16, "not finite, in logits_bias"),
     ],
@@ -345,7 +347,7 @@ def test_a_file_of_no_kind_is_named_with_the_nearest(tmp_path):
         ValueError, match=r"a\.safetensors is of no known kind: .*'mclip'"
     ) as raised:
         pretrained.load(tmp_path / "a.safetensors")
-    assert "Nearest is kind='mbart':\n  model.encoder.layernorm_embedding.weight is missing" in str(
+    assert "closest is kind='mbart':\n  model.encoder.layernorm_embedding.weight is missing" in str(
         raised.value
     )
     write_tensors(tmp_path / "b.safetensors", {"a.weight": np.ones(2, np.float32)})

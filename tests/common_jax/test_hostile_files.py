@@ -240,7 +240,7 @@ def test_narrow_types_of_safetensors_are_read(tmp_path):
 
 
 ODD_HEADERS = [
-    ({"a": entry("F4", (16,))}, "holds a in the type F4, which is not read"),
+    ({"a": entry("F4", (16,))}, "holds a with dtype F4, which is not one of"),
     ({"a": entry("F32", (3,))}, "invalid shape, data type, or offset"),
     ({"a": entry(shape=(-2,))}, "invalid value: integer `-2`"),
     ({"a": entry(shape=(2.0,))}, r"floating point `2\.0`"),
@@ -295,10 +295,10 @@ INDEX = "model.safetensors.index.json"
         ({"weight_map": {"a": "x" * 300}}, "which is not in its own folder"),
         ({"weight_map": {"a": "\x00"}}, "which is not in its own folder"),
         ({"weight_map": {"a": "\ud800"}}, "which is not in its own folder"),
-        ({"weight_map": {"a": 3}}, "it gives 'a' the file 3"),
-        ({"weight_map": {"a": ["x"]}}, "it gives 'a' the file"),
-        ({"weight_map": []}, "is no index of shards"),
-        ([], "is no index of shards"),
+        ({"weight_map": {"a": 3}}, "it maps 'a' to the file 3"),
+        ({"weight_map": {"a": ["x"]}}, "it maps 'a' to the file"),
+        ({"weight_map": []}, "is not an index of shards"),
+        ([], "is not an index of shards"),
         ({"weight_map": {"a": "loop.safetensors"}}, r"loop\.safetensors, missing"),
         ({"weight_map": {str(i): f"{i}.safetensors" for i in range(999)}}, r"missing; fetch"),
     ],

@@ -146,7 +146,7 @@ def test_the_nearest_kind_is_described():
     described = tables.describe_nearest([LARGE, SMALL], set("bcd"))
     assert described == ""  # two of three names
     described = tables.describe_nearest([LARGE, SMALL], set("bc"))
-    assert described == ". Nearest is kind='large':\n  a is missing"
+    assert described == ". The closest is kind='large':\n  a is missing"
 
 
 @pytest.mark.parametrize(
@@ -163,4 +163,4 @@ def test_a_prefix_that_is_unclear_is_asked_for():
     with pytest.raises(ValueError, match=r"no network below weights='z\.'; there are: 'x\.'"):
         tables.choose_prefix(["a"], ["x.a"], "z.", "f")
     own, account = tables.take_prefix({"x.a": 1, "y.a": 2}, "x.")
-    assert own == {"a": 1} and account.dropped == (("y.a", "of the rest of the model"),)
+    assert own == {"a": 1} and account.dropped == (("y.a", "belongs to the rest of the model"),)

@@ -35,7 +35,7 @@ def test_weights_and_their_average_are_chosen_between(tmp_path, raw, average):
         assert_same(found.tensors, want)
         assert found.notes == (f"the weights are those under '{key}'",)
     with pytest.raises(
-        ValueError, match=f"no tensors .* under weights='emma'; keys of such: '{raw}'"
+        ValueError, match=f"no tensors .* under weights='emma'; keys that do: '{raw}'"
     ):
         read_weights(file, weights="emma")
 

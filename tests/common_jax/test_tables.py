@@ -69,7 +69,7 @@ def test_what_is_malformed_is_named(tmp_path, name, text, message):
 def test_a_missing_column_names_those_there(tmp_path):
     table = read_table(write(tmp_path / "t.csv", "path,lable\nx,y\n"))
     with pytest.raises(
-        ValueError, match=r"t\.csv has no column 'label' \(did you mean 'lable'\?\), which is to "
+        ValueError, match=r"t\.csv has no column 'label' \(did you mean 'lable'\?\), which should "
     ):
         table.require("label", "the classes")
 

@@ -174,7 +174,7 @@ def test_a_student_and_a_teacher_in_one_state_dict_are_chosen_between(tmp_path):
         read(tmp_path / "dino.safetensors")
     _, found = read(tmp_path / "dino.safetensors", weights="teacher.")
     np.testing.assert_array_equal(head(found), raw["head.weight"] + 2)
-    assert dict(found.account.dropped)["student.cls_token"] == "of the rest of the model"
+    assert dict(found.account.dropped)["student.cls_token"] == "belongs to the rest of the model"
     with pytest.raises(ValueError, match=r"no network below weights='x\.'; there are: 'student\.'"):
         read(tmp_path / "dino.safetensors", weights="x.")
 
@@ -237,7 +237,7 @@ def test_a_file_of_no_kind_is_named_with_the_nearest(tmp_path):
     write_tensors(tmp_path / "a.safetensors", tensors)
     with pytest.raises(ValueError, match=r"(?s)a\.safetensors is of no kind .*'vmoe'") as raised:
         read(tmp_path / "a.safetensors")
-    assert "Nearest is kind='meta':\n  blocks.*.norm1.weight is missing" in str(raised.value)
+    assert "closest is kind='meta':\n  blocks.*.norm1.weight is missing" in str(raised.value)
     write_tensors(tmp_path / "b.safetensors", {"a.weight": np.ones(2, np.float32)})
     with pytest.raises(ValueError, match=r"its tensors are called \['a\.weight'\]$"):
         read(tmp_path / "b.safetensors")
