@@ -1,8 +1,8 @@
 """Reads PyTorch's zip archives without PyTorch: a pickle beside raw storages.
 
 The pickle may rebuild tensors and plain containers; anything else that it names becomes a
-placeholder and is never imported (`torch_pickle`). Only storages of returned tensors are read, so
-an optimizer's state in the same file costs nothing.
+placeholder and is never imported (`torch_pickle`). Only the storages of returned tensors are read,
+so an optimizer's state in the same file costs nothing.
 """
 
 import contextlib
@@ -29,20 +29,19 @@ from common_jax.weights.torch_pickle import EXPORT, Scripted, Tensor
 
 LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")  # pickled magic number of the old format
 LARGEST_PICKLE = 1 << 26  # bytes; published weights have less than 2^22
-DEEPEST = 64  # modules within modules, and lists within lists
-# Of modules and tensors of a script, and of items of lists, counting shared ones repeatedly.
+DEEPEST = 64  # nesting of modules, and of lists
+# Limit on a script's modules and tensors, and on list items, counting shared ones every time.
 MOST_VISITS = 100_000
-# Tensors may repeat and share numbers, as with `expand`. Limit of their total size over that of the
-# file.
+# Tensors may repeat and share values, as with `expand`. Limit on their total size over the file's.
 MOST_REPEATED = 64
 
 
 def read(path: Path, weights: str = "") -> Chosen:
-    """The tensors of a state dict, of a checkpoint with one under a key, or of a TorchScript
-    archive, with the stored dtypes. No code in the file is run.
+    """Reads the tensors of a state dict, of a checkpoint with one under a key, or of a TorchScript
+    archive, with their stored dtypes. Runs no code in the file.
 
     Args:
-      path: of the file.
+      path: the file.
       weights: key of the state dict to read, see `naming.choose`.
 
     Raises ValueError as `common_jax.weights.read_weights`.
@@ -66,7 +65,7 @@ def read(path: Path, weights: str = "") -> Chosen:
 
 
 def module_classes(path: Path) -> frozenset[str]:
-    """Names of the classes of a TorchScript archive's modules; none for other archives. Raises
+    """Class names of the modules in a TorchScript archive; empty for other archives. Raises
     ValueError as `read`."""
     with _open(path) as archive:
         top, _, script = _load(archive)
@@ -74,8 +73,8 @@ def module_classes(path: Path) -> frozenset[str]:
 
 
 def read_plain(path: Path) -> dict[str, Any]:
-    """The numbers, strings and lists of these at the top of a checkpoint, by key. Raises ValueError
-    as `read`."""
+    """The numbers, strings and lists of these at the top level of a checkpoint, by key. Raises
+    ValueError as `read`."""
     with _open(path) as archive:
         top, _, _ = _load(archive)
         entries = top.items() if isinstance(top, dict) else ()
@@ -88,12 +87,12 @@ def _open(path: Path) -> Iterator[Archive]:
         start = file.read(len(LEGACY))
     if start.startswith(LEGACY):
         raise ValueError(
-            f"{path} is in PyTorch's format from before 1.6, which is not read; with PyTorch: "
-            "torch.save(torch.load(FILE, weights_only=True), NEW_FILE)"
+            f"{path} is in PyTorch's format from before 1.6, which is not supported; convert it "
+            "with PyTorch: torch.save(torch.load(FILE, weights_only=True), NEW_FILE)"
         )
     if not start.startswith(b"PK"):
         raise ValueError(
-            f"{path} is no zip archive of PyTorch, it starts with {start[:8]!r}; with PyTorch: "
+            f"{path} is not a zip archive of PyTorch, it starts with {start[:8]!r}; with PyTorch: "
             f"{EXPORT}"
         )
     try:
@@ -104,7 +103,7 @@ def _open(path: Path) -> Iterator[Archive]:
 
 
 def _load(archive: Archive) -> tuple[Any, str, bool]:
-    """The pickled value, the folder in the archive, and whether it is TorchScript."""
+    """Returns the pickled value, its folder in the archive, and whether this is TorchScript."""
     names = archive.entries
     roots = [n.removesuffix("data.pkl") for n in names if re.fullmatch("([^/]+/)?data.pkl", n)]
     if len(roots) != 1:
@@ -113,21 +112,21 @@ def _load(archive: Archive) -> tuple[Any, str, bool]:
             f"PyTorch: {EXPORT}"
         )
     root = roots[0]
-    # The presence of these files decides how the rest is read, so verify that they are intact.
+    # The presence of these files decides how the rest is read, so check that they are intact.
     others = [name for name in names if not name.startswith((f"{root}data/", f"{root}data.pkl"))]
     archive.require_room(others)  # TorchScript's code is text, and compressed
     for name in others:
         archive.read(name, limit=archive.room)
     if f"{root}byteorder" in names and archive.read(f"{root}byteorder").strip() != b"little":
-        raise RefusedError(f"has numbers in big-endian order; with PyTorch elsewhere: {EXPORT}")
+        raise RefusedError(f"is big-endian; with PyTorch on a little-endian machine: {EXPORT}")
     script = f"{root}constants.pkl" in names
     content = archive.read(f"{root}data.pkl", limit=min(archive.size, LARGEST_PICKLE))
     return torch_pickle.load(bytes(content), script=script), root, script
 
 
 def _is_plain(value: Any) -> bool:
-    """True for numbers and strings, and for lists of these, unless shared ones make them too many
-    or one that contains itself too deep."""
+    """True for numbers, strings, and lists of these. False for lists with too many items, counting
+    shared ones every time, or nested too deep, such as one that contains itself."""
     visits, waiting = 0, [(value, 0)]
     while waiting:
         part, depth = waiting.pop()
@@ -141,7 +140,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _classes(top: Any) -> frozenset[str]:
-    """Names of the classes of a scripted module and its submodules."""
+    """Class names of a scripted module and its submodules."""
     visited, waiting, names = set(), [top], set()
     while waiting:
         module = waiting.pop()
@@ -153,7 +152,7 @@ def _classes(top: Any) -> frozenset[str]:
 
 
 def _walk(top: Any, declared: Mapping[str, set[str]]) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of a scripted module, by their names in its `state_dict`."""
+    """Yields parameters and buffers of a scripted module, by their names in its `state_dict`."""
     if not isinstance(top, Scripted):
         raise RefusedError(f"is TorchScript without a module; with PyTorch: {EXPORT}")
     visits, waiting = 0, [("", top, 0)]
@@ -183,8 +182,8 @@ def _walk(top: Any, declared: Mapping[str, set[str]]) -> Iterator[tuple[str, Ten
 
 
 def _declared(archive: Archive, root: str) -> dict[str, set[str]]:
-    """The attributes that each scripted class declares as parameters or buffers. Other attributes,
-    such as a mask, may be tensors too."""
+    """The attributes that each scripted class declares as parameters or buffers, since other
+    attributes, such as a mask, may be tensors too."""
     heading = re.compile(
         r"^class (\w+)\(.*\):\n  __parameters__ = \[(.*)\]\n  __buffers__ = \[(.*)\]", re.MULTILINE
     )
@@ -201,13 +200,13 @@ def _declared(archive: Archive, root: str) -> dict[str, set[str]]:
 
 
 def _require_sizes(archive: Archive, root: str, parts: Mapping[str, Tensor]) -> None:
-    """Raises RefusedError if tensors do not fit the storages in the archive's directory, before any
-    are read."""
+    """Raises RefusedError if tensors do not fit the storages listed in the archive's directory,
+    before any storage is read."""
     storages = {tensor.storage.key: tensor.storage for tensor in parts.values()}
     for key in storages:
         if f"{root}data/{key}" not in archive.entries:
             raise RefusedError(
-                f"lacks {plain(f'{root}data/{key}')}, a tensor's numbers; copy or download it again"
+                f"lacks {plain(f'{root}data/{key}')}, a tensor's data; copy or download it again"
             )
     archive.require_room([f"{root}data/{key}" for key in storages])
     total = 0
@@ -230,25 +229,23 @@ def _require_sizes(archive: Archive, root: str, parts: Mapping[str, Tensor]) -> 
         count = size // _dtype(tensor.dtype).itemsize
         last = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
         if 0 not in shape and tensor.offset + last >= count:
-            raise RefusedError(
-                f"has {count} numbers for {plain(name)} {brief(shape)}, which is too few"
-            )
+            raise RefusedError(f"has too few values for {plain(name)} {brief(shape)}, {count}")
         largest = full_size(shape, _dtype(tensor.dtype).itemsize)
         total += 0 if 0 in shape else largest
         if largest >= MOST_BYTES or total > MOST_REPEATED * archive.size:
             raise RefusedError(
                 f"gives {plain(name)} the shape {brief(shape)}, more than {MOST_REPEATED} times "
-                "the numbers that the file holds"
+                "what the file holds"
             )
 
 
 def _array(tensor: Tensor, raw: bytearray) -> np.ndarray:
-    """The tensor as a view of its storage, whose bounds `_require_sizes` has checked."""
+    """The tensor as a view of its storage; `_require_sizes` has checked the bounds."""
     dtype, shape = _dtype(tensor.dtype), tensor.shape
     if 0 in shape:
         return np.empty(shape, dtype)
     numbers = np.frombuffer(raw, dtype, len(raw) // dtype.itemsize)[tensor.offset :]
-    # The stride of an axis of length 1 has no effect, and may have any value.
+    # The stride of an axis of length 1 has no effect, and the file may give any value.
     pairs = zip(shape, tensor.strides, strict=True)
     steps = [stride * dtype.itemsize if n > 1 else 0 for n, stride in pairs]
     return np.lib.stride_tricks.as_strided(numbers, shape, steps, writeable=False)

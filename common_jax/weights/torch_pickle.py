@@ -1,4 +1,4 @@
-"""Reads PyTorch's pickles, and imports and runs nothing that they name.
+"""Reads PyTorch's pickles, without importing or running anything that they name.
 
 A pickle is a program for a stack machine. Here its opcodes only push constants, fill containers and
 describe tensors; everything else becomes an `Opaque` object without behaviour. Time and memory are
@@ -35,18 +35,18 @@ DTYPES = (
     *("float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64"),
 )
 EXPORT = "torch.save(model.state_dict(), NEW_FILE)"
-LARGEST = 512  # bits of an integer; PyTorch's own have 64, and numpy's generators 128
-LARGEST_KEY = 64  # bits; many larger integers have the same hash, which makes dictionaries slow
+LARGEST = 512  # bits of an integer; PyTorch's own have 64, and those of numpy's generators 128
+LARGEST_KEY = 64  # bits of a key; many larger integers share a hash, which slows dictionaries down
 LONGEST_NAME = 400  # characters of module and class; a short pickle could copy longer ones often
-MOST_AXES = 64  # of a tensor, numpy's own limit
+MOST_AXES = 64  # of a tensor; numpy's own limit
 MOST_ARGUMENTS = 8  # of the functions that rebuild tensors
-# Exceptions of `pickle` and of this module for damaged pickles.
+# What `pickle` and this module raise for damaged pickles.
 DAMAGED = (
     *(pickle.UnpicklingError, struct.error, EOFError, ArithmeticError, AttributeError),
     *(LookupError, TypeError, ValueError),
 )
-# Code that no weights need. It would not be run, but a file that names it is malicious, and the
-# user should know.
+# Code that no weights need. It would not be run anyway, but a file that names it is malicious, and
+# the user should know.
 HARMFUL_MODULES = (
     *("os", "posix", "nt", "subprocess", "pty", "socket", "shutil", "sys", "runpy", "importlib"),
     *("ctypes", "webbrowser", "pip", "timeit", "code", "codeop", "bdb", "pdb", "pickle", "_pickle"),
@@ -56,19 +56,19 @@ HARMFUL_BUILTINS = ("eval", "exec", "compile", "open", "__import__", "breakpoint
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Opaque:
-    """Placeholder for an object of another class or function, with its name."""
+    """Placeholder for any other class, function or object, with its name."""
 
     name: str
 
     def append(self, _: Any) -> None:
-        """Ignores items, as of a subclass of list."""
+        """Ignores items that a pickle adds, such as to a subclass of list."""
 
     extend = add = append
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Storage:
-    """A flat array of numbers in a file of the archive."""
+    """A flat array of values, stored in a file of the archive."""
 
     key: str
     dtype: str
@@ -77,8 +77,8 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Tensor:
-    """A view of a storage, with offset and strides in units of `dtype`. Only the number of axes is
-    checked here: offset, shape and strides may contain anything."""
+    """A view of a storage, with offset and strides in units of `dtype`. Only the number of axes has
+    been checked: offset, shape and strides may contain anything."""
 
     storage: Storage
     dtype: str
@@ -89,17 +89,17 @@ class Tensor:
 
 @dataclasses.dataclass(slots=True, eq=False, repr=False)
 class Scripted:
-    """A module of a TorchScript archive, and its attributes; without them, its class."""
+    """A module of a TorchScript archive with its attributes; without attributes, its class."""
 
     name: str
     attributes: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
 
 def load(content: bytes, *, script: bool) -> Any:
-    """The value of a pickle: numbers, strings, lists, tuples and dictionaries with `Tensor`,
+    """Loads a pickle's value: numbers, strings, lists, tuples and dictionaries with `Tensor`,
     `Opaque` and, if `script`, `Scripted` objects.
 
-    Keys of dictionaries other than numbers and strings are replaced by `Opaque` objects.
+    Dictionary keys other than numbers and strings are replaced by `Opaque` objects.
 
     Raises:
       RefusedError: for a pickle that is damaged, or that names harmful code.
@@ -121,7 +121,7 @@ def _rebuild(storage, offset, shape, strides, metadata=None, dtype=None):
         raise RefusedError("holds a tensor without a storage")
     if metadata:
         raise RefusedError(
-            f"holds a tensor that is more than its numbers: {brief(metadata)}; with PyTorch: "
+            f"holds a tensor that is more than its values: {brief(metadata)}; with PyTorch: "
             f"{EXPORT}"
         )
     if dtype is not None and not (isinstance(dtype, str) and dtype in DTYPES):
@@ -141,7 +141,7 @@ def _rebuild_v3(storage, offset, shape, strides, grad, hooks, dtype, metadata=No
 def _axes(sizes: Any) -> tuple[Any, ...]:
     if not isinstance(sizes, list | tuple) or len(sizes) > MOST_AXES:
         raise RefusedError(
-            f"holds a tensor whose shape or strides are no list of sizes: {brief(sizes)}"
+            f"holds a tensor whose shape or strides are not a list of sizes: {brief(sizes)}"
         )
     return tuple(sizes)
 
@@ -150,8 +150,8 @@ def _first(value, *others):
     return value
 
 
-_ORDERED_DICT = Opaque("collections.OrderedDict")  # a call of it returns an empty dict
-# Functions and types for tensors and for the plain contents of optimizers and scalers.
+_ORDERED_DICT = Opaque("collections.OrderedDict")  # calling it returns an empty dict
+# Functions and types that tensors and the plain contents of optimizers and scalers need.
 KNOWN: Mapping[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _ORDERED_DICT,
     ("torch._utils", "_rebuild_tensor"): _rebuild,
@@ -164,7 +164,7 @@ KNOWN: Mapping[tuple[str, str], Any] = {
     **{("torch.storage", name): dtype for name, dtype in STORAGES.items()},
     **{("torch", dtype): dtype for dtype in DTYPES},
 }
-# The same for attributes of TorchScript modules that are lists.
+# The same for list attributes of TorchScript modules.
 KNOWN_IN_SCRIPT = {
     ("torch.jit._pickle", name): _first
     for name in (
@@ -175,7 +175,7 @@ KNOWN_IN_SCRIPT = {
 
 
 def _bounded(load_integer: Callable[[Any], None]) -> Callable[[Any], None]:
-    """The operation of an opcode that pushes an integer, with a limit of its size."""
+    """Wraps an opcode that pushes an integer with a limit on the integer's size."""
 
     def load_bounded(self: Any) -> None:
         load_integer(self)
@@ -186,8 +186,8 @@ def _bounded(load_integer: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 class _Unpickler(pickle._Unpickler):
-    """Python's own unpickler without objects: the one in Python, since the one in C allocates what
-    a length or the index of a memo declares."""
+    """Python's own unpickler, but without objects. It is the one written in Python, since the one
+    in C allocates whatever a declared length or memo index asks for."""
 
     def __init__(self, content: bytes, *, script: bool):
         super().__init__(io.BytesIO(content), encoding="utf-8")
@@ -217,14 +217,14 @@ class _Unpickler(pickle._Unpickler):
     def persistent_load(self, pid: Any) -> Storage | Opaque:
         """A storage, which is outside the pickle."""
         if not (isinstance(pid, tuple) and len(pid) == 5 and isinstance(pid[0], str)):
-            raise RefusedError(f"refers to {brief(pid)}, which is no storage")
+            raise RefusedError(f"refers to {brief(pid)}, which is not a storage")
         kind, dtype, key, _, count = pid  # the fourth is the device
         if isinstance(dtype, Opaque):
             return dtype
         good = kind == "storage" and isinstance(dtype, str) and dtype in STORAGES.values()
         if not (good and isinstance(key, str) and type(count) is int and count >= 0):
             raise RefusedError(
-                f"refers to a storage {brief(key)} of {brief(count)} numbers of {brief(dtype)}"
+                f"refers to a storage {brief(key)} of {brief(count)} values of {brief(dtype)}"
             )
         return Storage(key, dtype, count)
 
@@ -232,7 +232,7 @@ class _Unpickler(pickle._Unpickler):
         """Calls a function or class that the pickle names."""
         arguments, function = self.stack.pop(), self.stack.pop()
         if not isinstance(arguments, tuple):
-            raise TypeError("arguments that are no tuple")
+            raise TypeError("arguments that are not a tuple")
         self._instantiate(function, arguments)
 
     def load_new_with_names(self) -> None:
@@ -252,7 +252,7 @@ class _Unpickler(pickle._Unpickler):
             raise TypeError(f"{type(klass).__name__} cannot be called")
 
     def load_build(self) -> None:
-        """Sets the attributes of a scripted module; ignored for other objects."""
+        """Sets the attributes of a scripted module; does nothing for other objects."""
         state = self.stack.pop()
         if isinstance(self.stack[-1], Scripted):
             if not isinstance(state, dict):
@@ -278,7 +278,7 @@ class _Unpickler(pickle._Unpickler):
         if isinstance(container, dict):
             _fill(container, zip(items[::2], items[1::2], strict=True))
         elif not isinstance(container, Opaque):
-            raise TypeError(f"{type(container).__name__} is no dictionary")
+            raise TypeError(f"{type(container).__name__} is not a dictionary")
 
     def load_set(self) -> None:
         self.append(Opaque("set"))  # filling one would hash its items
@@ -291,7 +291,7 @@ class _Unpickler(pickle._Unpickler):
         raise RefusedError(f"uses an opcode that PyTorch does not write; with PyTorch: {EXPORT}")
 
     dispatch = pickle._Unpickler.dispatch | {
-        # cls.__new__ in Python; here it is a call like any other.
+        # NEWOBJ is cls.__new__ in Python; here it is a call like any other.
         pickle.REDUCE[0]: load_reduce,
         pickle.NEWOBJ[0]: load_reduce,
         pickle.NEWOBJ_EX[0]: load_new_with_names,
@@ -301,21 +301,21 @@ class _Unpickler(pickle._Unpickler):
         pickle.DICT[0]: load_dict,
         pickle.EMPTY_SET[0]: load_set,
         pickle.FROZENSET[0]: load_frozenset,
-        # A bytearray would be allocated before its bytes are read.
+        # Read as bytes: a bytearray would be allocated before its bytes are read.
         pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8,
         pickle.INT[0]: _bounded(pickle._Unpickler.load_int),
         pickle.LONG[0]: _bounded(pickle._Unpickler.load_long),
         pickle.LONG1[0]: _bounded(pickle._Unpickler.load_long1),
         pickle.LONG4[0]: _bounded(pickle._Unpickler.load_long4),
         **dict.fromkeys(pickle.EXT1 + pickle.EXT2 + pickle.EXT4, refuse),
-        # The index of PUT, in protocol 0 alone, may be of any size.
+        # PUT, used only in protocol 0, may have an index of any size.
         **dict.fromkeys(pickle.PUT + pickle.NEXT_BUFFER + pickle.READONLY_BUFFER, refuse),
     }
 
 
 def _fill(container: dict[Any, Any], pairs: Iterable[Any]) -> None:
     for key, value in pairs:
-        # Hashing a tuple visits everything in it, which can be exponentially much.
+        # Hashing a tuple visits everything in it, which can take exponential time.
         plain_key = key is None or isinstance(key, str | bytes | int | float)
         if not plain_key or (isinstance(key, int) and key.bit_length() > LARGEST_KEY):
             key = Opaque(type(key).__name__)

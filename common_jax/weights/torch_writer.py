@@ -1,7 +1,8 @@
-"""Writes PyTorch's zip archives without PyTorch: a pickle of opcodes beside raw storages.
+"""Writes PyTorch's zip archives without PyTorch: a pickle beside raw storages.
 
 `tools/convert_weights.py` exports runs this way, since the originals only load .pth files.
-`torch.load(path, weights_only=True)` and `torch_archive` read them. Equal values give equal bytes.
+`torch.load(path, weights_only=True)` and `torch_archive` can read them. Equal values give equal
+bytes.
 """
 
 import struct
@@ -15,15 +16,15 @@ import numpy as np
 
 from common_jax.weights.torch_pickle import STORAGES
 
-ROOT = "archive"  # folder in the archive, PyTorch's name for unnamed files
-ALIGNMENT = 64  # of storages, so that PyTorch can map them into memory
+ROOT = "archive"  # folder in the archive; PyTorch's default name
+ALIGNMENT = 64  # bytes; of storages, so that PyTorch can map them into memory
 
 _STORAGE_OF = {
     np.dtype(getattr(ml_dtypes, dtype, dtype)): name
     for name, dtype in STORAGES.items()
     if name != "UntypedStorage"
 }
-Storages = dict[int, tuple[str, np.ndarray]]  # an array's id -> its name in the archive, itself
+Storages = dict[int, tuple[str, np.ndarray]]  # id of an array -> its name in the archive, the array
 _ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
 _REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
 
@@ -32,9 +33,9 @@ def write(path: Path, value: Any) -> None:
     """Writes a value in the format of torch.save.
 
     Args:
-      path: of the file, which is overwritten.
-      value: numpy arrays, which become tensors, in mappings with string keys, lists and tuples, and
-        numbers, strings, True, False and None. An array in several places is stored once.
+      path: the file, which is overwritten.
+      value: numpy arrays, which become tensors, and numbers, strings, True, False and None, nested
+        in mappings with string keys, lists and tuples. An array in several places is stored once.
 
     Raises:
       TypeError: for anything else, and for dtypes that PyTorch has no storage for.
@@ -52,7 +53,7 @@ def write(path: Path, value: Any) -> None:
 
 def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
     """Stores a file at an offset that is a multiple of ALIGNMENT."""
-    entry = zipfile.ZipInfo(name)  # dated 1980, so that bytes do not depend on the time
+    entry = zipfile.ZipInfo(name)  # dated 1980 by default, so bytes do not depend on the time
     start = archive.fp.tell() + zipfile.sizeFileHeader + len(name.encode()) + 4
     filler = -start % ALIGNMENT
     entry.extra = b"FB" + struct.pack("<H", filler) + b"Z" * filler
@@ -60,7 +61,7 @@ def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
 
 
 def _encode(value: Any, storages: Storages) -> bytes:
-    """Opcodes that push `value` on the stack; its arrays are added to `storages`."""
+    """Opcodes that push `value` onto the stack; adds its arrays to `storages`."""
     match value:
         case None:
             return b"N"
@@ -82,15 +83,15 @@ def _encode(value: Any, storages: Storages) -> bytes:
         case Mapping() if all(isinstance(key, str) for key in value):
             pairs = (_encode(x, storages) for pair in value.items() for x in pair)
             return _ORDERED_DICT + b"(" + b"".join(pairs) + b"u"
-    raise TypeError(f"{value!r} of type {type(value).__name__} has no place in a file of tensors")
+    raise TypeError(f"{value!r} of type {type(value).__name__} cannot be in a file of tensors")
 
 
 def _tensor(array: np.ndarray, storages: Storages) -> bytes:
-    """Opcodes of a contiguous tensor that covers its whole storage."""
+    """Opcodes for a contiguous tensor that covers its whole storage."""
     kind = _STORAGE_OF.get(array.dtype.newbyteorder("="))
     if kind is None:
         known = sorted(str(dtype) for dtype in _STORAGE_OF)
-        raise TypeError(f"an array of {array.dtype} is none of {known}, which PyTorch can hold")
+        raise TypeError(f"an array is {array.dtype}, and PyTorch can only hold {known}")
     key, _ = storages.setdefault(id(array), (str(len(storages)), array))
     storage = _encode("storage", storages) + f"ctorch\n{kind}\n".encode()
     storage += b"".join(_encode(x, storages) for x in (key, "cpu", array.size))

@@ -1,4 +1,4 @@
-"""Warm starts from the weights of other runs, with an account of every parameter."""
+"""Warm starts from other runs' weights, with an account of every parameter."""
 
 import dataclasses
 import math
@@ -18,13 +18,13 @@ from common_jax.weights.account import list_problems
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """The source of a subtree.
+    """Where a subtree of parameters comes from.
 
     Attributes:
       source: a run's workdir or one step's folder.
       subtree: path of keys in that checkpoint, such as "module/stage_2".
       target: path of keys in the parameters to load.
-      renamed: names below `subtree` -> different names below `target`.
+      renamed: names below `subtree` -> names below `target`, where they differ.
     """
 
     source: epath.PathLike
@@ -35,11 +35,11 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True)
 class WarmStart:
-    """Parameters from other runs, on their devices, and the account of them.
+    """Parameters from other runs, on their devices, and an account of them.
 
-    The account is JSON: `taken`, one entry per origin with the size of what it gave; `adapted`,
-    parameters whose shape was changed; `left` and `fresh`, with the reasons, those of the origins
-    that are not used and those that start from scratch.
+    The account is JSON: `taken` has one entry per origin with the size of what was taken from it;
+    `adapted`, the parameters whose shape was changed; `left`, parameters of the origins that are
+    not used, and `fresh`, parameters that start from scratch, both with reasons.
     """
 
     params: Mapping[str, Any]
@@ -48,14 +48,14 @@ class WarmStart:
 
 @dataclasses.dataclass(frozen=True)
 class Allowance:
-    """Parameters that need not match: a regex of their paths `a/b/c` in the tree to load, and the
-    reason."""
+    """Parameters that need not match: a regex of their paths `a/b/c` in the tree to load, and
+    why."""
 
     regex: str
     reason: str
 
 
-# adapt(array, shape) -> the array in that shape, for parameters such as position tables
+# adapt(array, shape) -> the array converted to that shape, for parameters such as position tables
 Adapt = Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
 
 
@@ -74,15 +74,16 @@ def take(
     Args:
       shapes: nested dict of ShapeDtypeStructs with shardings.
       origins: disjoint subtrees of `shapes`, each with its checkpoint.
-      leave: parameters of an origin that may be missing in `shapes`.
-      fresh: parameters to leave out of the result, for initialisation, even if an origin has them.
-      adapt: regex of paths -> conversion of parameters that have another shape.
-      read: if False, only checks that all parameters fit, and returns none.
+      leave: parameters of an origin that `shapes` may lack.
+      fresh: parameters to leave out of the result, so that they are initialised, even if an origin
+        has them.
+      adapt: regex of paths -> conversion of parameters whose shape differs.
+      read: whether to read parameters; if False, only checks that all fit, and returns none.
 
     Raises:
       FileNotFoundError: if an origin has no finished checkpoint.
-      ValueError: naming all parameters that are missing, of another shape, or unknown, and not
-        allowed for.
+      ValueError: naming all parameters that are missing, of the wrong shape, or unknown, unless
+        `leave` or `fresh` allows for them.
     """
     flat = traverse_util.flatten_dict(shapes, sep="/")
     params, account = {}, {"taken": [], "adapted": [], "left": [], "fresh": []}
@@ -115,14 +116,14 @@ def take(
     if problems:
         raise ValueError(
             f"the weights do not fit:{list_problems(problems)}"
-            "\ngive other config.sources, or name (by regex) what starts from scratch in "
-            "config.sources.fresh and what may be left in config.sources.leave"
+            "\ngive other config.sources, or regexes of what starts from scratch in "
+            "config.sources.fresh and of what may be left out in config.sources.leave"
         )
     return WarmStart(traverse_util.unflatten_dict(params, sep="/"), account)
 
 
 def size_of(params: Mapping[str, Any]) -> dict[str, int]:
-    """The numbers of `arrays` and of `parameters` in a nested dict, for an account."""
+    """The numbers of `arrays` and `parameters` in a nested dict, for an account."""
     sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(params)]
     return {"arrays": len(sizes), "parameters": sum(sizes)}
 
@@ -145,8 +146,8 @@ def _allowed(path: str, allowances: tuple[Allowance, ...]) -> str | None:
 
 
 def _read(step, matches, flat, adapt, account, problems, read) -> dict[str, jax.Array]:
-    """The parameters in the target shapes; records adapted ones, and those that cannot be
-    adapted."""
+    """Reads the parameters in their target shapes. Records adapted ones in `account`, and those
+    that cannot be adapted in `problems`."""
     requests, to_adapt = {}, {}
     for path, (name, shape) in matches.items():
         target = flat[path]

@@ -1,4 +1,4 @@
-"""A run's folder: its lock, JSON files, config and identity, and paths that the config names."""
+"""A run's folder: its lock, JSON files, config and identity, and the paths that a config names."""
 
 from common_jax.workdir.arrays import read_arrays, write_arrays
 from common_jax.workdir.claim import (

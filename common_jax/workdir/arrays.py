@@ -1,4 +1,4 @@
-"""Arrays that are computed once, in npz files with a fingerprint of all that determines them."""
+"""Caches computed arrays in npz files, with a fingerprint of everything that determines them."""
 
 from collections.abc import Mapping
 
@@ -30,12 +30,12 @@ def read_arrays(
 
     Args:
       path: the file.
-      kinds: dtype and number of axes of each array.
-      mapped: leaves the arrays in the file. All of it is read once, to notice damage.
+      kinds: name -> dtype and number of axes of each array.
+      mapped: whether to memory-map the arrays. The file is still read once, to detect damage.
 
     Raises:
       ValueError: for a damaged file, or one with other arrays; the message names it.
-      OSError: when it cannot be read.
+      OSError: if it cannot be read.
     """
     arrays = read_npz(path, ("fingerprint", *kinds), mapped=mapped)
     fingerprint = arrays.pop("fingerprint")

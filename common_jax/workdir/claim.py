@@ -1,4 +1,4 @@
-"""The config of a workdir: a run of another config is refused, with the fields that differ."""
+"""The config of a workdir: a run with a different config is refused, listing what differs."""
 
 import dataclasses
 import json
@@ -20,8 +20,8 @@ SHOWN, WIDTH = 12, 120  # fields in a message, and characters of each
 
 
 def claim(workdir: epath.PathLike, config: Any) -> None:
-    """Writes `config` to a workdir, over any that is there: call `refuse_other_config` first.
-    Raises as `require`."""
+    """Writes `config` to a workdir, overwriting any that is there: call `refuse_other_config`
+    first. Raises as `require`."""
     require(workdir)
     if jax.process_index() == 0:
         workdir = epath.Path(workdir)
@@ -30,15 +30,15 @@ def claim(workdir: epath.PathLike, config: Any) -> None:
 
 
 def refuse_other_config(workdir: epath.PathLike, config: Any, *, apart: str = "") -> None:
-    """Raises ValueError when `workdir` has a run of another config, with the fields that differ.
+    """Raises ValueError, with the fields that differ, if `workdir` has a run with another config.
 
-    A run without checkpoint and result may be replaced, and the log says so.
+    A run without checkpoints and result may be replaced, which is logged.
 
     Args:
-      workdir: of the run.
-      config: frozen dataclass of the run. Fields that the stored config lacks, since an earlier
-        version wrote it, have the dataclass's defaults; a warning names those that this version
-        lacks. A plain mapping must have all fields.
+      workdir: the run's folder.
+      config: the run's config, a frozen dataclass. Fields that the stored config lacks because an
+        earlier version wrote it get the dataclass's defaults; stored fields that this version
+        lacks are named in a warning. A plain mapping must have all fields.
       apart: regex of fields that may differ.
     """
     path = epath.Path(workdir) / FILE
@@ -51,8 +51,7 @@ def refuse_other_config(workdir: epath.PathLike, config: Any, *, apart: str = ""
     lines = configs.difference(_lasting(stored, apart), _lasting(plain(config), apart))
     if lines and not holds_results(workdir):
         logging.info(
-            "%s was started with another config and came to no checkpoint: this config takes its "
-            "place",
+            "%s was started with another config but has no checkpoint yet: this config replaces it",
             workdir,
         )
     elif lines:
@@ -64,12 +63,12 @@ def refuse_other_config(workdir: epath.PathLike, config: Any, *, apart: str = ""
 
 
 OUTCOMES = ("result.json", "scores.json")
-BELOW = 3  # folders in folders: a run of a sweep, a part of its pipeline, a repetition of that
+BELOW = 3  # levels of nested folders: a run of a sweep, a run of its pipeline, a repetition of that
 
 
 def holds_results(workdir: epath.PathLike, *, below: int = BELOW) -> bool:
-    """Returns True where a run has a checkpoint, whole or damaged, or a result, in the workdir or
-    in folders below it."""
+    """Returns True if a run in the workdir, or in folders below it, has a checkpoint, intact or
+    damaged, or a result."""
     workdir = epath.Path(workdir)
     if any((workdir / name).exists() for name in OUTCOMES):
         return True
@@ -83,22 +82,22 @@ def holds_results(workdir: epath.PathLike, *, below: int = BELOW) -> bool:
 
 
 def contradictions(stored: Mapping[str, Any], config: Any) -> list[str]:
-    """Lists the fields that both configs have and that differ, a line each, without PASSING ones.
-    Without any, they may belong to one run, even if different versions wrote them."""
+    """Lists the fields that both configs have and that differ, one per line, except PASSING ones.
+    If there are none, both may belong to one run, even if different versions wrote them."""
     before, after = _lasting(stored), _lasting(plain(config))
     shared = before.keys() & after.keys()
     return configs.difference(*({key: one[key] for key in shared} for one in (before, after)))
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """Returns a config, a frozen dataclass or a mapping, in the form of config.json."""
+    """Converts a config, a frozen dataclass or a mapping, to the form of config.json."""
     if dataclasses.is_dataclass(config):
         config = configs.unfreeze(config).to_dict()
     return dict(config)
 
 
-# Fields that change nothing but the rounding of the results, and which checkpoints are kept: a run
-# may resume with other values. `remat` and `attention` are fields of networks in any section.
+# Fields that affect only the rounding of results and which checkpoints are kept, so a run may
+# resume with other values. `remat` and `attention` are fields of networks in any section.
 PASSING = re.compile(
     r"run\.(best|profile|compilation_cache|checkpoint_minutes|on_failed_save|wandb)"
     r"|mesh\.(data|fsdp|expert)"
@@ -108,7 +107,7 @@ PASSING = re.compile(
 
 
 def _lasting(config: Mapping[str, Any], apart: str = "") -> dict[str, Any]:
-    as_read = json.loads(json.dumps(config))  # turns tuples within tuples into lists
+    as_read = json.loads(json.dumps(config))  # turns tuples, even nested ones, into lists
     return {
         key: value
         for key, value in configs.flatten(as_read)
@@ -117,7 +116,7 @@ def _lasting(config: Mapping[str, Any], apart: str = "") -> dict[str, Any]:
 
 
 def _shorten(lines: list[str]) -> list[str]:
-    # Fields that both have come first: where a section is of another kind, all others are absent.
+    # Fields that both have come first: if a section is of another kind, all others are absent.
     ordered = sorted(lines, key=lambda line: "'(absent)'" in line)
     short = [line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}..." for line in ordered]
     more = len(short) - SHOWN

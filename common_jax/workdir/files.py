@@ -1,4 +1,4 @@
-"""Atomic writing of JSON files, and reading with the file's name in every error."""
+"""Writes JSON files atomically, and reads them with the file's name in every error."""
 
 import json
 import os
@@ -13,12 +13,12 @@ from common_jax.untrusted import RefusedError, brief, parse_json
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
-    """Writes a JSON file atomically, even if the process is killed."""
+    """Writes a JSON file atomically, even if the process is killed meanwhile."""
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def write_bytes(path: epath.PathLike, content: bytes) -> None:
-    """Writes a file atomically, even if the process is killed."""
+    """Writes a file atomically, even if the process is killed meanwhile."""
     path = epath.Path(path)
     temporary = temporary_beside(path)
     try:
@@ -38,21 +38,21 @@ def temporary_beside(path: epath.PathLike) -> epath.Path:
 def read_json(
     path: epath.PathLike, fields: Mapping[str, type | UnionType] | None = None
 ) -> dict[str, Any]:
-    """Reads the object in a JSON file; it must have `fields` of these types, and may have more.
+    """Reads the object in a JSON file; it must have `fields` with these types, and may have more.
 
     Raises:
-      ValueError: when the file has any other content, naming the file and the problem.
-      OSError: when it cannot be read.
+      ValueError: for any other content, naming the file and the problem.
+      OSError: if the file cannot be read.
     """
     content = epath.Path(path).read_bytes()
     try:
         value = parse_json(content)
         if not isinstance(value, dict):
-            raise RefusedError(f"holds a JSON {type(value).__name__}, where an object is expected")
+            raise RefusedError(f"must hold a JSON object, not a {type(value).__name__}")
         for name, kind in (fields or {}).items():
             if name not in value:
                 raise RefusedError(f"lacks {name!r}")
-            # To Python, true and false are integers.
+            # In Python, bool is a subclass of int.
             if not isinstance(value[name], kind) or isinstance(value[name], bool):
                 expected = getattr(kind, "__name__", kind)
                 raise RefusedError(
@@ -61,6 +61,6 @@ def read_json(
     except RefusedError as refused:
         raise ValueError(
             f"{path} {refused}; it was cut off or edited. Restore it, or delete it if it can be "
-            "made again"
+            "recreated"
         ) from None
     return value

@@ -1,4 +1,5 @@
-"""The identity of a run: run.json, made at its first start, whose id is in all its checkpoints."""
+"""The identity of a run: run.json, written at its first start, with an id that is also in all of
+the run's checkpoints."""
 
 import dataclasses
 import datetime
@@ -14,7 +15,7 @@ from common_jax.workdir.files import read_json, write_json
 
 FILE = "run.json"
 PACKAGE = "modular-jax"
-DIGITS = 12  # hexadecimal: 48 bits, exact in float64, which processes exchange
+DIGITS = 12  # hexadecimal; 48 bits are exact in float64, the type that processes exchange
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +23,12 @@ class Identity:
     """The content of run.json."""
 
     id: str  # random hexadecimal digits
-    unmarked: tuple[int, ...] = ()  # steps of checkpoints that an earlier version wrote without it
+    unmarked: tuple[int, ...] = ()  # steps of checkpoints that an earlier version wrote without id
 
 
 def read_identity(workdir: epath.PathLike) -> Identity | None:
-    """Reads the identity of the run in `workdir`; None where there is no run.json. Raises
-    ValueError, naming the file, when run.json has none."""
+    """Reads the identity of the run in `workdir`; None if there is no run.json. Raises ValueError,
+    naming the file, if run.json holds no identity."""
     path = epath.Path(workdir) / FILE
     if not path.exists():
         return None
@@ -36,8 +37,8 @@ def read_identity(workdir: epath.PathLike) -> Identity | None:
     are_steps = isinstance(unmarked, list) and all(type(step) is int for step in unmarked)
     if not isinstance(run_id, str) or not run_id or not are_steps:
         raise ValueError(
-            f"{path} holds {str(content)[:200]}, where the id of a run is expected. Restore it; or "
-            "delete it, and the run takes the id of its checkpoints"
+            f"{path} must hold the id of a run, not {str(content)[:200]}. Restore it; or delete "
+            "it, and the run takes the id of its checkpoints"
         )
     return Identity(run_id, tuple(unmarked))
 
@@ -45,14 +46,14 @@ def read_identity(workdir: epath.PathLike) -> Identity | None:
 def keep_identity(
     workdir: epath.PathLike, *, adopt: str | None = None, unmarked: Sequence[int] = ()
 ) -> Identity:
-    """Returns the identity of the run in `workdir`, and makes one where there is none.
+    """Returns the identity of the run in `workdir`; creates one if there is none.
 
-    All processes must call this at the same place; all get the same id.
+    All processes must call this at the same point; all get the same id.
 
     Args:
-      workdir: of the run.
-      adopt: the id to write where there is no run.json; None draws one.
-      unmarked: steps of checkpoints without an id that the run already has.
+      workdir: the run's folder.
+      adopt: the id to write if there is no run.json; None draws one.
+      unmarked: steps of the run's existing checkpoints without an id.
     """
     identity = None
     if jax.process_index() == 0:

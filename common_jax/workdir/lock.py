@@ -2,8 +2,8 @@
 
 The lock is a file that only one process can create. It names its holder, and a thread of the holder
 touches it every few seconds. A holder on the same machine can be looked up, and its lock is stale
-as soon as the process has ended. Any other lock is stale when the file was not touched for `STALE`
-seconds, by the clock of the file system, which is the same for all machines.
+as soon as the process has ended. Any other lock is stale once it has not been touched for `STALE`
+seconds by the file system's clock, which is the same for all machines.
 """
 
 import contextlib
@@ -31,13 +31,13 @@ BEAT = 10.0  # seconds between two touches
 STALE = 90.0  # seconds without a touch after which a lock is stale
 LOOK = 1.0  # seconds between two checks of a lock whose holder cannot be looked up
 
-# The locks of this process by the absolute path of the workdir; None in a bucket, and where the
-# first of several processes holds the lock for this one.
+# This process's locks by the workdir's absolute path; None in a bucket, and if the first of several
+# processes holds the lock for this one.
 _locks: dict[str, "_Lock | None"] = {}
 
 
 class Locked(OSError):
-    """Another process writes in the workdir."""
+    """Another process is writing to the workdir."""
 
 
 class LockLost(OSError):
@@ -46,18 +46,18 @@ class LockLost(OSError):
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """The process that holds a lock; the content of the lock's file."""
+    """The process that holds a lock; the content of the lock file."""
 
     host: str
     machine: str  # distinguishes machines, their boots and their containers
     pid: int
-    started: int | None  # in the kernel's ticks; None if unknown
+    started: int | None  # start time in the kernel's ticks; None if unknown
     since: str  # time of locking, for people
     token: str  # random, different for every lock
 
     @classmethod
     def this(cls) -> "Holder":
-        """Describes this process, from now on."""
+        """Describes this process, as a holder from now on."""
         return cls(
             host=socket.gethostname(),
             machine=_machine(),
@@ -78,7 +78,7 @@ class Holder:
             return False
         except PermissionError:  # it runs, as another user
             pass
-        # A pid is reused; together with the start it is unique until the next boot.
+        # Pids are reused; together with the start time they are unique until the next boot.
         return self.started is None or self.started == _start_of(self.pid)
 
     def __str__(self) -> str:
@@ -87,22 +87,22 @@ class Holder:
 
 @contextlib.contextmanager
 def hold(workdir: epath.PathLike) -> Iterator[None]:
-    """Holds the lock of a workdir, which it creates if missing and removes again if it stays empty.
+    """Holds the lock of a workdir. Creates a missing workdir, and removes it if it stays empty.
 
-    A process may hold its own lock several times. If several processes are one run, the first holds
-    the lock for all; they call this at the same place. A disk on which no lock can be written is
-    not an error here, since a finished run needs none: `require` then raises the system's error. A
-    bucket has no locks, and a warning says so.
+    A process may hold its own lock several times. If several processes form one run, the first
+    holds the lock for all; they must call this at the same point. A disk that no lock can be
+    written to is not an error here, since a finished run needs no lock; `require` raises the
+    OSError later. Buckets have no locks, which logs a warning.
 
     Raises:
-      Locked: when another process holds it, naming host, process and time; in all processes.
+      Locked: if another process holds it, naming host, process and time; in all processes.
     """
     path, lock = _key(workdir), None
     if path in _locks:
         yield
         return
     try:
-        # A signal between the two lines would leave a lock that nothing releases.
+        # A signal between these two lines would leave a lock that nothing releases.
         with signals.deferred():
             lock = _acquire(path)
             _locks[path] = lock
@@ -115,7 +115,7 @@ def hold(workdir: epath.PathLike) -> Iterator[None]:
 
 def _acquire(path: str) -> "_Lock | None":
     """Returns the lock of a workdir; None in a bucket, and in all but the first of several
-    processes. Raises Locked in all of them where another process holds it."""
+    processes. Raises Locked in all of them if another process holds it."""
     lock = refusal = None
     several = jax.distributed.is_initialized()  # process_count() would start the devices
     if not several or jax.process_index() == 0:
@@ -132,19 +132,19 @@ def _acquire(path: str) -> "_Lock | None":
 
 
 def require(workdir: epath.PathLike) -> None:
-    """Checks that this process may still write in a workdir that it has locked, if it has. Call it
-    before anything is written that could mix with another run's files.
+    """Checks that this process still holds its lock on a workdir, if it has locked it. Call this
+    before writing anything that could get mixed with another run's files.
 
     Raises:
-      LockLost: when another process has taken over the lock, or it was deleted.
-      OSError: when the lock could not be written.
+      LockLost: if another process has taken over the lock, or it was deleted.
+      OSError: if the lock could not be written.
     """
     if (lock := _locks.get(_key(workdir))) is not None:
         lock.require()
 
 
 class _Lock:
-    """A lock that this process holds, or could not write."""
+    """A lock that this process holds, or has failed to write."""
 
     def __init__(self, path: pathlib.Path):
         self._path, self._new_folders = path, []
@@ -155,7 +155,7 @@ class _Lock:
     def of(cls, workdir: str) -> "_Lock | None":
         """Locks a workdir, unless it is in a bucket; raises Locked."""
         if "://" in workdir:
-            # An object store creates no file exclusively. Warns once, not for every run below it.
+            # Object stores cannot create a file exclusively. Warn once, not for every run below.
             if not any(workdir.startswith(f"{other}/") for other in _locks):
                 logging.warning(
                     "%s has no locks: make sure that no other process writes there", workdir
@@ -165,11 +165,11 @@ class _Lock:
         try:
             try:
                 lock._take()
-            except FileNotFoundError:  # a refused start has removed its empty folders in between
+            except FileNotFoundError:  # a refused start may have just removed its empty folders
                 lock._take()
         except Locked:
             raise
-        # Raised by `require` instead, since a finished run on a read-only disk needs no lock.
+        # `require` raises it later, since a finished run on a read-only disk needs no lock.
         except OSError as error:
             lock._failure = error
             lock._remove_folders()
@@ -181,7 +181,7 @@ class _Lock:
         if self._failure is not None:
             error = self._failure
             raise OSError(error.errno, f"no lock can be written: {error.strerror}", str(self._path))
-        # Compares tokens, not processes: another lock of the same process is not this one.
+        # Compare tokens, not processes: another lock of the same process is not this one.
         holder = _read(self._path)
         if holder is not None and holder.token == self._holder.token:
             return
@@ -191,20 +191,21 @@ class _Lock:
             else f"{self._path} was deleted, or its folder was"
         )
         raise LockLost(
-            f"{event}, while this run was writing there: it stops, so that two runs do not mix. "
-            "Start the same command again when no other one runs"
+            f"{event} while this run was writing there. It stops, so that two runs do not mix. "
+            "Start the same command again when no other one is running"
         )
 
     def release(self) -> None:
-        """Removes the lock, unless it now belongs to another process, and its own empty folders."""
+        """Removes the lock, unless it now belongs to another process, and the folders that it has
+        created, if empty."""
         self._released.set()
-        with contextlib.suppress(OSError):  # of a lock that is lost, or was never written
+        with contextlib.suppress(OSError):  # if the lock was lost, or never written
             self.require()
             self._path.unlink()
         self._remove_folders()
 
     def _remove_folders(self) -> None:
-        with contextlib.suppress(OSError):  # folders that are not empty, and those above them
+        with contextlib.suppress(OSError):  # stops at the first folder that is not empty
             for folder in reversed(dict.fromkeys(self._new_folders)):
                 folder.rmdir()
 
@@ -214,8 +215,8 @@ class _Lock:
                 folder.mkdir(exist_ok=True)
                 self._new_folders.append(folder)
         content = json.dumps(dataclasses.asdict(self._holder), indent=2) + "\n"
-        # Holder and last touch of a lock whose holder cannot be looked up. Such a lock is waited
-        # for: if it changes its holder lives, and if it does not for STALE seconds it is stale.
+        # Holder and last touch of a lock whose holder cannot be looked up. Wait and see: if they
+        # change, the holder is alive; if they do not for STALE seconds, the lock is stale.
         watched = None
         while True:
             with contextlib.suppress(FileExistsError):
@@ -224,7 +225,7 @@ class _Lock:
             try:
                 touched, holder = self._path.stat().st_mtime, _read(self._path)
                 age = self._now() - touched
-            except FileNotFoundError:  # it was released in between
+            except FileNotFoundError:  # released in the meantime
                 continue
             alive = None if holder is None else holder.alive
             if alive is False or (alive is None and age > STALE):
@@ -245,12 +246,12 @@ class _Lock:
                     STALE - age,
                 )
             time.sleep(LOOK)
-            # One of several processes must not leave alone: they stop together, at a step.
+            # One of several processes must not stop alone: they stop together, at a step.
             if signals.requested() and not jax.distributed.is_initialized():
                 raise signals.Stopped
 
     def _create(self, content: str) -> None:
-        # Mode "x" is atomic: of several processes that try, one creates the file.
+        # Mode "x" is atomic: of several processes that try, only one creates the file.
         with open(self._path, "x") as file:
             try:
                 file.write(content)
@@ -260,28 +261,28 @@ class _Lock:
                 raise
 
     def _take_over(self, holder: Holder | None, age: float) -> None:
-        """Removes a stale lock; of several processes that try, one succeeds."""
-        # Only the process that has created the claim to this holder's lock removes it. A slower one
-        # that claims it later finds the lock of another holder, and leaves that alone.
+        """Removes a stale lock; of several processes that try, only one succeeds."""
+        # Only the process that creates the claim file for this holder's lock may remove the lock. A
+        # slower one that creates it later finds another holder's lock, and leaves that alone.
         name = hashlib.sha256(repr(holder).encode()).hexdigest()[:16]
         claim = self._path.with_name(f".{self._path.name}.{name}.stale")
         try:
             claim.touch(exist_ok=False)
         except FileExistsError:
-            with contextlib.suppress(FileNotFoundError):  # it was removed in between
+            with contextlib.suppress(FileNotFoundError):  # removed in the meantime
                 if self._now() - claim.stat().st_mtime > STALE:  # its process was killed
                     claim.unlink()
-            time.sleep(0.01)  # the other process needs no longer
+            time.sleep(0.01)  # the other process needs no longer than this
             return
         try:
             touched = self._path.stat().st_mtime
             if _read(self._path) != holder:
                 return
-            # A lock without a holder may also be one that is just being written.
+            # A lock without a readable holder may be in the middle of being written.
             if holder is None and self._now() - touched <= STALE:
                 return
             self._path.unlink()
-        except FileNotFoundError:  # it was released in between
+        except FileNotFoundError:  # released in the meantime
             return
         finally:
             claim.unlink(missing_ok=True)
@@ -293,8 +294,8 @@ class _Lock:
         )
 
     def _now(self) -> float:
-        """Returns the time of the file system's clock."""
-        # A server's clock may differ from this machine's, and touches are stamped by the server.
+        """Returns the time by the file system's clock."""
+        # On network storage the server stamps touches, and its clock may differ from ours.
         probe = pathlib.Path(temporary_beside(self._path))
         try:
             probe.touch()
@@ -304,14 +305,14 @@ class _Lock:
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT):
-            # A lost lock is reported by `require`, before the next write; this thread cannot raise.
+            # This thread cannot raise; `require` reports a lost lock before the next write.
             with contextlib.suppress(OSError):
                 self.require()
                 os.utime(self._path)
 
 
 def _read(path: pathlib.Path) -> Holder | None:
-    """Reads the holder of a lock; None for a missing file, or one that is not (yet) a lock."""
+    """Reads a lock's holder; None if the file is missing, or is not (yet) a lock."""
     try:
         holder = Holder(**json.loads(path.read_bytes()))
     except (FileNotFoundError, ValueError, TypeError, RecursionError):
@@ -325,7 +326,7 @@ def _key(workdir: epath.PathLike) -> str:
 
 
 def _machine() -> str:
-    """Returns a name that two processes share if one can look up the other by its pid."""
+    """Returns a name that is the same for two processes if they can look up each other's pids."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -334,12 +335,12 @@ def _machine() -> str:
 
 
 def _start_of(pid: int) -> int | None:
-    """Returns the start of a process, which distinguishes it from an earlier one with its pid; None
-    for a zombie, which has ended and only keeps its status."""
+    """Returns a process's start time, which tells it from an earlier process with the same pid.
+    None if unknown, or for a zombie, which has ended."""
     try:
         stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    # The name of the program, in parentheses, may contain spaces and parentheses itself.
+    # The program's name, in parentheses, may itself contain spaces and parentheses.
     state, *numbers = stat.rpartition(")")[2].split()
     return None if state in "ZX" else int(numbers[18])

@@ -1,4 +1,4 @@
-"""Checks of the paths on a command line, before anything is computed."""
+"""Checks the paths on a command line before anything is computed."""
 
 import os
 import pathlib
@@ -12,8 +12,8 @@ def check_input(key: str, value: str, expected: str) -> None:
 
     Args:
       key: name of the field, such as "config.data.path".
-      value: a path; not checked if it is empty or in a bucket (`gs://...`).
-      expected: description of the file or folder.
+      value: a path; not checked if empty or in a bucket (`gs://...`).
+      expected: description of the file or folder to give.
     """
     if not value or "://" in value:
         return
@@ -27,13 +27,13 @@ def check_input(key: str, value: str, expected: str) -> None:
 
 
 def check_output(key: str, value: epath.PathLike) -> None:
-    """Raises OSError, naming the flag or field `key`, unless the path `value` is a folder or can
-    become one; creates nothing. A bucket is not checked."""
+    """Raises OSError, naming the flag or field `key`, unless the path `value` is a folder or could
+    be created. Leaves nothing behind. Buckets are not checked."""
     if "://" in str(value):
         return
     path = pathlib.Path(value).expanduser().absolute()
     try:
-        # An existing folder may be read-only: a finished run is only read.
+        # An existing folder may be read-only, since a finished run is only read.
         if not os.path.isdir(path):
             if os.path.exists(path):
                 raise NotADirectoryError("it is a file")
@@ -52,7 +52,7 @@ def _assignment(key: str, value: str) -> str:
 
 
 def _reason(path: pathlib.Path, error: OSError) -> str:
-    """Describes the problem with `path`, and the last part of it that exists."""
+    """Describes the problem with `path`, and its nearest existing parent."""
     problem = error.strerror or str(error)
     nearest = _nearest(path.absolute())
     if nearest == path.absolute():
@@ -62,5 +62,5 @@ def _reason(path: pathlib.Path, error: OSError) -> str:
 
 
 def _nearest(path: pathlib.Path) -> pathlib.Path:
-    """Returns the last part of an absolute path that exists."""
+    """Returns an absolute path itself if it exists, else its nearest existing parent."""
     return next(part for part in (path, *path.parents) if os.path.exists(part))

@@ -1,4 +1,4 @@
-"""The result of a run: written at its end, and read where nothing beside it contradicts it."""
+"""The result of a run: written at its end, and read unless the files beside it contradict it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,16 +15,17 @@ RESULT = "result.json"
 def write_result(
     workdir: epath.PathLike, *, phase: str, steps: int, skipped: int, metrics: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Writes result.json, on process 0; the file says that the run is finished.
+    """Writes result.json, on process 0, which marks the run as finished.
 
     Args:
-      workdir: of the run.
-      phase: the kind of run, and what a title adds to it.
-      steps, skipped: updates in all, and those left out for a non-finite gradient.
-      metrics: of the last evaluation.
+      workdir: the run's folder.
+      phase: the kind of run, and what its title adds.
+      steps, skipped: total number of updates, and of those skipped for a non-finite loss or
+        gradient.
+      metrics: metrics of the last evaluation.
 
     Returns:
-      What the file holds: all of these in one dict, in every system.
+      The content of the file: all of these in one dict, the same in every system.
     """
     result = {"phase": phase, "steps": steps, "skipped": skipped, **metrics}
     if jax.process_index() == 0:
@@ -35,15 +36,15 @@ def write_result(
 def read_result(
     workdir: epath.PathLike, config: Any, *, phase: str, steps: int | None = None, apart: str = ""
 ) -> dict[str, Any] | None:
-    """Reads result.json; None where the run has none yet.
+    """Reads result.json; None if the run has none yet.
 
     Args:
       workdir, config, apart: see `refuse_other_config`.
       phase: the run's name in its result.
-      steps: of the run; None if unknown.
+      steps: the run's total number of updates; None if unknown.
 
     Raises:
-      ValueError: when workdir or result belong to another run, with the contradictions.
+      ValueError: if the workdir or the result belongs to another run, with the contradictions.
     """
     workdir = epath.Path(workdir)
     refuse_other_config(workdir, config, apart=apart)
@@ -54,13 +55,13 @@ def read_result(
     wrong = []
     if not (workdir / FILE).exists():
         wrong.append(f"there is no {FILE} beside it")
-    # A title may add to the kind of run; the config says the same.
+    # Compare only the kind of run: what a title adds to it is in the config too.
     if str(result.get("phase")).split(" ")[0] != phase.split(" ")[0]:
-        wrong.append(f"it is of {result.get('phase')!r}, and this run is {phase!r}")
+        wrong.append(f"its phase is {result.get('phase')!r}, and this run is {phase!r}")
     if steps is not None and result.get("steps") != steps:
-        wrong.append(f"it is of {result.get('steps')} steps, and this run has {steps}")
+        wrong.append(f"it has {result.get('steps')} steps, and this run has {steps}")
     if wrong:
         raise ValueError(
-            f"{path} is another run's: {'; '.join(wrong)}. Move it away, and start again"
+            f"{path} belongs to another run: {'; '.join(wrong)}. Move it away, and start again"
         )
     return result

@@ -1,5 +1,5 @@
-"""Configs of other versions of the project: new fields have today's defaults, and removed fields
-are named."""
+"""Reads configs of other versions of the project: new fields get today's defaults, and removed
+fields are named in a warning."""
 
 import dataclasses
 import logging
@@ -15,10 +15,10 @@ T = TypeVar("T")
 
 
 def freeze_stored(cls: type[T], stored: Mapping[str, Any], source: Any) -> T:
-    """Returns the frozen config of a run of any version.
+    """Returns the frozen config of a run that any version wrote.
 
-    A field that the stored config lacks has today's default, which is what earlier versions did;
-    one that `cls` lacks is left out, with a warning. Raises ValueError, naming `source`, for a
+    A field that the stored config lacks gets today's default, which is what earlier versions did; a
+    field that `cls` lacks is dropped with a warning. Raises ValueError, naming `source`, for a
     value that `cls` does not accept.
     """
     known, removed = fill(cls, stored)
@@ -26,21 +26,21 @@ def freeze_stored(cls: type[T], stored: Mapping[str, Any], source: Any) -> T:
     try:
         return configs.freeze(cls, known)
     except ValueError as error:
-        raise ValueError(f"the config of {source} is not one of this version: {error}") from error
+        raise ValueError(f"the config of {source} is not valid in this version: {error}") from error
 
 
 def fill(cls: type, stored: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Completes a stored config to today's fields, without checking values.
+    """Completes a stored config with today's fields, without checking values.
 
     Returns:
-      The nested dict of all fields of `cls`, and the fields that only `stored` has, {"a.b": value}.
+      A nested dict of all fields of `cls`, and the fields that only `stored` has, {"a.b": value}.
     """
     removed: dict[str, Any] = {}
     return _fill(cls, stored, "", removed), removed
 
 
 def name_gone(removed: Mapping[str, Any], source: Any) -> None:
-    """Warns of the fields of a run that this version no longer has."""
+    """Warns about a run's fields that this version no longer has."""
     lines = [plain(f"config.{name}={str(removed[name])[:60]}") for name in sorted(removed)]
     more = f" and {len(lines) - 10} more" if len(lines) > 10 else ""
     if lines:
@@ -67,8 +67,8 @@ def _fill_value(hint: Any, value: Any, path: str, removed: dict[str, Any]) -> An
         return value
     if origin in (typing.Union, types.UnionType):
         sections = [arg for arg in typing.get_args(hint) if dataclasses.is_dataclass(arg)]
-        # The choice of `freeze`: by `kind`, or the first without one. A removed kind stays as it
-        # is, so that `freeze` refuses it by name.
+        # Chooses as `freeze` does: by `kind`, or the first without one. A kind that was removed is
+        # kept, so that `freeze` refuses it by name.
         section = sections[0] if sections else None
         if len(sections) > 1 and "kind" in value:
             section = next((s for s in sections if s.kind == value["kind"]), None)

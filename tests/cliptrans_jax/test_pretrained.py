@@ -328,7 +328,7 @@ def test_a_kind_that_does_not_fit_is_named(tmp_path):
     config.write_text('{"model_type": "t5", "architectures": ["T5Model"]}')
     with pytest.raises(ValueError, match=r"of no known kind, .*'clip_res'.*model_type='t5', .*T5M"):
         pretrained.load(folder)
-    for content, message in (("{", "is not JSON"), ("[]", "holds a JSON list, where an obj")):
+    for content, message in (("{", "is not JSON"), ("[]", "must hold a JSON object, not a list")):
         config.write_text(content)
         with pytest.raises(ValueError, match=rf"config\.json {message}"):
             pretrained.load(folder)

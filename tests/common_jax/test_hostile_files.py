@@ -96,16 +96,16 @@ HUGE = 1 << 40
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (tensor(FLOATS, (HUGE,), (0,)), "more than 64 times the numbers that the file holds"),
+        (tensor(FLOATS, (HUGE,), (0,)), "more than 64 times what the file holds"),
         (tensor(FLOATS, (0, 1 << 61, 1 << 61), (1, 1, 1)), "more than 64 times"),
         (tensor(FLOATS, (1 << 62,), (0,)), "gives a the shape"),
         (tensor(FLOATS, (2.0,), (1,)), r"gives a the shape \(2\.0,\)"),
         (tensor(FLOATS, (True, 2), (1, 1)), r"gives a the shape \(True, 2\)"),
         (tensor(FLOATS, (2,), (1 << 62,)), "gives a the shape"),
-        (tensor(FLOATS, (1,), (1,), offset=1 << 61), "which is too few"),
+        (tensor(FLOATS, (1,), (1,), offset=1 << 61), "has too few values"),
         (tensor(FLOATS, (1,), (1,), offset="0"), "gives a the shape .* at '0'"),
-        (tensor(FLOATS, (1,) * 65, (1,) * 65), "shape or strides are no list of sizes"),
-        (tensor(FLOATS, None, (1,)), "shape or strides are no list of sizes: None"),
+        (tensor(FLOATS, (1,) * 65, (1,) * 65), "shape or strides are not a list of sizes"),
+        (tensor(FLOATS, None, (1,)), "shape or strides are not a list of sizes: None"),
         (tensor(FLOATS, (2,), (1,), more=({}, 5)), "has a damaged data.pkl"),
         (tensor(storage("FloatStorage", "0", HUGE), (2,), (1,)), "should be 4398046511104"),
         (tensor(storage("FloatStorage", "0", 2.0), (2,), (1,)), r"a storage '0' of 2\.0 numbers"),
@@ -116,7 +116,7 @@ HUGE = 1 << 40
         (Raw(b"L" + b"9" * 5000 + b"L\n"), "has a damaged data.pkl"),
         (Raw(b"\x82\x01"), "uses an opcode that PyTorch does not write"),
         (Raw(b"K\x01)R"), "has a damaged data.pkl .*cannot be called"),
-        (Raw(b"ctorch\nSize\n(K\x01tR"), "shape or strides are no list of sizes: 1"),
+        (Raw(b"ctorch\nSize\n(K\x01tR"), "shape or strides are not a list of sizes: 1"),
     ],
 )
 def test_odd_numbers_are_refused_before_anything_is_read(tmp_path, value, message):

@@ -214,7 +214,7 @@ def test_a_result_of_a_step_that_was_not_saved_ends_no_run(stopped):
 
 def test_a_broken_run_json_is_named(stopped):
     (stopped / "run.json").write_text('{"id": 3}')
-    with pytest.raises(ValueError, match=r"run/run\.json holds .* where the id of a run"):
+    with pytest.raises(ValueError, match=r"run/run\.json must hold the id of a run"):
         descend(stopped)
 
 
@@ -423,9 +423,9 @@ def test_a_result_is_that_of_its_workdir(tmp_path):
     descend(workdir)
     assert read_result(workdir, config, phase="descent", steps=12)["steps"] == 12
     assert read_result(tmp_path / "none", config, phase="descent") is None
-    with pytest.raises(ValueError, match="it is of 'descent', and this run is 'ascent'"):
+    with pytest.raises(ValueError, match="its phase is 'descent', and this run is 'ascent'"):
         read_result(workdir, config, phase="ascent")
-    with pytest.raises(ValueError, match="it is of 12 steps, and this run has 24"):
+    with pytest.raises(ValueError, match="it has 12 steps, and this run has 24"):
         read_result(workdir, config, phase="descent", steps=24)
     alone = tmp_path / "alone"
     alone.mkdir()

@@ -17,7 +17,7 @@ from m2mkd_jax.config import Config
         (b'{"steps": 3', r"is not JSON \(Expecting .*line 1 column 12"),
         (b"", "is not JSON"),
         (b"\xff\xfe{}", r"is not UTF-8 \(invalid start byte at byte 0\)"),
-        (b"[]", "holds a JSON list, where an object is expected"),
+        (b"[]", "must hold a JSON object, not a list"),
         (b"[" * 100_000, "is JSON that is nested too deep"),
         (b'{"steps": 3, "steps": 4}', "has the key 'steps' twice"),
         (b'{"loss": 0.5}', "lacks 'steps'"),
@@ -81,5 +81,5 @@ def test_a_broken_line_stops_a_run_before_anything_is_rewritten(tmp_path, broken
 def test_a_stored_config_of_a_kind_that_there_is_not_is_refused(tmp_path, kind):
     stored = json.loads(json.dumps(unfreeze(tiny.tiny_config("distill")).to_dict()))
     stored["model"]["kind"] = kind
-    with pytest.raises(ValueError, match=r"config of runs/a is not one of this version: .*kind"):
+    with pytest.raises(ValueError, match=r"config of runs/a is not valid in this version: .*kind"):
         freeze_stored(Config, stored, "runs/a")

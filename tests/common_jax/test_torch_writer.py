@@ -49,7 +49,7 @@ def test_what_is_written_for_torch_is_read_again(tmp_path):
     assert_same(read_tensors(path), ARRAYS)
     with pytest.raises(TypeError, match="of type set has no place"):
         write_torch(path, {"model": {1}})
-    with pytest.raises(TypeError, match="uint32 is none of"):
+    with pytest.raises(TypeError, match="array is uint32, and"):
         write_torch(path, {"a": np.ones(2, np.uint32)})
     with pytest.raises(ValueError, match=r"weights\.npz must end in one of \.bin"):
         write_torch(tmp_path / "weights.npz", ARRAYS)

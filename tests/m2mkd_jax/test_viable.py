@@ -106,7 +106,7 @@ def test_a_start_that_came_to_nothing_gives_way(tmp_path, caplog):
         refuse_other_config(tmp_path, {"optim": {"steps": steps}})
         claim(tmp_path, {"optim": {"steps": steps}})
     assert json.loads((tmp_path / "config.json").read_text()) == {"optim": {"steps": 40}}
-    assert "this config takes its place" in caplog.text
+    assert "this config replaces it" in caplog.text
 
 
 @pytest.mark.parametrize(
