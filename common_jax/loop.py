@@ -343,7 +343,7 @@ def _require_all(workdir: epath.Path) -> None:
         require(workdir)
     except OSError as error:
         lost = error
-    elsewhere = LockLost(f"{workdir} is no longer this run's; process 0 says why")
+    elsewhere = LockLost(f"{workdir} no longer belongs to this run; process 0 says why")
     hosts.raise_everywhere(lost, elsewhere)
 
 

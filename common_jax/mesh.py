@@ -101,9 +101,10 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         shape[AXES.index(free[0])] = len(devices) // fixed
     if math.prod(shape) != len(devices):
         need = (
-            f"needs a divisor of the {len(devices)} devices here, and its fixed axes make {fixed}"
+            f"needs a divisor of the {len(devices)} devices here, and its fixed axes multiply to "
+            f"{fixed}"
             if free
-            else f"makes {fixed}, and must make the {len(devices)} devices here"
+            else f"needs {fixed} devices, and there are {len(devices)} here"
         )
         raise ValueError(
             f"config.mesh={_describe(shape)} {need}; change config.mesh, or give -1 for "

@@ -131,7 +131,7 @@ class _Copy:
             return action(*arguments)
         except self._failures as error:
             self._broken = True
-            logging.warning("no more %s (%s)", self._name, error)
+            logging.warning("stopped writing %s (%s)", self._name, error)
             return None
 
 
@@ -145,7 +145,7 @@ class _Events(_Copy):
     """
 
     def __init__(self, workdir: epath.Path, step: int):
-        super().__init__(f"events for TensorBoard in {workdir}", OSError)
+        super().__init__(f"TensorBoard events in {workdir}", OSError)
         self._writer = self._attempt(EventsWriter, str(workdir / "events"))
         start = SessionLog(status=SessionLog.START)
         self._add(Event(wall_time=time.time(), step=step + 1, session_log=start))
@@ -186,7 +186,7 @@ class Tracker(_Copy):
     ):
         import wandb
 
-        super().__init__(f"numbers for Weights & Biases of {workdir}", OSError, wandb.Error)
+        super().__init__(f"metrics of {workdir} to Weights & Biases", OSError, wandb.Error)
         try:
             self._run = wandb.init(
                 project=project,
@@ -251,10 +251,12 @@ def _parse_line(path: epath.PathLike, number: int, line: bytes) -> dict[str, Any
         if not isinstance(values, dict) or type(values.get("step")) is not int:
             raise RefusedError('is not an object with an integer "step"')
         if odd := [name for name, value in values.items() if not _is_numbers(value)]:
-            raise RefusedError(f"has {brief(odd[0])}: {brief(values[odd[0]])}, which is no number")
+            raise RefusedError(
+                f"has {brief(odd[0])}: {brief(values[odd[0]])}, which is not a number"
+            )
     except RefusedError as error:
         raise ValueError(
-            f"{path}, line {number}: {error}: {line[:80]!r}; mend or delete this line"
+            f"{path}, line {number}: {error}: {line[:80]!r}; fix or delete this line"
         ) from None
     return values
 

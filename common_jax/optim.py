@@ -136,7 +136,7 @@ class OptimConfig(Section):
         length = f"epochs={self.epochs}" if self.steps is None else f"steps={self.steps}"
         raise ValueError(
             f"{key}.{name}={given} is a warm-up of {warmup} steps, and the run has only {total} "
-            f"({key}.{length}, {steps_per_epoch} steps an epoch): give a shorter warm-up, such as "
+            f"({key}.{length}, {steps_per_epoch} steps per epoch): give a shorter warm-up, such as "
             f"--{key}.{name}=0, or a longer run"
         )
 

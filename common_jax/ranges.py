@@ -69,7 +69,7 @@ class Filled:
 
     def refusal(self, value: Sized) -> str | None:
         kind = "string" if isinstance(value, str) else "tuple"
-        return None if len(value) else f"a {kind} that is not empty"
+        return None if len(value) else f"a non-empty {kind}"
 
 
 def at_least(low: int) -> Interval:

@@ -141,7 +141,7 @@ def describe_training(training: Training, mesh: Mesh, *, only: str = "") -> str:
         flops = step_flops(task, training.optim)
         cost = (
             f"{flops.model:.4g} FLOPs of products per step of {training.optim.batch} examples"
-            + (f", and {flops.again:.4g} computed again" if flops.again else "")
+            + (f", and {flops.again:.4g} recomputed" if flops.again else "")
         )
     except UnknownLength as error:
         cost = f"FLOPs per step unknown: {error}"

@@ -187,7 +187,7 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
     try:
         values = read_json(path) if path.exists() else {}
     except ValueError as error:
-        raise ValueError(f"{path}: {error}; mend or delete this file") from error
+        raise ValueError(f"{path}: {error}; fix or delete this file") from error
     return traverse_util.flatten_dict(values, sep=".")
 
 

@@ -424,7 +424,7 @@ def test_wmt_is_text_in_either_order_of_the_pair(tmp_path):
         ({"source_language": "eng"}, r"^source_language='eng' .*did you mean 'en'"),
         ({"target_language": "cs"}, r"^target_language='cs' is not a language"),
         ({"target_language": "en"}, r"^target_language='en' must be another"),
-        ({"valid_split": ""}, r"^valid_split='' must be a string that is not empty"),
+        ({"valid_split": ""}, r"^valid_split='' must be a non-empty string"),
         ({"bad_share": 1.0}, r"^bad_share=1\.0 must be in \[0, 1\)"),
         ({"workers": -1}, r"^workers=-1 must be at least 0"),
         ({"emoji_size": 0}, r"^emoji_size=0 must be at least 1"),

@@ -169,7 +169,7 @@ def test_an_integer_may_stand_for_a_float():
             "config.first.limit='x' must be of type float or None",
         ),
         ({"first": {"sides": (4, 0)}}, "config.first.sides[1]=0 must be at least 1"),
-        ({"first": {"sides": ()}}, "config.first.sides=() must be a tuple that is not empty"),
+        ({"first": {"sides": ()}}, "config.first.sides=() must be a non-empty tuple"),
         ({"second": {"heads": 3}}, "config.second.heads=3 must divide width=8"),
         ({"named": {"a": {"heads": 3}}}, "config.named.a.heads=3 must divide width=8"),
         ({"second": None}, "config.second=None must be a section with the fields of Heads"),

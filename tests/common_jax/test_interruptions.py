@@ -223,7 +223,7 @@ def test_without_room_for_events_the_run_goes_on(train, undisturbed, tmp_path, m
 
     monkeypatch.setattr(metrics._Events, "_write", full)
     assert (train(run_config()), log(tmp_path)) == undisturbed
-    assert caplog.text.count("no more events for TensorBoard") == 1
+    assert caplog.text.count("stopped writing TensorBoard events") == 1
 
 
 def test_the_last_save_must_not_fail(train, no_room, undisturbed, tmp_path):

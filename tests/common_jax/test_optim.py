@@ -306,7 +306,7 @@ def test_a_warmup_is_shorter_than_the_run(schedule):
     config = OptimConfig(schedule=schedule, epochs=10, warmup_epochs=20)
     said = (
         r"config\.recipes\.distill\.optim\.warmup_epochs=20 is a warm-up of 200 steps, and the run "
-        r"has only 100 \(config\.recipes\.distill\.optim\.epochs=10, 10 steps an epoch\): give a "
+        r"has only 100 \(config\.recipes\.distill\.optim\.epochs=10, 10 steps per epoch\): give a "
         r"shorter warm-up, such as --config\.recipes\.distill\.optim\.warmup_epochs=0"
     )
     with pytest.raises(ValueError, match=said):

@@ -72,7 +72,7 @@ def test_later_lines_of_timing_are_dropped_too(tmp_path):
 def test_a_broken_line_stops_a_run_before_anything_is_rewritten(tmp_path, broken):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(LINES + broken)
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 4: .*; mend or delete this line"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 4: .*; fix or delete this line"):
         record(tmp_path, 4)
     assert path.read_bytes() == LINES + broken
 

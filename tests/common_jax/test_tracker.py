@@ -77,7 +77,7 @@ def test_it_fails_no_run(package, tmp_path, caplog):
     for step in (1, 2):
         recorder.write(step, 0.5, {"train/loss": 0.25})
     recorder.close()
-    assert caplog.text.count("no more numbers for Weights & Biases") == 1
+    assert caplog.text.count("to Weights & Biases (") == 1
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 

@@ -279,7 +279,7 @@ def test_a_run_with_several_teachers_is_opened(run):
         (("0", "2", "1"), r"distill\.teachers\[1\]='2' must be numbers of the 2 "),
         (("0", "0+0", "1"), r"distill\.teachers\[1\]='0\+0' must be .* each once"),
         (("0", "1+", "1"), r"distill\.teachers\[1\]='1\+' must be numbers"),
-        (("0", "", "1"), r"teachers\[1\]='' must be a string that is not empty"),
+        (("0", "", "1"), r"teachers\[1\]='' must be a non-empty string"),
     ],
 )
 def test_a_table_that_leaves_a_module_without_a_teacher_is_refused(root, table, problem):

@@ -236,7 +236,7 @@ def as_lines(sizing: Sizing) -> list[str]:
         + ", ".join(f"{name} {bytes_text(size)}" for name, size in parts.items())
         + ")",
         f"model FLOPs: {flops.model:.4g} per step, {flops.model / sizing.devices:.4g} per {unit}; "
-        f"computed again {flops.again / max(flops.model, 1):.0%} of them",
+        f"{flops.again / max(flops.model, 1):.0%} of them recomputed",
         *_products_line(sizing.products),
         f"collectives: {collectives_text(sizing.collectives, sizing.chip) or 'none'}",
         f"HBM traffic per {unit}: {bytes_text(sizing.traffic)} per step",

@@ -189,7 +189,7 @@ def read_program(text: str, *, on_chip: bool = True) -> Program:
         elif current is not None and (match := _INSTRUCTION.match(line)):
             current[match[2]] = _instruction(match[2], match[3], root=match[1] is not None)
     if entry is None:
-        raise ValueError("the text of a compiled program has an ENTRY, and this one has none")
+        raise ValueError("this is not the text of a compiled program: it has no ENTRY")
     return Program(computations, entry)
 
 
