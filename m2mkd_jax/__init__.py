@@ -1,5 +1,5 @@
-"""m2mKD in JAX: modules of a ViT teach the modules of V-MoE and NAC students through a shared meta
-model."""
+"""m2mKD in JAX: modules of a ViT teacher are distilled into modules of V-MoE and NAC students,
+inside a shared meta model."""
 
 from common_jax import __version__ as __version__
 
@@ -7,7 +7,7 @@ __all__ = ["load_model"]
 
 
 def __getattr__(name: str):
-    # Imported on first use: processes that read images need no networks.
+    # Lazy: data-loading workers import this package and must not pay for importing the networks.
     if name == "load_model":
         from m2mkd_jax.loading import load_model
 

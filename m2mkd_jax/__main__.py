@@ -1,4 +1,4 @@
-"""`python -m m2mkd_jax COMMAND`: the program `m2mkd`."""
+"""`python -m m2mkd_jax COMMAND`, the same as the program `m2mkd`."""
 
 import sys
 

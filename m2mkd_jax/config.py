@@ -1,4 +1,4 @@
-"""The config of a run of m2mkd_jax: one frozen dataclass with all defaults."""
+"""The config of an m2mkd_jax run: one frozen dataclass with all defaults."""
 
 import dataclasses
 from typing import Annotated
@@ -51,11 +51,12 @@ class DistillConfig(Section):
     """m2mKD's objective, (1 - alpha) label loss + alpha distillation.
 
     Attributes:
-      kind: "soft" (as the original, with a mean over labels), "soft_batch_mean", "hard" or "none".
-      alpha: weight of the distillation.
+      kind: "soft" (as in the original, averaged over labels too), "soft_batch_mean", "hard" or
+        "none".
+      alpha: weight of the distillation term.
       tau: temperature of soft distillation.
-      combine: with several teachers, the mean of their "losses", or the loss against one teacher
-        that has the mean of their softened "probabilities" or of their "logits".
+      combine: how to use several teachers: average their "losses", or distill from a single
+        teacher made by averaging their softened "probabilities" or their "logits".
     """
 
     kind: Annotated[str, one_of(*DISTILLATIONS, "none")] = "soft"
@@ -71,13 +72,13 @@ class DistillConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class PairsConfig(DistillConfig):
-    """m2mKD's objective, the number of modules per program, and who teaches which.
+    """m2mKD's objective, the number of modules per program, and which teachers teach which module.
 
     Attributes:
-      pairs_at_once: maximum number of modules that one program trains; the others follow in further
-        programs. 0: all in one.
-      teachers: for each stage, the numbers in config.sources.teachers of those that teach its
-        module, such as ("0", "0+1", "1"). (): all of them teach every module.
+      pairs_at_once: maximum number of modules that one program trains; the others are trained by
+        further programs, one after another. 0 trains all in one program.
+      teachers: for each stage, which of config.sources.teachers teach its module, as indices such
+        as ("0", "0+1", "1"). () lets all of them teach every module.
     """
 
     pairs_at_once: Count = 0
@@ -92,11 +93,12 @@ class FewShotConfig(Section):
       ways: number of classes.
       shots: training images per class.
       test_shots: test images per class, from the test split.
-      seed: of the draw.
+      seed: seed of the draw.
       test_on_train: draws the test images from the training split, so that they include all
-        training images, as the original does on CIFAR-100: only to compare with published numbers.
-      episodes: number of episodes, with seeds `seed`, `seed` + 1 and so on; above 1 the result is
-        their mean with a 95 % confidence interval.
+        training images, as the original does on CIFAR-100. Only for comparison with published
+        numbers.
+      episodes: number of episodes, with seeds `seed`, `seed` + 1 and so on; if more than 1, the
+        result is their mean with a 95 % confidence interval.
     """
 
     ways: Size = 8
@@ -120,16 +122,17 @@ class SourcesConfig(Section):
     """Workdirs (or steps in them) that a phase takes weights from.
 
     Attributes:
-      meta: of the meta model.
-      modules: of the trained modules, one per stage in order, or one with all of them.
-      teacher: of the teacher.
-      teachers: of several teachers, in place of `teacher`: ViTs of any sizes, each a run of phase
-        train_module or assemble, or converted.
-      students: of the distilled students, one per stage in order, or one with all of them. ()
-        trains from scratch.
-      network: of a trained whole student.
-      fresh: regex of parameter paths that start from scratch even where a source has them.
-      leave: regex of the sources' parameter paths that may have no place in the network.
+      meta: workdir of the meta model.
+      modules: workdirs of the trained modules, one per stage in order, or one that has all of them.
+      teacher: workdir of the teacher.
+      teachers: workdirs of several teachers, instead of `teacher`: ViTs of any size, each from a
+        run of phase train_module or assemble, or converted.
+      students: workdirs of the distilled students, one per stage in order, or one that has all of
+        them. () trains from scratch.
+      network: workdir of a trained whole student.
+      fresh: regex of parameter paths that start from scratch even if a source has them.
+      leave: regex of parameter paths in the sources that may be left out if the network has no
+        such parameters.
     """
 
     meta: str = ""
@@ -147,11 +150,11 @@ class InitConfig(Section):
     """Initialisation from a network of another kind of run.
 
     Attributes:
-      upcycle: workdir (or a step in it) of a dense ViT, trained or converted, to start a V-MoE
+      upcycle: workdir (or a step in it) of a dense ViT, trained or converted, that a V-MoE starts
         from, see `m2mkd_jax.families.upcycle`. "" starts from scratch.
       teacher: workdir (or a step in it) of a whole ViT, trained or converted, whose modules are
-        joined to the meta model: only their stitches and the head are trained. "" trains modules
-        from scratch.
+        joined to the meta model: only their stitches and the head are trained. "" trains the
+        modules from scratch.
     """
 
     upcycle: str = ""
@@ -160,12 +163,12 @@ class InitConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig(Section):
-    """Random numbers in evaluation, for networks that use them there.
+    """Random numbers in evaluation, for networks that draw any there.
 
     Attributes:
-      noise: "mean" draws nothing: means replace random states, and pooling has no noise; "fixed"
-        draws the same numbers in every evaluation, from the seed and the batch number; "sampled"
-        draws new ones each time, from the step as well.
+      noise: "mean" draws nothing: random states are replaced by their means, and pooling has no
+        noise; "fixed" draws the same numbers in every evaluation, from the seed and the batch
+        number; "sampled" draws new ones each time, since the step enters the key as well.
     """
 
     noise: Annotated[str, one_of(*NOISES)] = "mean"
@@ -188,7 +191,7 @@ class Recipe(Section):
     Attributes:
       optim: optimizer and length.
       augment: augmentation of training images and labels.
-      drop_path: stochastic depth of the last block, to which it ramps from the first.
+      drop_path: stochastic depth rate of the last block; it ramps up linearly from 0 at the first.
     """
 
     optim: OptimConfig = OptimConfig()
@@ -208,25 +211,27 @@ class Config(Section):
       phase: one of PHASE_NAMES, or "pipeline".
       module: the modules to train, in phases that train modules: "all", or stage numbers such as
         "2" or "0+3".
-      seed: of all random numbers.
-      precision: "float32" or "bfloat16", for the networks; parameters, softmax, router, norm
-        statistics and losses are always float32.
-      matmul_precision: of products in float32 on GPUs and TPUs: "default", the fastest (TF32 on a
-        GPU, bfloat16 on a TPU), "high" or "highest", that of float32. No effect on a CPU, and none
-        on products in bfloat16.
+      seed: seed of all random numbers.
+      precision: compute dtype of the networks, "float32" or "bfloat16"; parameters, softmax,
+        router, norm statistics and losses are always float32.
+      matmul_precision: precision of float32 matrix products on GPUs and TPUs: "default", the
+        fastest (TF32 on a GPU, bfloat16 on a TPU), "high", or "highest", which is full float32. It
+        affects neither CPUs nor products in bfloat16.
       data: images and labels.
-      ood: another test set with some of the classes, for whole networks; not for single modules or
-        episodes.
+      ood: a second test set with some of the classes; evaluated for whole networks, not for single
+        modules or episodes.
       evaluation: random numbers in evaluation.
       meta: the meta model; its depths define the stages.
-      teacher: the teacher, with as many stages; sources.teachers bring their own sections.
-      model: the student, of kind "vmoe" or "nac", with as many stages.
+      teacher: the teacher, with the same number of stages as the meta model; each of
+        sources.teachers brings its own section instead.
+      model: the student, of kind "vmoe" or "nac", with the same number of stages.
       regularizers: terms that keep a NAC's graph near its prior, when it is trained as a whole.
       distill: m2mKD's objective, the number of modules trained at once, and their teachers.
-      baseline: distillation of the whole student from the whole teacher's logits, by default none.
-      few_shot: the episode.
+      baseline: distillation of the whole student from the whole teacher's logits; none by default.
+      few_shot: the few-shot episode.
       sources: weights to start from.
-      init: initialisation of a whole student without students, or of modules from a trained ViT.
+      init: initialisation of a whole student without distilled students, or of modules from a
+        trained ViT.
       optim, augment, drop_path: the phase's recipe, see Recipe; the pipeline has recipes instead.
       recipes: the recipe of each phase of the pipeline.
       mesh: devices.
@@ -265,14 +270,15 @@ class Config(Section):
         if self.init.upcycle and self.sources.students:
             raise FieldError(
                 f"init.upcycle={shown(self.init.upcycle)} and "
-                f"sources.students={shown(self.sources.students)}: a network starts from one of "
-                "them"
+                f"sources.students={shown(self.sources.students)}: a network starts from only one "
+                "of them"
             )
         if self.init.upcycle and student.upcycle is None:
             kinds = [kind for kind, family in FAMILIES.items() if family.upcycle is not None]
             raise FieldError(
-                f"init.upcycle={shown(self.init.upcycle)} starts a network of a kind in {kinds} "
-                f"from a ViT and model.kind={kind_of(self.model)!r}: leave it out, or change either"
+                f"init.upcycle={shown(self.init.upcycle)} starts only networks of kind {kinds} "
+                f"from a ViT, but model.kind={kind_of(self.model)!r}: leave it out, or change the "
+                "kind"
             )
         if self.sources.teacher and self.sources.teachers:
             raise FieldError(
@@ -295,7 +301,7 @@ class Config(Section):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The dtype in which networks compute."""
+        """The compute dtype of the networks."""
         return PRECISIONS[self.precision]
 
     @property
@@ -316,8 +322,8 @@ class Config(Section):
         )
 
     def modules(self) -> tuple[int, ...]:
-        """The stages that `module` names; raises FieldError for an unknown one, or one named
-        twice."""
+        """The stages that `module` names; raises FieldError for an unknown stage or one that is
+        named twice."""
         count = len(self.meta.depths)
         if self.module == "all":
             return tuple(range(count))
@@ -333,9 +339,10 @@ class Config(Section):
         return tuple(sorted(stages))
 
     def taught_by(self) -> tuple[tuple[int, ...], ...]:
-        """For each stage, the numbers in `sources.teachers` of those that teach its module.
+        """For each stage, the indices of the `sources.teachers` that teach its module.
 
-        Raises FieldError for a table of another length, or with an entry that names no teacher.
+        Raises FieldError if `distill.teachers` does not have one entry per stage, or an entry names
+        no teacher.
         """
         table, stages = self.distill.teachers, len(self.meta.depths)
         count = len(self.sources.teachers)
@@ -344,14 +351,14 @@ class Config(Section):
         if len(table) != stages:
             raise FieldError(
                 f"distill.teachers={shown(table)} must have an entry for each of the {stages} "
-                "stages, or be () where all teachers teach every module"
+                "stages, or be () to let all teachers teach every module"
             )
         numbers = []
         for stage, text in enumerate(table):
             named = [int(one) if one.isdecimal() else count for one in text[:LONGEST].split("+")]
             if max(named) >= count or len(set(named)) < len(named):
                 raise FieldError(
-                    f"distill.teachers[{stage}]={shown(text)} must be numbers of the "
+                    f"distill.teachers[{stage}]={shown(text)} must be indices of the "
                     f"{count} config.sources.teachers, from 0, each once, such as '0' or '0+1'"
                 )
             numbers.append(tuple(named))
@@ -371,14 +378,14 @@ class Config(Section):
 def choose_recipe(
     config: ml_collections.ConfigDict, recipes: dict[str, Recipe]
 ) -> ml_collections.ConfigDict:
-    """Sets the recipe of `config.phase`; the pipeline gets all of them under `recipes`.
+    """Fills in the recipe of `config.phase`; the pipeline gets all recipes under `recipes`.
 
     Args:
-      config: a ConfigDict of `Config` with its phase set.
-      recipes: by phase.
+      config: a ConfigDict of `Config` with its phase set; it is modified and returned.
+      recipes: the recipes by phase.
 
     Raises:
-      ValueError: when the phase has no recipe.
+      ValueError: if the phase has no recipe.
     """
     if config.phase == "pipeline":
         for name in (field.name for field in dataclasses.fields(Recipe)):

@@ -18,8 +18,8 @@ from common_jax.workdir import write_bytes
 from m2mkd_jax.nac.kernel import cosine_distance
 
 DPI = 110
-MOST_EDGES = 2000  # per plot of a graph; more give a black disc
-MOST_BORDERS = 32  # between communities; more hide the matrix
+MOST_EDGES = 2000  # per plot of a graph; with more it is a black disc
+MOST_BORDERS = 32  # lines between communities; more would hide the matrix
 INK, EDGE = "#333333", "#555555"
 
 
@@ -31,17 +31,18 @@ def draw_connectivity(
     truncation: float,
     path: epath.PathLike,
 ) -> None:
-    """Writes a PNG of the mediators' distances and graphs, before training (left) and after it.
+    """Writes a PNG of the mediators' distances and graphs: left before training, right after.
 
-    The upper row shows the distances, sorted by community, the lower row the graph of those within
-    `truncation`. Both sides share colours and the layout of the graph before training. At most
-    MOST_EDGES edges are drawn, nearest neighbours first; the title says if there are more.
+    The upper row shows the distances, sorted by community; the lower row shows the graph that
+    connects mediators within `truncation`. Both sides share the colours and the graph layout from
+    before training. At most MOST_EDGES edges are drawn, nearest neighbours first; the title says if
+    there are more.
 
     Args:
-      signatures_before, signatures_after: of the same mediators.
+      signatures_before, signatures_after: signatures of the same mediators.
       communities: community of each mediator, by which the matrices are sorted.
       truncation: distance up to which two mediators are connected.
-      path: of the PNG.
+      path: path of the PNG.
     """
     order = np.argsort(communities, kind="stable")
     groups = np.asarray(communities)[order]
@@ -69,8 +70,8 @@ def draw_connectivity(
 
 
 def _edges(distance: np.ndarray, truncation: float) -> np.ndarray:
-    """Pairs (edges, 2) within `truncation`: each mediator's nearest neighbour, then its second, and
-    so on."""
+    """Pairs (edges, 2) within `truncation`: first each mediator's nearest neighbour, then its
+    second nearest, and so on."""
     rank = np.argsort(np.argsort(distance, axis=1, kind="stable"), axis=1)
     first, second = np.nonzero(np.triu(distance <= truncation, 1))
     place = np.minimum(rank[first, second], rank[second, first])
@@ -87,8 +88,8 @@ def _caption(name: str, edges: np.ndarray, nodes: int) -> str:
 
 
 def _lay_out(nodes: int, edges: np.ndarray) -> np.ndarray:
-    """Positions (nodes, 2) from -1 to 1: a spring layout of the nodes with edges, and a circle of
-    those without around it."""
+    """Positions (nodes, 2) from -1 to 1: a spring layout of the nodes with edges, inside a circle
+    of the isolated nodes."""
     places = np.zeros((nodes, 2))
     connected = np.unique(edges)
     isolated = np.setdiff1d(np.arange(nodes), connected)
@@ -124,7 +125,7 @@ def _draw_graph(axes: Axes, edges: np.ndarray, groups: np.ndarray, places: np.nd
     axes.add_collection(LineCollection(places[edges], colors=EDGE, linewidths=0.6, alpha=fade))
     count = groups.max() + 1
     colours = matplotlib.colormaps["tab20" if count <= 20 else "gist_rainbow"]
-    # tab20 is indexed by integers, a continuous map by numbers from 0 to 1.
+    # tab20 is indexed by integers, a continuous colormap by numbers from 0 to 1.
     values = groups if count <= 20 else groups / (count - 1)
     size = np.clip(5000 / len(groups), 10, 120)
     axes.scatter(*places.T, s=size, c=colours(values), linewidths=0.4, edgecolors="white", zorder=2)

@@ -1,4 +1,4 @@
-"""The curves of m2mKD's metrics in a report, besides those of any run."""
+"""The curves of m2mKD's metrics in a report, on top of those that every run has."""
 
 from common_jax.report import ACCURACY, OF_TRAINING, Family, Shares
 

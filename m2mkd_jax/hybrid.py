@@ -1,13 +1,13 @@
 """Hybrid networks, meta models with a module inside, for modular training and distillation.
 
-With M the meta model and k the stage of a module, both sides of a pair share the output of stages
-0..k-1 of M, and continue with stages k+1.. of M, norm and head included. Stages are counted, not
-blocks, so a meta stage may have any depth.
+With M the meta model and k the stage of a module, teacher and student share the output of stages
+0..k-1 of M, and each continues through stages k+1.. of M, including the norm and head. Only stages
+have to match, not blocks, so a meta stage may have any depth.
 
 Axes: B examples, I image rows, J image columns, L labels.
 
-One program can train several modules: M is frozen and the modules share no parameters, so the
-gradient of the sum of their losses by each module's parameters is that of its own loss.
+One program can train several modules: M is frozen and the modules share no parameters, so the sum
+of their losses has, for each module's parameters, the gradient of that module's own loss.
 """
 
 import dataclasses
@@ -36,11 +36,11 @@ class Pair:
 
 
 def check_stages(networks: Mapping[str, Network]) -> None:
-    """Raises ValueError unless all networks, by any names, have as many stages."""
+    """Raises ValueError unless all networks (keyed by any names) have the same number of stages."""
     counts = {name: len(network) for name, network in networks.items()}
     if len(set(counts.values())) != 1:
         raise ValueError(
-            "config.meta, config.teacher and config.model must have as many depths each, not "
+            "config.meta, config.teacher and config.model must have the same number of depths, not "
             f"{counts}"
         )
 
@@ -50,11 +50,11 @@ def replace_stage(meta: Network, stage: int, module: Network) -> Network:
     network).
 
     Raises:
-      ValueError: when the two do not have the same number of stages.
+      ValueError: if the two do not have the same number of stages.
     """
     if len(meta) != len(module):
         raise ValueError(
-            f"the meta model has {len(meta)} stages and the network of the module {len(module)}"
+            f"the meta model has {len(meta)} stages, but the module's network has {len(module)}"
         )
     stages = list(meta.stages)
     stages[stage] = module.stages[stage]
@@ -69,13 +69,13 @@ def shared_tokens(
     train: bool = False,
     rngs: Keys | None = None,
 ) -> dict[int, Float[Array, "B ..."]]:
-    """The input of each module from the stages before it; equal stages run once.
+    """The input of each module, computed by the stages before it; equal stages run once.
 
     Args:
       networks: each module's hybrid network, by the module's stage.
-      meta_params: of the stages before the last of these modules.
-      images: with channels last.
-      train, rngs: of these stages.
+      meta_params: parameters of the stages before the last of these modules.
+      images: images, channels last.
+      train, rngs: training mode and random keys of these stages.
 
     Returns:
       By stage: images for the first, tokens (B, T, D) for the others, without gradient.
@@ -89,7 +89,7 @@ def shared_tokens(
             if stages not in outputs:
                 x, span = outputs[stages[:-1]], {"start": stage, "stop": stage + 1}
                 outputs[stages], _ = network.apply(meta_params, x, train=train, rngs=rngs, **span)
-    # M is frozen, so gradients into these stages would be computed in vain.
+    # M is frozen, so gradients into these stages would be wasted work.
     return {
         own: jax.lax.stop_gradient(outputs[network.stages[:own]])
         for own, network in networks.items()
@@ -118,8 +118,8 @@ def finish(
 
     Args:
       networks: each module's hybrid network, by the module's stage.
-      meta_params: of the stages after the first of these modules.
-      params: of the modules, one subtree per stage.
+      meta_params: parameters of the stages after the first of these modules.
+      params: parameters of the modules, one subtree per stage.
       hidden: input of each module by stage, see `shared_tokens`.
       train, train_meta, rngs: see `finish_all`.
 
@@ -142,14 +142,14 @@ def finish_all(
     train_meta: bool = False,
     rngs: Keys | None = None,
 ) -> tuple[dict[Any, Float[Array, "B L"]], dict[Any, Any]]:
-    """Runs hybrid networks from their modules to the logits; several modules may have one stage.
+    """Runs hybrid networks from their modules to the logits; several modules may share a stage.
 
-    Tokens of all modules that enter the same meta stage go through it together, with the random
-    numbers that each would draw alone.
+    The tokens of all modules that enter the same meta stage go through it together, with the random
+    numbers that each would draw on its own.
 
     Args:
-      modules: by any key.
-      meta_params: of the stages after the first of these modules.
+      modules: the modules, by any key.
+      meta_params: parameters of the stages after the first of these modules.
       hidden: input of each module by stage, see `shared_tokens`.
       train: whether the modules are in training.
       train_meta: whether the stages after them are.
@@ -158,11 +158,11 @@ def finish_all(
     Returns:
       Logits and the modules' records, both by key.
     """
-    # One pass over the stages of M: the tokens of earlier modules go through a stage together, and
-    # the modules of that stage start. At the end `tokens` has the logits of all.
+    # One pass over the stages of M. At each stage, the tokens of earlier modules go through it
+    # together, and the modules of that stage start. At the end `tokens` holds everyone's logits.
     tokens, recorded = {}, {}
     for stage in range(len(next(iter(modules.values())).network)):
-        # Together if stage and shape are equal: a NAC's read-in student outputs fewer tokens.
+        # Grouped by shape as well: a NAC's read-in student outputs fewer tokens than the others.
         alike = {}
         for key in tokens:
             later = modules[key].network.stages[stage]
@@ -174,13 +174,13 @@ def finish_all(
             def run_stage(x, apply=apply, span=span):
                 return apply(meta_params, x, train=train_meta, **span)[0]
 
-            # vmap instead of a larger batch: random draws depend on the batch shape, and must be
-            # those of a run of each module alone. The weights of M are read once.
+            # vmap rather than one larger batch: random draws depend on the batch shape, and each
+            # module must get the draws of a run of its own. M's weights are still read only once.
             together = jax.vmap(run_stage)(jnp.stack([tokens[key] for key in group]))
             tokens |= dict(zip(group, together, strict=True))
         for key, module in modules.items():
             if module.stage == stage:
-                # Last, so that a module's tokens do not go through the meta stage that it replaces.
+                # After the meta stages, so that a module's tokens skip the one that it replaces.
                 tokens[key], recorded[key] = module.network.apply(
                     module.params, hidden[stage], train=train, **span
                 )
@@ -200,26 +200,26 @@ def taught_logits(
 ) -> tuple[
     dict[int, tuple[Float[Array, "B L"], ...]], dict[int, Float[Array, "B L"]], dict[str, Any]
 ]:
-    """Students and the modules that teach them on the same images (m2mKD, composition).
+    """Runs students and the modules that teach them on the same images (m2mKD, composition).
 
     Args:
       meta: the meta model.
-      teachers: by name.
-      student: the students.
-      params: of the meta model under "meta", of the students under "student", and of each teacher
-        under its name.
-      images: with channels last.
+      teachers: the teachers by name.
+      student: the student modules, one per stage.
+      params: parameters of the meta model under "meta", of the students under "student", and of
+        each teacher under its name.
+      images: images, channels last.
       taught_by: the names of the teachers of each student module, by its stage.
-      train, rngs: for the students alone.
+      train, rngs: apply to the students only; meta model and teachers run in evaluation mode.
 
     Returns:
-      By stage, the logits of each teacher in the order of `taught_by`, and those of the students;
-      and the students' records. Gradients pass through the meta model after a student, but not
-      through the shared input or a teacher.
+      By stage, the logits of each teacher in the order of `taught_by`, and the logits of the
+      student; and the students' records. Gradients pass through the meta model after a student, but
+      not through the shared input or a teacher.
     """
     meta_params = params["meta"]
     students = {stage: replace_stage(meta, stage, student) for stage in taught_by}
-    # All hybrids of a stage have the same stages of M before their modules, so they share input.
+    # All hybrids of a stage have the same stages of M before it, so they share the input.
     hidden = shared_tokens(students, meta_params, images)
     modules = {
         (stage, name): Module(stage, replace_stage(meta, stage, teachers[name]), params[name])
@@ -245,14 +245,14 @@ def pair_logits(
     train: bool,
     rngs: Keys | None = None,
 ) -> tuple[dict[int, Float[Array, "B L"]], dict[int, Float[Array, "B L"]], dict[str, Any]]:
-    """`taught_logits` with one teacher, under "teacher".
+    """`taught_logits` with a single teacher, named "teacher".
 
     Args:
       networks: meta model, teacher and students.
       params: their parameters under "meta", "teacher" and "student".
-      images: with channels last.
-      stages: of the pairs.
-      train, rngs: for the students alone.
+      images: images, channels last.
+      stages: stages of the pairs to run.
+      train, rngs: apply to the students only.
 
     Returns:
       Logits of teachers and students by stage, and the students' records. Gradients pass through

@@ -29,22 +29,22 @@ def load_model(
 
     Args:
       source: the run's workdir (its newest checkpoint) or one step's folder.
-      module: stage of the module, if the run trained several.
-      mesh: devices to put the parameters on, split as in training; None for the first device.
+      module: stage of the module to load, if the run trained several.
+      mesh: mesh to shard the parameters over, as in training; None puts them on the first device.
 
     Returns:
       `apply(params, x)` and `params`. For a whole network x is a batch of images (B, I, J,
       channels) with pixels from 0 to 255, and the result is logits (B, labels). For a single
-      module, `apply` runs only that stage, on images if it is the first and else on tokens
-      (B, T, D). If the run has an average (config.optim.ema, config.run.average_last), `params`
-      are that average, as in evaluation.
+      module, `apply` runs only that stage, on images if it is the first and on tokens (B, T, D)
+      otherwise. If the run averages its parameters (config.optim.ema, config.run.average_last),
+      `params` are the averages, as in evaluation.
 
     Raises:
-      FileNotFoundError: when there is no finished checkpoint.
-      ValueError: when the run trained several modules and `module` is none of them, no checkpoint
-        in the workdir is from its run, it is from the other system, or it was converted without
-        parameters that the network needs, such as its head; and by `apply`, for x of another shape
-        or type.
+      FileNotFoundError: if there is no finished checkpoint.
+      ValueError: if the run trained several modules and `module` is none of them, no checkpoint in
+        the workdir is from its run, it is from the other system, or it was converted without
+        parameters that the network needs, such as its head. `apply` raises it if x has the wrong
+        shape or type.
     """
     source = checkpoint.find_step(source)
     saved = checkpoint.load_config(source)
@@ -79,7 +79,7 @@ def load_model(
 def _require_all(
     params: Any, init: Callable[[jax.Array], Any], config: Config, source: str
 ) -> None:
-    """Raises ValueError for parameters without some that `init` makes, as a conversion leaves out
+    """Raises ValueError if `params` lacks any parameter that `init` makes: a conversion leaves out
     those that config.sources.fresh names."""
     if not config.sources.fresh:
         return
@@ -87,9 +87,10 @@ def _require_all(
     all_paths, there = (traverse_util.flatten_dict(tree, sep="/") for tree in (shapes, params))
     if absent := sorted(all_paths.keys() - there):
         raise ValueError(
-            f"{source} was converted with config.sources.fresh={config.sources.fresh!r}, without "
-            f"{', '.join(absent[:4])}, which its network needs: convert a file that has them, such "
-            "as one with its classifier, or read the parameters with common_jax.checkpoint.load"
+            f"{source} was converted with config.sources.fresh={config.sources.fresh!r}, so it "
+            f"lacks {', '.join(absent[:4])}, which its network needs: convert a file that has "
+            "them, such as one with its classifier, or read the parameters with "
+            "common_jax.checkpoint.load"
         )
 
 
@@ -102,7 +103,7 @@ def _stage(config: Config, module: int | None) -> int | None:
     if module not in stages:
         way_out = f"give one of its modules, {list(stages)}" if modular else "leave it out"
         raise ValueError(
-            f"module={module} does not say what to load of a run of phase={config.phase!r}: "
+            f"module={module} does not select anything in this run of phase={config.phase!r}: "
             f"{way_out}"
         )
     return module
@@ -129,42 +130,40 @@ def check_images(images: jax.Array, expected: tuple[int, int, int]) -> None:
         elif len(shape) == 4 and shape[3] == channels:
             way_out = "resize them"
         else:
-            way_out = "I and J are rows and columns, and the last axis has the channels"
-        raise ValueError(
-            f"images are of shape {shape} and must be (B, {_listed(expected)}): {way_out}"
-        )
+            way_out = "B images of rows, columns and channels, in that order"
+        raise ValueError(f"images have shape {shape}, expected (B, {_listed(expected)}): {way_out}")
     if isinstance(images, jax.core.Tracer) or images.dtype == jnp.uint8 or 0 in shape:
         return
     low, high = float(images.min()), float(images.max())
     if not (low >= 0 and high <= 255):  # true for NaN
         raise ValueError(
-            f"pixels are from {low:g} to {high:g} and must be from 0 to 255, not normalised: mean "
-            "and std of the run are applied here"
+            f"pixels range from {low:g} to {high:g}, but must be from 0 to 255 and not normalised: "
+            "the run's mean and std are applied here"
         )
     if jnp.issubdtype(images.dtype, jnp.floating) and 0 < high <= 1:
         raise ValueError(
-            f"pixels are from {low:g} to {high:g} and must be from 0 to 255: give 255 * x"
+            f"pixels range from {low:g} to {high:g}, but must be from 0 to 255: give 255 * x"
         )
 
 
 def check_tokens(x: jax.Array, expected: tuple[int, ...]) -> jax.Array:
-    """`x`, tokens (B, T, D) from the stage before; raises ValueError if (T, D) is not
+    """Returns `x`, tokens (B, T, D) from the previous stage; raises ValueError if (T, D) is not
     `expected`."""
     shape = _shape_of(x, "tokens")
     if shape[1:] != expected:
         raise ValueError(
-            f"tokens are of shape {shape} and must be (B, {_listed(expected)}), as the stage "
-            "before gives them"
+            f"tokens have shape {shape}, expected (B, {_listed(expected)}), as the previous "
+            "stage outputs them"
         )
     return x
 
 
 def _shape_of(x: jax.Array, what: str) -> tuple[int, ...]:
     if not hasattr(x, "shape") or not hasattr(x, "dtype"):
-        raise ValueError(f"{what} are a {type(x).__name__} and must be an array")
+        raise ValueError(f"{what} must be an array, not a {type(x).__name__}")
     real = jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)
     if not real:
-        raise ValueError(f"{what} are of type {x.dtype} and must be numbers, such as uint8")
+        raise ValueError(f"{what} have dtype {x.dtype}, but must be real numbers, such as uint8")
     return tuple(x.shape)
 
 

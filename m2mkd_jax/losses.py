@@ -1,5 +1,5 @@
-"""Objectives of m2mKD: label losses, distillation terms for one teacher or several, and the
-weighted sum of both."""
+"""Objectives of m2mKD: label losses, distillation terms for one or more teachers, and the weighted
+sum of both."""
 
 from collections.abc import Callable
 
@@ -13,8 +13,8 @@ def soft_cross_entropy(
 ) -> Float[Array, ""]:
     r"""Label loss under mixing:  -1/B sum_bl y_bl log softmax(z)_bl.
 
-    z = `logits`, y = `targets`, distributions over the labels (m2mKD, base criterion; Deep
-    Incubation's soft-target cross entropy).
+    z = `logits`; y = `targets`, which are distributions over the labels (m2mKD, base criterion;
+    Deep Incubation's soft-target cross entropy).
     """
     return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1))
 
@@ -86,11 +86,11 @@ def mean_of_probabilities(
     teachers: Float[Array, "_ B L"],
     tau: float,
 ) -> Float[Array, ""]:
-    r"""Several teachers as one that has the mean of their softened distributions:
+    r"""Several teachers merged into one, with the mean of their softened distributions:
     softmax(t / tau) = 1/n sum_i softmax(t_i / tau).
 
-    A soft distillation then has the gradients of `mean_of_losses`, since it is linear in the
-    teacher's distribution but for a term without the student.
+    Soft distillation then has the same gradients as `mean_of_losses`, since it is linear in the
+    teacher's distribution except for a term that does not depend on the student.
     """
     log_p = jax.nn.log_softmax(teachers / tau)
     log_mean = jax.nn.logsumexp(log_p, axis=0) - jnp.log(len(teachers))
@@ -103,7 +103,7 @@ def mean_of_logits(
     teachers: Float[Array, "_ B L"],
     tau: float,
 ) -> Float[Array, ""]:
-    r"""Several teachers as one that has the mean of their logits:  t = 1/n sum_i t_i."""
+    r"""Several teachers merged into one, with the mean of their logits:  t = 1/n sum_i t_i."""
     return distillation(student, jnp.mean(teachers, axis=0), tau)
 
 

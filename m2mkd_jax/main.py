@@ -1,4 +1,4 @@
-"""The command of m2mKD: python -m m2mkd_jax.main --config=FILE.py:phase=PHASE --workdir=DIR."""
+"""Trains m2mKD: python -m m2mkd_jax.main --config=FILE.py:phase=PHASE --workdir=DIR."""
 
 import functools
 import shlex
@@ -29,7 +29,7 @@ and NAC.
 
 All phases in order:
   python -m m2mkd_jax.main --config=configs/m2mkd/digits.py:phase=pipeline --workdir=runs/digits
-One phase, and one module of it, with weights of other runs and another alpha:
+A single module in one phase, with weights from other runs and a different alpha:
   python -m m2mkd_jax.main --config=configs/m2mkd/digits.py:phase=distill,module=2 \\
       --workdir=runs/student_2 --config.sources.meta=runs/digits/meta \\
       --config.sources.teacher=runs/digits/teacher --config.distill.alpha=0.3
@@ -38,7 +38,7 @@ Flags:"""
 
 
 def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-    """Freezes the config, makes the mesh, and runs the phase."""
+    """Freezes the config, checks it, makes the mesh, and runs the phase."""
     frozen = freeze(Config, config)
     check_sources(frozen)
     check_places(frozen, workdir)
@@ -59,7 +59,7 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
 
 
 def _conclude(result: Mapping[str, Any], phase: Phase, run: epath.Path) -> None:
-    """The last lines of the command: the scores, and the command that uses the run."""
+    """Prints the final lines: the scores, and a command that uses the trained run."""
     command = "show {}" if phase.modular else "predict {} PICTURE"
     if "episodes" in result:
         run = run / "episode_0"
@@ -83,8 +83,8 @@ def _report(config: Config, workdir: epath.Path, runs: list[tuple[str, Config]])
 
 
 def results_table(workdir: epath.Path, folders: list[str]) -> Table | None:
-    """One row per run of the pipeline, with a column of OOD accuracy if any run has it; a run of
-    several modules has a row of their mean and one per module. None without `folders`."""
+    """One row per run of the pipeline, with an OOD accuracy column if any run has it. A run of
+    several modules has one row for their mean and one per module. None if `folders` is empty."""
     header, rows = ["run", "steps", "test accuracy", "test loss"], []
     fields = {"steps": int, "test/accuracy": int | float | None, "test/loss": int | float}
     results = [read_json(workdir / name / "result.json", fields) for name in folders]
@@ -105,7 +105,7 @@ def results_table(workdir: epath.Path, folders: list[str]) -> Table | None:
 def learned_figures(
     workdir: epath.Path, runs: list[tuple[str, Config]]
 ) -> list[tuple[str, epath.Path]]:
-    """Captions and paths of the pictures that the networks' families draw."""
+    """Captions and paths of the pictures that the network families have drawn."""
     figures = []
     for folder, run in runs:
         preparation = family_of_role(run, PHASES[run.phase].role).preparation
@@ -115,8 +115,8 @@ def learned_figures(
 
 
 def check_places(config: Config, workdir: epath.Path) -> None:
-    """Raises OSError, naming the field, for a workdir that cannot be made and, unless the run has
-    results, for a source that does not exist."""
+    """Raises OSError, naming the field, if the workdir cannot be created or, unless the run already
+    has results, if a source does not exist."""
     check_output("--workdir", workdir)
     if holds_results(workdir):
         return
@@ -124,15 +124,15 @@ def check_places(config: Config, workdir: epath.Path) -> None:
         key, value = f"config.{source.path}", source.value(config)
         if isinstance(value, str):
             checkpoint.check_source(key, value)
-        # The phase rejects other numbers.
+        # Any other number of workdirs is rejected by the phase itself.
         elif not source.made or len(value) in (1, len(config.meta.depths)):
             for i, folder in enumerate(value):
                 checkpoint.check_source(f"{key}[{i}]", folder)
 
 
 def check_run(config: Config, mesh: Mesh, *, key: str = "config") -> None:
-    """Raises ValueError for a batch or network that does not fit the mesh; `key` is the path of
-    optim's section."""
+    """Raises ValueError if the batch or the network does not fit the mesh; `key` is the path of the
+    section that holds `optim`."""
     micro_batch = config.optim.micro_batch
     check_batch(mesh, f"{key}.optim.batch / {key}.optim.accumulate", micro_batch)
     role = PHASES[config.phase].role

@@ -1,4 +1,4 @@
-"""Image files without labels, prepared as a run's evaluation prepares its test images."""
+"""Image files without labels, preprocessed like the test images of a run."""
 
 import dataclasses
 import os
@@ -15,11 +15,11 @@ from m2mkd_jax.data.transforms import resize_and_centre
 
 
 def find_pictures(places: Sequence[str]) -> list[str]:
-    """The image files among `places` and in all folders below those that are folders, sorted
-    within each.
+    """The image files that `places` name: files as given, and all images anywhere below a folder,
+    sorted.
 
     Raises:
-      FileNotFoundError: for a place that does not exist, or a folder without an image.
+      FileNotFoundError: for a place that does not exist, or a folder without images.
     """
     found = []
     for place in places:
@@ -32,7 +32,7 @@ def find_pictures(places: Sequence[str]) -> list[str]:
                 if is_image(name)
             ]
             if not inside:
-                raise FileNotFoundError(f"{place} holds no image, in no folder below it")
+                raise FileNotFoundError(f"{place} has no images, not even in folders below it")
             found += sorted(inside)
         elif os.path.exists(place):
             found.append(place)
@@ -67,7 +67,7 @@ class PictureFiles:
         return {"image": pixels_of(picture)}
 
     def problem(self, index: int) -> str:
-        """The reason for which a picture cannot be read; "" for one that can."""
+        """Why a picture cannot be read; "" if it can."""
         try:
             self[index]
         except BadExample as bad:
@@ -77,11 +77,11 @@ class PictureFiles:
 
 @dataclasses.dataclass(frozen=True)
 class SquareTransform:
-    """A picture of any size as a square of `side`; can be pickled.
+    """Turns a picture of any size into a square of `side`; can be pickled.
 
-    Large ones as in evaluation, see `resize_and_centre`. Evaluation refuses to resize to at most
-    SMALL_SIDE pixels, where such a crop would cut much away: here the largest central square is
-    resized.
+    For `side` above SMALL_SIDE this is the evaluation transform, see `resize_and_centre`. Up to
+    SMALL_SIDE evaluation never resizes, and its crop would cut too much away, so the largest
+    central square is resized instead.
     """
 
     side: int

@@ -1,8 +1,8 @@
-"""Networks as sequences of stages, with one subtree of parameters per stage.
+"""Networks as sequences of stages, with one parameter subtree per stage.
 
-A teacher is cut by selecting subtrees, a hybrid is `meta[:i] . module . meta[i+1:]`, and modules
-are assembled by merging. `Network` is a teacher, meta model, student or hybrid, whole or in part:
-it needs only the parameters of the stages that run.
+So cutting a teacher means selecting subtrees, assembling modules means merging them, and a hybrid
+is `meta[:i] . module . meta[i+1:]`. A `Network` can be a teacher, meta model, student or hybrid,
+whole or in part: it needs only the parameters of the stages that run.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ Params = Mapping[str, Any]
 
 
 class Place(enum.Enum):
-    """The position of a stage: the first embeds images, the last has norm and head, a single one
-    both."""
+    """The position of a stage: the first embeds images, the last has the norm and the head, and a
+    single stage has both."""
 
     FIRST = "first"
     MIDDLE = "middle"
@@ -29,7 +29,7 @@ class Place(enum.Enum):
 
     @classmethod
     def of(cls, stage: int, count: int) -> "Place":
-        """The place of stage `stage` (0-based) among `count`; raises IndexError outside."""
+        """The place of stage `stage` (0-based) among `count`; raises IndexError if out of range."""
         if not 0 <= stage < count:
             raise IndexError(f"stage {stage} is not one of the {count} stages 0..{count - 1}")
         if count == 1:
@@ -43,7 +43,7 @@ class Stage(Protocol):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array: ...
 
     def example(self, batch: int) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of a batch of input: images for the first stage, else tokens."""
+        """Shape and dtype of an input batch: images for the first stage, else tokens."""
         ...
 
 
@@ -57,8 +57,8 @@ class Network:
         return len(self.stages)
 
     def init(self, key: jax.Array, *, only: tuple[int, ...] | None = None, batch: int = 1) -> dict:
-        """Initialises all stages, or those in `only`; a stage depends only on `key` and its
-        number."""
+        """Initialises all stages, or those in `only`; each depends only on `key` and its stage
+        number, so a module is initialised the same alone and with others."""
         numbers = range(len(self)) if only is None else only
         return {stage_name(i): self._init_stage(key, i, batch) for i in numbers}
 
@@ -79,21 +79,22 @@ class Network:
           params: parameters of at least these stages.
           x: images (B, I, J, X) when `start` is 0, else tokens (B, T, D).
           start, stop: stage numbers; `start == stop` returns `x`.
-          train: draws stochastic depth and gate noise from `rngs`.
+          train: whether to apply stochastic depth and gate noise, drawn from `rngs`.
           rngs: one key per stream name; every stage folds its own name into it.
           record: linen collections to return.
 
         Returns:
-          Tokens, or logits (B, L) after the last stage; and the collections, one subtree per stage.
+          Tokens, or logits (B, L) after the last stage; and the recorded collections, one subtree
+          per stage.
 
         Raises:
-          KeyError: when `params` lacks a stage that runs.
+          KeyError: if `params` lacks a stage that runs.
         """
         recorded = {}
         for i in range(start, len(self) if stop is None else stop):
             name = stage_name(i)
             if name not in params:
-                raise KeyError(f"parameters of {name} are missing, there are only {sorted(params)}")
+                raise KeyError(f"no parameters for {name}, only for {sorted(params)}")
             keys = {stream: fold_name(key, name) for stream, key in (rngs or {}).items()}
             x, records = self.stages[i].apply(
                 {"params": params[name]}, x, train=train, rngs=keys, mutable=list(record)
@@ -108,20 +109,20 @@ class Network:
 
 
 def module_name(stage: int) -> str:
-    """The name of a stage's module in metrics, `module_0` for the first."""
+    """The name of a stage's module in metrics, such as `module_0`."""
     return f"module_{stage}"
 
 
 def stage_name(stage: int) -> str:
-    """The key of a stage's parameters, `stage_0` for the first."""
+    """The key of a stage's parameters, such as `stage_0`."""
     return f"stage_{stage}"
 
 
 def locate(block: int, depths: Sequence[int]) -> tuple[int, int]:
-    """The stage of a block, counted through the network, and the block's number in it; raises
-    IndexError if the network has fewer blocks."""
+    """The stage of a block that is numbered through the whole network, and its number within that
+    stage; raises IndexError if the network has fewer blocks."""
     for stage, depth in enumerate(depths):
         if block < depth:
             return stage, block
         block -= depth
-    raise IndexError(f"depths={tuple(depths)} are {sum(depths)} blocks, counted from 0")
+    raise IndexError(f"depths={tuple(depths)} have only {sum(depths)} blocks, numbered from 0")

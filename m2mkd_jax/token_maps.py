@@ -1,4 +1,5 @@
-"""Token maps of a trained ViT or V-MoE: the backbone for detection, segmentation and retrieval."""
+"""Token maps of a trained ViT or V-MoE, for its use as a backbone in detection, segmentation and
+retrieval."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ class Features(NamedTuple):
     """The features of a batch.
 
     Attributes:
-      maps: tokens of the patches after a stage, in their places in the image.
+      maps: patch tokens after a stage, arranged as in the image.
       pooled: the input of the head, normed and pooled.
     """
 
@@ -28,20 +29,21 @@ class Features(NamedTuple):
 
 
 def check_maps(trained: Trained, stage: int | None) -> int:
-    """The stage whose tokens are maps; the last for None.
+    """The stage to take token maps from; None means the last.
 
     Raises:
-      ValueError: for a network or module without them, and a stage that does not exist.
+      ValueError: if the run has modules or a network without token maps, or no such stage.
     """
     config, role = trained.config, trained.role
     if PHASES[config.phase].modular:
         raise ValueError(
-            f"{trained.source} holds modules, and token maps are of whole networks: give the run "
-            "of a meta model, a teacher or a student"
+            f"{trained.source} holds modules, but only whole networks have token maps: give the "
+            "run of a meta model, a teacher or a student"
         )
     if trained.family.leading_tokens is None:
         raise ValueError(
-            f"{trained.source} holds a network whose tokens are no grid of patches: it has no maps"
+            f"{trained.source} holds a network whose tokens are not a grid of patches, so it has "
+            "no token maps"
         )
     count = len(getattr(config, SECTIONS[role]).depths)
     stage = count - 1 if stage is None else stage
@@ -58,7 +60,7 @@ def run_features(
     Args:
       trained: the run.
       batches: as `common_jax.inputs.eval_batches` yields them.
-      stage: whose output the maps are, before the last norm; see `check_maps`.
+      stage: the stage whose output the maps are, before the last norm; see `check_maps`.
     """
     config, role = trained.config, trained.role
     network = whole_network(config, role)

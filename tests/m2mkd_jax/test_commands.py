@@ -255,7 +255,7 @@ def test_maps_have_the_image_s_rows_and_columns(runs, pictures, tmp_path, capsys
     status, said, _ = call(capsys, "features", runs / "meta", *flags, "--size=16", "--stage=1")
     assert status == 0 and "maps (2, 4, 4, 16)" in said
     status, _, err = call(capsys, "features", runs / "modules", *flags)
-    assert status == 2 and "holds modules, and token maps are of whole networks" in err
+    assert status == 2 and "holds modules, but only whole networks have token maps" in err
 
 
 # export

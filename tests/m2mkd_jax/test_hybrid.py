@@ -196,8 +196,8 @@ def test_one_stage_is_replaced_and_the_meta_model_stays_as_it_is():
 
 def test_networks_cut_into_other_numbers_of_stages_are_refused():
     short = Network((Layer(), Layer()))
-    with pytest.raises(ValueError, match=r"has 3 stages and the network of the module 2"):
+    with pytest.raises(ValueError, match=r"has 3 stages, but the module's network has 2"):
         replace_stage(PAIR.meta, 0, short)
     for role in ("meta", "teacher", "student"):
-        with pytest.raises(ValueError, match=rf"as many depths each.*'{role}': 2"):
+        with pytest.raises(ValueError, match=rf"the same number of depths.*'{role}': 2"):
             dataclasses.replace(PAIR, **{role: short})

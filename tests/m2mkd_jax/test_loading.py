@@ -84,9 +84,9 @@ def test_the_running_average_is_loaded_where_there_is_one(ema, tmp_path):
 @pytest.mark.parametrize(
     ("phase", "asked", "message"),
     [
-        ("distill", 2, r"module=2 does not say .* give one of its modules, \[0, 1\]"),
-        ("distill", None, r"module=None does not say .* \[0, 1\]"),
-        ("end_to_end", 0, r"module=0 does not say .*phase='end_to_end': leave it out"),
+        ("distill", 2, r"module=2 does not select .* give one of its modules, \[0, 1\]"),
+        ("distill", None, r"module=None does not select .* \[0, 1\]"),
+        ("end_to_end", 0, r"module=0 does not select .*phase='end_to_end': leave it out"),
     ],
 )
 def test_a_module_that_the_run_did_not_train_is_refused(phase, asked, message, tmp_path):

@@ -32,23 +32,23 @@ def test_batches_of_pixels_are_taken(images):
 @pytest.mark.parametrize(
     ("images", "said"),
     [
-        (BYTES[0], r"shape \(8, 8, 3\) and must be \(B, 8, 8, 3\): a single image .* x\[None\]"),
-        (np.moveaxis(BYTES, -1, 1), r"shape \(2, 3, 8, 8\) and must be \(B, 8, 8, 3\): channels"),
-        (BYTES[:, :4], r"shape \(2, 4, 8, 3\) and must be \(B, 8, 8, 3\): resize"),
-        (BYTES[..., :1], r"shape \(2, 8, 8, 1\) and must be .* the last axis has the channels"),
-        (BYTES[None], r"shape \(1, 2, 8, 8, 3\) and must be"),
-        (np.uint8(3), r"shape \(\) and must be"),
-        (BYTES.tolist(), "are a list and must be an array"),
-        (BYTES > 3, "of type bool and must be numbers"),
-        (BYTES.astype(complex), "of type complex128 and must be numbers"),
-        (BYTES.astype("S1"), "must be numbers"),
-        (BYTES / 255, r"from 0.784314 to 0.784314 and must be from 0 to 255: give 255 \* x"),
-        (BYTES.astype(np.float32) - 300, "from -100 to -100 and must be from 0 to 255, not norm"),
-        (BYTES + 55.5, "from 255.5 to 255.5 and must be from 0 to 255"),
-        (BYTES - 200.5, "from -0.5 to -0.5 and must be from 0 to 255"),
-        (BYTES / 200, r"from 1 to 1 and must be from 0 to 255: give 255 \* x"),
-        (BYTES.astype(np.int64) + 100, "from 300 to 300 and must be from 0 to 255"),
-        (BYTES * np.float32("nan"), "from nan to nan and must be"),
+        (BYTES[0], r"shape \(8, 8, 3\), expected \(B, 8, 8, 3\): a single image .* x\[None\]"),
+        (np.moveaxis(BYTES, -1, 1), r"shape \(2, 3, 8, 8\), expected \(B, 8, 8, 3\): channels"),
+        (BYTES[:, :4], r"shape \(2, 4, 8, 3\), expected \(B, 8, 8, 3\): resize"),
+        (BYTES[..., :1], r"shape \(2, 8, 8, 1\), expected .* images of rows, columns and channels"),
+        (BYTES[None], r"shape \(1, 2, 8, 8, 3\), expected"),
+        (np.uint8(3), r"shape \(\), expected"),
+        (BYTES.tolist(), "images must be an array, not a list"),
+        (BYTES > 3, "dtype bool, but must be real numbers"),
+        (BYTES.astype(complex), "dtype complex128, but must be real numbers"),
+        (BYTES.astype("S1"), "must be real numbers"),
+        (BYTES / 255, r"from 0.784314 to 0.784314, but must be from 0 to 255: give 255 \* x"),
+        (BYTES.astype(np.float32) - 300, "from -100 to -100, but must be .* and not norm"),
+        (BYTES + 55.5, "from 255.5 to 255.5, but must be from 0 to 255"),
+        (BYTES - 200.5, "from -0.5 to -0.5, but must be from 0 to 255"),
+        (BYTES / 200, r"from 1 to 1, but must be from 0 to 255: give 255 \* x"),
+        (BYTES.astype(np.int64) + 100, "from 300 to 300, but must be from 0 to 255"),
+        (BYTES * np.float32("nan"), "from nan to nan, but must be"),
     ],
 )
 def test_other_images_are_refused_with_the_shape_that_is_expected(images, said):
@@ -70,7 +70,7 @@ def test_shapes_are_checked_while_a_function_is_traced():
 def test_tokens_of_another_stage_are_refused():
     x = np.zeros((2, 5, 16), np.float32)
     assert check_tokens(x, (5, 16)) is x
-    with pytest.raises(ValueError, match=r"shape \(2, 5, 16\) and must be \(B, 5, 32\)"):
+    with pytest.raises(ValueError, match=r"shape \(2, 5, 16\), expected \(B, 5, 32\)"):
         check_tokens(x, (5, 32))
-    with pytest.raises(ValueError, match=r"shape \(5, 16\) and must be \(B, 5, 16\)"):
+    with pytest.raises(ValueError, match=r"shape \(5, 16\), expected \(B, 5, 16\)"):
         check_tokens(x[0], (5, 16))

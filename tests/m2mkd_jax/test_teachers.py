@@ -276,9 +276,9 @@ def test_a_run_with_several_teachers_is_opened(run):
     ("table", "problem"),
     [
         (("0", "1"), r"\('0', '1'\) must have an entry for each of the 3 stages"),
-        (("0", "2", "1"), r"distill\.teachers\[1\]='2' must be numbers of the 2 "),
+        (("0", "2", "1"), r"distill\.teachers\[1\]='2' must be indices of the 2 "),
         (("0", "0+0", "1"), r"distill\.teachers\[1\]='0\+0' must be .* each once"),
-        (("0", "1+", "1"), r"distill\.teachers\[1\]='1\+' must be numbers"),
+        (("0", "1+", "1"), r"distill\.teachers\[1\]='1\+' must be indices"),
         (("0", "", "1"), r"teachers\[1\]='' must be a non-empty string"),
     ],
 )

@@ -147,8 +147,8 @@ def test_upcycling_what_is_no_vit_is_refused(tmp_path):
     [
         ({"phase": "assemble"}, "is for phase='end_to_end' and phase='assemble'"),
         ({"phase": "pipeline"}, "is for phase='end_to_end' and phase='pipeline'"),
-        ({"sources": SourcesConfig(students=("a",))}, "starts from one of them"),
-        ({"model": NAC}, r"a kind in \['vmoe'\] from a ViT and model.kind='nac'"),
+        ({"sources": SourcesConfig(students=("a",))}, "starts from only one of them"),
+        ({"model": NAC}, r"of kind \['vmoe'\] from a ViT, but model.kind='nac'"),
     ],
 )
 def test_upcycling_elsewhere_is_refused(changes, message):
