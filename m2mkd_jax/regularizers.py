@@ -1,6 +1,6 @@
-"""Terms that shape a NAC's graph, added to its label loss, and their weighted sum.
+"""Regularizers that shape a NAC's graph, and their weighted sum, which is added to the label loss.
 
-Each depends on the latents' signatures (and, for the block model, the kernels' bandwidths) alone.
+They depend only on the latents' signatures and, for the block model, on the kernels' bandwidths.
 
 Axes: T latents that receive, S latents that send, Y signature.
 """
@@ -29,7 +29,7 @@ LATENTS = types.MappingProxyType(
 REDUCTIONS = types.MappingProxyType(
     {
         "sum": lambda values, chosen: jnp.sum(jnp.where(chosen, values, 0.0)),
-        # 0, not NaN, where nothing is chosen.
+        # 0, not NaN, if nothing is chosen.
         "mean": lambda values, chosen: (
             jnp.sum(jnp.where(chosen, values, 0.0)) / jnp.maximum(1, jnp.sum(chosen))
         ),
@@ -37,7 +37,7 @@ REDUCTIONS = types.MappingProxyType(
 )
 
 Scalar = Float[Array, ""]
-Signatures = Float[Array | np.ndarray, "_ Y"]  # of a kind of latents, on the device or the host
+Signatures = Float[Array | np.ndarray, "_ Y"]  # of one kind of latents, on device or host
 Metrics = dict[str, Scalar]
 Params = Mapping[str, Any]
 Regularizer = Callable[[Params, float | Scalar], tuple[Scalar, Metrics]]
@@ -45,13 +45,13 @@ Regularizer = Callable[[Params, float | Scalar], tuple[Scalar, Metrics]]
 
 @dataclasses.dataclass(frozen=True)
 class HingeConfig(Section):
-    """Repulsion of near signatures, `config.regularizers.hinge`.
+    """Repulsion of nearby signatures, `config.regularizers.hinge`.
 
     Attributes:
       weight: initial weight of the term.
       weight_end: final weight, reached linearly; None for a constant weight.
       hinge: distance beyond which signatures do not repel.
-      reduction: "sum" or "mean" over the near pairs.
+      reduction: "sum" or "mean" over the pairs within `hinge`.
     """
 
     weight: NonNegative = 0.0
@@ -66,7 +66,7 @@ class MixtureConfig(Section):
 
     Attributes:
       weight, weight_end: see HingeConfig.
-      components: of the mixture of Gaussians.
+      components: number of components of the Gaussian mixture.
       reduction: "mean" or "sum" over the pairs.
     """
 
@@ -78,14 +78,14 @@ class MixtureConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class BlocksConfig(Section):
-    """Pulls the kernels to those of a stochastic block model, `config.regularizers.blocks`.
+    """Pulls the kernels towards those of a stochastic block model, `config.regularizers.blocks`.
 
     Attributes:
       weight, weight_end: see HingeConfig.
       clusters: number of blocks, a divisor of the number of latents.
-      within, between: the kernel's values within a block and between two.
+      within, between: target values of the kernel within a block and between blocks.
       latents: "mediator" or "all".
-      clip: lower bound of squared errors, below which there is no gradient; None for none.
+      clip: lower bound of squared errors; smaller errors have no gradient. None for no bound.
     """
 
     weight: NonNegative = 0.0
@@ -109,10 +109,11 @@ class RegularizersConfig(Section):
 def hinge_repulsion(
     signatures: Float[Array, "T Y"], *, hinge: float, reduction: str = "sum"
 ) -> Float[Array, ""]:
-    r"""- sum_{t > s} d_ts [d_ts < h]:  pushes near signatures apart.
+    r"""- sum_{t > s} d_ts [d_ts < h]:  pushes nearby signatures apart.
 
-    d = cosine distances of `signatures`, h = `hinge`; "mean" divides by the number of near pairs,
-    and is 0 if there are none. (NAC, signature hinge repulsion; regularization.py of the original.)
+    d = cosine distances of `signatures`, h = `hinge`; "mean" divides by the number of pairs within
+    h, and is 0 if there are none. (NAC, signature hinge repulsion; regularization.py of the
+    original.)
     """
     distance = cosine_distance(signatures, signatures)
     return -REDUCTIONS[reduction](distance, _pairs(distance) & (distance < hinge))
@@ -143,10 +144,10 @@ def mixture_loss(
 
 
 def fit_mixture(signatures: Float[Array, "T Y"], *, components: int) -> Mixture:
-    """Fits a mixture to the distances of pairs of signatures by EM, on the host.
+    """Fits a mixture to the pairwise distances of the signatures by EM, on the host.
 
     Raises:
-      ValueError: when there are fewer pairs than components.
+      ValueError: if there are fewer pairs than components.
     """
     distance = np.asarray(cosine_distance(signatures, signatures))
     pairs = distance[np.tril_indices(len(distance), -1)]
@@ -158,7 +159,7 @@ def fit_mixture(signatures: Float[Array, "T Y"], *, components: int) -> Mixture:
     from sklearn.mixture import GaussianMixture  # takes as long to import as JAX
 
     model = GaussianMixture(components, covariance_type="spherical", random_state=0)
-    # In float32 a component of equal distances has no variance, and fails.
+    # In float32 the fit fails: a component of nearly equal distances gets zero variance.
     model.fit(pairs[:, None].astype(np.float64))
     return Mixture(
         *(
@@ -176,18 +177,18 @@ def block_loss(
     between: float,
     clip: float | None = None,
 ) -> Float[Array, ""]:
-    r"""sum_b 1/T^2 sum_ts max(c, (k_bts - g_z(b,t),s)^2):  pulls kernels to a block model.
+    r"""sum_b 1/T^2 sum_ts max(c, (k_bts - g_z(b,t),s)^2):  pulls kernels towards a block model.
 
     k = `links`, kernels in exponential form; g_zs = `within` where s is in block z, else `between`;
-    c = `clip`. Latent s is in block s // (T / clusters); z assigns T / clusters rows of a kernel to
-    each block with the least squared error. Only rows are matched, not columns. (NAC, stochastic
-    block model; regularization.py of the original.)
+    c = `clip`. Latent s is in block s // (T / clusters). z(b, t) assigns the rows of each kernel to
+    blocks, T / clusters rows each, with the least total squared error. Only rows are matched, not
+    columns. (NAC, stochastic block model; regularization.py of the original.)
 
     Raises:
-      ValueError: when `clusters` does not divide T.
+      ValueError: if `clusters` does not divide T.
     """
     targets = block_targets(links.shape[-1], clusters=clusters, within=within, between=between)
-    # The assignment has no gradient; the errors' gradient is by the links alone.
+    # The assignment has no gradient, so gradients reach the links only through the errors.
     assigned = assign_blocks(assignment_cost(links, targets))
     errors = (links - targets[assigned]) ** 2
     if clip is not None:
@@ -201,7 +202,7 @@ def block_targets(
     """The target row of each block: `within` at its own latents, `between` elsewhere.
 
     Raises:
-      ValueError: when `clusters` does not divide `latents`.
+      ValueError: if `clusters` does not divide `latents`.
     """
     if latents % clusters:
         raise ValueError(
@@ -215,7 +216,7 @@ def block_targets(
 def assignment_cost(
     links: Float[Array, "*B T S"], targets: Float[Array, "blocks S"]
 ) -> Float[Array, "*B T blocks"]:
-    """Mean squared error of each row of the kernels to each block's row."""
+    """Mean squared error between each row of the kernels and each block's target row."""
     return jnp.mean((links[..., :, None, :] - targets) ** 2, axis=-1)
 
 
@@ -235,14 +236,14 @@ def make_regularizer(
     Args:
       config: the terms.
       signatures: initial signatures of `input`, `mediator` and `output` latents.
-      kernels: of the propagator of each iteration.
+      kernels: kernel of each iteration's propagator.
 
     Returns:
-      regularize(params, progress) -> the sum and the unweighted terms as `regularizer/NAME`;
+      regularize(params, progress) -> the sum, and the unweighted terms as `regularizer/NAME`;
       progress is the fraction of epochs done, constant within an epoch.
 
     Raises:
-      ValueError: when a term does not fit the latents.
+      ValueError: if a term does not fit the latents.
     """
     terms: dict[str, tuple[Any, Callable[[Params], Scalar]]] = {}
     hinge, mixture, blocks = config.hinge, config.mixture, config.blocks
@@ -278,11 +279,11 @@ def make_regularizer(
 
 
 def find_bandwidths(params: Params, kernels: Sequence[KernelConfig]) -> list[float | Scalar]:
-    """The bandwidth of each iteration's propagator: its parameter, or the config's if it is not
-    learned."""
+    """The bandwidth of each iteration's propagator: the learned parameter, or else the config's
+    value."""
     stages = sorted((k for k in params if re.fullmatch(r"stage_\d+", k)), key=lambda k: int(k[6:]))
     propagators = [params[stage] for stage in stages[1:-1]]  # between read-in and read-out
-    # A shared propagator is one subtree, which counts once per iteration.
+    # A propagator shared by all iterations has a single subtree.
     if len(propagators) == 1:
         propagators *= len(kernels)
     return [
@@ -310,7 +311,7 @@ def _join(signatures: Mapping[str, Signatures], latents: str) -> Float[Array, "T
 
 
 def _pairs(distance: Float[Array, "T T"]) -> Bool[Array, "T T"]:
-    # Distances are symmetric: each pair once, and no latent with itself.
+    # Distances are symmetric: take each pair once, and no latent with itself.
     return jnp.tri(*distance.shape, k=-1, dtype=bool)
 
 

@@ -1,4 +1,4 @@
-"""A trained run for use: the outputs of its networks on batches of images, over a mesh."""
+"""Using a trained run: the outputs of its networks on batches of images, over a mesh."""
 
 import dataclasses
 import logging
@@ -34,7 +34,7 @@ from m2mkd_jax.phases.weights import take_weights
 from m2mkd_jax.picture_files import PictureFiles, SquareTransform
 from m2mkd_jax.stages import module_name
 
-# Sections and fields of a run's config that its use may change; the others make the network.
+# Sections and fields that may be changed when a run is used; all others define the network.
 CHANGEABLE = (
     *("data", "ood", "evaluation", "precision", "mesh", "optim.batch", "sources"),
     *("meta.attention", "teacher.attention", "model.attention"),
@@ -48,10 +48,11 @@ class Trained:
 
     Attributes:
       source: folder of its checkpoint.
-      config: of the run, with changed fields.
-      classes: their names, by label.
-      mesh: devices that hold the parameters and split the batches.
-      forward: the networks by name; a whole network alone has the name of its role.
+      config: the run's config, with changed fields.
+      classes: class names by label.
+      mesh: mesh over which parameters and batches are sharded.
+      forward: the forward pass; its outputs are by network name, which for a whole network is its
+        role.
       params, helpers: the arguments of `forward`.
     """
 
@@ -70,25 +71,25 @@ class Trained:
 
     @property
     def role(self) -> str:
-        """The key of the trained parameters."""
+        """The key of the trained parameters in the checkpoint."""
         return PHASES[self.config.phase].role
 
 
 def open_run(run: epath.PathLike, settings: Mapping[str, str] | None = None) -> Trained:
-    """Loads a run, or the result of a pipeline, with its parameters on all devices here.
+    """Loads a run, or the result of a pipeline, onto the devices of this machine.
 
     Args:
       run: its workdir (the newest checkpoint), or one step's folder.
-      settings: text by the path of a field of the config, among `CHANGEABLE`. With another
-        data.image_size, position tables are resized.
+      settings: values as text, by config path; only fields in `CHANGEABLE`. If data.image_size
+        changes, position tables are resized.
 
     Raises:
-      FileNotFoundError: for no finished checkpoint, of the run or of one whose network it needs.
+      FileNotFoundError: if the run, or a run whose network it needs, has no finished checkpoint.
       ValueError: for a run of the other system, or a field that cannot be changed.
     """
     found = read_run(run)
     source = found.source
-    # The run's own mesh is that of the machine where it was trained.
+    # The run's own mesh describes the machine that it was trained on.
     config = dataclasses.replace(
         found.config, mesh=MeshConfig(), baseline=DistillConfig(kind="none")
     )
@@ -126,7 +127,7 @@ class Finished:
 
 
 def read_run(run: epath.PathLike) -> Finished:
-    """Finds the checkpoint of a run, or of the result of a pipeline; raises as `open_run`."""
+    """Finds the checkpoint of a run, or of a pipeline's result; raises like `open_run`."""
     source = checkpoint.find_step(_product(epath.Path(run)))
     saved = checkpoint.load_config(source)
     check_system(saved, SYSTEM, str(source))
@@ -135,26 +136,25 @@ def read_run(run: epath.PathLike) -> Finished:
 
 
 def _read_classes(source: epath.Path, config: Config) -> tuple[str, ...]:
-    """The names of the classes in the run's classes.json, or else those of its training set, or
-    else numbers."""
+    """Class names from the run's classes.json, else from its training set, else plain numbers."""
     if (path := find_classes(source)) is not None:
         names = read_json(path, {"names": list})["names"]
         if len(names) == config.data.labels and all(isinstance(one, str) for one in names):
             return tuple(names)
-        raise ValueError(f"{path} must list {config.data.labels} names, as config.data.labels says")
+        raise ValueError(f"{path} must list config.data.labels={config.data.labels} class names")
     try:
         return tuple(load_source(config.data, config.data.train_split).label_names)
     except (OSError, ValueError, ImportError) as error:
-        logging.warning("%s is missing, so classes are numbers: %s", CLASSES, error)
+        logging.warning("%s is missing, so classes are named by number: %s", CLASSES, error)
         return tuple(map(str, range(config.data.labels)))
 
 
 def choose_network(trained: Trained, module: str | None) -> str:
-    """The key in the results of `run_batches` of a run's network; of a run of several modules, of
-    the meta model with module `module`.
+    """The key of a run's network in the results of `run_batches`; for a run of several modules, the
+    key of the meta model with module `module`.
 
     Raises:
-      ValueError: when the run has several modules and `module` is none of them.
+      ValueError: if the run has several modules and `module` is none of them.
     """
     if not PHASES[trained.config.phase].modular:
         if module is not None:
@@ -166,18 +166,18 @@ def choose_network(trained: Trained, module: str | None) -> str:
     chosen = stages if module is None else [module]
     if len(chosen) != 1 or chosen[0] not in stages:
         raise ValueError(
-            f"{trained.source} holds modules {', '.join(stages)}, each for its place in the meta "
-            "model; choose one with --module=K"
+            f"{trained.source} holds modules {', '.join(stages)}, each for its own stage of the "
+            "meta model; choose one with --module=K"
         )
     return module_name(int(chosen[0]))
 
 
 def choose_batch(trained: Trained, count: int) -> int:
-    """The smallest batch that the devices can split and that holds `count` images, at most the
-    batch that the run was evaluated in.
+    """The smallest batch that holds `count` images and can be split over the devices, up to the
+    batch size of the run's own evaluation.
 
     Raises:
-      ValueError: when there is none.
+      ValueError: if there is none.
     """
     config, devices = trained.config, trained.mesh.size
     most = config.optim.micro_batch
@@ -186,7 +186,7 @@ def choose_batch(trained: Trained, count: int) -> int:
     section, problem = getattr(config, SECTIONS[trained.role]), None
     for size in [size for size in sizes if size >= min(count, most)]:
         try:
-            # Experts that choose tokens need a batch that their groups divide.
+            # Where tokens compete for experts, the batch must be a multiple of the groups.
             trained.family.check_mesh(section, dict(trained.mesh.shape), size)
             return size
         except ValueError as error:
@@ -197,16 +197,16 @@ def choose_batch(trained: Trained, count: int) -> int:
 def picture_batches(
     trained: Trained, paths: Sequence[str], batch: int | None
 ) -> tuple[PictureFiles, Iterator[Mapping[str, np.ndarray]]]:
-    """Image files and their batches, prepared as in the run's evaluation; unreadable ones are
-    masked.
+    """Image files and their batches, preprocessed as in the run's evaluation; unreadable files are
+    masked out.
 
     Args:
       trained: the run.
-      paths: of the files.
-      batch: images at a time; None chooses.
+      paths: paths of the files.
+      batch: images per batch; None chooses one, see `choose_batch`.
 
     Raises:
-      ValueError: for a batch that the devices cannot split.
+      ValueError: for a batch that cannot be split over the devices.
     """
     data = trained.config.data
     batch = batch or choose_batch(trained, len(paths))
@@ -231,8 +231,8 @@ def run_batches(
 
     Args:
       trained: the run.
-      batches: as `common_jax.inputs.eval_batches` yields them.
-      finish: traced; logits are (B, L).
+      batches: batches from `common_jax.inputs.eval_batches`.
+      finish: a traceable function; logits are (B, L).
     """
     config = trained.config
 
@@ -251,7 +251,7 @@ def run_batches(
 
 
 def _product(run: epath.Path) -> epath.Path:
-    """The folder of a pipeline's result; any other folder as it is."""
+    """The folder of a pipeline's result; any other folder unchanged."""
     config = run / "config.json"
     if config.exists() and read_json(config).get("phase") == "pipeline":
         return run / result_folder()
@@ -259,7 +259,7 @@ def _product(run: epath.Path) -> epath.Path:
 
 
 def _load_helpers(config: Config, shapes: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The frozen networks of other runs that trained modules stand in."""
+    """The frozen networks of other runs that surround the trained modules."""
     several, _ = load_teachers(config, shapes)
     origins, shapes = [], {role: shapes[role] for role in shapes if role not in several}
     for role, stages in shapes.items():
@@ -275,8 +275,8 @@ def _resize(
     ways: Mapping[str, Adapt],
     shardings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The parameters in the shapes of the network, where a family says how; raises ValueError for
-    any other that differs."""
+    """Resizes parameters to the network's shapes where the family says how; raises ValueError for
+    any other parameter whose shape differs."""
     flat = traverse_util.flatten_dict(params, sep="/")
     placed = traverse_util.flatten_dict(shardings, sep="/")
     for path, shape in traverse_util.flatten_dict(shapes, sep="/").items():
@@ -285,9 +285,9 @@ def _resize(
         way = next((way for regex, way in ways.items() if re.fullmatch(regex, path)), None)
         if path not in flat or way is None:
             raise ValueError(
-                f"{path} should be {shape.shape} and is "
-                f"{flat[path].shape if path in flat else 'missing'} in the checkpoint: the network "
-                "takes images of another size, or none but those it was trained on"
+                f"{path} should have shape {shape.shape}, but the checkpoint has "
+                f"{flat[path].shape if path in flat else 'none'}: the network takes images of "
+                "another size, or only of the size that it was trained on"
             )
         adapted = way(np.asarray(flat[path]), shape.shape)
         flat[path] = put(adapted, placed[path])

@@ -1,4 +1,4 @@
-"""The phases of m2mKD: one record each in `PHASES`, in the order of the pipeline."""
+"""The phases of m2mKD: one entry each in `PHASES`, in pipeline order."""
 
 import types
 from collections.abc import Mapping

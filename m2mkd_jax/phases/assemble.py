@@ -43,7 +43,7 @@ PHASE = Phase(
         FileKind("teacher", "a whole {network} or DeiT, timm's too, as teacher (FT)"),
         FileKind(
             "teacher_module",
-            "a module cut from a teacher, or a folder of all",
+            "a module cut from a teacher, or a folder with all of them",
             single=True,
             cut=True,
         ),

@@ -33,7 +33,7 @@ from m2mkd_jax.stages import stage_name
 def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     """Trains the whole student and saves its parameters under "student".
 
-    It starts from the students of config.sources.students, from the dense ViT of
+    It starts from the distilled students in config.sources.students, from the dense ViT in
     config.init.upcycle, or from scratch if both are empty.
     """
     warm_start, helpers, files = _warm_start(config), {}, {}
@@ -62,8 +62,8 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
 def describe(config: Config, mesh: Mesh, *, start: Any = None) -> Training:
     """The whole student; config.baseline adds distillation from the logits of whole teachers.
 
-    A family with a preparation starts from `start`, by default a sketch: other numbers, but the
-    same program.
+    A family with a preparation starts from `start`, the prepared initial values. By default this is
+    a sketch with other numbers, which compiles to the same program.
     """
     training = whole_training(PHASE, config)
     if config.baseline.active:
@@ -80,7 +80,7 @@ def describe(config: Config, mesh: Mesh, *, start: Any = None) -> Training:
 
 
 def upcycle(config: Config, shapes: Mapping[str, Any]) -> WarmStart:
-    """Initialises the student from the dense ViT of config.init.upcycle."""
+    """Initialises the student from the dense ViT in config.init.upcycle."""
     source = config.init.upcycle
     start = family_of(config.model).upcycle(config.model, source, shapes["student"])
     return take_weights(config, shapes, [start.origin], fresh=start.fresh, adapt=start.adapt)
@@ -120,7 +120,7 @@ def _with_preparation(training: Training, start: Any) -> Training:
 
 
 def _with_teachers(student: Forward, teachers: Teachers, names: tuple[str, ...]) -> Forward:
-    """Adds the logits of the whole teachers on the same images."""
+    """Adds the whole teachers' logits on the same images to the student's outputs."""
 
     def forward(params, helpers, images, train, rngs):
         given = {

@@ -1,4 +1,4 @@
-"""The fields of the config that each phase reads, and those that name sources of weights."""
+"""The config fields that each phase reads, and those that name sources of weights."""
 
 from common_jax.command_line import unread
 from common_jax.optim import idle_optim
@@ -10,22 +10,22 @@ from m2mkd_jax.phases.phase import ALLOWANCES, ALWAYS, WeightSource
 
 
 def reads() -> dict[str, tuple[str, ...]]:
-    """Sections and fields of the config that each phase, and the pipeline, reads; setting any other
-    changes nothing."""
+    """Config sections and fields that each phase, and the pipeline, reads; setting any others has
+    no effect."""
     table = {name: phase.all_reads() for name, phase in PHASES.items()}
     sections = dict.fromkeys(
         path.split(".")[0]
         for phase in PHASES.values()
         for path in (*phase.reads, *(("ood",) if phase.ood else ()))
     )
-    del sections["module"]  # a pipeline trains all of them
+    del sections["module"]  # a pipeline always trains all modules
     paths = tuple(source.path for source in (*replacing_sources(), *given_sources()))
     return table | {"pipeline": (*ALWAYS, *sections, *paths, *ALLOWANCES, "recipes")}
 
 
 def idle(config: Config) -> dict[str, str]:
-    """The fields, by path, that are set, that the phase reads, and that change nothing beside the
-    other fields; and why."""
+    """Why a field that is set, and that the phase reads, has no effect given the other fields; by
+    field path."""
     sections = {"augment": idle_fields(config.augment, config.data.image_size)}
     if hasattr(config.model, "moe"):
         sections["model.moe"] = config.model.moe.idle
@@ -38,18 +38,18 @@ def idle(config: Config) -> dict[str, str]:
 
 
 def replacing_sources() -> tuple[WeightSource, ...]:
-    """The sources that replace phases of a pipeline."""
+    """The sources that replace phases of a pipeline if they are given."""
     return tuple(WeightSource(phase.makes) for phase in PHASES.values() if phase.replaceable)
 
 
 def given_sources() -> tuple[WeightSource, ...]:
-    """The sources that no phase of a pipeline makes; each field once."""
+    """The sources that no phase of a pipeline produces; each field once."""
     sources = [s for phase in PHASES.values() for s in phase.sources if not s.made]
     return tuple({source.path: source for source in sources}.values())
 
 
 def used_sources(config: Config) -> tuple[WeightSource, ...]:
-    """The sources that the run of `config` takes weights from."""
+    """The sources that a run of `config` takes weights from."""
     if config.phase == "pipeline":
         return (*replacing_sources(), *(s for s in given_sources() if s.value(config)))
     return PHASES[config.phase].used_sources(config)
@@ -57,13 +57,13 @@ def used_sources(config: Config) -> tuple[WeightSource, ...]:
 
 def check_sources(config: Config) -> None:
     """Raises ValueError for a source outside config.sources, such as config.init.upcycle, that the
-    phase does not read: the run would silently start from other weights. Also for a pipeline whose
-    teachers were trained for another meta model than the one it would train."""
+    phase does not read: the run would silently start from other weights. Also if a pipeline is
+    given sources.teachers but no meta model: it would train a new one, which they do not fit."""
     table = reads()
     if config.phase == "pipeline" and config.sources.teachers and not config.sources.meta:
         raise ValueError(
             f"config.sources.teachers={shown(config.sources.teachers)} needs config.sources.meta: "
-            "name the meta model that their modules were trained in"
+            "give the meta model that their modules were trained in"
         )
     for source in (source for phase in PHASES.values() for source in phase.sources):
         value = source.value(config)
@@ -71,5 +71,5 @@ def check_sources(config: Config) -> None:
             readers = [name for name, paths in table.items() if source.path in paths]
             raise ValueError(
                 f"config.{source.path}={shown(value)} is for phase="
-                f"{' or '.join(map(repr, readers))} and phase={config.phase!r}: leave it out"
+                f"{' or '.join(map(repr, readers))}, not phase={config.phase!r}: leave it out"
             )

@@ -1,4 +1,4 @@
-"""The networks of a config by role, the key of their parameters in a checkpoint."""
+"""The networks of a config by role; a role is the key of a network's parameters in a checkpoint."""
 
 import dataclasses
 import math
@@ -46,15 +46,15 @@ def module_network(config: Config, role: str, *, drop_path: float = 0.0) -> Netw
 
 
 def stitched_modules(config: Config, *, drop_path: float = 0.0) -> Network:
-    """The modules of config.teacher with stitches to and from the width of the meta model."""
+    """The modules of config.teacher, with stitches to and from the meta model's width."""
     with under("config.teacher"):
         context = dataclasses.replace(config.context, stitched=True)
         return family_of(config.teacher).modules(config.teacher, context, drop_path)
 
 
 def bridge(config: Config, network: Network, *, only: tuple[int, ...] | None = None) -> Network:
-    """The modules of config.teacher in `network`, all or those in `only`, with tokens of the meta
-    model around them."""
+    """`network` with the modules of config.teacher, all or those in `only`, wrapped to take and
+    return tokens in the meta model's layout."""
     own, outer = (token_layout(config, section) for section in (config.teacher, config.meta))
     if own == outer:
         return network
@@ -76,8 +76,8 @@ def token_layout(config: Config, section: Any) -> Layout:
 
 
 def check_exchange(config: Config, *roles: str) -> None:
-    """Raises ValueError where stages of these networks would take each other's places and have
-    other tokens before those of the patches."""
+    """Raises ValueError if these networks, whose stages take each other's places, differ in the
+    tokens that precede the patches."""
     stated = {}
     for section in (SECTIONS[role] for role in roles):
         own = getattr(config, section)
@@ -88,8 +88,8 @@ def check_exchange(config: Config, *roles: str) -> None:
             for section, fields in stated.items()
         )
         raise ValueError(
-            f"{shown}: stages that take each other's places need the same tokens before those of "
-            "the patches. Give all of these sections the same, as in "
+            f"{shown}: stages that take each other's places need the same tokens before the "
+            "patches. Give all of these sections the same values, such as "
             f"{' '.join(f'--{section}.registers=4' for section in stated)}"
         )
 
@@ -122,8 +122,8 @@ def parameter_shapes(
     *,
     only: tuple[int, ...] | None = None,
 ) -> dict[str, Any]:
-    """Shapes and shardings of a network's parameters under `role`, for the stages in `only` or all
-    of them."""
+    """Shapes and shardings of a network's parameters, under `role`; for all stages or those in
+    `only`."""
     init = network.init if only is None else lambda key: network.init(key, only=only)
     params = jax.eval_shape(lambda key: {role: init(key)}, jax.random.key(0))
     return with_shardings(params, match_rules(family_of_role(config, role).rules, params, mesh))

@@ -1,4 +1,4 @@
-"""Phase pretrain_meta (PT): trains the meta model with labels from scratch."""
+"""Phase pretrain_meta (PT): trains the meta model on labels from scratch."""
 
 from typing import Any
 

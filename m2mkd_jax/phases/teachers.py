@@ -1,5 +1,5 @@
-"""Teachers: the one that config.teacher describes, or several ViTs of other runs, which bring their
-own sections."""
+"""Teachers: the one that config.teacher describes, or several ViTs from other runs, each with a
+config section of its own."""
 
 import dataclasses
 import logging
@@ -27,22 +27,22 @@ from m2mkd_jax.phases.training import find_classes
 from m2mkd_jax.phases.weights import take_weights
 from m2mkd_jax.stages import Network
 
-ROLES = ("teacher", "module", "meta")  # keys of the parameters of ViTs, the best teacher first
+ROLES = ("teacher", "module", "meta")  # roles that are ViTs, in order of preference as a teacher
 ACCOUNT = "teachers.json"
-# Fields of a ViT's section that choose how it is computed, which is up to each run.
+# Fields of a ViT's section that only choose how it is computed, which each run may set for itself.
 COMPUTATION = ("attention", "remat", "scan_layers")
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredViT:
-    """A ViT of another run.
+    """A ViT from another run.
 
     Attributes:
-      key: field of the config that names the run.
-      source: its workdir, or a step in it.
-      role: key of its parameters, one of ROLES.
-      stored: the run's config.
-      config: this run's config with the ViT's section as config.teacher.
+      key: config field that names the other run.
+      source: the other run's workdir, or a step in it.
+      role: key of the ViT's parameters, one of ROLES.
+      stored: the other run's config.
+      config: this run's config, with the ViT's section as config.teacher.
     """
 
     key: str
@@ -58,58 +58,58 @@ class StoredViT:
 
     @property
     def converts(self) -> bool:
-        """True where tokens are converted between the layouts of the meta model and the ViT's."""
+        """True if tokens must be converted between the layouts of the meta model and the ViT."""
         own, outer = self.layouts()
-        # Modules from scratch were trained with the meta model's tokens as they are.
+        # Modules trained from scratch already take the meta model's tokens as they are.
         return own != outer and (self.joined or self.role != "module")
 
     def layouts(self) -> tuple[Layout, Layout]:
-        """The tokens between its stages, and between those of the meta model."""
+        """The token layouts between the ViT's stages and between the meta model's stages."""
         config = self.config
         return token_layout(config, config.teacher), token_layout(config, config.meta)
 
     def refuse(self, problem: str) -> ValueError:
-        """An error that begins with field and workdir."""
+        """An error whose message begins with the config field and the workdir."""
         return ValueError(f"{self.key}={self.source!r} {problem}")
 
     def whole(self) -> Network:
         """The whole network; raises ValueError for a run of single modules."""
         if self.role == "module":
             raise self.refuse(
-                "holds modules, and a whole ViT is needed: give the run of phase='assemble', or "
+                "holds modules, but a whole ViT is needed: give a run of phase='assemble', or "
                 "converted weights"
             )
         with renamed({"config.teacher": self.key}):
             return teacher_network(self.config)
 
     def modules(self) -> Network:
-        """Its modules with tokens of the meta model between them; raises ValueError where they do
-        not fit it."""
+        """Its modules, which exchange tokens with the meta model; raises ValueError if they do not
+        fit it."""
         meta, section = self.config.meta, self.config.teacher
         if len(section.depths) != len(meta.depths):
             raise self.refuse(
-                f"is cut into {section.depths} blocks and config.meta.depths={meta.depths}: there "
-                "must be as many stages. Convert or train it again with other "
+                f"is cut into {section.depths} blocks, but config.meta.depths={meta.depths}: both "
+                "must have the same number of stages. Convert or train it again with other "
                 "--config.teacher.depths"
             )
         width = self.stored.meta.width if self.joined else section.width
         if width != meta.width:
             raise self.refuse(
-                f"fits a meta model of width {width} and config.meta.width={meta.width}: join its "
-                "modules to this one with phase=train_module, --config.init.teacher, which trains "
-                "stitches, and name that run"
+                f"fits a meta model of width {width}, but config.meta.width={meta.width}: join its "
+                "modules to this meta model with phase=train_module and --config.init.teacher, "
+                "which trains stitches, and give that run"
             )
         with renamed({"config.teacher": self.key}):
             network = (stitched_modules if self.joined else teacher_network)(self.config)
             return bridge(self.config, network) if self.converts else network
 
     def require_section(self, config: Config) -> None:
-        """Raises ValueError where config.teacher is another network than this."""
+        """Raises ValueError if config.teacher describes a different network."""
         own, given = (dataclasses.asdict(one.teacher) for one in (self.config, config))
         if differing := [name for name in own if own[name] != given[name]]:
             text = {name: str(own[name]).replace(" ", "") for name in differing}
             flags = " ".join(f"--config.teacher.{name}='{text[name]}'" for name in differing)
-            raise self.refuse(f"is another network than config.teacher: give {flags}")
+            raise self.refuse(f"is not the network that config.teacher describes: give {flags}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,10 +117,10 @@ class Teachers:
     """The teachers of a run.
 
     Attributes:
-      networks: by the key of their parameters.
-      configs: this run's config with the section of each as config.teacher.
-      taught_by: the keys of those that teach the module of a stage, by stage; {} for whole
-        networks, which all teach the whole student.
+      networks: the networks, by the key of their parameters.
+      configs: by the same key, this run's config with that teacher's section as config.teacher.
+      taught_by: by stage, the keys of the teachers of its module; {} for whole networks, which all
+        teach the whole student.
     """
 
     networks: Mapping[str, Network]
@@ -128,7 +128,7 @@ class Teachers:
     taught_by: Mapping[int, tuple[str, ...]]
 
     def shapes(self, mesh: Mesh) -> dict[str, Any]:
-        """Shapes and shardings of the parameters that are needed, by key."""
+        """Shapes and shardings of the parameters that the run needs, by key."""
         shapes = {}
         for name, network in self.networks.items():
             stages = tuple(stage for stage, names in self.taught_by.items() if name in names)
@@ -140,7 +140,8 @@ class Teachers:
 
 
 def module_teachers(config: Config) -> Teachers:
-    """The modules that teach those of config.module, as config.distill.teachers says."""
+    """The teacher modules of the students in config.module, as config.distill.teachers assigns
+    them."""
     stages, names = config.modules(), teacher_names(config)
     if not config.sources.teachers:
         networks, configs = {"teacher": teacher_network(config)}, {"teacher": config}
@@ -166,18 +167,18 @@ def whole_teachers(config: Config) -> Teachers:
 
 
 def teacher_names(config: Config) -> tuple[str, ...]:
-    """The key of the parameters of each teacher: "teacher" for a single one. A run that
-    config.sources.teachers names twice has one key, and runs once."""
+    """The parameter key of each teacher; "teacher" if there is only config.teacher. A run that
+    config.sources.teachers names twice gets a single key, so it is loaded and run once."""
     sources = config.sources.teachers
     return tuple(f"teacher_{sources.index(source)}" for source in sources) or ("teacher",)
 
 
 def read_teachers(config: Config) -> dict[str, StoredViT]:
-    """The networks of config.sources.teachers by the keys of their parameters; reads no arrays.
+    """The networks of config.sources.teachers, by the keys of their parameters; reads no arrays.
 
     Raises:
-      FileNotFoundError: for one without a finished checkpoint.
-      ValueError: for one that is no ViT, or has other classes.
+      FileNotFoundError: if one has no finished checkpoint.
+      ValueError: if one is not a ViT, or has a different number of classes.
     """
     found = {}
     for i, source in enumerate(config.sources.teachers):
@@ -187,22 +188,22 @@ def read_teachers(config: Config) -> dict[str, StoredViT]:
             labels = found[name].stored.data.labels
             if labels != config.data.labels:
                 raise found[name].refuse(
-                    f"knows {labels} classes and config.data.labels={config.data.labels}: a "
-                    "teacher has the student's. Join it with phase=train_module, "
+                    f"has {labels} classes, but config.data.labels={config.data.labels}: a teacher "
+                    "needs the student's classes. Join it with phase=train_module, "
                     r"--config.init.teacher and --config.sources.fresh='module/stage_\d+/head/.*', "
-                    "which trains another head"
+                    "which trains a new head"
                 )
     return found
 
 
 def read_vit(config: Config, key: str, source: str) -> StoredViT:
-    """The ViT of a run; raises FileNotFoundError without a finished checkpoint, and ValueError for
-    a run of another network.
+    """The ViT of another run; raises FileNotFoundError if that run has no finished checkpoint, and
+    ValueError if its network is not a ViT.
 
     Args:
-      config: of this run.
-      key: field that names the run.
-      source: its workdir, or a step in it.
+      config: this run's config.
+      key: config field that names the other run.
+      source: the other run's workdir, or a step in it.
     """
     checkpoint.check_source(key, source)
     saved, shapes = checkpoint.load_config(source), checkpoint.load_shapes(source)
@@ -211,7 +212,7 @@ def read_vit(config: Config, key: str, source: str) -> StoredViT:
     role = next((role for role in ROLES if role in shapes), None)
     if role is None:
         raise ValueError(
-            f"{key}={source!r} holds {sorted(shapes)}, and a ViT is needed: give a run of phase="
+            f"{key}={source!r} holds {sorted(shapes)}, but a ViT is needed: give a run of phase="
             "'train_module' or 'assemble', or converted weights"
         )
     section = getattr(stored, SECTIONS[role])
@@ -226,16 +227,16 @@ def load_teachers(
     """Loads those of config.sources.teachers that `shapes` asks for.
 
     Args:
-      config: of the run.
-      shapes: shapes and shardings of parameters; others than teachers' are left out.
+      config: the run's config.
+      shapes: shapes and shardings of parameters by key; keys that are not teachers are ignored.
       read: if False, only checks that all parameters fit, and returns none.
 
     Returns:
-      Their parameters, and by field an account of each: its network, what joins it to the meta
-      model, and the parameters that were given another shape.
+      Their parameters; and by config field a record of each teacher: its network, how it is joined
+      to the meta model, and which parameters were reshaped.
 
     Raises:
-      FileNotFoundError, ValueError: as `read_teachers` and `take_weights`.
+      FileNotFoundError, ValueError: like `read_teachers` and `take_weights`.
     """
     params, account = {}, {}
     for name, found in read_teachers(config).items():
@@ -263,25 +264,26 @@ def load_teachers(
 
 
 def _compare_meta(found: StoredViT) -> None:
-    """Warns of modules of another meta model; a folder that was moved looks like one."""
+    """Warns about modules that were trained in another meta model. Only paths are compared, so a
+    meta model whose folder was moved causes the warning too."""
     theirs, ours = found.stored.sources.meta, found.config.sources.meta
     if found.role == "module" and checkpoint.absolute(theirs) != checkpoint.absolute(ours):
         logging.warning(
-            "%s=%s was trained in the meta model of %s and config.sources.meta=%s: unless both are "
-            "the same, it teaches badly",
+            "%s=%s was trained in the meta model of %s, but config.sources.meta=%s: unless these "
+            "are the same model, it will be a poor teacher",
             *(found.key, found.source, theirs, ours),
         )
 
 
 def check_classes(config: Config, names: Sequence[str]) -> None:
-    """Raises ValueError for one of config.sources.teachers whose classes have other names, or
-    another order, than `names`. Converted weights have no names."""
+    """Raises ValueError if any of config.sources.teachers has classes with other names, or in
+    another order, than `names`. Converted weights have no class names and are not checked."""
     for found in read_teachers(config).values():
         path = find_classes(checkpoint.find_step(found.source))
         known = names if path is None else read_json(path, {"names": list})["names"]
         if list(known) != list(names):
             label = next(i for i, (a, b) in enumerate(zip(known, names, strict=True)) if a != b)
             raise found.refuse(
-                f"calls class {label} {known[label]!r} and config.data {names[label]!r}: a teacher "
-                "knows the student's classes in the same order"
+                f"calls class {label} {known[label]!r}, but config.data calls it {names[label]!r}: "
+                "a teacher needs the student's classes in the same order"
             )

@@ -1,5 +1,5 @@
-"""Phase train_module (MT): trains teacher modules, each in its place inside the frozen meta model,
-or joins those of a trained ViT to it."""
+"""Phase train_module (MT): trains teacher modules, each at its own stage of the frozen meta model,
+or joins the modules of a trained ViT to it."""
 
 import functools
 from collections.abc import Mapping
@@ -32,8 +32,8 @@ from m2mkd_jax.stages import module_name, stage_name
 def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     """Trains the teacher modules that config.module names and saves them under "module/stage_K".
 
-    They start from scratch, or from the ViT of config.init.teacher: then only their stitches to the
-    meta model and the head are trained.
+    They start from scratch, or from the ViT in config.init.teacher; in that case only the head and
+    their stitches to the meta model are trained.
     """
     training = describe(config, mesh)
     meta = require_source(config, "meta")
@@ -44,8 +44,8 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
 
 
 def describe(config: Config, mesh: Mesh) -> Training:
-    """The modules of config.module, each in a hybrid whose other stages are the frozen meta
-    model's.
+    """The modules of config.module, each in a hybrid whose other stages are those of the frozen
+    meta model.
 
     As in the original, stochastic depth ramps over all blocks of a hybrid, meta and module alike.
     """
@@ -88,12 +88,12 @@ def describe(config: Config, mesh: Mesh) -> Training:
 
 
 def _join(config: Config, shapes: Mapping[str, Any]) -> WarmStart:
-    """Loads the modules from config.init.teacher; raises ValueError where config.teacher is another
-    network."""
+    """Loads the modules from config.init.teacher; raises ValueError if config.teacher describes a
+    different network."""
     found = read_vit(config, "config.init.teacher", config.init.teacher)
     found.whole()
     found.require_section(config)
-    compare_images(config, found.source, frozen=True)  # all but stitches and head stays as it is
+    compare_images(config, found.source, frozen=True)  # frozen except for stitches and head
     stitches = Allowance(family_of_role(config, "module").stitches, "stitches are trained")
     origins = [
         Origin(found.source, f"{found.role}/{name}", f"module/{name}")
@@ -112,5 +112,5 @@ PHASE = Phase(
     sources=(WeightSource("meta"), WeightSource("teacher", section="init")),
     folder="modules",
     makes="modules",
-    files=(FileKind("module", "a module as phase train_module makes it (MT)", single=True),),
+    files=(FileKind("module", "a module trained by phase train_module (MT)", single=True),),
 )

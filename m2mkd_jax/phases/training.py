@@ -1,4 +1,4 @@
-"""Runs the training that a phase describes."""
+"""Running the training that a phase describes."""
 
 import dataclasses
 import functools
@@ -18,17 +18,18 @@ from m2mkd_jax.phases.networks import family_of_role, whole_network
 from m2mkd_jax.phases.objective import make_sums, whole_forward
 from m2mkd_jax.phases.phase import Phase, Training, config_feed
 
-CLASSES = "classes.json"  # names of a run's classes, by label
+CLASSES = "classes.json"  # a run's class names by label
 
 
 def find_classes(step: epath.Path) -> epath.Path | None:
-    """The file with the classes of the run that has this step; None for converted weights."""
+    """The file with the classes of the run that this step belongs to; None for converted
+    weights."""
     paths = (folder / CLASSES for folder in (step, *step.parents[:2]))
     return next((path for path in paths if path.exists()), None)
 
 
 def whole_training(phase: Phase, config: Config) -> Training:
-    """The training of a phase's whole network with labels only."""
+    """The training of a phase's whole network on labels only, without a teacher."""
     role = phase.role
     network = whole_network(config, role, drop_path=config.drop_path)
     return Training(
@@ -54,10 +55,10 @@ def train_phase(
     """Trains, or resumes; returns the result of `common_jax.loop.train`.
 
     Args:
-      training: from its phase's `describe`.
-      workdir: of this run alone.
-      mesh: devices.
-      helpers: the parameters that `training.helpers` describes.
+      training: the training, from its phase's `describe`.
+      workdir: folder of this run; not shared with other runs.
+      mesh: device mesh.
+      helpers: the frozen parameters that `training.helpers` describes.
       warm_start: see `common_jax.task.Task`.
       feed: data; None for the config's.
       files: more JSON files for the workdir, see `common_jax.task.Task`.
@@ -84,7 +85,7 @@ def train_phase(
 def with_feed(
     training: Training, feed: Feed, mesh: Mesh, *, programs: Programs | None = None
 ) -> Task:
-    """The task with data but without weights."""
+    """The task with its data and evaluators, but without initial weights."""
     config, forward, names = training.config, training.forward, training.phase.evaluators
     evaluate = functools.partial(
         make_evaluator, mesh=mesh, seed=config.seed, fold_step=config.evaluation.noise == "sampled"
@@ -105,11 +106,14 @@ def with_feed(
 def check_training(
     training: Training, feed: Feed, mesh: Mesh, *, key: str = "config", trace: bool = True
 ) -> None:
-    """Checks a run before anything is written. Raises as `common_jax.loop.check`.
+    """Checks a run before anything is written. Raises like `common_jax.loop.check`.
 
     Args:
-      key: path of its recipe's section, for messages.
-      trace: whether to check the networks too, which takes a few seconds.
+      training: the training to check.
+      feed: its data.
+      mesh: device mesh.
+      key: config path of its recipe, for messages.
+      trace: whether to trace the networks too, which takes a few seconds.
     """
     config, task = training.config, with_feed(training, feed, mesh)
     check = loop.check if trace else loop.check_settings

@@ -139,7 +139,7 @@ def test_an_unreadable_picture_has_its_line(runs, pictures, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("modules", "{pictures}"), "holds modules 0, 2, each for its place in the meta model"),
+        (("modules", "{pictures}"), "holds modules 0, 2, each for its own stage of the meta model"),
         (("modules", "{pictures}", "--module=1"), "choose one with --module=K"),
         (("meta", "{pictures}", "--module=1"), "holds a whole network"),
         (("meta", "/nowhere/x.png"), "/nowhere/x.png does not exist; beside it: there is no"),

@@ -224,7 +224,9 @@ def test_joining_trains_the_stitches_and_the_head_alone(root, joined):
 
 def test_joining_needs_the_section_of_the_network(root, joined, tmp_path):
     other = dataclasses.replace(joined, teacher=dataclasses.replace(joined.teacher, heads=2))
-    with pytest.raises(ValueError, match=r"is another network .* --config\.teacher\.heads='3'"):
+    with pytest.raises(
+        ValueError, match=r"is not the network that .* --config\.teacher\.heads='3'"
+    ):
         run_phase(other, tmp_path, MESH)
 
 
@@ -302,17 +304,17 @@ def test_teachers_that_do_not_fit_are_refused_before_anything_is_compiled(root, 
     with pytest.raises(ValueError, match=r"teachers\[0\]=.* width 24 .* --config\.init\.teacher"):
         describe(taught(root, "wide"), MESH)
     data = dataclasses.replace(PLAIN.data, labels=5)
-    with pytest.raises(ValueError, match=r"knows 10 classes and config\.data\.labels=5"):
+    with pytest.raises(ValueError, match=r"has 10 classes, but config\.data\.labels=5"):
         describe(taught(root, "a", data=data), MESH)
     meta = dataclasses.replace(PLAIN.meta, depths=(1, 1))
     two = dataclasses.replace(PLAIN.model, depths=(1, 1))
-    with pytest.raises(ValueError, match=r"cut into \(2, 1, 1\) blocks .* as many stages"):
+    with pytest.raises(ValueError, match=r"cut into \(2, 1, 1\) blocks, .* same number of stages"):
         describe(taught(root, "a", meta=meta, model=two), MESH)
     data = dataclasses.replace(PLAIN.data, image_size=12)
     with pytest.raises(ValueError, match=r"^config\.sources\.teachers\[0\]\.patch=8 must divide"):
         describe(taught(root, "b", data=data), MESH)
     whole = taught(root, "joined", phase="end_to_end", baseline=DistillConfig("soft"))
-    with pytest.raises(ValueError, match=r"holds modules, and a whole ViT is needed"):
+    with pytest.raises(ValueError, match=r"holds modules, but a whole ViT is needed"):
         describe(whole, MESH)
 
 
@@ -326,7 +328,7 @@ def test_classes_of_other_names_are_refused(root, run, tmp_path):
     config = dataclasses.replace(
         config, sources=dataclasses.replace(config.sources, teachers=(str(other),))
     )
-    with pytest.raises(ValueError, match=r"calls class 0 'x' and config\.data '0'"):
+    with pytest.raises(ValueError, match=r"calls class 0 'x', but config\.data calls it '0'"):
         run_phase(config, tmp_path / "run", MESH)
 
 

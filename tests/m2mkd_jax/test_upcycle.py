@@ -145,8 +145,8 @@ def test_upcycling_what_is_no_vit_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"phase": "assemble"}, "is for phase='end_to_end' and phase='assemble'"),
-        ({"phase": "pipeline"}, "is for phase='end_to_end' and phase='pipeline'"),
+        ({"phase": "assemble"}, "is for phase='end_to_end', not phase='assemble'"),
+        ({"phase": "pipeline"}, "is for phase='end_to_end', not phase='pipeline'"),
         ({"sources": SourcesConfig(students=("a",))}, "starts from only one of them"),
         ({"model": NAC}, r"of kind \['vmoe'\] from a ViT, but model.kind='nac'"),
     ],
