@@ -200,7 +200,7 @@ def eight_devices(monkeypatch):
         ),
         (
             (VMOE.replace("end_to_end", "pipeline"), "--topology=v5e:2x4"),
-            "config.phase='pipeline' is several runs",
+            "config.phase='pipeline' has several runs",
         ),
         (
             (

@@ -1,4 +1,5 @@
-"""Evaluators: totals over batches, and how to print their means. One line of `EVALUATORS` each."""
+"""Evaluators: metric totals over batches, and how to format their means. One entry of `EVALUATORS`
+each."""
 
 import dataclasses
 import types
@@ -28,8 +29,8 @@ class Evaluator:
     """An evaluation of logits against labels.
 
     Attributes:
-      totals: (logits, labels, mask) -> sums over the batch's examples, by metric. An evaluation
-        divides the sums over all batches by the number of examples.
+      totals: (logits, labels, mask) -> sums over the batch's examples, by metric. The sums over all
+        batches are divided by the number of examples.
       shown: metric -> function that formats its mean for a table.
     """
 

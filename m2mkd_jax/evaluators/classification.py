@@ -10,8 +10,8 @@ from common_jax.ranking import rank_of
 def restrict_logits(
     logits: Float[Array, "B L"], classes: tuple[int, ...]
 ) -> Float[Array, "B chosen"]:
-    """Logits whose column i is that of `classes[i]`, so that softmax and ranks are among these
-    classes alone."""
+    """Logits with column i taken from class `classes[i]`, so that softmax and ranks are computed
+    among these classes only."""
     return logits[:, jnp.asarray(classes)]
 
 
@@ -20,10 +20,11 @@ def classification_sums(
 ) -> dict[str, Float[Array, ""]]:
     """Top-1 hits, top-5 hits and cross entropy, summed over the examples whose `mask` is 1.
 
-    A hit is a rank (`rank_of`) below 1 or 5: equal logits rank by index, as in `argmax` and
-    `top_k`, so if all are equal only label 0 is a hit. A logit of the true class that is not finite
-    is never a hit, nor is one below a NaN; cross entropy and total are then not finite either.
-    `logits` are in float32 at least: bfloat16 would make ties.
+    A top-1 or top-5 hit is a rank (`rank_of`) below 1 or 5. Equal logits rank by index, as in
+    `argmax` and `top_k`, so if all are equal, only label 0 is a top-1 hit. NaN ranks above all
+    numbers, and a true-class logit that is not finite is never a hit; the cross entropy, and so its
+    total, is then not finite either. `logits` are at least float32, since bfloat16 would cause
+    ties.
     """
     rank = rank_of(logits, labels)
     log_p = jax.nn.log_softmax(logits)

@@ -1,4 +1,4 @@
-"""Kinds of networks: meta models, teachers and students. One line of `FAMILIES` is one family."""
+"""Kinds of networks for meta models, teachers and students: one entry of `FAMILIES` each."""
 
 import functools
 import operator
@@ -31,7 +31,8 @@ def family_of(section: Any) -> Family:
 
 
 def section_type(role: str) -> Any:
-    """The type of the section "meta", "teacher" or "model": any family that can fill it."""
+    """The type of config section "meta", "teacher" or "model": the union of the config types of all
+    families that can fill it."""
     return functools.reduce(
         operator.or_, (family.config for family in FAMILIES.values() if role in family.roles)
     )

@@ -1,5 +1,5 @@
-"""Training a whole NAC: signatures initialised from a graph prior, regularisers that keep them near
-it, and a picture of the learned graph."""
+"""Training a whole NAC: signatures initialised from a graph prior, regularisers that keep them
+close to it, and a picture of the learned graph."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ class Circuit:
 
     Attributes:
       signatures: signatures (T, Y) of "input", "mediator" and "output".
-      prior: the graph that the mediators' are fitted to; None if they are random.
+      prior: the graph that the mediators' signatures are fitted to; None if they are random.
     """
 
     signatures: Mapping[str, np.ndarray]
@@ -40,11 +40,11 @@ class Circuit:
 
 
 def start_circuit(model: NacConfig, seed: int, workdir: epath.Path) -> Circuit:
-    """Initial signatures, which depend on model and seed alone; the fit to a prior is cached in
+    """Initial signatures, which depend only on model and seed; the fit to a prior is cached in
     `workdir`.
 
     Raises:
-      ValueError: when the prior's graph does not fit the mediators.
+      ValueError: if the prior's graph does not fit the mediators.
     """
     signatures = draw_signatures(model, seed)
     prior = prepare_prior(
@@ -68,13 +68,13 @@ def sketch_circuit(model: NacConfig, seed: int) -> Circuit:
 
 
 def check_circuit(model: NacConfig, seed: int) -> None:
-    """Raises ValueError when the prior's graph does not fit the mediators."""
+    """Raises ValueError if the prior's graph does not fit the mediators."""
     if model.prior.graph != "none":
         make_graph(model.prior, nodes=model.mediators, seed=seed)
 
 
 def draw_signatures(model: NacConfig, seed: int) -> dict[str, np.ndarray]:
-    """Signatures (T, Y) of "input", "mediator" and "output" latents, from a standard normal."""
+    """Standard normal signatures (T, Y) of "input", "mediator" and "output" latents."""
     key = jax.random.key(seed)
     counts = {"input": model.inputs, "mediator": model.mediators, "output": model.outputs}
     return {
@@ -97,8 +97,8 @@ def circuit_regularizer(
     optim: OptimConfig,
     steps_per_epoch: int,
 ) -> Regularizer:
-    """The weighted sum of the regularisers of `config` on the student's signatures; the weights
-    change once per epoch."""
+    """The weighted sum of the regularisers in `config`, applied to the student's parameters; the
+    weights change once per epoch."""
     kernels = [model.propagator(i, drop_path=0.0).kernel for i in range(model.iterations)]
     regularize = make_regularizer(config, circuit.signatures, kernels=kernels)
     epochs = max(optim.total_steps(steps_per_epoch) // steps_per_epoch, 1)
@@ -110,8 +110,8 @@ def circuit_regularizer(
 
 
 def draw_circuit(model: NacConfig, circuit: Circuit, workdir: epath.Path) -> None:
-    """Writes connectivity.png, the mediators' graph before and after training, unless it exists; a
-    failure is a warning. Of a run with an average of its parameters, that is drawn."""
+    """Writes connectivity.png, the mediators' graph before and after training, unless it exists. A
+    failure only causes a warning. If the run averages its parameters, the averages are drawn."""
     path = workdir / PICTURE
     if jax.process_index() != 0 or is_picture(path):
         return

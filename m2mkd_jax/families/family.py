@@ -38,11 +38,11 @@ class Context:
 
     Attributes:
       interface: image side, channels and labels.
-      dtype: precision of computation.
-      seed: of the run.
-      meta_width: width of the meta model's tokens, which modules are stitched to.
-      meta_tokens: returns the number of these tokens; a function, since few networks need it.
-      stitched: whether a teacher's modules have stitches to that width, as a student's always have.
+      dtype: compute dtype.
+      seed: seed of the run.
+      meta_width: width of the meta model's tokens, to which modules are stitched.
+      meta_tokens: returns the number of these tokens; a function, because few networks need it.
+      stitched: whether a teacher's modules have stitches to that width, as students always do.
     """
 
     interface: Interface
@@ -64,20 +64,20 @@ class Upcycling:
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-    """Work before and after the training of a whole network.
+    """What a family does before and after the training of a whole network.
 
-    `section` is the network's section of the config and `start` the value of `make`.
+    `section` is the network's section of the config, and `start` is what `make` returns.
 
     Attributes:
-      check: (section, seed) -> None; ValueError where `make` would fail.
-      sketch: (section, seed) -> values of the same shapes as `make` returns, without its work.
+      check: (section, seed) -> None; raises ValueError if `make` would fail.
+      sketch: (section, seed) -> values of the same shapes as those of `make`, but cheap.
       make: (section, seed, workdir) -> initial values of a run, cached in the workdir.
       init: (network, start) -> function from a key to all parameters.
       trainable: section -> regex of the parameters to update.
-      regularizer: (section, start, config.regularizers, config.optim, steps per epoch) -> a term
-        of the loss.
+      regularizer: (section, start, config.regularizers, config.optim, steps per epoch) -> a loss
+        term.
       draw: (section, start, workdir) -> None; draws the trained network.
-      picture: file name of the picture.
+      picture: file name of the drawing.
       caption: its caption in the report.
     """
 
@@ -93,26 +93,27 @@ class Preparation:
 
 
 def _accept(*arguments: Any) -> None:
-    """Accepts anything."""
+    """A check that accepts anything."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FileNames:
-    """The names of a family's tensors in published files, of a whole network or of a single stage.
+    """A family's tensor names in published files of a whole network or of a single stage.
 
     Attributes:
-      network: what to call the network.
-      table: (section, channels of an image, stage) -> the names of a stage's tensors, by our paths
-        in it, or those of the whole network if `stage` is None.
-      examples: sections of small networks, whose tables distinguish kinds of files.
-      marker, stage_marker: regex of a tensor that every file of the network, or of a stage, has.
-      first, last: tensors that no stage but the first, or the last, has.
-      sizes: tensors of a whole network -> fields of the section that they show beyond a ViT's, or
-        of the config by their whole path ("meta.width"); None if the network is no ViT.
+      network: what to call the network in messages.
+      table: (section, image channels, stage) -> the tensor names of a stage, by our parameter paths
+        below it, or those of the whole network if `stage` is None.
+      examples: sections of small networks, whose tables distinguish the kinds of files.
+      marker, stage_marker: regex of a tensor that every file of a network, or of a stage, has.
+      first, last: tensors that only the first, or only the last, stage has.
+      sizes: tensors of a whole network -> section fields that they reveal beyond those of a ViT, or
+        fields elsewhere in the config by their full path ("meta.width"); None if the network is not
+        a ViT.
       variants: published networks by name: image side, depth, and fields of the section.
-      config, stage_config: an example of the config that files of the network, or of a stage, need
-        since tensors do not show all sizes; "" if they do.
-      timm: whether timm has such networks, with these names.
+      config, stage_config: an example of the config that files of a network, or of a stage, need
+        because their tensors do not reveal all sizes; "" if they do.
+      timm: whether timm has such networks, under these names.
     """
 
     network: str
@@ -138,28 +139,29 @@ class Family:
     `section` is the network's section of the config, of type `config`.
 
     Attributes:
-      config: dataclass of its section. That of a meta model or teacher has `depths` and `width`.
-      roles: sections of the config that it can fill, among "meta", "teacher" and "model".
+      config: dataclass of its section. For meta models and teachers it has `depths` and `width`.
+      roles: config sections that it can fill, among "meta", "teacher" and "model".
       whole: (section, context, stochastic depth) -> the whole network.
       modules: (section, context, stochastic depth) -> its modules, one per stage.
       rules: partition rules of both.
       head: regex of the classifier's parameters.
       stitches: regex of the parameters of the stitches of a teacher's modules.
-      files: the names of its tensors in published files.
-      adapt: section -> functions that give parameters another shape, such as a larger position
-        table, by a regex of paths below the role.
-      left: section -> parameters of the modules that have no place in the whole network.
+      files: its tensor names in published files.
+      adapt: section -> functions that reshape parameters, such as resizing a position table; by
+        regex of paths below the role.
+      left: section -> parameters of the modules that the whole network does not have.
       fresh: section -> parameters of the whole network that no module has.
-      tokens: (section, interface) -> tokens between two stages; required for a meta model.
-      leading: section -> fields that say which tokens precede those of the patches between two
-        stages; {} where its modules take any.
-      leading_tokens: section -> number of tokens before those of a grid of patches; None for
-        networks whose tokens are no such grid.
-      check_mesh: (section, mesh sizes, batch) -> None; ValueError where it cannot run there.
-      check_noise: (section, config.evaluation.noise) -> None; FieldError where they conflict.
+      tokens: (section, interface) -> number of tokens between two stages; required for a meta
+        model.
+      leading: section -> fields that say which tokens precede the patches between two stages; {} if
+        its modules take any.
+      leading_tokens: section -> number of tokens before a grid of patches; None for networks whose
+        tokens are not such a grid.
+      check_mesh: (section, mesh sizes, batch) -> None; raises ValueError if it cannot run there.
+      check_noise: (section, config.evaluation.noise) -> None; raises FieldError if they conflict.
       upcycle: (section, workdir, parameter shapes) -> its initialisation from a dense ViT.
       preparation: see `Preparation`.
-      savers: fields of the config that reduce its memory per chip.
+      savers: config fields that reduce its memory per chip.
     """
 
     config: type

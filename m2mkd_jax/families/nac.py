@@ -1,4 +1,4 @@
-"""The family of NACs: m2mKD students that are a graph of latents."""
+"""The family of NACs: m2mKD students whose latents form a graph."""
 
 from common_jax.config import FieldError
 from common_jax.weights import Allowance
@@ -40,23 +40,24 @@ def build_modules(section: NacConfig, context: Context, drop_path: float) -> Net
 
 
 def left(section: NacConfig) -> tuple[Allowance, ...]:
-    """Stitches; where iterations share parameters, also those of all students but the first."""
+    """Stitches and, if iterations share parameters, those parameters of all mediator students after
+    the first."""
     stitches = Allowance(r"student/stage_\d+/(pre|post)_stitch/.*", "stitches are for distillation")
     allowances = [stitches, *_data_dependent(section)]
     later = "|".join(str(stage) for stage in range(2, section.iterations + 1))
     if section.share_propagators and later:
-        reason = "config.model.share_propagators takes the first mediator student alone"
+        reason = "config.model.share_propagators takes only the first mediator student"
         allowances.append(Allowance(rf"student/stage_({later})/(attention|ffn)/.*", reason))
     if section.share_ffns and later:
-        reason = "config.model.share_ffns takes the MLP of the first mediator student alone"
+        reason = "config.model.share_ffns takes only the first mediator student's MLP"
         allowances.append(Allowance(rf"student/stage_({later})/ffn/.*", reason))
     return tuple(allowances)
 
 
 def fresh(section: NacConfig) -> tuple[Allowance, ...]:
-    """Latents, bandwidths of kernels and code-conditioned heads."""
+    """Latents, kernel bandwidths and code-conditioned heads."""
     return (
-        Allowance(r"student/graph/.*", "latents and seeder are in no student"),
+        Allowance(r"student/graph/.*", "students have no latents and no seeder"),
         Allowance(r"student/stage_\d+/attention/bandwidth", "students attend without a kernel"),
         Allowance(r"student/stage_\d+/code_head/.*", "students have no code-conditioned head"),
         *_data_dependent(section),
@@ -75,16 +76,16 @@ def _data_dependent(section: NacConfig) -> tuple[Allowance, ...]:
 
 
 def check_noise(section: NacConfig, noise: str) -> None:
-    """Raises FieldError where the kernel samples edges but evaluation draws no noise."""
+    """Raises FieldError if the kernel samples edges but evaluation draws no random numbers."""
     if section.kernel.evaluation == "sample" and noise == "mean":
         raise FieldError(
-            "model.kernel.evaluation='sample' draws edges and evaluation.noise='mean' draws "
+            "model.kernel.evaluation='sample' draws edges, but evaluation.noise='mean' draws "
             "nothing: change one of them"
         )
 
 
 def table(section: NacConfig, channels: int, stage: int | None) -> Table:
-    """The names of the whole network's tensors, or of a student's."""
+    """Tensor names of the whole network, or of a student."""
     if stage is None:
         return names.network_table(section)
     return names.student_table(section, Place.of(stage, len(section.depths)))

@@ -1,4 +1,4 @@
-"""Sparse upcycling: a V-MoE initialised from a dense ViT."""
+"""Sparse upcycling: initialising a V-MoE from a dense ViT."""
 
 import re
 from collections.abc import Mapping
@@ -29,12 +29,12 @@ FRESH = (
 
 def upcycle(section: VMoEConfig, source: epath.PathLike, student: Mapping[str, Any]) -> Upcycling:
     """Initialises a V-MoE from a dense ViT: every expert is a copy of its block's MLP, router and
-    stitches start from scratch, and all other parameters are the ViT's.
+    stitches start from scratch, and all other parameters are taken from the ViT.
 
-    Where a token's gates sum to 1 (router "topk_softmax") and no pair is dropped, the V-MoE then
-    computes the same as the ViT; otherwise the experts' branch is the MLP's times that sum (sparse
-    upcycling, Komatsuzaki et al. 2022). Blocks are counted through the whole network, so the two
-    may be cut into different stages.
+    If a token's gates sum to 1 (router "topk_softmax") and no pair is dropped, the V-MoE initially
+    computes the same function as the ViT; otherwise the output of its experts is the MLP's times
+    that sum (sparse upcycling, Komatsuzaki et al. 2022). Blocks are matched by their number in the
+    whole network, so the two networks may be cut into different stages.
 
     Args:
       section: config.model.
@@ -48,12 +48,12 @@ def upcycle(section: VMoEConfig, source: epath.PathLike, student: Mapping[str, A
     roles = [role for role in ("teacher", "meta") if role in shapes]
     if not roles:
         raise ValueError(
-            f"config.init.upcycle={source!r} holds {sorted(shapes)}, and needs a dense ViT: give a "
-            "run that trained a teacher or a meta model, or a converted ViT"
+            f"config.init.upcycle={source!r} holds {sorted(shapes)}, but must hold a dense ViT: "
+            "give a run that trained a teacher or a meta model, or a converted ViT"
         )
     dense = traverse_util.flatten_dict(shapes[roles[0]], sep="/")
     renamed = _rename(dense, section, source)
-    copies = {  # `take` reports parameters whose shapes do not fit
+    copies = {  # without those whose shapes do not fit: `take` reports them
         re.escape(f"student/{path}"): np.broadcast_to
         for name, path in renamed.items()
         if "/moe/" in path and path in flat and flat[path].shape[1:] == dense[name].shape
@@ -64,7 +64,7 @@ def upcycle(section: VMoEConfig, source: epath.PathLike, student: Mapping[str, A
 def _rename(
     dense: Mapping[str, Any], section: VMoEConfig, source: epath.PathLike
 ) -> dict[str, str]:
-    """The V-MoE's path of each parameter of a dense ViT."""
+    """For each parameter of a dense ViT, its path in the V-MoE."""
     blocks = {}
     for name in dense:
         if match := re.match(r"stage_(\d+)/block_(\d+)/", name):
@@ -74,8 +74,8 @@ def _rename(
     if sum(dense_depths) != sum(depths) or sorted(blocks) != list(range(len(blocks))):
         raise ValueError(
             f"config.init.upcycle={source!r} has stages {sorted(blocks)} of {dense_depths} blocks, "
-            f"{sum(dense_depths)} in all, and config.model.depths={depths} are {sum(depths)}: give "
-            "a ViT that is whole and as deep"
+            f"{sum(dense_depths)} in all, but config.model.depths={depths} have {sum(depths)}: "
+            "give a whole ViT of the same depth"
         )
     experts, renamed = section.moe_positions(), {}
     for name in dense:

@@ -31,7 +31,7 @@ def build_modules(section: vit.ViTConfig, context: Context, drop_path: float) ->
 
 
 def tokens(section: vit.ViTConfig, interface: encoder.Interface) -> int:
-    """Tokens between two stages."""
+    """Number of tokens between two stages."""
     return encoder.tokens(section.encoder, interface)
 
 
@@ -41,17 +41,17 @@ def leading(section: vit.ViTConfig) -> dict[str, Any]:
 
 
 def leading_tokens(section: vit.ViTConfig) -> int:
-    """Tokens before those of the patches."""
+    """Number of tokens before the patches."""
     return section.encoder.leading
 
 
 def resize(section: vit.ViTConfig) -> dict[str, Adapt]:
-    """Position tables, resized to the number of an image's patches."""
+    """Resizes position tables to the number of patches of an image."""
     return {r".*/pos_embed": resizer(section.encoder.leading_positions)}
 
 
 def table(section: vit.ViTConfig, channels: int, stage: int | None, *, experts: int = 0) -> Table:
-    """The names of the whole network's tensors, or of a stage's; `experts` are a V-MoE's."""
+    """Tensor names of the whole network, or of a stage; `experts` is for V-MoEs."""
     layout = {
         "heads": section.heads,
         "channels": channels,

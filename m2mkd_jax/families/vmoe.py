@@ -42,7 +42,7 @@ def build_modules(section: VMoEConfig, context: Context, drop_path: float) -> Ne
 
 
 def left(section: VMoEConfig) -> tuple[Allowance, ...]:
-    """The students' stitches, unless the whole network keeps them."""
+    """The students' stitches, unless the whole network has them too."""
     if section.stitches == "kept":
         return ()
     regex = r"student/stage_\d+/block_\d+/(pre|post)_stitch/.*"
@@ -50,18 +50,18 @@ def left(section: VMoEConfig) -> tuple[Allowance, ...]:
 
 
 def check_mesh(section: VMoEConfig, mesh_sizes: Mapping[str, int], batch: int) -> None:
-    """Raises ValueError for a mixture of experts that does not fit mesh and batch."""
+    """Raises ValueError if the mixture of experts does not fit mesh and batch."""
     if section.moe_positions():
         check_moe(section.moe, mesh_sizes, batch)
 
 
 def table(section: VMoEConfig, channels: int, stage: int | None) -> Table:
-    """The names of the whole network's tensors, or of a stage's."""
+    """Tensor names of the whole network, or of a stage."""
     return vit.table(section, channels, stage, experts=section.moe.experts)
 
 
 def sizes(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Fields of the section that the tensors of a whole V-MoE show beyond a ViT's."""
+    """Section fields that the tensors of a whole V-MoE reveal beyond those of a ViT."""
     blocks = {match[1] for name in tensors if (match := re.match(r"blocks\.(\d+)\.moe\.", name))}
     fields = {"moe_blocks": ",".join(sorted(blocks, key=int)) or "none"}
     fields["moe.router_bias"] = any(name.endswith("moe.gate.gate.bias") for name in tensors)

@@ -45,8 +45,8 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
 
 
 def describe(config: Config, mesh: Mesh) -> Training:
-    """The student modules of config.module; the meta model and the modules of one or more teachers
-    help."""
+    """The student modules of config.module; the frozen meta model and the modules of one or more
+    teachers are helpers."""
     several = bool(config.sources.teachers)
     check_exchange(config, "meta", *(() if several else ("teacher",)), "student")
     stages, teachers = config.modules(), module_teachers(config)
@@ -99,6 +99,8 @@ PHASE = Phase(
     folder="students",
     makes="students",
     files=(
-        FileKind("{family}_student", "a {network} student module, or a folder of all", single=True),
+        FileKind(
+            "{family}_student", "a {network} student module, or a folder with all", single=True
+        ),
     ),
 )

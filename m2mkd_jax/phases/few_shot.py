@@ -1,5 +1,5 @@
-"""Phase few_shot (FS): trains a new head for a few classes on a few images of each, in one episode
-or several."""
+"""Phase few_shot (FS): trains a new head for a few classes on a few images of each, in one or more
+episodes."""
 
 import dataclasses
 import functools
@@ -29,18 +29,19 @@ from m2mkd_jax.phases.training import check_training, train_phase, whole_trainin
 from m2mkd_jax.phases.weights import require_source, take_weights
 
 CONFIDENCE = 0.95
-INTERVAL = "_ci95"  # ends the name of half a metric's interval
+INTERVAL = "_ci95"  # suffix of a metric's half-width of the confidence interval
 
 
 def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     """Trains only the head on an episode and saves the whole network under "student".
 
     The episode's classes are renumbered, so the head has config.few_shot.ways labels. Training
-    images come from the training split and test images from the test split. config.ood is ignored:
-    its set has other classes than an episode.
+    images come from the training split and test images from the test split. config.ood is ignored,
+    since its classes are not those of an episode.
 
-    If config.few_shot.episodes is above 1, each episode is a run in `workdir`/episode_K, resumable
-    and skipped when finished; only the first compiles. The result is then `summary`'s.
+    If config.few_shot.episodes is above 1, each episode is a run in `workdir`/episode_K, which can
+    be resumed and is skipped once finished; only the first one compiles. The result is then that of
+    `summary`.
     """
     few_shot, splits = config.few_shot, load_splits(config)
     train = _trainer(config, mesh, splits)
@@ -65,10 +66,11 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
 
 def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Combines the results of two or more episodes: the mean of every metric and, as METRIC_ci95,
-    half of its 95 % confidence interval, t s / sqrt(n).
+    the half-width of its 95 % confidence interval, t s / sqrt(n).
 
-    s is the standard deviation over n episodes (divided by n - 1), t the quantile of Student's
-    distribution with n - 1 degrees of freedom. `steps` counts one episode, `skipped` all of them.
+    s is the sample standard deviation over n episodes (divisor n - 1), t the quantile of Student's
+    t distribution with n - 1 degrees of freedom. `steps` is the number of one episode, `skipped`
+    the sum over all of them.
     """
     count = len(results)
     quantile = special.stdtrit(count - 1, 0.5 + CONFIDENCE / 2)
@@ -120,8 +122,8 @@ def episodes_table(workdir: epath.Path) -> Table | None:
 
 
 def describe(config: Config, mesh: Mesh) -> Training:
-    """The whole student, of which only the head of config.few_shot.ways labels is trained; the same
-    for every mesh and episode."""
+    """The whole student, training only its head of config.few_shot.ways labels; the same for every
+    mesh and episode."""
     data = dataclasses.replace(config.data, labels=config.few_shot.ways)
     episode = dataclasses.replace(config, data=data)
     return dataclasses.replace(
@@ -130,7 +132,7 @@ def describe(config: Config, mesh: Mesh) -> Training:
 
 
 def first_feed(training: Training, workdir: epath.Path, splits: Splits) -> Feed:
-    """The feed of the first episode; raises ValueError if the data is not enough for all."""
+    """The feed of the first episode; raises ValueError if any episode would lack images."""
     few_shot = training.config.few_shot
     for number in reversed(range(few_shot.episodes)):
         episode = _episode(training.config, few_shot.seed + number)
@@ -146,7 +148,8 @@ def _episode(config: Config, seed: int) -> Config:
 def _trainer(
     config: Config, mesh: Mesh, splits: Splits
 ) -> Callable[[int, epath.Path], dict[str, Any]]:
-    """train(seed, workdir) -> result of an episode; all share data, network and programs."""
+    """train(seed, workdir) -> result of an episode; all episodes share data, network and compiled
+    programs."""
     require_source(config, "network")
     training, programs = describe(config, mesh), Programs()
 
@@ -175,13 +178,13 @@ def _take_network(
 
 
 def load_splits(config: Config) -> Splits:
-    """The training and test splits of all classes, with the same labels."""
+    """The training and test splits with all classes, labelled alike."""
     train = load_source(config.data, config.data.train_split)
     return train, load_test_source(config.data, train.label_names)
 
 
 def draw_images(config: Config, splits: Splits) -> tuple[Episode, Episode]:
-    """The training and test images of the episode of config.few_shot.seed; raises ValueError if
+    """The training and test images of the episode with config.few_shot.seed; raises ValueError if
     there are too few."""
     few_shot, (train, test) = config.few_shot, splits
     return choose_task(

@@ -1,4 +1,4 @@
-"""The loss and the evaluation that all phases share; a phase defines the forward pass."""
+"""The loss and the evaluation that all phases share; each phase defines its forward pass."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -19,17 +19,17 @@ from m2mkd_jax.families.family import Regularizer, WholeNetwork
 
 
 class Outputs(NamedTuple):
-    """Outputs of a network: logits (B, L), its teacher's logits if there is a teacher, (N, B, L) if
-    there are N of them, and the records of its trained stages."""
+    """Outputs of a network: logits (B, L); its teacher's logits (B, L), or (N, B, L) for N
+    teachers, or None; and the records of its trained stages."""
 
     logits: jax.Array
     teacher: jax.Array | None
     recorded: Mapping[str, Any]
 
 
-# forward(params, helpers, images, train, rngs) -> outputs by name of the networks trained together:
-# one, or several whose parameters are disjoint. In evaluation rngs has only EVALUATION_STREAMS, or
-# is None if nothing is drawn.
+# forward(params, helpers, images, train, rngs) -> outputs by network name. Several networks that
+# train together have disjoint parameters. In evaluation rngs has only EVALUATION_STREAMS, or is
+# None if nothing is drawn.
 Forward = Callable[
     [Any, Any, jax.Array, bool, Mapping[str, jax.Array] | None], Mapping[str, Outputs]
 ]
@@ -38,7 +38,7 @@ EVALUATION_STREAMS = ("state", "pooling", "kernel")
 
 
 def whole_forward(network: WholeNetwork, role: str) -> Forward:
-    """The forward pass of a whole network, whose parameters are under `role`, without a teacher."""
+    """The forward pass of a whole network without a teacher; its parameters are under `role`."""
 
     def forward(params, helpers, images, train, rngs):
         logits, recorded = network.apply(params[role], images, train=train, rngs=rngs)
@@ -54,12 +54,13 @@ def make_loss(
     *,
     regularizer: Regularizer | None = None,
 ) -> Loss:
-    """Label loss, blended with the distillation that `distill` names, plus the experts' balance
-    losses and the regularizer's term; summed over the networks if there are several.
+    """Label loss, blended with the distillation that `distill` names, plus the balance losses of
+    the experts and the regularizer's term. With several networks the loss is their sum.
 
     Its metrics are `label_loss`, `distillation`, those of the regularizer and, for every MoE layer,
-    `moe/STAGE/BLOCK/` `load`, `dropped` and `entropy`. With several networks `label_loss` and
-    `distillation` are means, besides `NAME/label_loss` and `NAME/distillation` of each.
+    those of its router as `moe/STAGE/BLOCK/NAME`, such as `load`, `dropped` and `entropy`. With
+    several networks `label_loss` and `distillation` are means over the networks, and
+    `NAME/label_loss` and `NAME/distillation` give each one's own.
     """
 
     def loss(params, helpers, batch, rngs, step):
@@ -97,11 +98,11 @@ def make_sums(
     """Totals of one evaluation batch for `common_jax.step.make_evaluator`.
 
     Args:
-      forward: from parameters and images to logits.
-      config: its evaluation section says whether anything is drawn.
+      forward: maps parameters and images to logits.
+      config: the config, whose evaluation section says whether random numbers are drawn.
       evaluators: keys of `EVALUATORS`.
-      classes: the classes of the network that the batch's labels index; None if labels are the
-        network's own.
+      classes: if the test set has only some of the classes, label i of a batch means the network's
+        class `classes[i]`; None if labels are the network's own.
     """
 
     def sums(params, helpers, batch, key):
@@ -121,14 +122,15 @@ def make_sums(
 
 
 def evaluation_rngs(config: Config, key: jax.Array) -> Mapping[str, jax.Array] | None:
-    """The streams of random numbers of one evaluation batch; None where nothing is drawn."""
+    """The random streams of one evaluation batch; None if nothing is drawn."""
     if config.evaluation.noise == "mean":
         return None
     return {name: fold_name(key, name) for name in EVALUATION_STREAMS}
 
 
 def _with_means(parts: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, jax.Array]:
-    """The metrics of one network; for several, their means and each as `NAME/METRIC`."""
+    """The metrics of a single network; for several networks, the means as well as each network's
+    own, as `NAME/METRIC`."""
     means = jax.tree.map(lambda *values: sum(values) / len(values), *parts.values())
     if len(parts) == 1:
         return means

@@ -1,4 +1,4 @@
-"""`Phase` and the `Training` that it describes."""
+"""`Phase`, the record of a phase, and the `Training` that it describes."""
 
 import dataclasses
 import operator
@@ -21,12 +21,12 @@ from m2mkd_jax.phases.objective import Forward, make_loss
 
 Splits = tuple[Source, Source]  # training and test
 
-# Random streams of training: image transforms, mixing, stochastic depth, router noise; for NACs
-# code noise, edges, initial states of latents, Gumbel noise of the pooling.
+# Random streams of training: image transforms, mixing, stochastic depth and router noise; for NACs
+# also code noise, sampled edges, initial latent states and the Gumbel noise of the pooling.
 STREAMS = ("augment", "mix", "drop_path", "gate", "code", "kernel", "state", "pooling")
-SHOWN = ("train/loss", "train/skipped", "test/loss", "test/accuracy")  # on the terminal
+SHOWN = ("train/loss", "train/skipped", "test/loss", "test/accuracy")  # metrics on the terminal
 
-# Sections and fields that every phase reads.
+# Config sections and fields that every phase reads.
 ALWAYS = ("phase", "seed", "precision", "matmul_precision", "data", "evaluation", "mesh", "run")
 RECIPE = ("optim", "augment", "drop_path")
 ALLOWANCES = ("sources.fresh", "sources.leave")
@@ -34,14 +34,14 @@ ALLOWANCES = ("sources.fresh", "sources.leave")
 
 @dataclasses.dataclass(frozen=True)
 class WeightSource:
-    """A field of the config that names one or more workdirs to take weights from.
+    """A config field that names one or more workdirs to take weights from.
 
     Attributes:
       field: its name in `section`.
-      section: of the config.
+      section: the section of the config.
       used: config -> whether the phase reads it.
-      made: whether an earlier phase of a pipeline makes it, one workdir per stage or one for all;
-        otherwise it is given by config.sources alone, in any number.
+      made: whether an earlier phase of a pipeline produces it, as one workdir per stage or one for
+        all; otherwise only config.sources can give it, with any number of workdirs.
     """
 
     field: str
@@ -51,28 +51,29 @@ class WeightSource:
 
     @property
     def path(self) -> str:
-        """The key below `config`."""
+        """Its path below `config`."""
         return f"{self.section}.{self.field}"
 
     def value(self, config: Config) -> str | tuple[str, ...]:
-        """The workdir, or several."""
+        """The workdir or workdirs that `config` names."""
         return operator.attrgetter(self.path)(config)
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """The training of a phase, which depends on config, mesh and, with several teachers, on
-    their runs' configs: it reads no data and no weights, and its step compiles for devices that are
-    only described.
+    """The training of a phase.
+
+    It depends only on config, mesh and, with several teachers, the configs of their runs. It reads
+    no data and no weights, so its step can be compiled for devices that are only described.
 
     Attributes:
       phase: its phase.
-      config: with the phase's recipe in `optim`, `augment` and `drop_path`.
+      config: the config, with the phase's recipe in `optim`, `augment` and `drop_path`.
       init, rules, trainable: see `common_jax.task.Task`.
-      forward: from parameters and images to logits.
+      forward: maps parameters and images to logits.
       helpers: shapes and shardings of the frozen parameters that `forward` needs.
-      distill: the distillation to blend in.
-      regularizer: steps per epoch -> a term of the loss that depends on parameters and step alone.
+      distill: the distillation to blend into the loss.
+      regularizer: steps per epoch -> a loss term that depends only on parameters and step.
     """
 
     phase: "Phase"
@@ -87,12 +88,12 @@ class Training:
 
     @property
     def clip_depth(self) -> int:
-        """See `common_jax.task.Task`: modules, such as "student/stage_1", are clipped
-        separately."""
+        """See `common_jax.task.Task`: the gradient of each module, such as "student/stage_1", is
+        clipped on its own."""
         return 2 if self.phase.modular else 0
 
     def task(self, *, steps_per_epoch: int) -> Task:
-        """The task without data or weights, which is enough to compile its step."""
+        """The task without data or weights; this is enough to compile its step."""
         config, regularizer = self.config, self.regularizer
         return Task(
             title=f"{config.phase} {config.module}" if self.phase.modular else config.phase,
@@ -116,12 +117,12 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class FileKind:
-    """A kind of published file, whose parameters a phase could have made.
+    """A kind of published weight file that corresponds to a phase.
 
     Attributes:
-      name: of the kind; {family} is the family's of the network.
-      about: the file, for people; {network} is what the network is called.
-      single: whether it has one stage of the network.
+      name: name of the kind; {family} stands for the name of the network's family.
+      about: description for users; {network} stands for what the network is called.
+      single: whether it holds a single stage of the network.
       cut: whether it has the layout of a module that the original cut from a trained teacher.
       shallow: whether each stage of the network has one block.
     """
@@ -136,8 +137,8 @@ class FileKind:
 def config_feed(
     training: Training, workdir: epath.Path, splits: Splits | tuple[None, None] = (None, None)
 ) -> Feed:
-    """The feed of config.data, and of config.ood if that names a source and the phase evaluates it;
-    `splits` are used if they are already loaded."""
+    """The feed of config.data, and of config.ood if it names a source and the phase evaluates it;
+    give `splits` if they are already loaded."""
     config, (train, test) = training.config, splits
     return make_feed(
         config.data,
@@ -161,24 +162,24 @@ class Phase:
       run: (config, workdir, mesh) -> its result; trains, or resumes.
       role: key of the parameters that it trains and saves: "meta", "module", "teacher" or
         "student".
-      reads: sections and fields of the config that it reads, besides `ALWAYS`, `RECIPE`, its
-        sources and the OOD set.
-      differentiates: sections of the networks that gradients pass through, whose activations are
-        kept.
+      reads: config sections and fields that it reads, besides `ALWAYS`, `RECIPE`, its sources and
+        the OOD set.
+      differentiates: config sections of the networks that gradients flow through, so that their
+        activations must be kept.
       sources: fields that name the workdirs it takes weights from.
       modular: whether it trains the modules that config.module names, `distill.pairs_at_once` per
         program, instead of a whole network.
       ood: whether it evaluates the OOD set.
       evaluators: keys of `m2mkd_jax.evaluators.EVALUATORS`.
       feed: (training, workdir, splits) -> its data.
-      draw: (config, splits) -> its training and test images, if it trains on a few images drawn
-        from the training split; ValueError if there are too few.
+      draw: (config, splits) -> its training and test images, for a phase that trains on a few
+        images drawn from the training split; ValueError if there are too few.
       table: workdir -> its own table in the report, or None.
-      folder: of its run in a pipeline.
+      folder: folder of its run in a pipeline.
       makes: field of config.sources that names its workdir in later phases.
       replaceable: whether a workdir in config.sources.MAKES replaces it in a pipeline.
       optional: whether a pipeline skips it if it has no recipe.
-      files: the kinds of published files with parameters that it could have made.
+      files: the kinds of published files that correspond to it.
     """
 
     describe: Callable[[Config, Mesh], Training]
@@ -200,7 +201,7 @@ class Phase:
     files: tuple[FileKind, ...] = ()
 
     def all_reads(self) -> tuple[str, ...]:
-        """Sections and fields of the config that it reads; setting any other changes nothing."""
+        """Config sections and fields that it reads; setting any others has no effect."""
         ood = ("ood",) if self.ood else ()
         sources = tuple(source.path for source in self.sources)
         allowances = ALLOWANCES if sources else ()

@@ -1,5 +1,5 @@
-"""Runs one phase, or all phases in order, each in its own folder, resumable and skipped when
-finished."""
+"""Running one phase, or the pipeline: all phases in order, each in a folder of its own, resumed if
+interrupted and skipped if finished."""
 
 import dataclasses
 import logging
@@ -21,20 +21,20 @@ from m2mkd_jax.phases.teachers import load_teachers
 from m2mkd_jax.phases.training import check_training
 from m2mkd_jax.phases.weights import check_source
 
-# The field of config.sources for the network that a pipeline always trains; the result is that
-# run's.
+# The field of config.sources for the network that a pipeline always trains; the result of that run
+# is the pipeline's result.
 PRODUCT = "network"
-# Fields in which a finished run may differ from its plan: a moved pipeline has its sources in other
-# folders, and an episode has its own labels.
+# Fields in which a finished run may differ from the plan: the sources are elsewhere if the pipeline
+# was moved, and an episode has its own number of labels.
 APART = r"sources\..*|data\.labels"
 
 
 def run_phase(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
-    """Runs the phase that `config` names, and returns the result of the run, or of the last one.
+    """Runs the phase that `config` names; returns the result of its run, or of its last one.
 
-    A modular phase trains the modules of config.module in one program, in `workdir` itself. If
-    config.distill.pairs_at_once is fewer, it runs several programs in turn, each in its own folder
-    such as `workdir`/module_0+1.
+    A modular phase trains all modules in config.module with one program, in `workdir` itself. If
+    config.distill.pairs_at_once allows fewer, several programs run one after another, each in its
+    own folder such as `workdir`/module_0+1.
     """
     check_sources(config)
     if config.phase == "pipeline":
@@ -48,8 +48,8 @@ def run_phase(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]
 
 
 def program_folders(config: Config, *, one: str, several: str) -> dict[str, Config]:
-    """The programs of a modular phase by folder: a single program in `one`, several in
-    `several`_0+1 and so on."""
+    """The programs of a modular phase by folder: `one` for a single program; `several`_0+1 and so
+    on for several."""
     programs = config.programs()
     if len(programs) == 1:
         return {one: programs[0]}
@@ -57,24 +57,24 @@ def program_folders(config: Config, *, one: str, several: str) -> dict[str, Conf
 
 
 def run_folders(config: Config) -> dict[str, Config]:
-    """The runs of one phase by their folders below its workdir; "" is the workdir itself."""
+    """The runs of one phase by folder below its workdir; "" is the workdir itself."""
     if not PHASES[config.phase].modular:
         return {"": config}
     return program_folders(config, one="", several="module")
 
 
 def describe(config: Config, mesh: Mesh) -> Training:
-    """The training of the only run of `config`; raises ValueError if `config` means several."""
+    """The training of the single run of `config`; raises ValueError if `config` has several."""
     check_sources(config)
     if config.phase == "pipeline":
         raise ValueError(
-            "config.phase='pipeline' is several runs, each with a program of its own: name one of "
+            "config.phase='pipeline' has several runs, each with its own program: name one of "
             f"{list(PHASES)}"
         )
     if PHASES[config.phase].modular and len(programs := config.programs()) > 1:
         raise ValueError(
             f"config.module={config.module!r} with config.distill.pairs_at_once="
-            f"{config.distill.pairs_at_once} is {len(programs)} programs: name the modules of one "
+            f"{config.distill.pairs_at_once} has {len(programs)} programs: name the modules of one "
             f"of them, {[program.module for program in programs]}"
         )
     return PHASES[config.phase].describe(config, mesh)
@@ -83,10 +83,10 @@ def describe(config: Config, mesh: Mesh) -> Training:
 def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     """Runs the phases in the order of `PHASES`, see `chosen_phases`.
 
-    Every run gets the recipe of its phase from config.recipes and weights from earlier runs.
+    Every run gets its phase's recipe from config.recipes, and weights from earlier runs.
 
     Returns:
-      The result of the run that makes `PRODUCT`.
+      The result of the run that trains `PRODUCT`.
     """
     workdir = epath.Path(workdir)
     refuse_other_config(workdir, config)
@@ -106,7 +106,7 @@ def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, A
 
 
 def result_folder() -> str:
-    """The folder of the run whose result is the pipeline's."""
+    """The folder of the run whose result is the result of the pipeline."""
     return next(phase.folder for phase in PHASES.values() if phase.makes == PRODUCT)
 
 
@@ -114,7 +114,7 @@ def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
     """Checks data, recipes, networks and source weights of all unfinished runs; writes nothing.
 
     Raises:
-      FileNotFoundError, ValueError: as the runs themselves.
+      FileNotFoundError, ValueError: like the runs themselves.
     """
     unfinished = [
         (folder, run)
@@ -135,7 +135,7 @@ def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
             trainings.append((training, phase.feed(training, workdir / folder, splits)))
     for training, _ in trainings:
         load_teachers(training.config, training.helpers, read=False)
-    for trace in (False, True):  # the quick checks of all runs first
+    for trace in (False, True):  # quick checks of all runs come before slow ones
         for training, feed in trainings:
             phase = training.config.phase
             with in_recipe(Recipe, phase):
@@ -143,10 +143,10 @@ def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
 
 
 def plan(config: Config, workdir: epath.Path) -> list[tuple[str, Config]]:
-    """The runs of the pipeline in order: the folder of each below `workdir`, and its config.
+    """The runs of the pipeline in order, each as its folder below `workdir` and its config.
 
     Raises:
-      ValueError: when a phase has no recipe and is not optional.
+      ValueError: if a phase that is not optional has no recipe.
     """
     workdirs = {source.field: source.value(config) for source in replacing_sources()}
     runs = []
@@ -167,10 +167,10 @@ def plan(config: Config, workdir: epath.Path) -> list[tuple[str, Config]]:
 
 def chosen_phases(config: Config) -> list[str]:
     """The phases that the pipeline runs, in order: those whose weights a later phase needs and
-    config.sources does not name, and optional ones with a recipe.
+    config.sources does not provide, and optional ones that have a recipe.
 
     Raises:
-      ValueError: when one of them has no recipe.
+      ValueError: if one of them has no recipe.
     """
     replaced = {source.field for source in replacing_sources() if source.value(config)}
     needed, chosen = {PRODUCT}, []
@@ -179,7 +179,7 @@ def chosen_phases(config: Config) -> list[str]:
             chosen.insert(0, name)
             needed |= {source.field for source in phase.used_sources(config)}
     if missing := [name for name in chosen if name not in config.recipes]:
-        raise ValueError(f"config.recipes lacks {missing}, which phase='pipeline' needs")
+        raise ValueError(f"config.recipes has no {missing}, which phase='pipeline' needs")
     return chosen
 
 

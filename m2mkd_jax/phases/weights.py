@@ -1,4 +1,4 @@
-"""Weights of other runs that a phase starts from, or is helped by."""
+"""Weights from other runs, which a phase starts from or uses frozen."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -25,20 +25,20 @@ def take_weights(
     frozen: bool = False,
     read: bool = True,
 ) -> WarmStart:
-    """`common_jax.weights.take` with the allowances of config.sources and the families' ways to
-    give parameters another shape.
+    """`common_jax.weights.take` with the allowances in config.sources and the families' functions
+    for reshaping parameters.
 
     Args:
-      config: of the run.
+      config: the run's config.
       shapes: shapes and shardings of the parameters, by role.
-      origins: the sources.
+      origins: where each part of the parameters comes from.
       leave, fresh, read: see `common_jax.weights.take`.
-      adapt: more ways to give parameters another shape.
-      frozen: whether the parameters are not trained.
+      adapt: further functions for reshaping parameters.
+      frozen: whether the parameters stay frozen.
 
     Raises:
-      ValueError: as `common_jax.weights.take`, and for frozen parameters that would start from
-        scratch; see also `compare_images`.
+      ValueError: like `common_jax.weights.take`, and if frozen parameters would start from scratch;
+        see also `compare_images`.
     """
     sources = config.sources
     for source in dict.fromkeys(str(origin.source) for origin in origins):
@@ -55,9 +55,9 @@ def take_weights(
     if frozen and start.account["fresh"]:
         name = start.account["fresh"][0]["name"]
         raise ValueError(
-            f"config.sources.fresh={sources.fresh!r} names {name}, and phase={config.phase!r} does "
-            "not train it: it would stay as it was drawn. Give a source that has it, or a regex of "
-            "parameters that are trained"
+            f"config.sources.fresh={sources.fresh!r} matches {name}, but phase={config.phase!r} "
+            "does not train it: it would keep its random initial value. Give a source that has it, "
+            "or a regex that matches only trained parameters"
         )
     return start
 
@@ -65,13 +65,13 @@ def take_weights(
 def compare_images(config: Config, source: str, *, frozen: bool) -> None:
     """Compares the images that a network was trained on with this run's.
 
-    With another mean or std every pixel is another number than in its training. A network that
-    trains further adapts, so that is a warning; a frozen one never does. Another side is a warning:
-    the position table is resized.
+    If mean or std differs, the network gets inputs on another scale than in its training. A network
+    that keeps training adapts, so this is a warning; a frozen one cannot. A different image side
+    is only a warning, since the position table is resized.
 
     Raises:
-      FileNotFoundError: when there is no finished checkpoint.
-      ValueError: for another mean or std of a network that is frozen.
+      FileNotFoundError: if there is no finished checkpoint.
+      ValueError: if the network is frozen and its mean or std differs.
     """
     made, ours = checkpoint.load_config(source).get("data"), config.data
     if not isinstance(made, Mapping):
@@ -92,14 +92,14 @@ def compare_images(config: Config, source: str, *, frozen: bool) -> None:
         message = f"{source} was made for images normalised with {said}"
         if frozen:
             raise ValueError(
-                f"{message}: its inputs would be scaled otherwise. Give {flags}, or another "
-                "source; weights of others whose numbers were only assumed are converted again "
-                "with the right ones as flags"
+                f"{message}: its inputs would be scaled differently. Give {flags}, or another "
+                "source; if these are converted weights and the values were only assumed, convert "
+                "them again with the right ones as flags"
             )
-        logging.warning("%s; it trains on other numbers from now on", message)
+        logging.warning("%s; from now on it trains on images normalised differently", message)
     if (side := made.get("image_size")) not in (None, ours.image_size):
         logging.warning(
-            "%s was made for images of side %s, and config.data.image_size=%s: its position table "
+            "%s was made for images of side %s, but config.data.image_size=%s: its position table "
             "is resized",
             source,
             side,
@@ -108,37 +108,37 @@ def compare_images(config: Config, source: str, *, frozen: bool) -> None:
 
 
 def same_numbers(a: Sequence[float], b: Sequence[float]) -> bool:
-    """True where two means or stds are the same up to rounding. Another number of channels shows in
-    the shapes of the weights, and is no difference here."""
+    """True if two means or stds are the same up to rounding. A different number of channels counts
+    as equal here, because the shapes of the weights reveal it anyway."""
     return len(a) != len(b) or bool(np.allclose(a, b, rtol=0, atol=1e-4))
 
 
 def check_source(config: Config, role: str, mesh: Mesh) -> None:
-    """Checks that config.sources.ROLE, of "meta" or "teacher", holds that network; reads no
-    array. Raises as `take_weights`."""
+    """Checks that config.sources.ROLE, with `role` "meta" or "teacher", holds that network; reads
+    no arrays. Raises like `take_weights`."""
     shapes = parameter_shapes(config, whole_network(config, role), role, mesh)
     origin = Origin(require_source(config, role), role, role)
     take_weights(config, shapes, [origin], read=False, frozen=True)
 
 
 def require_source(config: Config, name: str) -> str:
-    """config.sources.NAME; raises ValueError where it is empty."""
+    """config.sources.NAME; raises ValueError if it is empty."""
     source = getattr(config.sources, name)
     if not source:
         raise ValueError(
-            f"config.sources.{name} is empty; phase={config.phase!r} needs the workdir of a run "
-            "that made it"
+            f"config.sources.{name} is empty, but phase={config.phase!r} needs the workdir of a "
+            "run that trained it"
         )
     return source
 
 
 def require_stage_sources(config: Config, name: str, count: int) -> tuple[str, ...]:
-    """config.sources.NAME with one workdir per stage, a single one taken for all; raises ValueError
-    for another number."""
+    """config.sources.NAME as one workdir per stage; a single workdir serves all stages. Raises
+    ValueError for any other number."""
     sources = getattr(config.sources, name)
     if len(sources) not in (1, count):
         raise ValueError(
-            f"config.sources.{name} names {len(sources)} workdirs {sources} and "
+            f"config.sources.{name} names {len(sources)} workdirs {sources}, but "
             f"phase={config.phase!r} needs "
             f"{count}, one per stage in order, or one that holds all stages"
         )

@@ -207,7 +207,7 @@ def test_a_program_holds_no_more_modules_than_allowed(sources, tmp_path):
         "module_0+1",
         "module_2",
     }
-    with pytest.raises(ValueError, match=r"is 2 programs: name .* \['0\+1', '2'\]"):
+    with pytest.raises(ValueError, match=r"has 2 programs: name .* \['0\+1', '2'\]"):
         describe(config, one_device())
     with pytest.raises(ValueError, match=r"^pairs_at_once=-1 must be at least 0"):
         PairsConfig(pairs_at_once=-1)

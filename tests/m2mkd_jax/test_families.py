@@ -80,8 +80,8 @@ def test_a_reason_names_what_it_is_for(case):
     reasons = {a.reason for a in allowances if "config.model" in a.reason}
     want = {
         "V-MoE": {"stitches='dropped'"},
-        "shared": {"share_propagators takes the first mediator student alone"},
-        "shared MLPs": {"share_ffns takes the MLP of the first mediator student alone"},
+        "shared": {"share_propagators takes only the first mediator student"},
+        "shared MLPs": {"share_ffns takes only the first mediator student's MLP"},
         "Tiny-ImageNet": {"students='tinyimagenet'"},
     }.get(case, set())
     assert reasons == {f"config.model.{reason}" for reason in want}

@@ -316,7 +316,7 @@ def test_a_teacher_that_was_made_for_other_images_is_refused(tmp_path, caplog):
         weights.take_weights(run, shapes, origins, frozen=True)
     assert "Give --config.data.mean=0.5,0.5,0.5, or another source" in str(raised.value)
     weights.compare_images(run, run.sources.teacher, frozen=False)
-    assert "it trains on other numbers from now on" in caplog.text
+    assert "from now on it trains on images normalised differently" in caplog.text
     assert "of side 32, and config.data.image_size=48" in caplog.text
     with pytest.raises(ValueError, match="teacher was made for images normalised with"):
         weights.check_source(run, "teacher", mesh)  # as a pipeline does before its first phase

@@ -310,4 +310,4 @@ def test_networks_that_go_on_training_may_learn_other_pixels(held, started, monk
     monkeypatch.setattr(checkpoint, "load_config", lambda source: {"data": {"mean": [0.1]}})
     task, _, _ = started(config_of("assemble", held, modules=("a",)))
     taken(task)
-    assert "it trains on other numbers from now on" in caplog.text
+    assert "from now on it trains on images normalised differently" in caplog.text

@@ -110,7 +110,7 @@ def test_what_has_no_recipe_is_left_out_or_missed():
     runs = sources_of(config_of(recipes=without("few_shot")))
     assert "few_shot" not in runs and "end_to_end" in runs
     for phase in PHASE_NAMES[:-1]:
-        with pytest.raises(ValueError, match=rf"config\.recipes lacks \['{phase}'\]"):
+        with pytest.raises(ValueError, match=rf"config\.recipes has no \['{phase}'\]"):
             plan(config_of(recipes=without(phase)), ROOT)
     given = SourcesConfig(meta="/m", teacher="/t")
     unneeded = without("pretrain_meta", "train_module", "assemble")

@@ -118,7 +118,7 @@ def test_every_expert_is_the_mlp_and_the_record_says_so(dense):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"depths": (1, 1, 1)}, r"\(2, 1, 1\) blocks, 4 in all, and config.model.depths=\(1, 1, 1"),
+        ({"depths": (1, 1, 1)}, r"\(2, 1, 1\) blocks, 4 in all, but config.model.depths=\(1, 1, 1"),
         (
             {"mlp_ratio": 4.0},
             r"(?s)mlp/up/bias should be \(64,\).*moe/up should be \(3, 16, 64\) and is \(16",
@@ -138,7 +138,7 @@ def test_what_does_not_fit_is_named_before_anything_is_compiled(dense, tmp_path,
 def test_upcycling_what_is_no_vit_is_refused(tmp_path):
     config = tiny_config("end_to_end")
     checkpoint.write_params(tmp_path, {"student": {"a": np.ones(2)}}, unfreeze(config).to_dict())
-    with pytest.raises(ValueError, match=r"holds \['student'\], and needs a dense ViT"):
+    with pytest.raises(ValueError, match=r"holds \['student'\], but must hold a dense ViT"):
         start(config_of(str(tmp_path)))
 
 

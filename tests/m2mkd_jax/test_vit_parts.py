@@ -309,7 +309,7 @@ def test_a_teacher_without_its_head_serves_modules_that_have_none(tmp_path):
     with pytest.raises(ValueError, match=r"teacher/stage_1/head/bias .* is in none of the sources"):
         take(1)
     with pytest.raises(
-        ValueError, match=r"names teacher/stage_1/head/bias, and phase='distill' do"
+        ValueError, match=r"matches teacher/stage_1/head/bias, but phase='distill' do"
     ):
         take(1, fresh=HEAD)
 
