@@ -1,6 +1,7 @@
-"""Stages of one ViT in the place of another's: conversion between their tokens.
+"""Stages of one ViT in place of another ViT's: conversion between their token layouts.
 
-Widths are joined by stitches, which are parameters of the stage; what is here has none.
+Different widths are bridged by stitches, which belong to the stage; the conversions here have no
+parameters.
 """
 
 import dataclasses
@@ -13,13 +14,13 @@ from jaxtyping import Array, Float
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The tokens between two stages of a ViT: the class token, registers, and patches of a square
-    grid in raster order.
+    """The tokens between two stages of a ViT: the class token, registers, and the patches of a
+    square grid in raster order.
 
     Attributes:
       class_token: whether there is a class token.
       registers: number of registers.
-      side: of the grid.
+      side: side of the grid, in patches.
     """
 
     class_token: bool
@@ -38,11 +39,11 @@ class Layout:
 
 
 def convert_tokens(x: Float[Array, "B T D"], own: Layout, other: Layout) -> Float[Array, "B S D"]:
-    """The tokens in another layout.
+    """Converts tokens to another layout.
 
-    The map of the patches is resized: linearly to a larger grid, by means weighted with a triangle
-    to a smaller one. A missing class token or register is replaced by the mean of the patches; a
-    surplus one is dropped.
+    The grid of patches is resized with `jax.image.resize`: linear interpolation to a larger grid,
+    antialiased with a triangle kernel to a smaller one. A missing class token or register is filled
+    with the mean of the patches; a surplus one is dropped.
     """
     if own == other:
         return x
@@ -65,13 +66,13 @@ def convert_tokens(x: Float[Array, "B T D"], own: Layout, other: Layout) -> Floa
 
 
 class BridgedStage(nn.Module):
-    """A stage that takes and gives tokens of another layout than its own; images and logits are as
-    the stage has them. Its parameters are the stage's.
+    """A stage wrapped to take and return tokens in another layout than its own; images and logits
+    pass unchanged. Its parameters are those of the stage.
 
     Attributes:
       stage: the stage.
-      own, outer: layouts of its tokens, and of those around it.
-      embeds, classifies: whether it takes images, and whether it gives logits.
+      own, outer: layouts of the stage's own tokens, and of the tokens around it.
+      embeds, classifies: whether it takes images, and whether it returns logits.
     """
 
     stage: nn.Module
@@ -90,7 +91,7 @@ class BridgedStage(nn.Module):
         return x if self.classifies else convert_tokens(x, self.own, self.outer)
 
     def example(self, batch: int) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of the input: the stage's, with as many tokens as come."""
+        """Shape and dtype of the input: that of the stage, with the outer number of tokens."""
         example = self.stage.example(batch)
         if self.embeds:
             return example

@@ -29,8 +29,7 @@ STREAMS = ("drop_path", "gate")  # random streams that a block may use
 
 @dataclasses.dataclass(frozen=True)
 class Interface:
-    """Input and output of a network: square images with last axis `channels`, logits over
-    `labels`."""
+    """Input and output of a network: square images, channels last, and logits over `labels`."""
 
     image_size: int
     channels: int
@@ -39,9 +38,9 @@ class Interface:
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """Settings shared by all blocks of a network, and those of its embedding and head.
+    """Settings shared by all blocks of a network, and the settings of its embedding and head.
 
-    `hidden` is the inner width of MLPs and experts; the other fields are those of `vit.ViTConfig`.
+    `hidden` is the hidden width of MLPs and experts; for the other fields see `vit.ViTConfig`.
     """
 
     patch: int
@@ -68,17 +67,17 @@ class EncoderConfig:
             raise FieldError(f"heads={self.heads} must divide width={self.width}")
         if not self.class_token and self.pool in ("class", "class_and_mean"):
             raise FieldError(
-                f"pool={self.pool!r} needs a class token and class_token=False: give pool='mean' "
+                f"pool={self.pool!r} needs a class token, but class_token=False: give pool='mean' "
                 "or 'attention', or class_token=True"
             )
         if not self.class_token and self.positions == "class":
             raise FieldError(
-                "positions='class' gives the class token a position and class_token=False: give "
+                "positions='class' gives the class token a position, but class_token=False: give "
                 "positions='patches', or class_token=True"
             )
         if self.norm_after_pool and self.pool == "class_and_mean":
             raise FieldError(
-                "norm_after_pool=True norms a vector of width D and pool='class_and_mean' gives "
+                "norm_after_pool=True norms a vector of width D, but pool='class_and_mean' gives "
                 "2 D: leave norm_after_pool out, or give another pool"
             )
 
@@ -113,8 +112,8 @@ class BlockConfig:
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)) or x + moe(norm(x)), between optional stitches.
 
-    Layer scale, if the encoder has it, multiplies the branches by learned vectors `scale1` and
-    `scale2` (D).
+    Layer scale, if the encoder has it, multiplies the residual branches by the learned vectors
+    `scale1` and `scale2` (D).
     """
 
     encoder: EncoderConfig
@@ -125,7 +124,7 @@ class Block(nn.Module):
     def __call__(
         self, x: Float[Array, "B T _"], train: bool, rate: Float[Array, ""] | None = None
     ) -> Float[Array, "B T _"]:
-        """`rate` replaces `config.drop_path` in a loop over blocks, where it is traced."""
+        """In a loop over blocks, the traced `rate` replaces `config.drop_path`."""
         encoder, config = self.encoder, self.config
         if config.pre_stitch is not None:
             x = Stitch(encoder.width, self.dtype, name="pre_stitch")(x)
@@ -170,11 +169,11 @@ class Block(nn.Module):
 
 
 class EncoderStage(nn.Module):
-    """Consecutive blocks; `embeds` adds the embedding before them, `classifies` norm, pooling and
-    head after them.
+    """Consecutive blocks; `embeds` adds the embedding before them, `classifies` adds norm, pooling
+    and head after them.
 
-    Records under `intermediates`: `embedded` (B, T, D), `block` (one (B, T, D) per block),
-    `features` (B, D), or (B, 2 D) for pool "class_and_mean".
+    Sows under `intermediates`: `embedded` (B, T, D); `block`, one (B, T, D) per block; `features`
+    (B, D), or (B, 2 D) for pool "class_and_mean".
     """
 
     encoder: EncoderConfig
@@ -194,13 +193,13 @@ class EncoderStage(nn.Module):
             return x
         x = self._pool(x)
         self.sow("intermediates", "features", x)
-        # In bfloat16 many of 1,000 logits would be equal.
+        # In bfloat16 many of 1,000 logits would tie.
         exact = jnp.promote_types(self.dtype, jnp.float32)
         logits = nn.Dense(self.interface.labels, kernel_init=INIT, dtype=exact, name="head")(x)
         return constrain(logits, "batch", "labels")
 
     def _run_blocks(self, x: Float[Array, "B T _"], train: bool) -> Float[Array, "B T _"]:
-        """Runs the blocks; `scan_layers` runs consecutive blocks that are alike as one loop."""
+        """Runs the blocks; with `scan_layers`, identical consecutive blocks as one loop."""
         loops = self.encoder.scan_layers and not self.is_initializing()
         block = nn.remat(Block, static_argnums=(2,)) if self.encoder.remat else Block
         blocks = [
@@ -232,19 +231,19 @@ class EncoderStage(nn.Module):
         return jax.ShapeDtypeStruct((batch, tokens(self.encoder, interface), width), self.dtype)
 
     def _pool(self, x: Float[Array, "B T D"]) -> Float[Array, "B _"]:
-        """The input of the head: tokens pooled to a vector, and normed before or after pooling."""
+        """The input of the head: tokens pooled into a vector, normed before or after pooling."""
         encoder = self.encoder
         expected = tokens(encoder, self.interface)
         if encoder.pool != "class" and encoder.leading and x.shape[1] != expected:
-            # Another network's tokens may have other leading tokens to leave out.
+            # A stage inside another network's tokens may face other leading tokens than its own.
             raise ValueError(
-                f"pool={encoder.pool!r} tells {encoder.leading} leading tokens from "
-                f"{expected - encoder.leading} patches, and {x.shape[1]} tokens came: config.meta, "
+                f"pool={encoder.pool!r} expects {encoder.leading} leading tokens and "
+                f"{expected - encoder.leading} patches, but got {x.shape[1]} tokens: config.meta, "
                 "config.teacher and config.model need the same patch, class_token and registers"
             )
         norm = LayerNorm(encoder.norm_eps, self.dtype, name="norm")
         if encoder.pool == "class" or encoder.norm_after_pool:
-            # Only the class token is read, so the norms of all others are saved.
+            # Pooling first saves the norms of the tokens that the class token does not need.
             return norm(self._pool_tokens(x))
         return self._pool_tokens(norm(x))
 
@@ -266,14 +265,15 @@ class EncoderStage(nn.Module):
         expected = self.example(images.shape[0]).shape
         if images.shape != expected:
             raise ValueError(
-                f"images of shape {images.shape} came where the model takes {expected}; check "
+                f"images have shape {images.shape}, but the model takes {expected}; check "
                 "config.data.image_size and config.data.channels"
             )
         encoder, width = self.encoder, self.encoder.width
         patches = PatchEmbedding(
             encoder.patch, width, self.dtype, encoder.patch_bias, name="patches"
         )(images)
-        # Initial values depend on the order in which parameters are made: registers come last.
+        # Initial values depend on the order in which parameters are created. Registers come last,
+        # so that they do not change the values of the others.
         leading = [self.param("cls_token", INIT, (1, 1, width))] if encoder.class_token else []
         rows = encoder.leading_positions + patches.shape[1]
         positions = self.param("pos_embed", INIT, (1, rows, width))
@@ -290,7 +290,7 @@ class EncoderStage(nn.Module):
         return constrain(x, "batch", "tokens", "width")
 
     def _pad_positions(self, positions: Float[Array, "1 _ D"]) -> Float[Array, "1 T D"]:
-        """The position table with a row of zeros for every leading token that has no position."""
+        """The position table with a row of zeros for each leading token without a position."""
         start, stop = self.encoder.leading_positions, self.encoder.leading
         if start == stop:
             return positions
@@ -309,7 +309,7 @@ def build(
 
     Raises:
       FieldError: for a stage without blocks, an image side that is not a multiple of the patch, or
-        experts with another activation than theirs.
+        an activation other than "gelu" if there are experts.
     """
     if interface.image_size % encoder.patch:
         raise FieldError(
@@ -320,8 +320,8 @@ def build(
         raise FieldError(f"depths={tuple(map(len, stages))} must all be at least 1")
     if encoder.activation != "gelu" and any(block.moe for blocks in stages for block in blocks):
         raise FieldError(
-            f"activation={encoder.activation!r} must be 'gelu' where blocks have experts, which "
-            "compute it: leave it out, or give moe_blocks='none'"
+            f"activation={encoder.activation!r} must be 'gelu' if blocks have experts, which "
+            "always use it: leave it out, or give moe_blocks='none'"
         )
     return Network(
         tuple(
@@ -334,8 +334,7 @@ def build(
 def with_stitches(
     stages: Sequence[tuple[BlockConfig, ...]], width: int | None
 ) -> list[tuple[BlockConfig, ...]]:
-    """The blocks of all stages, with stitches to and from `width` between the stages; None: as they
-    are."""
+    """The blocks of all stages, with stitches to and from `width` between them; None adds none."""
     stitched = []
     for stage, blocks in enumerate(stages):
         place, blocks = Place.of(stage, len(stages)), list(blocks)
@@ -348,8 +347,8 @@ def with_stitches(
 
 
 def ramp_drop_path(network: Network, rate: float) -> Network:
-    """The network with stochastic depth that rises linearly from 0 at its first block to `rate` at
-    its last."""
+    """The network with stochastic depth that increases linearly from 0 at its first block to `rate`
+    at its last."""
     rates = iter(drop_path_rates(rate, sum(len(stage.blocks) for stage in network.stages)))
     stages = []
     for stage in network.stages:
@@ -373,5 +372,5 @@ def drop_path(
 
 
 def tokens(encoder: EncoderConfig, interface: Interface) -> int:
-    """Number of tokens in a network's blocks: class token, registers and patches."""
+    """Number of tokens in a network's blocks: class token, registers and patches together."""
     return encoder.leading + (interface.image_size // encoder.patch) ** 2

@@ -1,4 +1,4 @@
-"""Pooling of a ViT's tokens to the features that its head classifies."""
+"""Pooling of a ViT's tokens into the features that its head classifies."""
 
 import types
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ Pool = Callable[[Float[Array, "B T D"], Float[Array, "B S D"]], Float[Array, "B 
 
 ATTENTION = "attention"  # `common_jax.nn.pooling.AttentionPool`
 
-# Functions of all tokens, of which the first is the class token if there is one, and of patches.
+# Functions of all tokens, which start with the class token if there is one, and of the patches.
 POOLS: Mapping[str, Pool] = types.MappingProxyType(
     {
         "class": lambda tokens, patches: tokens[:, 0],

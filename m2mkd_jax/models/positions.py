@@ -1,4 +1,4 @@
-"""Resizing position tables to another grid of patches."""
+"""Resizing position tables to a different grid of patches."""
 
 import math
 from collections.abc import Callable
@@ -12,21 +12,22 @@ CUBIC = -0.75  # coefficient of the cubic convolution; jax.image.resize has -0.5
 def resize_positions(
     table: Float[np.ndarray, "1 T D"], rows: int, leading: int = 1
 ) -> Float[np.ndarray, "1 T2 D"]:
-    """Resizes a table to `rows` rows: leading rows unchanged, the square grid of patches W P W^T.
+    """Resizes a table to `rows` rows: leading rows stay, the square grid P of patches becomes
+    W P W^T.
 
-    Cubic convolution with half-pixel centres, taps outside clamped to the border, no antialiasing
-    and no renormalisation, as the original's framework resizes (m2mKD, loading of position
-    tables). So do DINOv2 without registers and SigLIP; timm, and DINOv2 with registers, smooth
-    when downsizing.
+    Cubic convolution with half-pixel centres, taps outside clamped to the border, without
+    antialiasing or renormalisation, like the original's framework (m2mKD, loading of position
+    tables). DINOv2 without registers and SigLIP do the same; timm, and DINOv2 with registers,
+    antialias when downsizing.
 
     Args:
-      table: positions of tokens.
-      rows: of the result, leading rows included.
-      leading: rows before the patches, see `EncoderConfig.leading_positions`. The number of rows
-        does not determine them: 201 is 5 + 14^2 and 32 + 13^2.
+      table: position embeddings of the tokens.
+      rows: number of rows of the result, including the leading rows.
+      leading: rows before the patches, see `EncoderConfig.leading_positions`. They cannot be
+        inferred from the number of rows: 201 is both 5 + 14^2 and 32 + 13^2.
 
     Raises:
-      ValueError: when one of the two grids is not square.
+      ValueError: if one of the two grids is not square.
     """
     old, new = (_side(count - leading, leading) for count in (table.shape[1], rows))
     weights = resize_weights(old, new)
@@ -41,7 +42,8 @@ def resizer(leading: int) -> Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
 
 
 def resize_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
-    """W, whose row i has the weight of each of `old` places in place i; the identity if equal."""
+    """W, whose row i has the weights of the `old` places in new place i; the identity if the sizes
+    are equal."""
     weights = np.zeros((new, old))
     for i in range(new):
         centre = (i + 0.5) * old / new - 0.5
@@ -63,7 +65,7 @@ def _side(patches: int, leading: int) -> int:
     side = math.isqrt(max(patches, 0))
     if side * side != patches or not side:
         raise ValueError(
-            f"a position table of {patches} patches after {leading} leading rows is no square grid "
-            "and cannot be resized"
+            f"a position table of {patches} patches after {leading} leading rows cannot be "
+            "resized, since it is not a square grid"
         )
     return side

@@ -1,4 +1,4 @@
-"""Stitch layers between the width of a student and that of the meta model."""
+"""Stitch layers between the width of a student and the width of the meta model."""
 
 from flax import linen as nn
 from jax.typing import DTypeLike
@@ -7,11 +7,11 @@ from jaxtyping import Array, Float
 from common_jax.nn.mlp import INIT
 from common_jax.nn.norm import LayerNorm
 
-NORM_EPS = 1e-5  # not the encoder's: the original has its framework's default here
+NORM_EPS = 1e-5  # not the encoder's 1e-6: the original uses its framework's default here
 
 
 class Stitch(nn.Module):
-    """linear(norm(x)) to `width`, without residual."""
+    """linear(norm(x)) to `width`, without a residual connection."""
 
     width: int
     dtype: DTypeLike

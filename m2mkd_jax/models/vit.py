@@ -1,5 +1,4 @@
-"""ViT, DeiT and the variants of pretrained ViTs, in stages: teachers, meta models and the trunk of
-V-MoE."""
+"""ViT, DeiT and published ViT variants, in stages: teachers, meta models and the trunk of V-MoE."""
 
 import dataclasses
 import types
@@ -21,35 +20,37 @@ from m2mkd_jax.stages import Network
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig(Section):
-    """Architecture of a ViT. Its tokens are the class token, the registers and the patches.
+    """Architecture of a ViT. Its tokens are the class token, registers and patches, in this order.
 
     Attributes:
       patch: side of a patch in pixels.
-      width: width D of a token.
-      heads: attention heads.
-      mlp_ratio: hidden width of the MLP over D.
+      width: token width D.
+      heads: number of attention heads.
+      mlp_ratio: hidden width of the MLP, relative to D.
       qkv_bias: whether queries, keys and values have a bias (not in the original's ViT-Small and
         ViT-Huge).
       norm_eps: epsilon of every LayerNorm of the encoder.
-      activation: of the MLPs, a key of `ACTIVATIONS`.
-      layer_scale: initial value of the vectors that multiply each block's branches; None for none.
+      activation: activation of the MLPs, a key of `ACTIVATIONS`.
+      layer_scale: initial value of the vectors that scale each block's residual branches; None for
+        no layer scale.
       patch_bias: whether the patch embedding has a bias (not in CLIP).
       class_token: whether there is a class token (not in SigLIP).
-      registers: learned tokens that no head reads (DINOv2 with registers has 4). They decay unless
-        config.optim.no_decay names them, as in `.*/(pos_embed|cls_token|register_tokens)`.
-      positions: which tokens have a position: "all", "class" (the class token and the patches) or
-        "patches" (DeiT III; timm's DINOv2 with registers).
-      norm_pre: a LayerNorm before the first block (CLIP).
-      pool: what the head reads: the "class" token, the "mean" of the patches, "class_and_mean" side
-        by side (DINOv2's linear classifier), or "attention" (SigLIP, see `AttentionPool`).
+      registers: number of learned tokens that no head reads (4 in DINOv2 with registers). They get
+        weight decay unless config.optim.no_decay matches them, as in
+        `.*/(pos_embed|cls_token|register_tokens)`.
+      positions: which tokens have a position embedding: "all", "class" (the class token and the
+        patches) or "patches" (DeiT III; timm's DINOv2 with registers).
+      norm_pre: whether there is a LayerNorm before the first block (CLIP).
+      pool: what the head reads: the "class" token, the "mean" of the patches, "class_and_mean", the
+        two concatenated (DINOv2's linear classifier), or "attention" (SigLIP, see `AttentionPool`).
       norm_after_pool: applies the last LayerNorm to the pooled vector instead of the tokens (timm's
         fc_norm).
-      depths: blocks in each stage.
+      depths: number of blocks in each stage.
       attention: implementation of the blocks' attention: "auto", a fused kernel on GPUs and TPUs
-        where it is faster, XLA elsewhere; "xla"; or "cudnn", in bfloat16 on GPUs only.
+        where it is faster, XLA elsewhere; "xla"; or "cudnn", only in bfloat16 on GPUs.
       remat: recomputes each block in the backward pass instead of keeping its activations.
-      scan_layers: runs a stage's blocks that are alike as one loop, which compiles faster; random
-        draws differ.
+      scan_layers: runs identical consecutive blocks of a stage as one loop, which compiles faster;
+        random draws differ from the unrolled blocks.
     """
 
     patch: Size = 16
@@ -113,12 +114,12 @@ _HUGE = {"width": 1280, "heads": 16, "qkv_bias": False, "norm_eps": 1e-5}
 _DEIT_III = {"layer_scale": 1e-6, "positions": "patches"}
 _DINO = {"patch": 14, "layer_scale": 1e-5}
 _DINO_REGISTERS = _DINO | {"registers": 4, "positions": "patches"}
-# With timm's activations. All were trained with "gelu_tanh"; the exact one is off by some 1e-3.
+# Activations as in timm. All were trained with "gelu_tanh"; exact GELU differs by about 1e-3.
 _SIGLIP = {"class_token": False, "pool": "attention"}
 _SIGLIP_TANH = _SIGLIP | {"activation": "gelu_tanh"}
 _SO400M = {"width": 1152, "heads": 16, "mlp_ratio": 3.7362}
 
-# Image side, usual depth, and the settings that differ from the config's defaults.
+# Image side, published depth, and the settings that differ from the config's defaults.
 Variant = tuple[int, int, Mapping[str, Any]]
 
 VARIANTS = types.MappingProxyType(
@@ -141,7 +142,7 @@ VARIANTS = types.MappingProxyType(
 )
 
 
-# Under timm's names: DeiT III, DINOv2, and SigLIP's image towers.
+# DeiT III, DINOv2 and SigLIP's image towers, under timm's names.
 PRETRAINED = types.MappingProxyType(
     {
         "deit3_small_patch16_224": (224, 12, _DEIT_SMALL | _DEIT_III),
@@ -174,9 +175,10 @@ PRETRAINED = types.MappingProxyType(
 
 
 def variant(name: str, depths: tuple[int, ...] | None = None) -> tuple[ViTConfig, int]:
-    """The config of a published ViT, with `name` in `VARIANTS` or `PRETRAINED`, and its image side.
+    """The config of a published ViT and its image side; `name` is in `VARIANTS` or `PRETRAINED`.
 
-    `depths` is by default the usual depth in one stage. Raises ValueError for an unknown name.
+    By default `depths` is a single stage of the published depth. Raises ValueError for an unknown
+    name.
     """
     image_size, depth, sizes = choose(VARIANTS | PRETRAINED, name)
     return ViTConfig(depths=depths or (depth,), **sizes), image_size
@@ -197,8 +199,8 @@ def build(
     stitch_width: int | None = None,
     drop_path: float = 0.0,
 ) -> Network:
-    """The ViT of `config`, one stage per entry of `config.depths`, with stitches to `stitch_width`
-    between them if there is one; stochastic depth ramps to `drop_path`. Raises as
+    """The ViT of `config`, one stage per entry of `config.depths`. If `stitch_width` is given,
+    stitches to that width join the stages. Stochastic depth ramps up to `drop_path`. Raises like
     `encoder.build`."""
     stages = [(encoder.BlockConfig(),) * depth for depth in config.depths]
     stages = encoder.with_stitches(stages, stitch_width)
@@ -206,7 +208,7 @@ def build(
     return encoder.ramp_drop_path(network, drop_path)
 
 
-# Large matrices are split over fsdp along the width; the rest is small and replicated.
+# Large matrices are sharded over fsdp along the width; the rest is small and replicated.
 PARTITION_RULES = (
     (r"/patches/kernel$", P(None, "fsdp")),
     (r"/attention/(qkv|query|key_value)/kernel$", P("fsdp")),

@@ -1,9 +1,9 @@
-"""Tensor names of ViTs, as timm and DeiT have them, and of V-MoEs, as m2mKD's original has them.
+"""Tensor names of ViTs, as in timm and DeiT, and of V-MoEs, as in the original m2mKD code.
 
-In a file of one stage its blocks count from 0; in that of a network they are numbered through. The
-original lists the tensors of both once more by stage, as `stages.<i>.` and the stage's own names.
-The authors of DeiT III and DINOv2 have names of their own for layer scale and registers, which are
-read too.
+In the file of a single stage, block numbers start from 0; in the file of a whole network, they run
+through all stages. The original stores the tensors of both a second time by stage, as
+`stages.<i>.` followed by the stage's own names. The released DeiT III and DINOv2 files use other
+names for layer scale and registers, which are read too.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from common_jax.weights.entries import (
 from common_jax.weights.table import Table
 from m2mkd_jax.stages import Place, stage_name
 
-LEFT_OUT = {"mask_token": "it stands for masked patches, in pretraining alone"}
+LEFT_OUT = {"mask_token": "it replaces masked patches, which only pretraining has"}
 
 
 def network_table(
@@ -39,13 +39,13 @@ def network_table(
     experts: int = 0,
     norm_after_pool: bool = False,
 ) -> Table:
-    """Of a whole network.
+    """The tensor names of a whole network.
 
     Args:
-      depths: blocks in each stage.
-      heads: attention heads.
-      channels: of the images.
-      experts: of a V-MoE; 0 for a ViT.
+      depths: number of blocks in each stage.
+      heads: number of attention heads.
+      channels: number of image channels.
+      experts: number of experts of a V-MoE; 0 for a ViT.
       norm_after_pool: see `vit.ViTConfig`; timm gives that norm another name.
     """
     layout = _Layout(heads, channels, experts, norm_after_pool)
@@ -70,15 +70,15 @@ def stage_table(
     experts: int = 0,
     norm_after_pool: bool = False,
 ) -> Table:
-    """Of one stage of `depth` blocks under its own names and by our paths in it; see
-    `network_table`."""
+    """The tensor names of a single stage of `depth` blocks, by our parameter paths below the stage;
+    see `network_table`."""
     entries = _stage_entries(depth, place, _Layout(heads, channels, experts, norm_after_pool))
     return Table(entries, {f"stages.0.{name}": name for name in _names(entries)}, LEFT_OUT)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """The sizes and parts that decide how tensors are laid out and called."""
+    """The sizes and switches that determine the layout and names of tensors."""
 
     heads: int
     channels: int
@@ -89,7 +89,7 @@ class _Layout:
 def _stage_entries(
     depth: int, place: Place, layout: _Layout, *, first: int = 0
 ) -> dict[str, Entry]:
-    """Of one stage, whose first block has the number `first`."""
+    """The entries of one stage, whose first block has number `first` in the file."""
     entries = {}
     if place in (Place.FIRST, Place.ONLY):
         entries = {
@@ -110,7 +110,7 @@ def _stage_entries(
         entries |= {
             **norm("fc_norm" if layout.norm_after_pool else "norm", "norm"),
             **below(optional(_attention_pool(layout.heads)), source="attn_pool.", target="pool/"),
-            **optional(linear("head", "head")),  # a file may be without it, see `is_headless`
+            **optional(linear("head", "head")),  # some files lack it, see `is_headless`
         }
     return entries
 
@@ -131,7 +131,7 @@ def _attention_pool(heads: int) -> dict[str, Entry]:
 
 
 def _either(entry: Entry, other: Entry) -> Entry:
-    """The entry of a tensor that some files have under another name."""
+    """The entry of a tensor that has a different name in some files."""
     return dataclasses.replace(entry, forms=(other,))
 
 
@@ -177,8 +177,8 @@ def _experts(count: int) -> dict[str, Entry]:
 
 
 def _expert(tensor: str, count: int) -> Entry:
-    """One parameter (E, ...) of all experts: a tensor [1, ...] each, or one [E, ...] that is fused.
-    Weights are [out, in]."""
+    """One parameter (E, ...) of all experts: stored as one tensor [1, ...] per expert, or fused as
+    [E, ...]. Weights are [out, in]."""
     is_weight = tensor.endswith(".weight")
 
     def turn(x: np.ndarray) -> np.ndarray:
@@ -194,6 +194,6 @@ def _expert(tensor: str, count: int) -> Entry:
 
 
 def _names(entries: Entries) -> list[str]:
-    """All names that tensors of these entries may have."""
+    """All names under which the tensors of these entries may be stored."""
     forms = (form for entry in entries.values() for form in (entry, *entry.forms))
     return [name for form in forms for name in form.names]

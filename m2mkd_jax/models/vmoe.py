@@ -1,4 +1,4 @@
-"""V-MoE: a ViT some of whose MLPs are mixtures of experts, whole or cut into students."""
+"""V-MoE, whole or cut into students: a ViT in which some MLPs are mixtures of experts."""
 
 import dataclasses
 import itertools
@@ -24,9 +24,9 @@ class VMoEConfig(vit.ViTConfig):
     Attributes:
       kind: "vmoe".
       moe: the mixture of experts, the same in every block that has one.
-      moe_blocks: blocks with experts: "all", "every_2" (the last of every two), "last_2" (the last
-        two), "none", or block numbers in the whole network such as "1,3".
-      stitches: "dropped" when modules are assembled, as published, or "kept" between the stages.
+      moe_blocks: blocks with experts: "all", "every_2" (the second of every two), "last_2" (the
+        last two), "none", or block numbers in the whole network such as "1,3".
+      stitches: "dropped" when the modules are assembled, as published, or "kept" between stages.
     """
 
     kind: Annotated[str, one_of("vmoe")] = "vmoe"
@@ -47,15 +47,14 @@ VARIANTS = types.MappingProxyType(
     {
         "vmoe_base": (224, 12, {"width": 768, "heads": 12}),
         "vmoe_large": (224, 24, {"width": 1024, "heads": 16}),
-        # Unlike ViT-Huge, V-MoE-Huge has a bias on queries, keys and values, and norms of epsilon
-        # 1e-6.
+        # Unlike ViT-Huge, V-MoE-Huge has a qkv bias and a norm epsilon of 1e-6.
         "vmoe_huge": (224, 32, {"width": 1280, "heads": 16, "patch": 14}),
     }
 )
 
 
 def variant(name: str, depths: tuple[int, ...] | None = None) -> tuple[VMoEConfig, int]:
-    """The config of a published V-MoE and its image side, as `vit.variant`."""
+    """The config of a published V-MoE and its image side, like `vit.variant`."""
     image_size, depth, sizes = vit.choose(VARIANTS, name)
     return VMoEConfig(depths=depths or (depth,), **sizes), image_size
 
@@ -70,8 +69,8 @@ def build(
 ) -> Network:
     """The whole V-MoE of `config`.
 
-    `stitch_width` is the width of the tokens between stitches; None drops the stitches. Stochastic
-    depth ramps to `drop_path` at the last block.
+    `stitch_width` is the width of the tokens between stages; None drops the stitches. Stochastic
+    depth ramps up to `drop_path` at the last block.
     """
     stages = _stage_blocks(config, stitch_width)
     return encoder.ramp_drop_path(
@@ -89,9 +88,9 @@ def build_students(
 ) -> Network:
     """The V-MoE cut into students: stage k is student k, with stitches to and from `meta_width`.
 
-    The students are trained separately: the first takes images, the others tokens of the meta
-    model; all but the last output tokens of the meta model. Stochastic depth ramps from 0 in every
-    student.
+    The students are trained separately: the first takes images, the others take tokens of the meta
+    model; all but the last output tokens for the meta model. Stochastic depth ramps up from 0
+    within each student.
     """
     students = build(config, interface, stitch_width=meta_width, dtype=dtype)
     ramped = (encoder.ramp_drop_path(Network((stage,)), drop_path) for stage in students.stages)
@@ -102,7 +101,7 @@ def moe_positions(blocks: str, depth: int) -> frozenset[int]:
     """The block numbers that `VMoEConfig.moe_blocks` names in a network of `depth` blocks.
 
     Raises:
-      FieldError: for an invalid text or a number outside 0..depth-1.
+      FieldError: for invalid text or a number outside 0..depth-1.
     """
     if blocks in ("all", "none"):
         return frozenset(range(depth) if blocks == "all" else ())
@@ -111,7 +110,7 @@ def moe_positions(blocks: str, depth: int) -> frozenset[int]:
     if not re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", blocks):
         raise FieldError(
             f"moe_blocks={shown(blocks)} must be 'all', 'none', 'every_N' or 'last_N' with N of at "
-            "least 1, or block numbers '1,3'"
+            "least 1, or block numbers such as '1,3'"
         )
     positions = frozenset(int(number) for number in blocks.split(","))
     if not positions <= set(range(depth)):
@@ -139,7 +138,7 @@ def _stage_blocks(
     return encoder.with_stitches(stages, stitch_width)
 
 
-# Experts are split over the expert axis, and each of their matrices over fsdp along the width.
+# Experts are sharded over the expert axis, and each expert's matrices over fsdp along the width.
 # Router parameters are small, and every device needs all of them for its own tokens.
 PARTITION_RULES = (
     (r"/moe/up$", P("expert", "fsdp")),

@@ -14,7 +14,7 @@ from m2mkd_jax.moe.routers import expert_choice, softmax_topk, topk_softmax
 from m2mkd_jax.moe.routing import Router
 from m2mkd_jax.moe.soft import SOFT, SoftConfig
 
-# The routers, by the name in `config.model.moe.router`.
+# The routers, by their name in `config.model.moe.router`.
 ROUTERS: dict[str, Router] = {
     "topk_softmax": pair_router(topk_softmax, ("importance", "gshard", "z")),
     "softmax_topk": pair_router(softmax_topk, ("importance", "load", "gshard", "z"), noisy=True),
@@ -22,8 +22,9 @@ ROUTERS: dict[str, Router] = {
     "soft": SOFT,
 }
 
-# Bound of the uniform initial expert matrices, from (d_in, d_out). fastmoe applies the He rule to a
-# three-dimensional tensor, whose fan-in becomes d_in * d_out; fan_in is the rule of a linear layer.
+# Bound of the uniform initialisation of expert matrices, from (d_in, d_out). fastmoe applies He
+# initialisation to a three-dimensional tensor, which makes its fan-in d_in * d_out; fan_in is the
+# initialisation of an ordinary linear layer.
 EXPERT_INITS = MappingProxyType(
     {
         "fastmoe": lambda d_in, d_out: 1 / math.sqrt(d_in * d_out),
@@ -34,7 +35,7 @@ EXPERT_INITS = MappingProxyType(
 
 @dataclass(frozen=True)
 class BalanceConfig(Section):
-    """Weights of the balance losses in the training loss; at 0 a loss is not computed."""
+    """Weights of the balance losses in the training loss; a loss of weight 0 is not computed."""
 
     importance: NonNegative = 0.0
     load: NonNegative = 0.0
@@ -48,18 +49,18 @@ class BalanceConfig(Section):
 
 @dataclass(frozen=True)
 class MoeConfig(PairsConfig, SoftConfig):
-    """The config of a mixture-of-experts layer; the defaults are the m2mKD students' (fastmoe).
+    """The config of a mixture-of-experts layer; the defaults are those of m2mKD students (fastmoe).
 
-    experts, chosen: E and A. If experts choose, `chosen` is the mean number per token.
+    experts, chosen: E and A. If experts choose, A is the mean number of experts per token.
     router: see `ROUTERS`.
     order, noise_std: see routers.py; softmax_topk adds the noise in training.
     dispatch: see `DISPATCHERS`.
     capacity_factor: slots per expert = capacity_factor * (tokens per group) * A / E, rounded up.
-    groups: routing groups per batch, for capacity and expert_choice; a multiple of the devices.
-        Token choice without drops ignores groups.
+    groups: routing groups per batch, for capacity and expert_choice; a multiple of the number of
+        devices. Dropless token choice ignores groups.
     router_bias: whether the gate has a bias (fastmoe: yes, V-MoE: no).
-    slots_per_expert: slots per expert and example, for soft; None for one per token over all
-        experts.
+    slots_per_expert: slots per expert and example, for soft; None for about one slot per token over
+        all experts.
     expert_init: see `EXPERT_INITS`.
     """
 
@@ -80,8 +81,8 @@ class MoeConfig(PairsConfig, SoftConfig):
                 )
         if self.balance.load and not self.noise_std:
             raise FieldError(
-                f"balance.load={self.balance.load} must be 0 where noise_std is 0, since the load "
-                "loss is a probability under that noise: set one to 0 or raise the other"
+                f"balance.load={self.balance.load} must be 0 if noise_std is 0, since the load "
+                "loss is a probability under that noise: set balance.load to 0 or raise noise_std"
             )
 
     @property
@@ -96,7 +97,8 @@ class MoeConfig(PairsConfig, SoftConfig):
 
     @property
     def idle(self) -> dict[str, str]:
-        """The fields that have another value than their default and change nothing, and why."""
+        """The fields that are set to something else than their default but have no effect, and
+        why."""
         reasons = ROUTERS[self.router].idle(self)
         return {
             field.name: reasons[field.name]
@@ -125,7 +127,7 @@ def _require(holds: bool, key: str, value: object, expected: str, way_out: str) 
 def check_moe(config: MoeConfig, mesh_shape: Mapping[str, int], batch: int) -> None:
     """Raises ValueError if the layer cannot run for this global batch on this mesh.
 
-    `mesh_shape` has sizes by axis name; a missing axis has size 1.
+    `mesh_shape` maps axis names to sizes; a missing axis has size 1.
     """
     expert_axis = mesh_shape.get("expert", 1)
     devices = math.prod(mesh_shape.get(axis, 1) for axis in AXES)

@@ -1,12 +1,13 @@
-"""Moving tokens to their experts and back: y = sum over a token's pairs of weight * expert(token).
+"""Dispatching tokens to experts and combining: y = sum over a token's pairs of weight *
+expert(token).
 
-There are two dispatchers of pairs. `dropless` serves every pair; `capacity` gives every expert a
-fixed number of slots per group and drops the pairs that find none, as V-MoE does. Routers choose
-the pairs and their order. `serve_slots` serves any router whose experts have slots.
+There are two dispatchers of (token, expert) pairs. `dropless` serves every pair; `capacity` gives
+every expert a fixed number of slots per group and drops the pairs that find none, like V-MoE.
+Routers choose the pairs and their order. `serve_slots` serves any router whose experts have slots.
 
-The mesh is that of `jax.set_mesh`: axes data, fsdp and expert, all Auto. The groups are split over
-all three, the experts over `expert`; without a mesh everything is local. On any mesh the results
-are those of the local computation, up to rounding.
+The mesh is the one set by `jax.set_mesh`, with axes data, fsdp and expert, all Auto. Groups are
+sharded over all three, experts over `expert`; without a mesh everything is local. On any mesh the
+results equal those of the local computation up to rounding.
 
 Axes: G groups, N tokens per group, P pairs per group, E experts, C slots per expert and group,
 R = G C rows per expert, D width, F hidden.
@@ -30,15 +31,15 @@ from m2mkd_jax.moe.routers import Routes, rank_in_expert
 def dropless(
     x: Float[Array, "G N D"], routes: Routes, experts: Experts, slots: int
 ) -> tuple[Float[Array, "G N D"], Float[Array, ""]]:
-    """Serves every pair; returns y and the dropped share, 0. `slots` is ignored.
+    """Serves every pair; returns y and the dropped fraction, 0. `slots` is ignored.
 
-    With e devices on the expert axis the tokens are gathered over it, every device computes the
-    pairs of its own experts, and the partial sums are reduced and scattered back. Sending each
-    token only where it belongs would save nothing. Let a device have n = G N / e tokens. Shapes are
-    static, and all n tokens of a device may choose experts of the same peer, so an all-to-all that
-    drops none has room for n rows per peer: every device sends and receives (e - 1) n rows. The
-    all-gather receives (e - 1) n rows per device too. On the way back both the reduce-scatter and
-    the padded all-to-all send (e - 1) n rows per device.
+    With e devices on the expert axis, the tokens are all-gathered over it, every device computes
+    the pairs of its own experts, and the partial sums are reduce-scattered back. An all-to-all that
+    sends each token only where it is needed would save nothing. Let a device have n = G N / e
+    tokens. Shapes are static, and all n tokens of a device may choose experts on the same peer, so
+    without drops the all-to-all needs room for n rows per peer: every device sends and receives
+    (e - 1) n rows. The all-gather receives (e - 1) n rows per device too. On the way back, the
+    reduce-scatter and the padded all-to-all both send (e - 1) n rows per device.
     """
     del slots
     y = over_mesh(_dropless_local, x, routes, experts)
@@ -48,9 +49,9 @@ def dropless(
 def capacity(
     x: Float[Array, "G N D"], routes: Routes, experts: Experts, slots: int
 ) -> tuple[Float[Array, "G N D"], Float[Array, ""]]:
-    """Each expert serves the first `slots` pairs of each group; returns y and the dropped share.
+    """Each expert serves the first `slots` pairs of each group; returns y and the dropped fraction.
 
-    Tokens move to slots and back by index (no one-hot products), and over the expert axis by an
+    Tokens move to slots and back by indexing (no one-hot products), and over the expert axis by an
     all-to-all each way: G E C rows per device.
     """
     y, dropped = over_mesh(partial(_capacity_local, slots=slots), x, routes, experts)
@@ -60,7 +61,7 @@ def capacity(
 class Dispatcher(NamedTuple):
     """An entry of `DISPATCHERS`.
 
-    run: (tokens, routes, experts, slots per expert) -> y and the dropped share.
+    run: (tokens, routes, experts, slots per expert) -> y and the dropped fraction.
     grouped: whether the tokens of a group compete for slots.
     """
 
@@ -68,7 +69,7 @@ class Dispatcher(NamedTuple):
     grouped: bool
 
 
-# The dispatchers, by the name in `config.model.moe.dispatch`.
+# The dispatchers, by their name in `config.model.moe.dispatch`.
 DISPATCHERS: dict[str, Dispatcher] = {
     "dropless": Dispatcher(dropless, grouped=False),
     "capacity": Dispatcher(capacity, grouped=True),
@@ -80,11 +81,11 @@ class Slots(Protocol):
     """The slots of all experts for one device's groups: dispatch fills them, combine reads them."""
 
     def dispatch(self, x: Float[Array, "G N D"]) -> Float[Array, "E R D"]:
-        """The experts' input rows, in the order of groups."""
+        """The experts' input rows, ordered by group."""
         ...
 
     def combine(self, answers: Float[Array, "E R D"]) -> Float[Array, "G N D"]:
-        """Each token's weighted sum of expert outputs, in float32 at least."""
+        """Each token's weighted sum of expert outputs, at least in float32."""
         ...
 
 
@@ -95,13 +96,13 @@ def serve_slots(
 
     Args:
       x: tokens of the device.
-      slots: of all experts, for these groups.
-      experts: those of the device.
-      peers: devices on the expert axis.
+      slots: slots of all experts, for these groups.
+      experts: experts of the device.
+      peers: number of devices on the expert axis.
     """
     rows = slots.dispatch(x)
-    # A device has its own groups' rows of all experts, and needs its own experts' rows of all
-    # groups: the all-to-all trades one for the other, and its inverse returns the outputs.
+    # A device has the rows of its own groups for all experts, and needs the rows of all groups for
+    # its own experts: the all-to-all exchanges one for the other, and its inverse the outputs.
     if peers > 1:
         rows = jax.lax.all_to_all(rows, "expert", split_axis=0, concat_axis=1, tiled=True)
     hidden = jnp.einsum("ERD,EDF->ERF", rows, experts.up) + experts.up_bias[:, None]
@@ -117,19 +118,19 @@ def over_mesh(
 ) -> Any:
     """Runs `local(x, routing, experts, peers=size of the expert axis)` on every device's shard.
 
-    The leaves of `routing` and the results of `local` have the groups as their first axis.
+    The first axis of the leaves of `routing` and of the results of `local` must be the groups.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return local(x, routing, experts, peers=1)
     if set(mesh.axis_names) != set(AXES):
         raise ValueError(
-            f"the mesh has axes {mesh.axis_names}, the mixture of experts needs {AXES}; "
+            f"the mesh has axes {mesh.axis_names}, but the mixture of experts needs {AXES}; "
             "axes of size 1 cost nothing"
         )
     groups = PartitionSpec(AXES)
-    # check_vma would require a cast around every constant in the hand-written backward pass. Tests
-    # against no mesh check what it guards: gradients summed over the right axes.
+    # check_vma would require a cast around every constant in the hand-written backward pass. What
+    # it guards, gradients summed over the right axes, is tested against runs without a mesh.
     return jax.shard_map(
         partial(local, peers=mesh.shape["expert"]),
         in_specs=(groups, groups, PartitionSpec("expert")),
@@ -145,8 +146,8 @@ def _dropless_local(
     expert = routes.expert
     if peers > 1:
         x, routes = jax.lax.all_gather((x, routes), "expert", tiled=True)
-        # Counted from this device's first expert, so that pairs of other devices are out of range,
-        # get no row, and cost nothing here.
+        # Numbered from this device's first expert, so that pairs of other devices are out of range:
+        # they get no row and cost nothing here.
         expert = routes.expert - local_experts * jax.lax.axis_index("expert")
     groups, tokens, width = x.shape
     token = (routes.token + tokens * jnp.arange(groups, dtype=jnp.int32)[:, None]).reshape(-1)
@@ -155,7 +156,7 @@ def _dropless_local(
         expert.reshape(-1),
         tokens=groups * tokens,
         experts=local_experts,
-        # From the mean over all experts: this device's own pairs are known only at run time.
+        # Sized by the mean over all experts: this device's share is known only at run time.
         block=block_for_target(
             token.shape[0],
             local_experts * peers,
@@ -167,16 +168,16 @@ def _dropless_local(
     y = grouped_mlp(x.reshape(-1, width), routes.weight.reshape(-1), experts, rows)
     y = y.reshape(x.shape)
     if peers > 1:
-        # Every peer has a part of every token's sum; sum them where the tokens are.
+        # Every peer has a partial sum for every token: add them up where the token lives.
         y = jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
     return y
 
 
 class PairSlots(NamedTuple):
-    """Slots of at most one pair each, in the order expert, group, slot.
+    """Slots that hold at most one pair each, ordered by expert, group, slot.
 
-    token: `[E*G*C]` int32, among the tokens of all groups; beyond the last for an empty slot.
-    weight: `[E*G*C]`, of the output; 0 for an empty slot.
+    token: `[E*G*C]` int32, index among the tokens of all groups; past the end for an empty slot.
+    weight: `[E*G*C]`, weight of the output; 0 for an empty slot.
     groups, tokens, experts: G, N and E.
     """
 
@@ -193,7 +194,7 @@ class PairSlots(NamedTuple):
 
     def combine(self, answers: Float[Array, "E R D"]) -> Float[Array, "G N D"]:
         width = answers.shape[-1]
-        # A token's outputs are summed, and in bfloat16 256 + 1 is 256.
+        # Summed in float32: in bfloat16, 256 + 1 is 256.
         wide = jnp.promote_types(answers.dtype, jnp.float32)
         weighted = (self.weight[:, None] * answers.reshape(-1, width)).astype(wide)
         y = jnp.zeros((self.groups * self.tokens, width), wide)
@@ -207,16 +208,16 @@ def _capacity_local(
     groups, tokens, _ = x.shape
     count = experts.up.shape[0] * peers
 
-    # A pair's slot is its rank among the pairs of its expert in its group: earlier pairs win. With
-    # the expert as the slowest axis an expert's rows are one matrix.
+    # A pair's slot is its rank among the pairs of its expert in its group: earlier pairs win. The
+    # expert is the slowest axis, so that the rows of an expert form one matrix.
     rank, _ = jax.vmap(partial(rank_in_expert, experts=count))(routes.expert)
     group = jnp.arange(groups, dtype=jnp.int32)[:, None]
     slot = (routes.expert * groups + group) * slots + rank
     slot = jnp.where(rank < slots, slot, count * groups * slots).reshape(-1)
     token = (group * tokens + routes.token).reshape(-1)
     pairs = jnp.arange(token.shape[0], dtype=jnp.int32)
-    # Slots look up their pair, since gathering rows is cheaper than scattering them. An empty slot
-    # points beyond the last token and pair: it reads zeros and writes nothing.
+    # Each slot looks up its pair, since gathering rows is cheaper than scattering them. An empty
+    # slot points past the last token and pair: it reads zeros and writes nothing.
     empty = jnp.zeros(count * groups * slots, jnp.int32)
     slot_token = (empty + groups * tokens).at[slot].set(token, mode="drop")
     slot_pair = (empty + token.shape[0]).at[slot].set(pairs, mode="drop")

@@ -1,12 +1,12 @@
 """The expert MLPs on tokens sorted by expert, without padding to a capacity.
 
-Rows are pairs sorted by expert, and each expert's rows are padded to whole blocks, so that a block
-has one expert. On CPU a loop over the blocks in use (a trip count known only at run time) computes
-the whole MLP of a block at once. Its backward pass is written here, because jax has no reverse-mode
-gradient of such a loop, and adds weight gradients in place. On TPU the same rows go through
-`jax.lax.ragged_dot`, which has a kernel there; elsewhere ragged_dot multiplies every row by every
-expert. NVIDIA GPUs have the kernels of `grouped_gpu`, without a loop: there the host would read its
-length at every turn.
+Rows are pairs sorted by expert, and each expert's rows are padded to whole blocks, so that every
+block belongs to one expert. On CPUs, a loop over the blocks in use, with a trip count known only at
+run time, computes the whole MLP one block at a time. Its backward pass is hand-written, since JAX
+cannot reverse-differentiate such a loop, and accumulates weight gradients in place. On TPUs the
+same rows go through `jax.lax.ragged_dot`, which has a kernel there; elsewhere ragged_dot multiplies
+every row by every expert. NVIDIA GPUs use the kernels of `grouped_gpu` instead of a loop, for which
+the host would have to read the trip count in every iteration.
 
 Axes: N tokens, P pairs, R rows, E experts, D width, F hidden width.
 """
@@ -40,10 +40,10 @@ class Experts(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The row of every pair; R = blocks * block rows, a static number, of which the first are used.
+    """The assignment of pairs to rows; R = blocks * block rows is static, and used rows come first.
 
-    token: `[R]` int32; an empty row has a unique number beyond the last token.
-    pair: `[R]` int32, likewise.
+    token: `[R]` int32, token of each row; for an empty row a unique number past the last token.
+    pair: `[R]` int32, pair of each row, likewise.
     expert: `[blocks]` int32, the expert of each block.
     sizes: `[E]` int32, rows of each expert in whole blocks; they sum to the rows in use.
     """
@@ -58,10 +58,10 @@ class Rows(NamedTuple):
         return self.token.shape[0] // self.expert.shape[0]
 
 
-# The cost of a block in rows, and the rows of the smallest and the largest block. A block reads and
-# writes its expert's matrices once, which costs about as much as 16 rows of products (measured on
-# CPU). On a GPU its kernels are started and the host reads the loop's length: 0.1 ms, the time of
-# 1,000 rows (measured on an H200).
+# The fixed cost of a block, in rows, and the smallest and largest block. A block reads and writes
+# its expert's matrices once, which costs about as much as multiplying 16 rows (measured on a CPU).
+# On a GPU its kernels are launched and the host reads the trip count: 0.1 ms, as long as 1,000 rows
+# take (measured on an H200).
 BLOCK_COSTS = {"gpu": (1024, 256, 2048), "default": (16, 8, 256)}
 
 
@@ -69,7 +69,7 @@ def block_size(pairs: int, experts: int, platform: str = "cpu") -> int:
     """Rows per block of the loop: sqrt(2 * cost * pairs per expert), down to a power of two.
 
     The last block of an expert is half empty on average. The products then cost
-    (mean / block + 1 / 2) * (block + cost), which has its minimum at sqrt(2 * cost * mean).
+    (mean / block + 1 / 2) * (block + cost), which is minimal at sqrt(2 * cost * mean).
     """
     cost, least, most = BLOCK_COSTS.get(platform, BLOCK_COSTS["default"])
     mean = max(1.0, pairs / experts)
@@ -77,9 +77,9 @@ def block_size(pairs: int, experts: int, platform: str = "cpu") -> int:
 
 
 def block_for_target(pairs: int, experts: int, *, dtype: jnp.dtype, width: int, hidden: int) -> int:
-    """Rows per block for the devices of the mesh, or without one for those of this process.
+    """Rows per block for the devices of the mesh, or without a mesh for those of this process.
 
-    A block of `TILE` rows is for the kernels, if the program is compiled for an NVIDIA GPU.
+    If the program is compiled for an NVIDIA GPU, a block of `TILE` rows selects the kernels.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     if _has_triton(device.device_kind) and grouped_gpu.fits(dtype, TILE, width, hidden):
@@ -88,8 +88,8 @@ def block_for_target(pairs: int, experts: int, *, dtype: jnp.dtype, width: int, 
 
 
 def _has_triton(kind: str) -> bool:
-    """True for NVIDIA's GPUs of compute capability 8.0 and later, for which Triton compiles."""
-    # A kind of which there is none here is compiled for without a card, where it takes 8.0 as well.
+    """True for NVIDIA GPUs of compute capability 8.0 and later, which Triton compiles for."""
+    # If there is no device of this kind here, the program is compiled without a card; assume 8.0.
     here = next((device for device in jax.devices() if device.device_kind == kind), None)
     return "NVIDIA" in kind and float(getattr(here, "compute_capability", 8.0)) >= 8
 
@@ -97,24 +97,24 @@ def _has_triton(kind: str) -> bool:
 def arrange(
     token: Int[Array, " P"], expert: Int[Array, " P"], *, tokens: int, experts: int, block: int
 ) -> Rows:
-    """Rows for the pairs of experts 0..experts-1; pairs of other experts get none."""
+    """Assigns rows to the pairs of experts 0..experts-1; pairs of other experts get none."""
     pairs = expert.shape[0]
-    # Shapes are static, so this is the worst case: every expert leaves one block partly empty.
+    # Shapes are static, so allow for the worst case: every expert has one partly empty block.
     blocks = pairs // block + experts
-    # A counting sort: the rank within an expert, plus the rows of the experts before it.
+    # A counting sort: a pair's row is its rank within its expert, after all earlier experts' rows.
     rank, sizes = rank_in_expert(expert, experts)
     used = -(-sizes // block)  # blocks, rounded up
     ends = jnp.cumsum(used)
     first = jnp.take((ends - used) * block, expert, mode="clip")
     row = jnp.where((expert >= 0) & (expert < experts), first + rank, blocks * block)
-    # Empty rows get numbers that are unique, as `unique_indices` promises below, and out of bounds,
+    # Empty rows get numbers that are unique, as `unique_indices` below requires, and out of bounds,
     # so that they read zeros and write nothing.
     empty = jnp.arange(blocks * block, dtype=jnp.int32)
     number = jnp.arange(blocks)[:, None]
     return Rows(
         token=(tokens + empty).at[row].set(token, mode="drop"),
         pair=(pairs + empty).at[row].set(jnp.arange(pairs, dtype=jnp.int32), mode="drop"),
-        # A block is of the first expert whose blocks end after it; unused blocks get the last.
+        # A block belongs to the first expert whose blocks end after it; unused ones get the last.
         expert=jnp.minimum(jnp.sum(ends <= number, axis=1), experts - 1).astype(jnp.int32),
         sizes=(used * block).astype(jnp.int32),
     )
@@ -133,18 +133,18 @@ def _add(total: Array, index: Int[Array, " R"], rows: Array, *, unique: bool) ->
 
 
 def _sum_by_token(x: Float[Array, "N D"], rows: Rows, values: Float[Array, "R D"]) -> Array:
-    """Of all rows, in the dtype of `values` and returned in that of `x`."""
-    # Not unique here: a token has a row with each of its experts.
+    """Sums rows by token, in the dtype of `values`; the result has the dtype of `x`."""
+    # Not unique here: a token has one row for each of its experts.
     total = _add(jnp.zeros(x.shape, values.dtype), rows.token, values, unique=False)
     return total.astype(x.dtype)
 
 
 def _by_pair(weight: Float[Array, " P"], rows: Rows, values: Float[Array, " R"]) -> Array:
-    """The values of the rows of pairs, 0 for pairs without a row."""
+    """The value of each pair's row, 0 for pairs without a row."""
     return _add(jnp.zeros_like(weight), rows.pair, values.astype(weight.dtype), unique=True)
 
 
-# Forward and backward pass for the rows of one block or for all of them. `experts` has matrices
+# Forward and backward pass for the rows of one block, or for all rows. `experts` holds matrices
 # that `times` accepts, and biases that broadcast over the rows.
 
 
@@ -155,7 +155,7 @@ def _forward_rows(x: Float[Array, "R D"], experts: Experts, times: Callable) -> 
 
 
 class Products(NamedTuple):
-    """The products of the backward pass: rows by a transposed matrix, rows by rows, sums."""
+    """The products of the backward pass: rows times a transposed matrix, rows times rows, sums."""
 
     times: Callable
     outer: Callable
@@ -170,13 +170,13 @@ def _backward_rows(
     experts: Experts,
     products: Products,
 ) -> tuple[Array, Array, Experts]:
-    """Gradients of sum(weight * mlp(x) * dy) by x, weight and the experts' parameters."""
+    """Gradients of sum(weight * mlp(x) * dy) w.r.t. x, weight and the experts' parameters."""
     # The gelu is recomputed from the saved hidden values, which halves the saved memory.
     wide = hidden.astype(_accumulator(x.dtype))
     cdf = 0.5 * (1 + jax.lax.erf(wide * math.sqrt(0.5)))
     slope = cdf + wide * jnp.exp(-0.5 * wide**2) / math.sqrt(2 * math.pi)
     active = wide * cdf
-    # back is the gradient by `active` without the weight. Its product with `active` gives the
+    # `back` is the gradient of `active`, before the weight. Its product with `active` gives the
     # weight's gradient, so the outputs of the forward pass need not be saved.
     back = products.times(dy, experts.down)
     dweight = jnp.sum(active * back, axis=-1) + jnp.sum(dy * experts.down_bias, axis=-1)
@@ -202,15 +202,15 @@ def _block_forward(
     block = rows.block
     row_weight = _pick(weight, rows.pair)
 
-    # A block's rows are gathered, multiplied and added to y at once, so there is no array of all
-    # rows of width D; XLA updates the carry in place.
+    # A block's rows are gathered, multiplied and added to y right away, so that no array of all
+    # rows of width D exists; XLA updates the carry in place.
     def body(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         y, saved = carry
         token = jax.lax.dynamic_slice_in_dim(rows.token, i * block, block)
         w = jax.lax.dynamic_slice_in_dim(row_weight, i * block, block)
         one = jax.tree.map(lambda leaf: leaf[rows.expert[i]], experts)
         hidden, out = _forward_rows(_pick(x, token), one, partial(_dot, contract=(1, 0)))
-        # An expert has a token at most once, so the tokens of a block are unique.
+        # An expert gets a token at most once, so the tokens of a block are unique.
         y = _add(y, token, (w[:, None] * out).astype(y.dtype), unique=True)
         return y, jax.lax.dynamic_update_slice_in_dim(saved, hidden, i * block, 0)
 
@@ -251,7 +251,7 @@ def _block_backward(
         return (
             _add(dx, token, dx_rows, unique=True),
             _add(dweight, pair, dw.astype(dweight.dtype), unique=True),
-            # Only this block's expert is read and written, not the gradients of all experts.
+            # Reads and writes the gradient of this block's expert only, not of all experts.
             jax.tree.map(lambda total, part: total.at[expert].add(part), dexperts, d_one),
         )
 
@@ -274,7 +274,7 @@ def _ragged(
 
 
 def _for_all_rows(experts: Experts, rows: Rows) -> Experts:
-    # ragged_dot selects matrices by the sizes; biases are repeated row by row.
+    # ragged_dot selects matrices by group size, but biases have to be repeated for every row.
     expert = jnp.repeat(rows.expert, rows.block)
     return experts._replace(up_bias=experts.up_bias[expert], down_bias=experts.down_bias[expert])
 
@@ -288,7 +288,7 @@ def _ragged_forward(
     hidden, out = _forward_rows(_pick(x, rows.token), _for_all_rows(experts, rows), times)
     out = _pick(weight, rows.pair)[:, None] * out
     y = _sum_by_token(x, rows, out.astype(_accumulator(x.dtype)))
-    # ragged_dot leaves rows beyond those in use undefined.
+    # ragged_dot leaves unused rows undefined.
     used = (jnp.arange(hidden.shape[0]) < jnp.sum(rows.sizes))[:, None]
     return y, jnp.where(used, hidden, 0)
 
@@ -304,7 +304,7 @@ def _ragged_backward(
     def outer(a: Array, b: Array) -> Array:
         return _ragged(a, b, rows.sizes, (0, 0), [])
 
-    # Unused rows of ragged_dot may be NaN, which a weight of 0 would not make 0.
+    # Unused rows of ragged_dot may be NaN, which a weight of 0 does not turn into 0.
     used = (jnp.arange(saved.shape[0]) < jnp.sum(rows.sizes))[:, None]
 
     def times(a: Array, b: Array) -> Array:
@@ -313,7 +313,7 @@ def _ragged_backward(
     products = Products(
         times=times,
         outer=outer,
-        # Sums per expert are a product with ones, the only grouped reduction.
+        # Sums per expert as a product with ones, since there is no other grouped reduction.
         total=lambda a: outer(jnp.ones((a.shape[0], 1), a.dtype), a)[:, 0],
     )
     dx_rows, dw, dexperts = _backward_rows(
@@ -367,7 +367,7 @@ def _kernel_backward(
     )
     dx_rows = grouped_gpu.backward_up(dhidden, experts.up, tiles)
 
-    # Tiles beyond those in use are undefined, and belong to no expert.
+    # Unused tiles are undefined, so they are assigned to no expert.
     expert = jnp.where(tiles.in_use(), tiles.expert, len(experts.up))
 
     def total(parts: Array) -> Array:
@@ -380,7 +380,7 @@ def _kernel_backward(
     gradient = Experts(
         up=grouped_gpu.outer(_pick(x, rows.token), dhidden, rows.sizes, experts.up.dtype),
         up_bias=total(dbias_parts),
-        # The weight is with the activations, so that there is no array of weighted rows of dy.
+        # `active` already includes the weight, so that no array of weighted dy rows is needed.
         down=grouped_gpu.outer(active, dy_rows, rows.sizes, experts.down.dtype),
         down_bias=total(jnp.sum(row_weight.reshape(-1, TILE, 1) * by_tile, axis=1)),
     )
@@ -389,7 +389,7 @@ def _kernel_backward(
 
 
 class Engine(NamedTuple):
-    """An implementation: forward returns (y, saved), backward takes saved and dy."""
+    """An implementation: `forward` returns (y, saved), `backward` takes saved and dy."""
 
     forward: Callable
     backward: Callable
@@ -399,7 +399,7 @@ BLOCKWISE = Engine(_block_forward, _block_backward)
 RAGGED = Engine(_ragged_forward, _ragged_backward)
 KERNELS = Engine(_kernel_forward, _kernel_backward)
 
-# By the platform that the program is compiled for, not the one that compiles it.
+# By the platform that the program is compiled for, which may differ from the one that compiles it.
 ENGINES = {"tpu": RAGGED, "cuda": KERNELS, "default": BLOCKWISE}
 
 BY_PLATFORM = Engine(
@@ -418,10 +418,10 @@ def grouped_mlp(
     rows: Rows,
     engine: Engine = BY_PLATFORM,
 ) -> Float[Array, "N D"]:
-    """y_n = sum over the pairs p of token n that have a row of weight_p * expert_p(x_n).
+    """y_n = sum of weight_p * expert_p(x_n) over the pairs p of token n that have a row.
 
-    The result has the dtype of x; products and sums are in float32 at least. The backward pass
-    needs the hidden values before the gelu: R * F numbers of x's dtype, with R for the worst
+    The result has the dtype of x; products and sums are at least in float32. For the backward pass
+    the hidden values before the gelu are saved: R * F numbers of x's dtype, with R for the worst
     routing (under `jax.checkpoint` for one layer at a time).
     """
     return engine.forward(x, weight, experts, rows)[0]

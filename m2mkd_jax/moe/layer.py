@@ -1,6 +1,6 @@
 """The mixture-of-experts layer that replaces the MLP of a V-MoE block.
 
-A router sends tokens to the experts and back (routing.py); this module has the parameters of the
+A router sends tokens to the experts and back (routing.py); this module holds the parameters of the
 experts and records the router's metrics.
 """
 
@@ -19,11 +19,11 @@ from m2mkd_jax.moe.grouped import Experts
 class MoeMlp(nn.Module):
     """Mixture of expert MLPs, D -> hidden -> D, exact gelu (V-MoE; fastmoe's FMoETransformerMLP).
 
-    If mutable, collection `moe` gets the router's metrics and balance_loss (weighted, to be added
-    to the training loss), and `routing` the router's choices. Rng stream `gate`: the router's
-    noise in training.
+    If mutable, the collection `moe` gets the router's metrics and balance_loss (weighted, to be
+    added to the training loss), and `routing` gets the router's choices. The rng stream `gate` is
+    for the router's noise in training.
 
-    Initialisation computes nothing, so a batch of one suffices on any mesh.
+    Initialisation does not run the experts, so a batch of one suffices on any mesh.
     """
 
     config: MoeConfig
@@ -33,7 +33,7 @@ class MoeMlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], *, train: bool = False) -> Float[Array, "B T D"]:
         config, router = self.config, ROUTERS[self.config.router]
-        # In bfloat16 two experts would often have the same score.
+        # In bfloat16 the scores of two experts would often tie.
         gate_dtype = jnp.promote_types(x.dtype, jnp.float32)
         logits = router.gate(config, "router")(x.astype(gate_dtype))
         experts = self._experts(x.shape[-1])
@@ -41,7 +41,7 @@ class MoeMlp(nn.Module):
             return x.astype(self.dtype)
 
         check_moe(config, dict(jax.sharding.get_abstract_mesh().shape), x.shape[0])
-        # The key is drawn in this module: in the gate, its path would change the key.
+        # Drawn here and not in the gate, because flax folds the module path into the key.
         key = self.make_rng("gate") if train and config.noisy else None
         routing = router.route(config, logits, key)
         y, metrics = routing.mix(x.astype(self.dtype), experts)
@@ -79,6 +79,6 @@ class MoeMlp(nn.Module):
         )
 
     def _put(self, collection: str, values: Mapping[str, Array]) -> None:
-        # `sow` would append to a tuple.
+        # By default `sow` appends to a tuple; keep the value itself instead.
         for name, value in values.items():
             self.sow(collection, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)

@@ -1,6 +1,6 @@
-"""Routers that choose pairs of token and expert: their fields, gate and routing.
+"""Routers that choose (token, expert) pairs: their fields, gate and routing.
 
-routers.py has the functions that choose, dispatch.py moves the tokens.
+The routing functions are in routers.py; dispatch.py moves the tokens.
 
 Axes: B examples, T tokens, G routing groups, N tokens per group, E experts, A experts per token.
 """
@@ -49,13 +49,13 @@ class PairsConfig(RouterConfig):
 
 @dataclass(frozen=True)
 class PairRouting:
-    """The pairs of a batch, and the logits that they come from.
+    """The pairs of a batch, and the logits that they were chosen by.
 
     Attributes:
       config: the router's fields.
       routes: the pairs.
       clean: logits without noise.
-      logits: logits with noise, by which the pairs were chosen.
+      logits: logits with any noise, by which the pairs were chosen.
       noise: whether there is noise.
       tokens_choose: whether every token chooses the same number of experts.
       batch: B and T.
@@ -73,7 +73,7 @@ class PairRouting:
         self, x: Float[Array, "B T D"], experts: Experts
     ) -> tuple[Float[Array, "B T D"], Mapping[str, Array]]:
         """y_n = sum over the pairs of token n of weight * expert(x_n), by the config's dispatcher;
-        metrics load `[E]`, dropped and entropy."""
+        the metrics are load `[E]`, dropped and entropy."""
         groups, tokens, count = self.logits.shape
         y, dropped = DISPATCHERS[self.config.dispatch].run(
             x.reshape(groups, tokens, -1), self.routes, experts, self.config.slots(tokens)
@@ -86,7 +86,7 @@ class PairRouting:
         return y.reshape(x.shape), metrics
 
     def losses(self) -> Mapping[str, Callable[[], Float[Array, ""]]]:
-        """The four losses of routers.py; load needs noise, since it is a probability under it."""
+        """The four losses of routers.py; load only with noise, under which it is a probability."""
         config, clean, logits = self.config, self.clean, self.logits
         load = partial(routers.load_loss, clean, logits, chosen=config.chosen, std=config.noise_std)
         return {
@@ -97,7 +97,7 @@ class PairRouting:
         }
 
     def choices(self) -> Mapping[str, Array]:
-        """expert and weight `[B, T, A]`, logits `[B, T, E]`, if tokens choose."""
+        """expert and weight `[B, T, A]`, logits `[B, T, E]`; nothing if experts choose."""
         if not self.tokens_choose:
             return {}
         expert, weight = routers.by_token(self.routes, self.config.chosen)
@@ -110,7 +110,7 @@ def linear_gate(config: PairsConfig, name: str) -> nn.Module:
     return nn.Dense(
         config.experts,
         use_bias=config.router_bias,
-        # A TPU would multiply float32 in bfloat16 otherwise.
+        # By default a TPU multiplies float32 in bfloat16.
         precision=jax.lax.Precision.HIGHEST,
         kernel_init=INIT,
         name=name,
@@ -123,13 +123,13 @@ Choose = Callable[..., routers.Routes]
 def pair_router(
     choose: Choose, balance: tuple[str, ...], *, noisy: bool = False, tokens_choose: bool = True
 ) -> Router:
-    """The entry of ROUTERS for a function of routers.py.
+    """The entry of ROUTERS for a routing function of routers.py.
 
     Args:
       choose: (logits, chosen=A, slots=C, order=name in ORDERS) -> Routes.
       balance: the balance losses that apply to it.
       noisy: whether training adds noise of `noise_std` to the logits.
-      tokens_choose: whether tokens choose experts; else experts choose among competing tokens.
+      tokens_choose: whether tokens choose experts; otherwise experts choose tokens.
     """
 
     def grouped(config: PairsConfig) -> bool:
@@ -141,13 +141,13 @@ def pair_router(
             served = f"with dispatch={config.dispatch!r} every pair is served"
             found |= dict.fromkeys(("capacity_factor", "groups", "order"), served)
         elif not tokens_choose:
-            found["order"] = "experts choose, so no token comes first"
+            found["order"] = "experts choose, so tokens are in no order"
         return found
 
     def route(
         config: PairsConfig, logits: Float[Array, "B T E"], key: PRNGKeyArray | None
     ) -> PairRouting:
-        # Without competition the grouping does not matter; one group per example needs no reshape.
+        # Without competition for slots the grouping does not matter: one group per example.
         groups = config.groups if grouped(config) else logits.shape[0]
         clean = logits.reshape(groups, -1, config.experts)
         noised = clean if key is None else routers.noisy(clean, key, config.noise_std)

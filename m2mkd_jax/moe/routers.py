@@ -1,11 +1,12 @@
 """From gate logits to (token, expert, weight) pairs, balance losses and router metrics.
 
-A function that chooses takes (logits, chosen=A, slots=C, order=name in ORDERS): experts choose by
-`slots`, tokens by `chosen` and `order`. `ROUTERS` in config.py makes it a router.
+A routing function takes (logits, chosen=A, slots=C, order=name in ORDERS): those by which experts
+choose read `slots`, those by which tokens choose read `chosen` and `order`. An entry of `ROUTERS`
+in config.py makes it a router.
 
 Axes: G routing groups, N tokens per group, E experts, A experts per token, P pairs per group. Each
 group is routed separately; losses and metrics are over all tokens of the batch, so that they are
-the same on any mesh. V-MoE's paper code writes S for N and K for A.
+the same on any mesh. The V-MoE code writes S for N and K for A.
 
 Everything is computed in float32 (float64 if the logits are).
 """
@@ -19,10 +20,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 
 class Routes(NamedTuple):
-    """The pairs of every group, in order of priority: an earlier pair takes a slot first.
+    """The pairs of every group, in order of priority: earlier pairs take slots first.
 
     token: `[G, P]` int32, index of the token in its group.
-    expert: `[G, P]` int32.
+    expert: `[G, P]` int32, index of the expert.
     weight: `[G, P]` float, weight of the expert's output in the token's sum.
     """
 
@@ -50,7 +51,7 @@ def softmax_topk(logits: Float[Array, "G N E"], *, chosen: int, slots: int, orde
 def expert_choice(logits: Float[Array, "G N E"], *, chosen: int, slots: int, order: str) -> Routes:
     """Expert e takes the C tokens n of its group with the largest w_ne = softmax_e(z_ne).
 
-    C = `slots`, P = E C; a token may be taken by any number of experts (Zhou et al. 2022).
+    C = `slots`, P = E C; any number of experts may take the same token (Zhou et al. 2022).
     """
     del chosen, order
     scores = jnp.swapaxes(jax.nn.softmax(logits, axis=-1), -1, -2)
@@ -65,7 +66,8 @@ def _by_position(logits: Float[Array, "G N E"]) -> Int[Array, "G N"]:
 
 
 def _by_probability(logits: Float[Array, "G N E"]) -> Int[Array, "G N"]:
-    # The log has the same order, and ties only where the gates tie. An order has no gradient.
+    # In the log domain, so that gates that round to the same probability are still ordered. An
+    # order has no gradient.
     top = jnp.max(jax.nn.log_softmax(jax.lax.stop_gradient(logits), axis=-1), axis=-1)
     return jnp.argsort(-top, axis=-1, stable=True)
 
@@ -81,8 +83,8 @@ def _pairs(
     logits: Float[Array, "G N E"],
     order: str,
 ) -> Routes:
-    """The pairs in order of priority: all first choices before all second choices, each with tokens
-    in `order`."""
+    """The pairs in order of priority: all first choices before all second choices and so on, with
+    the tokens of each in `order`."""
     token = ORDERS[order](logits).astype(jnp.int32)
     if order != "token":
         expert = jnp.take_along_axis(expert, token[..., None], axis=1)
@@ -99,9 +101,9 @@ def _flat(leaf: Array) -> Array:
 
 
 def by_token(routes: Routes, chosen: int) -> tuple[Int[Array, "G N A"], Float[Array, "G N A"]]:
-    """Experts and weights of every token, best choice first, if tokens choose."""
+    """Experts and weights of every token, best choice first; only if tokens choose."""
     groups, pairs = routes.token.shape
-    # All choices have the tokens in the same order, so undoing that of the first undoes all.
+    # Every choice lists the tokens in the same order, so one inverse permutation undoes them all.
     place = jnp.argsort(routes.token[:, : pairs // chosen], axis=-1)[:, None]
 
     def unsort(leaf: Array) -> Array:
@@ -114,11 +116,11 @@ def by_token(routes: Routes, chosen: int) -> tuple[Int[Array, "G N A"], Float[Ar
 def rank_in_expert(
     expert: Int[Array, " P"], experts: int
 ) -> tuple[Int[Array, " P"], Int[Array, " E"]]:
-    """Number of earlier pairs of the same expert, for each pair, and of all pairs, for each expert.
+    """For each pair, the number of earlier pairs of its expert; for each expert, that of its pairs.
 
-    Pairs of an expert outside 0..experts-1 are not counted; their own rank is meaningless.
+    Pairs whose expert is outside 0..experts-1 are not counted, and their own rank is meaningless.
     """
-    # A running count per expert: P E small integers, no slower than sorting the pairs.
+    # A running count per expert: P x E small integers, no slower than sorting the pairs.
     one_hot = (expert[:, None] == jnp.arange(experts)).astype(jnp.int32)
     counts = jnp.cumsum(one_hot, axis=0)
     index = jnp.clip(expert, 0, experts - 1)[:, None]
@@ -133,7 +135,7 @@ def noisy(logits: Float[Array, "G N E"], key: PRNGKeyArray, std: float) -> Float
 def importance_loss(logits: Float[Array, "... E"]) -> Float[Array, ""]:
     """(std(I) / mean(I))^2 over experts, I_e = sum over tokens of softmax(logits)_e.
 
-    logits: without noise. Importance loss, V-MoE App. A.2.
+    `logits` are without noise. Importance loss, V-MoE App. A.2.
     """
     gates = jax.nn.softmax(logits, axis=-1).reshape(-1, logits.shape[-1])
     return _variation(jnp.sum(gates, axis=0))
@@ -147,7 +149,7 @@ def load_loss(
     P is over a new draw of one expert's noise: P = 1 - Phi((threshold - logit_e) E / std), where
     the token's threshold is its `chosen`-th largest noisy logit. Load loss, V-MoE App. A.2.
 
-    std: as in `noisy`, positive.
+    `std` is as in `noisy`, and positive.
     """
     experts = logits.shape[-1]
     _, best = jax.lax.top_k(noisy_logits, chosen)
@@ -157,10 +159,11 @@ def load_loss(
 
 
 def gshard_loss(logits: Float[Array, "... E"]) -> Float[Array, ""]:
-    """E^2 mean over experts of f_e m_e: f_e share of tokens whose best expert is e, m_e mean gate.
+    """E^2 mean over experts of f_e m_e; f_e is the share of tokens whose best expert is e, m_e the
+    mean gate of e.
 
-    logits: those that tokens were routed by, with noise if any; the gradient flows through the mean
-    gates alone. l_aux of GShard Alg. 1, scaled so that perfect balance gives 1.
+    `logits` are those that tokens were routed by, including any noise. The gradient flows only
+    through the mean gates. l_aux of GShard Alg. 1, scaled so that perfect balance gives 1.
     """
     experts = logits.shape[-1]
     gates = jax.nn.softmax(logits, axis=-1).reshape(-1, experts)
@@ -174,7 +177,7 @@ def z_loss(logits: Float[Array, "... E"]) -> Float[Array, ""]:
 
 
 def _variation(amount: Float[Array, " E"]) -> Float[Array, ""]:
-    # Variance over squared mean: the gradient of a standard deviation is undefined at balance.
+    # Variance over squared mean: the standard deviation has no gradient at perfect balance.
     return jnp.var(amount) / jnp.mean(amount) ** 2
 
 
@@ -185,6 +188,6 @@ def load(routes: Routes, experts: int) -> Float[Array, " E"]:
 
 
 def entropy(logits: Float[Array, "... E"]) -> Float[Array, ""]:
-    """Mean over tokens of the entropy of softmax(logits), in nats: from 0 to log E."""
+    """Mean over tokens of the entropy of softmax(logits), in nats, from 0 to log E."""
     log_gates = jax.nn.log_softmax(logits, axis=-1)
     return -jnp.mean(jnp.sum(jnp.exp(log_gates) * log_gates, axis=-1))

@@ -1,7 +1,7 @@
 """The interface of routers.
 
-`ROUTERS` in config.py has a `Router` for each value of `config.model.moe.router`, and no other file
-depends on the name. A new router defines the fields that it reads, a gate, and a `Routing`.
+`ROUTERS` in config.py has a `Router` for each value of `config.model.moe.router`; no other code
+depends on the names. A new router defines the fields that it reads, a gate, and a `Routing`.
 
 Axes: B examples, T tokens, D width.
 """
@@ -20,8 +20,8 @@ from m2mkd_jax.moe.grouped import Experts
 
 @dataclass(frozen=True)
 class RouterConfig(Section):
-    """The field of `config.model.moe` that every router reads; a subclass adds its own, and
-    `MoeConfig` has all of them.
+    """The field of `config.model.moe` that every router reads; subclasses add their own, and
+    `MoeConfig` inherits them all.
 
     experts: E.
     """
@@ -29,7 +29,7 @@ class RouterConfig(Section):
     experts: Size = 8
 
     def check(self) -> None:
-        """Raises FieldError for fields that conflict; called for the selected router only."""
+        """Raises FieldError if fields conflict; called for the selected router only."""
 
 
 @runtime_checkable
@@ -42,19 +42,19 @@ class Routing(Protocol):
         """Dispatches x to the experts and combines their outputs; also returns the metrics that
         become `moe/STAGE/BLOCK/NAME`.
 
-        This is one method because dropless routing adds each block of outputs to its tokens at
-        once: two methods would need all rows in memory. A router with slots separates dispatch and
-        combine, see `dispatch.Slots`.
+        This is a single method because dropless routing adds each block of outputs to its tokens
+        right away: two methods would need all rows in memory. For routers with slots, dispatch and
+        combine are separate, see `dispatch.Slots`.
         """
         ...
 
     def losses(self) -> Mapping[str, Callable[[], Float[Array, ""]]]:
-        """Balance losses by their field in `config.model.moe.balance`, without weights; computed
+        """Unweighted balance losses by their field in `config.model.moe.balance`; each is computed
         when called."""
         ...
 
     def choices(self) -> Mapping[str, Array]:
-        """The router's decisions, `[B, T, ...]` by name, for the collection `routing`."""
+        """The router's decisions, `[B, T, ...]`, by their name in the collection `routing`."""
         ...
 
 
@@ -76,13 +76,13 @@ class Router:
 
     Attributes:
       config: the fields that it reads; fields of other routers must keep their defaults.
-      gate: (config, name) -> module that maps tokens `[B, T, D]`, in float32 at least, to logits.
+      gate: (config, name) -> module that maps tokens `[B, T, D]`, at least in float32, to logits.
         Its parameters are replicated.
-      route: (config, logits, key) -> `Routing`; without noise if the key is None.
+      route: (config, logits, key) -> `Routing`; there is no noise if the key is None.
       balance: the balance losses that apply to it.
       noisy: config -> whether training draws a key for it from the stream `gate`.
       grouped: config -> whether the tokens of a group compete.
-      idle: config -> the fields of its own that it does not read under this config, and why.
+      idle: config -> those of its own fields that have no effect under this config, and why.
     """
 
     config: type[RouterConfig]

@@ -1,12 +1,12 @@
-"""Soft MoE: every slot of an expert takes a mean of an example's tokens, every token a mean of all
-outputs (Puigcerver et al. 2023, "From Sparse to Soft Mixtures of Experts", algorithm 1).
+"""Soft MoE: every slot takes a weighted mean of an example's tokens, every token one of all outputs
+(Puigcerver et al. 2023, "From Sparse to Soft Mixtures of Experts", algorithm 1).
 
     z_tec = <x_t / |x_t|, scale phi_ec / |phi_ec|>
     dispatch = softmax of z over the tokens t:      slot_ec = sum_t dispatch_tec x_t
     combine  = softmax of z over all slots e,c:     y_t = sum_ec combine_tec expert_e(slot_ec)
 
-No pair is chosen, so nothing is dropped, no gradient is cut off, and all experts have equal work:
-there are no balance losses, no noise and no groups. Examples do not mix.
+There is no discrete choice, so nothing is dropped, no gradient is cut off, and all experts have
+equal work: there are no balance losses, no noise and no groups. Examples do not mix.
 
 Axes: B examples, T tokens, E experts, C slots per expert, R = B C rows per expert, D width.
 """
@@ -31,7 +31,7 @@ from m2mkd_jax.moe.routing import Router, RouterConfig
 class SoftConfig(RouterConfig):
     """The fields of `config.model.moe` that Soft MoE reads.
 
-    slots_per_expert: C; None for one slot per token in total, T / E rounded up.
+    slots_per_expert: C; None for T / E rounded up, about one slot per token over all experts.
     """
 
     slots_per_expert: Size | None = None
@@ -40,7 +40,7 @@ class SoftConfig(RouterConfig):
 def unit(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
     """x / |x| along `axis`; 0, with a gradient of 0, where x is 0."""
     square = jnp.sum(x * x, axis=axis, keepdims=True)
-    # Two wheres: 1 / 0 in the unused branch would still make the gradient NaN.
+    # The inner where keeps 1 / 0 out of the unused branch: it would still make the gradient NaN.
     nonzero = square > 0
     return jnp.where(nonzero, x * jax.lax.rsqrt(jnp.where(nonzero, square, 1)), 0)
 
@@ -48,8 +48,8 @@ def unit(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
 class SoftGate(nn.Module):
     """z_tec = <x_t / |x_t|, scale phi_ec / |phi_ec|>; `phi` (D, E, C) and `scale` ().
 
-    Without both norms the logits would grow with the width, and softmax would end in one-hot
-    weights (section 2.3 of the paper).
+    Without both normalisations the logits would grow with the width, and the softmax would collapse
+    to one-hot weights (section 2.3 of the paper).
     """
 
     config: SoftConfig
@@ -61,7 +61,7 @@ class SoftGate(nn.Module):
         slots = self.config.slots_per_expert or math.ceil(tokens / experts)
         phi = self.param("phi", nn.initializers.normal(width**-0.5), (width, experts, slots))
         scale = self.param("scale", nn.initializers.ones, ())
-        # A TPU would multiply float32 in bfloat16 otherwise.
+        # By default a TPU multiplies float32 in bfloat16.
         exact = jax.lax.Precision.HIGHEST
         return jnp.einsum("BTD,DEC->BTEC", unit(x, -1), scale * unit(phi, 0), precision=exact)
 
@@ -73,7 +73,7 @@ class SoftSlots(NamedTuple):
     out_of: Float[Array, "B T E C"]
 
     def dispatch(self, x: Float[Array, "B T D"]) -> Float[Array, "E R D"]:
-        """slot_ec = sum_t dispatch_tec x_t, rows in the order of examples."""
+        """slot_ec = sum_t dispatch_tec x_t, rows ordered by example."""
         slots = jnp.einsum("BTEC,BTD->EBCD", self.into.astype(x.dtype), x)
         return slots.reshape(slots.shape[0], -1, slots.shape[-1])
 
@@ -81,7 +81,7 @@ class SoftSlots(NamedTuple):
         """y_t = sum_ec combine_tec answer_ec."""
         examples, _, experts, slots = self.out_of.shape
         answers = answers.reshape(experts, examples, slots, -1)
-        # A token's sum has one term per slot: too many for bfloat16.
+        # A token's sum has one term per slot, too many for bfloat16.
         wide = jnp.promote_types(answers.dtype, jnp.float32)
         weights = self.out_of.astype(answers.dtype)
         return jnp.einsum("BTEC,EBCD->BTD", weights, answers, preferred_element_type=wide)
@@ -89,7 +89,7 @@ class SoftSlots(NamedTuple):
 
 @dataclass(frozen=True)
 class SoftRouting:
-    """The routing of a batch by its logits z, in float32 at least."""
+    """The routing of a batch by its logits z, at least in float32."""
 
     logits: Float[Array, "B T E C"]
 
@@ -98,8 +98,9 @@ class SoftRouting:
     ) -> tuple[Float[Array, "B T D"], Mapping[str, Array]]:
         """y_t = sum_ec combine_tec expert_e(sum_s dispatch_sec x_s).
 
-        Metrics: load `[E]`, each expert's share of combine; entropy, the mean over tokens of
-        combine's, and dispatch_entropy, the mean over slots of dispatch's, in nats.
+        Metrics: load `[E]`, each expert's share of the combine weights; entropy, that of the
+        combine weights, averaged over tokens; and dispatch_entropy, that of the dispatch weights,
+        averaged over slots; both in nats.
         """
         weights = self.choices()
         slots = SoftSlots(weights["dispatch"], weights["combine"])
@@ -112,7 +113,7 @@ class SoftRouting:
         return y, metrics
 
     def losses(self) -> Mapping[str, Callable[[], Float[Array, ""]]]:
-        """No losses: all experts have the same number of slots."""
+        """No losses: all experts have the same number of slots anyway."""
         return {}
 
     def choices(self) -> Mapping[str, Array]:

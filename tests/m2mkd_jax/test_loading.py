@@ -107,6 +107,6 @@ def test_a_converted_network_without_its_head_is_named(tmp_path):
     del params["stage_2"]["head"]
     checkpoint.write_params(tmp_path / "headless", {"teacher": params}, run)
     with pytest.raises(
-        ValueError, match=r"headless.* was converted .* without stage_2/head/bias, stage_2/hea"
+        ValueError, match=r"headless.* was converted .* it lacks stage_2/head/bias, stage_2/hea"
     ):
         m2mkd_jax.load_model(tmp_path / "headless")

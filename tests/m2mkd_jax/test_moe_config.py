@@ -89,7 +89,7 @@ def test_balance_losses_that_mean_something_are_taken():
         ),
         (
             {"router": "softmax_topk", "noise_std": 0.0, "balance": BalanceConfig(load=0.5)},
-            "config.model.moe.balance.load=0.5 must be 0 where noise_std is 0",
+            "config.model.moe.balance.load=0.5 must be 0 if noise_std is 0",
         ),
     ],
 )

@@ -40,5 +40,5 @@ def test_positions_keep_the_class_token_and_constants():
         resized = resize_positions(table, side**2 + 1)
         np.testing.assert_array_equal(resized[0, 0], 7)
         np.testing.assert_allclose(resized[0, 1:], 3)
-    with pytest.raises(ValueError, match="no square grid"):
+    with pytest.raises(ValueError, match="not a square grid"):
         resize_positions(table, 13)

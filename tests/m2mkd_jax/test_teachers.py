@@ -301,7 +301,7 @@ def test_teachers_that_do_not_fit_are_refused_before_anything_is_compiled(root, 
         check_places(missing, root / "run")
     with pytest.raises(FileNotFoundError, match=r"^config\.sources\.teachers\[1\]=.*gone"):
         describe(missing, MESH)
-    with pytest.raises(ValueError, match=r"teachers\[0\]=.* width 24 .* --config\.init\.teacher"):
+    with pytest.raises(ValueError, match=r"teachers\[0\]=.* width 24, .* --config\.init\.teacher"):
         describe(taught(root, "wide"), MESH)
     data = dataclasses.replace(PLAIN.data, labels=5)
     with pytest.raises(ValueError, match=r"has 10 classes, but config\.data\.labels=5"):
