@@ -27,7 +27,7 @@ from m2mkd_jax.nac.layers import (
     uniform,
 )
 
-CUT = -(2.0**41)  # a log affinity whose weight is 0
+CUT = -(2.0**41)  # a finite log affinity low enough that the attention weight is 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,25 +36,25 @@ class BlockConfig(Section):
 
     Attributes:
       width: width D of a latent's state.
-      code_width: width Z of its code.
-      heads, head_width: of the attention; their product need not be D.
+      code_width: width Z of a latent's code.
+      heads, head_width: number of heads and width of a head; their product need not be D.
       qkv_bias: whether queries, keys and values have a bias; the exit layer always has one.
-      ffn_factor: hidden width of the MLP over D, rounded.
-      geglu: gates the hidden layer: first half times GELU of the second.
-      layer_scale: initial value of the factors of each branch; None for no factors.
+      ffn_factor: hidden width of the MLP relative to D; the product is rounded.
+      geglu: gates the hidden layer: first half times GELU of the second half.
+      layer_scale: initial value of the layer scale of each branch; None for no layer scale.
       linear: the linear layers.
       code_noise: noise on the codes in training, relative to their size.
       drop_path: probability of dropping a branch in training.
       residual: whether the attention is added to the receivers' states.
       ffn_residual: whether the MLP's output is added to its input.
       share_norm: norms the senders with the receivers' LayerNorm.
-      kernel: of the attention; None for attention without one.
+      kernel: kernel of the attention; None for attention without a kernel.
       mask: whether the log kernel is added to the scores.
-      scale_after_softmax: multiplies the attention weights by the affinities once more.
+      scale_after_softmax: multiplies the attention weights by the affinities, after the softmax.
       attention: implementation, a key of `common_jax.nn.attention.PLATFORMS`. With
-        `scale_after_softmax` "auto" is "xla", as cuDNN does not return the weights.
+        `scale_after_softmax` "auto" is "xla", since cuDNN does not return the weights.
       normalise_kernel: normalises those affinities over the senders. Matters only with
-        `scale_after_softmax`, since a softmax ignores a factor that its whole row shares.
+        `scale_after_softmax`, since the softmax ignores a factor that a whole row shares.
     """
 
     width: Size
@@ -81,12 +81,12 @@ class BlockConfig(Section):
         super().__post_init__()
         if self.drop_path and not self.residual:
             raise FieldError(
-                f"drop_path={self.drop_path} needs residual=True, since it drops what is added to "
-                "the residual: set drop_path to 0"
+                f"drop_path={self.drop_path} needs residual=True, since it drops the branch that "
+                "is added to the states: set drop_path to 0"
             )
         if self.scale_after_softmax and self.attention == "cudnn":
             raise FieldError(
-                "attention='cudnn' does not scale weights after the softmax, and "
+                "attention='cudnn' cannot scale weights after the softmax, but "
                 "scale_after_softmax=True: set attention to 'auto'"
             )
         if self.hidden < 1:
@@ -101,7 +101,7 @@ class BlockConfig(Section):
 
     @property
     def hidden(self) -> int:
-        """Hidden width F of the MLP; under GEGLU its first layer is twice as wide."""
+        """Hidden width F of the MLP; with GEGLU its first layer is twice as wide."""
         return round(self.ffn_factor * self.width)
 
     def layer(self, dtype: DTypeLike, inputs: int, outputs: int, use_bias: bool) -> CodeLinear:
@@ -110,19 +110,19 @@ class BlockConfig(Section):
 
     @property
     def uses_kernel(self) -> bool:
-        """True where affinities change the result."""
+        """True if affinities affect the result."""
         return self.kernel is not None and (self.mask or self.scale_after_softmax)
 
 
 class LatentAttention(nn.Module):
-    """Attention from receivers to senders under a kernel over their signatures (NAC,
+    """Attention from receivers to senders, modulated by a kernel over their signatures (NAC,
     KernelModulatedLatentAttention).
 
-    softmax(q k^T / sqrt(K) + log kernel) v, heads concatenated (head is the slower index), exit
-    layer, layer scale, residual.
+    softmax(q k^T / sqrt(K) + log kernel) v, heads concatenated (head is the slower index), then
+    exit layer, layer scale and residual.
 
     Parameters: `receiver_norm`, `sender_norm` unless shared, `query`, `key`, `value`, `exit`,
-    `layer_scale` (D), `bandwidth` () of a kernel with a learnable one.
+    `layer_scale` (D), and `bandwidth` () if the kernel learns it.
     """
 
     config: BlockConfig
@@ -139,7 +139,7 @@ class LatentAttention(nn.Module):
         self.exit = config.layer(self.dtype, config.inner, config.width, True)
         self.layer_scale = layer_scale(self, config.layer_scale, config.width)
         if config.kernel is not None and config.kernel.learnable_bandwidth:
-            # Unconstrained, as in the original: a bandwidth can be trained to below 0.
+            # Unconstrained, as in the original: training can push a bandwidth below 0.
             init = nn.initializers.constant(config.kernel.bandwidth)
             self.bandwidth = self.param("bandwidth", init, ())
 
@@ -148,7 +148,7 @@ class LatentAttention(nn.Module):
     ) -> tuple[Float[Array, "B S H K"], Float[Array, "B S H K"]]:
         """Projects senders to keys and values.
 
-        Apart from `__call__`, so that senders whose states stay the same are projected once.
+        Separate from `__call__`, so that senders whose states do not change are projected once.
         """
         normed = (self.receiver_norm if self.config.share_norm else self.sender_norm)(senders)
         key, value = (f(normed, codes, train=train) for f in (self.key, self.value))
@@ -167,10 +167,10 @@ class LatentAttention(nn.Module):
         """Returns the receivers' new states.
 
         Args:
-          receivers: their states.
+          receivers: the receivers' states.
           codes: their codes, or one code for all.
-          keys, values: from `project`.
-          distance: from their signatures to the senders'; needed only with a kernel.
+          keys, values: keys and values of the senders, from `project`.
+          distance: distances between their signatures and the senders'; only needed with a kernel.
           train: samples the edges of a stochastic kernel (stream "kernel") and drops paths (stream
             "drop_path").
         """
@@ -190,8 +190,8 @@ class LatentAttention(nn.Module):
     def _log_affinity(self, distance, batch: int, *, train: bool) -> jax.Array:
         """Log affinities (1 or B, T, S), in float32."""
         kernel = self.config.kernel
-        # Signatures do not depend on the image: one matrix serves the whole batch, and an axis of
-        # examples appears only where every example samples edges of its own.
+        # Signatures do not depend on the image, so one matrix serves the whole batch; there is a
+        # batch axis only if every example samples its own edges.
         bandwidth = self.bandwidth if kernel.learnable_bandwidth else kernel.bandwidth
         logs = kernels.log_kernel(distance, bandwidth, kernel)[None]
         if not kernel.stochastic:
@@ -200,7 +200,7 @@ class LatentAttention(nn.Module):
             shape = (batch, *distance.shape)
             u = draw(self, "kernel", uniform(shape), stream="kernel")
             return kernels.sample_log(logs, u, temperature=kernel.temperature)
-        # Evaluation without samples uses the edges' probabilities themselves, or their majority.
+        # Evaluation without samples uses the edge probabilities themselves, or thresholds them.
         return kernels.threshold_log(logs) if kernel.evaluation == "threshold" else logs
 
     def _split(self, x: jax.Array) -> Float[Array, "B T H K"]:
@@ -223,7 +223,7 @@ class Ffn(nn.Module):
         config = self.config
         up = config.hidden * (2 if config.geglu else 1)
         shared = {"code_width": config.code_width, "use_bias": True, "dtype": self.dtype}
-        # Under GEGLU values and gate are the halves of one projection, in this order.
+        # With GEGLU, value and gate are the two halves of one projection, in this order.
         y = norm("norm", self.dtype)(x)
         y = CodeLinear(config.linear, config.width, up, name="up", **shared)(y, codes, train=train)
         if config.geglu:
@@ -266,14 +266,14 @@ class Propagator(nn.Module):
         """Returns the receivers' new states.
 
         Args:
-          receivers, receiver_codes: states and codes.
-          senders: states of groups of latents; a group that also receives is normed only once
-            where the norm is shared.
+          receivers, receiver_codes: states and codes of the receivers.
+          senders: states of the senders, by group of latents; if the norm is shared, a group that
+            also receives is normed only once.
           sender_codes: codes of all groups, concatenated, or one code for all.
-          distance: from the receivers' signatures to those of all senders.
-          train: see `LatentAttention`; the noise on codes is of stream "code".
+          distance: distances between the receivers' signatures and those of all senders.
+          train: see `LatentAttention`; also adds noise to the codes (stream "code").
         """
-        # Two independent draws, even where a latent both receives and sends.
+        # Two independent draws, even for a latent that both receives and sends.
         noise = self.config.code_noise
         receiver_codes = add_code_noise(self, "receiver_codes", receiver_codes, noise, train=train)
         sender_codes = add_code_noise(self, "sender_codes", sender_codes, noise, train=train)
@@ -282,8 +282,8 @@ class Propagator(nn.Module):
 
     def project(self, senders, codes, *, train: bool = False) -> tuple[jax.Array, jax.Array]:
         """Projects groups of senders to keys and values, (B, S, H, K) each; adds no noise."""
-        # Group by group, not concatenated first: the norm of a group that also receives is then
-        # the same expression on both sides, and the compiler computes it once.
+        # Group by group instead of concatenating first: then the norm of a group that also receives
+        # is the same expression on both sides, and the compiler computes it only once.
         pairs = [
             self.attention.project(group, group_codes, train=train)
             for group, group_codes in zip(senders, split_codes(codes, senders), strict=True)
@@ -291,7 +291,7 @@ class Propagator(nn.Module):
         return tuple(jnp.concatenate(parts, axis=1) for parts in zip(*pairs, strict=True))
 
     def extend(self, receivers, codes, keys, values, distance, *, train: bool = False) -> jax.Array:
-        """Does what `__call__` does where some senders are already projected.
+        """Like `__call__`, but with some senders already projected.
 
         The senders are those of `keys` and `values`, followed by the receivers themselves; no noise
         is added to the codes.
@@ -318,7 +318,7 @@ def attend(
 ) -> Float[Array, "B T H K"]:
     """Returns the values weighted by the attention of each head.
 
-    A receiver without any edge gets 0, or NaN where `config.kernel.empty_row` is "nan".
+    A receiver without any edge gets 0, or NaN if `config.kernel.empty_row` is "nan".
 
     Raises:
       ValueError: see `common_jax.nn.attention.choose`.
@@ -330,8 +330,8 @@ def attend(
 
 
 def _attend_plainly(query, keys, values, log_affinity, *, config: BlockConfig) -> jax.Array:
-    # Scores and weights stay in float32 until the last product, whatever the network computes in:
-    # log affinities reach from 0 to minus infinity.
+    # Scores and weights stay in float32 until the last product, whatever the compute dtype, since
+    # log affinities range from 0 to minus infinity.
     scores = head_scores(query, keys)
     if log_affinity is None:
         weights = jax.nn.softmax(scores)
@@ -343,7 +343,7 @@ def _attend_plainly(query, keys, values, log_affinity, *, config: BlockConfig) -
     else:
         weights = jax.nn.softmax(scores)
     if config.scale_after_softmax:
-        # On top of the mask, an edge counts by the square of its affinity.
+        # Together with the mask, an edge is weighted by the square of its affinity.
         if config.normalise_kernel:
             log_affinity = kernels.normalise_log_rows(log_affinity, empty_row=empty_row)
         weights = weights * jnp.exp(log_affinity)
@@ -353,7 +353,7 @@ def _attend_plainly(query, keys, values, log_affinity, *, config: BlockConfig) -
 def _attend_fused(query, keys, values, log_affinity, *, config: BlockConfig) -> jax.Array:
     if log_affinity is None:
         return fused(query, keys, values)
-    # The kernel takes no infinite bias; a finite one with the same weights, 0, has their gradient.
+    # The fused kernel cannot take an infinite bias; CUT gives the same weights and gradients, 0.
     bias = jnp.maximum(log_affinity, CUT)[:, None]
     heads = fused(query, keys, values, bias=bias)
     empty = kernels.is_empty(log_affinity)[..., None]
@@ -363,7 +363,7 @@ def _attend_fused(query, keys, values, log_affinity, *, config: BlockConfig) -> 
 def head_scores(
     query: Float[Array, "B T H K"], keys: Float[Array, "B S H K"]
 ) -> Float[Array, "B H T S"]:
-    """q k^T / sqrt(K), in float32 at least."""
+    """q k^T / sqrt(K), at least in float32."""
     precise = jnp.promote_types(query.dtype, jnp.float32)
     scores = jnp.einsum("BTHK,BSHK->BHTS", query, keys, preferred_element_type=precise)
     return scores / math.sqrt(query.shape[-1])
@@ -374,38 +374,37 @@ def masked_softmax(
 ) -> Float[Array, "B H T S"]:
     """Returns softmax(scores + log_mask) over the last axis.
 
-    A row of the mask without an edge gives zeros and no gradient, or NaN where `empty_row` is
-    "nan".
+    A row of the mask without an edge gives zeros and no gradient, or NaN if `empty_row` is "nan".
     """
     if empty_row == "nan":
         return jax.nn.softmax(scores + log_mask)
-    # Replaced before the softmax as well as after it: a row that is all minus infinity is NaN, and
-    # selecting zeros afterwards would still send the NaN back through the gradient.
+    # Replaced before the softmax as well as after it: the softmax of a row of minus infinities is
+    # NaN, and selecting zeros only afterwards would still propagate NaN to the gradient.
     empty = kernels.is_empty(log_mask)
     weights = jax.nn.softmax(scores + jnp.where(empty, 0.0, log_mask))
     return jnp.where(empty, 0.0, weights)
 
 
 def split_codes(codes: jax.Array, groups: tuple[jax.Array, ...]) -> list[jax.Array]:
-    """Splits codes (S, Z) of all groups by group; a single code (1, Z) serves every group."""
+    """Splits codes (S, Z) of all groups by group; a single code (1, Z) serves all groups."""
     sizes = [group.shape[1] for group in groups]
     if codes.shape[0] == 1:
         return [codes] * len(sizes)
-    # Noise was added to all codes at once, so one draw covers all groups whatever their number.
+    # The codes come concatenated because their noise is a single draw for all groups.
     assert sum(sizes) == codes.shape[0], (sizes, codes.shape)
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
     return jnp.split(codes, ends)
 
 
 def layer_scale(module: nn.Module, value: float | None, width: int) -> jax.Array | None:
-    """Creates the factors of a branch, (D), or returns None without a `value`."""
+    """Creates the layer scale of a branch, (D), or returns None if `value` is None."""
     if value is None:
         return None
     return module.param("layer_scale", nn.initializers.constant(value), (width,))
 
 
 def scale_branch(branch: jax.Array, factors: jax.Array | None) -> jax.Array:
-    """Returns the branch times its factors, if it has any."""
+    """Returns the branch times its layer scale, if it has one."""
     return branch if factors is None else branch * factors.astype(branch.dtype)
 
 

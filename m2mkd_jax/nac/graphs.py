@@ -1,4 +1,4 @@
-"""The graphs between mediators that a NAC can start from."""
+"""The mediator graphs that a NAC can start from."""
 
 import dataclasses
 import math
@@ -19,26 +19,28 @@ class PriorConfig(Section):
     """The graph that the mediators' signatures start from, `config.model.prior`.
 
     Attributes:
-      graph: "none" (signatures are normal draws), "complete" (all alike, so that all are
-        connected), or a graph that the signatures are fitted to: a key of GENERATORS. Scale-free
+      graph: "none" (random normal signatures), "complete" (identical signatures, which connect all
+        mediators), or a graph that the signatures are fitted to, a key of GENERATORS. Scale-free
         graphs are "barabasi_albert".
-      attachments: edges that each new node brings, of barabasi_albert.
-      edge_probability: of erdos_renyi.
-      communities: number of communities of planted_partition, of cliques of ring_of_cliques.
-      community_size: nodes of one of them, or of each bell of barbell; 0 divides all nodes evenly.
-      p_in, p_out: probability of an edge within a community and between two, of planted_partition.
-      neighbours: nodes that each node is joined to initially, of watts_strogatz; 0 for a tenth of
-        the nodes.
-      rewire: probability that such an edge moves to a random node.
-      dims: sides of grid.
-      periodic: closes grid to a torus.
-      branching, height: children of a node and levels below the root, of balanced_tree.
-      path_length: nodes between the bells, of barbell.
-      truncation: distance below which two signatures count as connected in the fit. The kernels'
-        own is `config.model.kernel.truncation`.
-      steps: updates of the fit.
-      learning_rate: of the fit.
-      hinge: fits which nodes are connected; False fits distances to the lengths of shortest paths.
+      attachments: barabasi_albert: edges that each new node brings.
+      edge_probability: erdos_renyi: probability of an edge.
+      communities: number of communities of planted_partition, or of cliques of ring_of_cliques.
+      community_size: nodes per community or clique, or per bell of barbell; 0 divides all nodes
+        evenly.
+      p_in, p_out: planted_partition: probability of an edge within and between communities.
+      neighbours: watts_strogatz: nodes that each node is joined to before rewiring; 0 for a tenth
+        of the nodes.
+      rewire: watts_strogatz: probability that such an edge moves to a random node.
+      dims: sides of the grid.
+      periodic: closes the grid to a torus.
+      branching, height: balanced_tree: children per node, and levels below the root.
+      path_length: barbell: nodes between the bells.
+      truncation: distance below which two signatures count as connected in the fit; separate from
+        that of the kernels, `config.model.kernel.truncation`.
+      steps: number of updates of the fit.
+      learning_rate: learning rate of the fit.
+      hinge: True fits which nodes are connected; False fits distances to the lengths of shortest
+        paths.
     """
 
     graph: Annotated[str, key_of(lambda: ("none", "complete", *GENERATORS))] = "none"
@@ -62,12 +64,12 @@ class PriorConfig(Section):
 
 
 def make_graph(config: PriorConfig, *, nodes: int, seed: int) -> Bool[np.ndarray, "T T"]:
-    """Returns the adjacency of the configured graph, symmetric and without self edges.
+    """Returns the adjacency matrix of the configured graph, symmetric and without self-loops.
 
-    Nodes are in networkx's order, which keeps those of a community together.
+    Nodes are in networkx's order, which keeps communities together.
 
     Raises:
-      ValueError: when the graph cannot have `nodes` nodes; the message names sizes that fit.
+      ValueError: if the graph cannot have `nodes` nodes; the message names sizes that fit.
     """
     if config.graph == "complete":
         return ~np.eye(nodes, dtype=bool)
@@ -78,10 +80,10 @@ def make_graph(config: PriorConfig, *, nodes: int, seed: int) -> Bool[np.ndarray
 def find_communities(
     config: PriorConfig, adjacency: Bool[np.ndarray, "T T"], *, seed: int
 ) -> Int[np.ndarray, " T"]:
-    """Returns a community number per node, by which plots order the nodes.
+    """Returns the community number of each node, by which plots order the nodes.
 
-    These are the blocks or cliques that the graph was built from; for other graphs, the
-    communities of Louvain's method, numbered by their first node.
+    These are the blocks or cliques that the graph was built from, or, for other graphs, communities
+    found by the Louvain method, numbered by their first node.
     """
     nodes = len(adjacency)
     if config.graph in ("planted_partition", "ring_of_cliques"):
@@ -119,8 +121,8 @@ def _community_size(config: PriorConfig, nodes: int, minimum: int) -> int:
             "communities",
             count,
             nodes,
-            f"x community_size={size} is {count * size} nodes; choose two factors of {nodes}, "
-            f"each at least {minimum}, or community_size=0 and communities one of "
+            f"x community_size={size} makes {count * size} nodes; choose two factors of {nodes}, "
+            f"each at least {minimum}, or community_size=0 and communities from "
             f"{[n for n in range(minimum, nodes // minimum + 1) if nodes % n == 0]}",
         )
     return size
@@ -190,7 +192,7 @@ def _hypercube(config: PriorConfig, nodes: int, seed: int) -> nx.Graph:
 
 def _refuse(field: str, value: object, nodes: int, fits: str) -> None:
     raise ValueError(
-        f"config.model.prior.{field}={value!r} does not suit config.model.mediators={nodes}: {fits}"
+        f"config.model.prior.{field}={value!r} does not fit config.model.mediators={nodes}: {fits}"
     )
 
 

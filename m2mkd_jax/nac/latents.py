@@ -1,4 +1,4 @@
-"""The latents of a NAC: signatures (who attends to whom), codes (what each one computes), and
+"""The latents of a NAC: signatures (who attends to whom), codes (what each latent computes), and
 initial states."""
 
 import dataclasses
@@ -33,9 +33,10 @@ class LatentConfig:
 
     Attributes:
       count: number of latents.
-      layers: number of layers with codes of their own; None for the same codes in all.
-      identical_codes: starts all with the same code.
-      identical_signatures: starts all with the same signature e_1, which connects all to all.
+      layers: number of layers with codes of their own; None for the same codes in all layers.
+      identical_codes: starts all latents with the same code.
+      identical_signatures: starts all latents with the same signature e_1, which connects all to
+        all.
     """
 
     count: int
@@ -46,14 +47,14 @@ class LatentConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GraphConfig(Section):
-    """All latents and how their initial states come about.
+    """All latents and how their initial states are made.
 
     Attributes:
       input, mediator, output: the three sets.
       width, signature_width, code_width: D, Y and Z.
-      seeding: "noise" draws states around a linear function of the code, in evaluation too;
-        "mean" uses that function; "code" uses the code itself (Z = D); "learned" makes the states
-        parameters.
+      seeding: "noise" draws states around a linear function of the code, also in evaluation;
+        "mean" uses that function without noise; "code" uses the code itself (Z = D); "learned"
+        makes the states parameters.
       code_noise: noise on the seeder's codes in training.
     """
 
@@ -81,8 +82,8 @@ class Latents:
 
     Attributes:
       signatures: (T, Y).
-      codes: (T, Z), or (layers, T, Z) where every layer has its own.
-      states: the initial states (B, T, D); None where the set starts from the states of another.
+      codes: (T, Z), or (layers, T, Z) if every layer has its own.
+      states: the initial states (B, T, D); None if the set starts from another set's states.
     """
 
     signatures: jax.Array
@@ -90,15 +91,15 @@ class Latents:
     states: jax.Array | None
 
     def layer_codes(self, layer: int) -> Float[Array, "T Z"]:
-        """Returns the codes of a layer, counted from 0; -1 is the last."""
+        """Returns the codes of a layer, numbered from 0; -1 is the last."""
         return self.codes[layer] if self.codes.ndim == 3 else self.codes
 
 
 class LatentSet(nn.Module):
     """The parameters of one set of latents (NAC, Latents).
 
-    Parameters: `signatures` (T, Y), `codes` (T, Z) or (layers, T, Z), and `states` (T, D) where
-    they are learned.
+    Parameters: `signatures` (T, Y), `codes` (T, Z) or (layers, T, Z), and `states` (T, D) if they
+    are learned.
     """
 
     config: LatentConfig
@@ -124,7 +125,7 @@ class Seeder(nn.Module):
     """Initial states from codes: mu(c) + exp(log_variance(c) / 2) eps, c the normed code (NAC,
     LatentSeeder).
 
-    Parameters: `norm`, `mean`, and `log_variance` where there is noise.
+    Parameters: `norm`, `mean`, and `log_variance` if there is noise.
     """
 
     graph: GraphConfig
@@ -146,7 +147,8 @@ class Seeder(nn.Module):
 
 
 class LogVariance(nn.Module):
-    """A linear layer whose bias starts at -5: initially the states deviate by exp(-2.5) = 0.08."""
+    """A linear layer whose bias starts at -5, so that states initially have a standard deviation of
+    exp(-2.5) = 0.08."""
 
     features: int
 
@@ -180,13 +182,13 @@ class Graph(nn.Module):
     ) -> dict[str, Latents]:
         """Returns the latents of "input", "mediator" and "output".
 
-        The states' noise (stream "state") is drawn in evaluation too, and left out where the
-        collection "noise" has no numbers and the stream no key.
+        The noise of the states (stream "state") is drawn in evaluation too, but left out there if
+        the collection "noise" has no numbers and the stream has no key.
 
         Args:
           batch: number of examples B; with noise every example has states of its own.
           train: adds noise to the codes (stream "code").
-          seed_mediators: False where the mediators start from the input latents' states.
+          seed_mediators: False if the mediators start from the input latents' states.
         """
         sets = {"input": self.input(), "mediator": self.mediator(), "output": self.output()}
         latents = {}
@@ -202,7 +204,7 @@ class Graph(nn.Module):
             states = arrays["states"]
             return jnp.broadcast_to(states, (batch, *states.shape)).astype(self.dtype)
         codes = arrays["codes"]
-        # Initial states come before the first layer, so its codes seed them.
+        # Initial states feed the first layer, so its codes seed them.
         codes = codes[0] if codes.ndim == 3 else codes
         codes = add_code_noise(self, f"{name}_codes", codes, self.config.code_noise, train=train)
         mean, deviation = self.seeder(codes)

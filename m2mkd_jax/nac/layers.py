@@ -1,5 +1,5 @@
-"""Layers that the parts of a NAC share (code-conditioned linear layers, LayerNorm), and the draws
-of random numbers."""
+"""Layers that the parts of a NAC share (code-conditioned linear layers, LayerNorm), and helpers
+that draw random numbers."""
 
 import dataclasses
 import math
@@ -36,8 +36,8 @@ def layer_normalise(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
 
 def l2_normalise(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     """Returns x / max(|x|, 1e-12) over the last axis, with a finite gradient at 0."""
-    # The root's argument is replaced where it is small: its derivative at 0 is infinite, and
-    # selecting the other branch afterwards would give NaN.
+    # The argument of the root is replaced where it is small: the derivative at 0 is infinite, and
+    # selecting the other branch only afterwards would give NaN gradients.
     square = jnp.sum(x**2, axis=-1, keepdims=True)
     small = square <= L2_EPS**2
     norm = jnp.sqrt(jnp.where(small, 1.0, square))
@@ -62,16 +62,17 @@ class LinearConfig(Section):
     """The linear layers of a NAC, `config.model.linear`.
 
     Attributes:
-      kind: "modulated" scales the input by the code (ModFC), "weight_modulated" the weights
-        (WModFC), "plain" ignores the code (FC).
-      normalization: of the scales of a modulated layer: "layer", "l2", "none", "sigmoid", "tanh".
-      gain: factor of the normalised scales, or its initial value.
+      kind: "modulated" scales the input depending on the code (ModFC), "weight_modulated" scales
+        the weights (WModFC), "plain" ignores the code (FC).
+      normalization: normalisation of a modulated layer's scales: "layer", "l2", "none", "sigmoid"
+        or "tanh".
+      gain: factor of the normalised scales, or its initial value if it is learned.
       learnable_gain: whether the gain is a parameter.
-      add_one: adds 1 to the scales, so that a gain of 0 is an ordinary linear layer.
-      renormalization: of the scaled input: "none", "layer" or "l2".
-      dropout: of the scales, in training.
+      add_one: adds 1 to the scales, so that with a gain of 0 the layer is an ordinary linear layer.
+      renormalization: normalisation of the scaled input: "none", "layer" or "l2".
+      dropout: dropout rate of the scales in training.
       weight_gain: factor of the initial weights.
-      activation: after the layer, "none" or "gelu".
+      activation: activation after the layer, "none" or "gelu".
     """
 
     kind: Annotated[str, one_of(*KINDS)] = "modulated"
@@ -86,7 +87,7 @@ class LinearConfig(Section):
 
     @property
     def is_linear(self) -> bool:
-        """True where the layer is a linear map of its input for a fixed code."""
+        """True if, for a fixed code, the layer is a linear map of its input."""
         return self.renormalization == "none" and self.activation == "none"
 
 
@@ -98,8 +99,8 @@ class CodeLinear(nn.Module):
       weight_modulated:  x V + b,  V = W * m / |W * m| per output,  m = c W_code + b_code + 1
       plain:             x W + b
 
-    Parameters: `kernel` (in, out), `bias` (out) if `use_bias`, `code_kernel` (Z, in), `gain` () if
-    learnable, `code_bias` (in) of a weight-modulated layer.
+    Parameters: `kernel` (in, out), `bias` (out) if `use_bias`, `code_kernel` (Z, in) unless plain,
+    `gain` () if learnable, `code_bias` (in) if weight-modulated.
 
     Scales are computed in float32 and without a batch axis; only the product with `kernel` is in
     `dtype`.
@@ -144,7 +145,7 @@ class CodeLinear(nn.Module):
         return ACTIVATIONS[config.activation](y)
 
     def scales(self, codes: Float[Array, "T Z"], *, train: bool = False) -> Float[Array, "T _"]:
-        """Returns the factors (T, in) of a modulated layer's input; ones for a plain layer."""
+        """Returns the factors (T, in) that scale a modulated layer's input; 1 for a plain layer."""
         config = self.config
         if config.kind == "plain":
             return jnp.ones((codes.shape[0], self.inputs), codes.dtype)
@@ -157,7 +158,7 @@ class CodeLinear(nn.Module):
         return scales + 1 if config.add_one else scales
 
     def _matrices(self, codes: Float[Array, "T Z"]) -> Float[Array, "T _ _"]:
-        """Returns one matrix (out, in) per code, its rows of unit length."""
+        """Returns one matrix (out, in) per code, with rows of unit length."""
         modulation = codes @ self.code_kernel + self.code_bias + 1
         matrices = self.kernel.T * modulation[:, None, :]
         square = jnp.sum(matrices**2, axis=-1, keepdims=True)
@@ -165,7 +166,7 @@ class CodeLinear(nn.Module):
 
 
 class Linear(nn.Module):
-    """x W + b, initially uniform within 1 / sqrt(in).
+    """x W + b, with both initialised uniformly within +-1 / sqrt(in).
 
     Parameters: `kernel` (in, out), `bias` (out).
     """
@@ -188,7 +189,7 @@ def norm(name: str | None, dtype: DTypeLike, epsilon: float = NORM_EPS) -> Layer
 
 
 def uniform_init(fan_in: int, gain: float = 1.0) -> jax.nn.initializers.Initializer:
-    """Uniform within gain / sqrt(fan_in), PyTorch's default for linear layers."""
+    """Uniform within +-gain / sqrt(fan_in); with gain 1, PyTorch's default for linear layers."""
     bound = gain / math.sqrt(fan_in)
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
         key, shape, dtype, -bound, bound
@@ -200,17 +201,17 @@ def draw(
 ) -> jax.Array:
     """Draws random numbers, or returns those that the collection "noise" has under `name`.
 
-    Golden cases and tests put the original's draws there.
+    Golden cases and tests use this collection to inject the original's draws.
 
     Args:
       module: the module that draws; the collection has its numbers under the module's path.
-      name: purpose of the numbers.
+      name: what the numbers are for.
       sample: maps a key to an array.
-      stream: name of the key among the rngs.
+      stream: name of the rng stream.
 
     Raises:
-      ValueError: when the collection's array has another shape.
-      flax.errors.InvalidRngError: when the collection has none and the stream has no key.
+      ValueError: if the collection's array has the wrong shape.
+      flax.errors.InvalidRngError: if the collection has no array and the stream has no key.
     """
     if not module.has_variable(NOISE, name):
         return sample(module.make_rng(stream))
@@ -223,20 +224,20 @@ def draw(
 
 
 def can_draw(module: nn.Module, name: str, *, stream: str) -> bool:
-    """Returns True where `draw` has numbers or a key.
+    """Returns True if `draw` has numbers or a key.
 
-    Draws of evaluation (states, pooling) are left out elsewhere.
+    Otherwise evaluation skips its draws (states, pooling).
     """
     return module.has_variable(NOISE, name) or module.has_rng(stream)
 
 
 def uniform(shape: tuple[int, ...]) -> Callable[[jax.Array], jax.Array]:
-    """Returns a function from a key to uniform float32 numbers in [0, 1) of a shape."""
+    """Returns a function from a key to float32 numbers of a shape, uniform in [0, 1)."""
     return lambda key: jax.random.uniform(key, shape)
 
 
 def normal(shape: tuple[int, ...]) -> Callable[[jax.Array], jax.Array]:
-    """Returns a function from a key to normal float32 numbers of a shape."""
+    """Returns a function from a key to standard normal float32 numbers of a shape."""
     return lambda key: jax.random.normal(key, shape)
 
 
@@ -245,7 +246,7 @@ def add_code_noise(
 ) -> Float[Array, "T Z"]:
     """Returns c + scale |c| (2 u - 1) in training, u uniform in [0, 1) (NAC, VectorScaleNoise).
 
-    There is one draw for the whole batch, and no gradient passes through the noise.
+    The whole batch shares one draw, and no gradient passes through the noise.
     """
     if not train or not scale:
         return codes

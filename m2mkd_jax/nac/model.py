@@ -1,4 +1,4 @@
-"""The config of a NAC, and the builders of the whole network and of its students."""
+"""The config of a NAC, and functions that build the whole network and its students."""
 
 import dataclasses
 import types
@@ -30,7 +30,7 @@ from m2mkd_jax.nac.students import MediatorStudent, ReadInStudent, ReadOutStuden
 from m2mkd_jax.nac.tokenizer import TokenizerConfig
 from m2mkd_jax.stages import Network
 
-# The read-out's kernel cuts and samples nothing (as in the published configs).
+# The read-out's kernel neither cuts nor samples edges (as in the published configs).
 READ_OUT_KERNEL = KernelConfig(truncation=None, stochastic=False)
 LEGACY_READ_IN_SCALE = 1e-6
 SPELLINGS = types.MappingProxyType(
@@ -40,51 +40,53 @@ SPELLINGS = types.MappingProxyType(
 
 @dataclasses.dataclass(frozen=True)
 class NacConfig(Section):
-    """Sizes and switches of a NAC, `config.model` with kind "nac". The defaults are the original's
-    for Tiny-ImageNet.
+    """Sizes and switches of a NAC, `config.model` with kind "nac". The defaults are those of the
+    original for Tiny-ImageNet.
 
     Attributes:
       kind: "nac".
       tokenizer: turns images into tokens.
-      inputs, mediators, outputs: numbers of latents.
-      iterations: of the mediators.
+      inputs, mediators, outputs: numbers of latents of each kind.
+      iterations: number of mediator iterations.
       width, code_width, signature_width: D, Z and Y.
-      heads, head_width: of all attentions.
-      read_in_heads, read_out_heads: heads of these attentions; 0 for `heads`.
-      ffn_factor: hidden width of an MLP over D.
+      heads, head_width: number of heads and width of a head, in all attentions.
+      read_in_heads, read_out_heads: number of heads in these attentions; 0 for `heads`.
+      ffn_factor: hidden width of an MLP, relative to D.
       geglu, qkv_bias, layer_scale: see `blocks.BlockConfig`.
       linear: the code-conditioned layers.
-      kernel: between mediators, and between input latents and mediators.
-      mask: whether the kernels mask the attention; False attends to all, in the read-out too.
-      share_norm: norms senders with the receivers' LayerNorm, in the propagators.
+      kernel: kernel between mediators, and between input latents and mediators.
+      mask: whether the kernels mask the attention; False attends to all latents, also in the
+        read-out.
+      share_norm: in the propagators, norms senders with the receivers' LayerNorm.
       code_noise: noise on codes in training, relative to their size.
       seeding: initial states of latents, see `latents.GraphConfig`.
       seeder_code_noise: whether the seeder's codes get that noise, too.
-      read_in: "attention" or "projection", which needs as many input latents as tokens.
+      read_in: "attention", or "projection", which needs as many input latents as tokens.
       read_in_scale: initial value of the read-in attention's layer scale.
       read_in_residual: whether the read-in attention is added to the initial states.
       read_out_residual: whether the read-out attention is added to the initial states.
       read_out_head: whether a code-conditioned layer maps each output state to logits before the
-        pooling; "first_slot" needs it.
-      read_out_head_norm: whether its input is normed.
-      pooling, temperature: of the output states, see `network.ReadOutConfig`.
+        pooling; pooling "first_slot" needs it.
+      read_out_head_norm: whether the input of that layer is normed.
+      pooling, temperature: pooling of the output states, see `network.ReadOutConfig`.
       inputs_to_mediators, inputs_to_outputs, inputs_as_mediators: see `network.Wiring`.
-      share_propagators: runs the same propagator in every iteration.
-      share_ffns: the same MLP in every iteration.
+      share_propagators: uses the same propagator in every iteration.
+      share_ffns: uses the same MLP in every iteration.
       share_codes: gives mediators the same codes in every iteration.
       identical_codes: starts all mediators with the same code.
-      learn_codes, learn_signatures: whether the latents' are trained.
+      learn_codes, learn_signatures: whether the latents' codes and signatures are trained.
       layerwise: values that differ by iteration: the name of a field of `blocks.BlockConfig`
         ("ffn_factor", "kernel/truncation") and one value per iteration.
       prior: the graph that the mediators' signatures start from.
-      students: the students' parameters that the whole NAC starts from: "imagenet" takes all,
-        "tinyimagenet" leaves out positional grid and pooling, which fit other images and labels
-        ("tinyimnet" and "tinynet" are spellings of it, "imnet" of the first).
-      legacy_read_in_scale: starts the MLP's layer scale of the read-in student at 1e-6, as the
+      students: which student parameters the whole NAC starts from: "imagenet" takes all,
+        "tinyimagenet" leaves out positional grid and pooling, which depend on image size and
+        labels ("tinyimnet" and "tinynet" are other spellings of it, "imnet" of "imagenet").
+      legacy_read_in_scale: starts the layer scale of the read-in student's MLP at 1e-6, as the
         original does by mistake; the whole NAC then inherits it.
       attention: implementation of the latents' attention: "xla"; "auto", cuDNN's kernel on GPUs
-        where it is faster and XLA elsewhere; or "cudnn", in bfloat16 on GPUs only. "xla" is the
-        default as cuDNN's gradient of log affinities has been compiled, but not compared on a card.
+        where it is faster and XLA elsewhere; or "cudnn", only in bfloat16 on GPUs. The default is
+        "xla" because cuDNN's gradient of log affinities has been compiled, but not verified on a
+        GPU.
       remat: recomputes each propagator in the backward pass instead of keeping its activations.
     """
 
@@ -151,7 +153,7 @@ class NacConfig(Section):
             )
         if self.share_propagators and self.layerwise:
             raise FieldError(
-                f"layerwise={shown(self.layerwise)} makes iterations differ and "
+                f"layerwise={shown(self.layerwise)} makes iterations differ, but "
                 "share_propagators=True makes them the same: drop either"
             )
         for name, values in self.layerwise.items():
@@ -160,7 +162,7 @@ class NacConfig(Section):
                     f"layerwise.{name}={shown(values)} must have iterations={self.iterations} "
                     "values"
                 )
-        # These are built again when needed: here they only check their own fields.
+        # Only to run the checks of these configs; they are built again when needed.
         self.graph()
         self.block()
         for layer in range(self.iterations if self.layerwise else 0):
@@ -192,7 +194,7 @@ class NacConfig(Section):
         )
 
     def propagator(self, layer: int, *, drop_path: float) -> BlockConfig:
-        """Returns the config of one iteration's propagator, with its values of `layerwise`."""
+        """Returns the config of one iteration's propagator, including its `layerwise` values."""
         block = self.block(drop_path=drop_path)
         for name, values in self.layerwise.items():
             try:
@@ -248,7 +250,7 @@ class NacConfig(Section):
         )
 
     def trainable(self) -> str:
-        """Returns a regex of the parameters that are trained."""
+        """Returns a regex of the trained parameters."""
         fixed = [] if self.learn_codes else ["codes"]
         fixed += [] if self.learn_signatures else ["signatures"]
         return rf"(?!.*/graph/\w+/({'|'.join(fixed)})$).*" if fixed else ".*"
@@ -276,7 +278,7 @@ PRESETS = types.MappingProxyType(
 
 
 def preset(name: str) -> tuple[NacConfig, int, int]:
-    """Returns config, image side and number of labels of a published NAC.
+    """Returns the config, image side and number of labels of a published NAC.
 
     Raises:
       ValueError: for a name that is not in PRESETS.
@@ -294,10 +296,10 @@ def build(
     dtype: DTypeLike = jnp.float32,
     drop_path: float = 0.0,
 ) -> NacNetwork:
-    """Builds the whole NAC; `drop_path` is the same in every propagator.
+    """Builds the whole NAC; every propagator has the same `drop_path`.
 
     Raises:
-      ValueError: for an image too small for the tokenizer's convolutions.
+      ValueError: if the images are too small for the tokenizer's convolutions.
     """
     if config.tokenizer.side(interface.image_size) < 1:
         raise ValueError(
@@ -337,12 +339,12 @@ def build_students(
     """Builds the students of a NAC: read-in, one mediator student per iteration, read-out.
 
     Args:
-      config: of the whole NAC; students have neither kernels nor noise on codes.
+      config: config of the whole NAC; students have neither kernels nor noise on codes.
       interface: image side, channels and labels.
       meta_width, meta_tokens: width and number of the meta model's tokens.
-      seed: of the students' fixed codes and states.
-      dtype: of the computation.
-      drop_path: of the mediator students.
+      seed: seed of the students' fixed codes and states.
+      dtype: compute dtype.
+      drop_path: stochastic depth of the mediator students.
     """
     bare = {"kernel": None, "code_noise": 0.0}
     read_in = config.read_in_config()
@@ -366,7 +368,7 @@ def build_students(
 
 
 def _replace(block: Any, names: list[str], value: Any) -> Any:
-    """Returns `block` with the field `names` (a path through its dataclasses) set to `value`."""
+    """Returns `block` with the field at path `names` through its dataclasses set to `value`."""
     fields = dataclasses.fields(block) if dataclasses.is_dataclass(block) else ()
     known = sorted(field.name for field in fields)
     if names[0] not in known:
@@ -376,8 +378,8 @@ def _replace(block: Any, names: list[str], value: Any) -> Any:
     return dataclasses.replace(block, **{names[0]: value})
 
 
-# Matrices are split over fsdp along their longer side, code kernels along the scales. The latents'
-# own arrays and vectors of one number per channel are small: every device holds them whole.
+# Matrices are sharded over fsdp along their input axis, `exit` and `down` along their output axis.
+# The latents' own arrays and per-channel vectors are small and replicated.
 PARTITION_RULES = (
     (r"/(query|key|value|up|linear|projection)/kernel$", P("fsdp")),
     (r"/(exit|down)/kernel$", P(None, "fsdp")),

@@ -1,8 +1,8 @@
-"""Tensor names of NACs and of their students, as the original has them.
+"""Tensor names of NACs and of their students, as in the original.
 
 A whole NAC has names such as `latent_graphs.0.propagators.3.ffn.ffn.0.native_weight`; parts and
-students have those below their own module. The kinds of code-conditioned layers differ in names
-alone, so that every part with such layers takes the kind of them (`LinearConfig.kind`).
+students have the names below their own module. The kinds of code-conditioned layers differ only in
+names, so the functions for parts with such layers take their kind (`LinearConfig.kind`).
 """
 
 import itertools
@@ -27,8 +27,7 @@ from m2mkd_jax.stages import Place, stage_name
 Entries = dict[str, Entry]
 ROOT = "latent_graphs.0."
 PROPAGATORS = f"{ROOT}propagators."
-# Names of a code-conditioned layer's tensors, by its kind: of kernel, bias, gain, code's kernel and
-# code's bias.
+# Tensor names of a code-conditioned layer by kind, and by our name of the parameter.
 CODE_LINEAR: Mapping[str, Mapping[str, str]] = {
     "modulated": {
         "kernel": "native_weight",
@@ -47,7 +46,7 @@ CODE_LINEAR: Mapping[str, Mapping[str, str]] = {
 
 
 def network_table(config: NacConfig) -> Table:
-    """Of a whole NAC; what iterations share, a file lists once an iteration."""
+    """The tensor names of a whole NAC; a file repeats shared tensors for every iteration."""
     kind, count = config.linear.kind, config.iterations
     last = stage_name(count + 1)
     entries = _join(
@@ -77,12 +76,12 @@ def network_table(config: NacConfig) -> Table:
 
 
 def student_table(config: NacConfig, place: Place) -> Table:
-    """Of a student by its place among the others."""
+    """The tensor names of a student, by its place among the others."""
     return Table(STUDENTS[place](config.linear.kind))
 
 
 def code_linear(kind: str) -> Entries:
-    """Of `nac.layers.CodeLinear`; all but its kernel may be absent."""
+    """The entries of a `nac.layers.CodeLinear`; biases and gain may be absent."""
     names = CODE_LINEAR[kind]
     turned = {"kernel", "code_kernel"}
     entries = {p: (transpose if p in turned else copy)(name) for p, name in names.items()}
@@ -90,7 +89,7 @@ def code_linear(kind: str) -> Entries:
 
 
 def attention(kind: str) -> Entries:
-    """Of latent and read-in attention."""
+    """The entries of latent and read-in attention."""
     layer = code_linear(kind)
     return _join(
         ("receiver_layernorm.", "receiver_norm/", _NORM),
@@ -104,7 +103,7 @@ def attention(kind: str) -> Entries:
 
 
 def ffn(kind: str) -> Entries:
-    """Of the code-conditioned MLP."""
+    """The entries of the code-conditioned MLP."""
     layer = code_linear(kind)
     return _join(
         ("layernorm.", "norm/", _NORM),
@@ -115,12 +114,12 @@ def ffn(kind: str) -> Entries:
 
 
 def propagator(kind: str) -> Entries:
-    """Of attention and MLP."""
+    """The entries of a propagator: attention and MLP."""
     return _join(("latent_attention.", "attention/", attention(kind)), ("ffn.", "ffn/", ffn(kind)))
 
 
 def read_in(kind: str) -> Entries:
-    """Of a read-in by attention or projection."""
+    """The entries of a read-in, by attention or projection."""
     return _join(
         ("read_in_attention.", "attention/", optional(attention(kind))),
         ("read_in_projection.", "projection/", optional(code_linear(kind))),
@@ -129,7 +128,7 @@ def read_in(kind: str) -> Entries:
 
 
 def read_out(kind: str) -> Entries:
-    """Of attention, MLP and head of the output latents."""
+    """The entries of the read-out: attention, MLP and head of the output latents."""
     return _join(
         ("", "", propagator(kind)),
         ("head.0.module.", "code_head/norm/", optional(_NORM)),
@@ -138,7 +137,7 @@ def read_out(kind: str) -> Entries:
 
 
 def tokenizer() -> Entries:
-    """Of a tokenizer of any number of stages and blocks."""
+    """The entries of a tokenizer with any number of stages and blocks."""
     trunk = _join(
         ("downsample_layers.0.0.", "stem/", _CONV),
         ("downsample_layers.0.1.", "stem_norm/", _NORM),
@@ -162,13 +161,13 @@ def tokenizer() -> Entries:
 
 
 def latents() -> Entries:
-    """Of one set of latents."""
+    """The entries of one set of latents."""
     states = optional({"states": copy("initial_states_")})
     return {"signatures": copy("signatures_"), "codes": copy("codes_")} | states
 
 
 def seeder() -> Entries:
-    """Of what makes first states of codes."""
+    """The entries of the seeder, which makes initial states from codes."""
     return _join(
         ("layernorm.", "norm/", _NORM),
         ("code_to_state_mu.", "mean/", _DENSE),
@@ -177,29 +176,29 @@ def seeder() -> Entries:
 
 
 def pooling() -> Entries:
-    """Of the output states' pooling, with or without confidences."""
+    """The entries of the pooling of output states, with or without confidences."""
     return linear("to_logits", "head") | optional(linear("confidence_scorer", "confidence"))
 
 
 def read_in_student(kind: str) -> Entries:
-    """Of the first student."""
+    """The entries of the first student."""
     return _join(
         ("tokenizer.", "tokenizer/", tokenizer()), ("read_in.", "read_in/", read_in(kind)), _POST
     )
 
 
 def mediator_student(kind: str) -> Entries:
-    """Of a student between the first and the last."""
+    """The entries of a student between the first and the last."""
     return _join(_PRE, ("", "", propagator(kind)), _POST)
 
 
 def read_out_student(kind: str) -> Entries:
-    """Of the last student."""
+    """The entries of the last student."""
     return _join(_PRE, ("", "", read_out(kind)), ("tokenizer.", "pooling/", pooling()))
 
 
 def _join(*parts: tuple[str, str, Entries]) -> Entries:
-    """Entries of modules, each below its prefix in the tensors' names and in our paths."""
+    """The entries of several modules, each below its prefix of tensor names and of our paths."""
     joined = (below(part, source=source, target=target) for source, target, part in parts)
     return dict(itertools.chain.from_iterable(part.items() for part in joined))
 

@@ -1,5 +1,5 @@
 """The whole Neural Attentive Circuit: input latents attend to image tokens, mediators exchange
-messages along a learned graph, output latents attend to them and are pooled."""
+messages along a learned graph, and output latents attend to the mediators and are pooled."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -29,12 +29,12 @@ GRAPH = "graph"
 
 @dataclasses.dataclass(frozen=True)
 class ReadInConfig:
-    """The way from tokens to states of input latents.
+    """How tokens become states of input latents.
 
     Attributes:
-      block: of the attention and its MLP.
+      block: config of the attention and its MLP.
       kind: "attention" or "projection".
-      scale: initial value of the attention's layer scale; None for none.
+      scale: initial value of the attention's layer scale; None for no layer scale.
     """
 
     block: BlockConfig
@@ -44,14 +44,14 @@ class ReadInConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ReadOutConfig:
-    """The way from states to logits.
+    """How states become logits.
 
     Attributes:
-      block: of the attention of the output latents.
-      pooling: "gumbel", "gumbel_hard", "softmax" or "first_slot", the first output state as it is.
-      temperature: of the pooling.
-      head: width of a code-conditioned layer between block and pooling; None for none.
-      head_norm: whether that layer's input is normed.
+      block: config of the output latents' attention and MLP.
+      pooling: "gumbel", "gumbel_hard", "softmax", or "first_slot", the first output state as it is.
+      temperature: temperature of the pooling.
+      head: width of a code-conditioned layer between block and pooling; None for no such layer.
+      head_norm: whether the input of that layer is normed.
     """
 
     block: BlockConfig
@@ -66,8 +66,8 @@ class Wiring:
     """The connections between the groups of latents.
 
     Attributes:
-      inputs_to_mediators: when mediators attend to input latents: "always", in the "first"
-        iteration only, or "never".
+      inputs_to_mediators: when mediators attend to input latents: "always", only in the "first"
+        iteration, or "never".
       inputs_to_outputs: whether the output latents attend to the input latents.
       inputs_as_mediators: starts the mediators with the states of the input latents.
     """
@@ -100,7 +100,7 @@ class ReadIn(nn.Module):
         tokens = Tokenizer(self.tokenizer, self.interface.image_size, self.dtype, name="tokenizer")(
             images
         )
-        # Kept only if the caller records "intermediates", so it costs nothing otherwise.
+        # Costs nothing unless the caller records "intermediates".
         self.sow("intermediates", "tokens", tokens)
         config, width = self.config, self.tokenizer.token_width
         if config.kind == "projection":
@@ -111,11 +111,11 @@ class ReadIn(nn.Module):
 
 
 class ReadOut(nn.Module):
-    """The last stage: output latents attend to the others, and their states are pooled to logits
+    """The last stage: output latents attend to the others, and their states are pooled into logits
     (NAC, ReadOut).
 
-    Parameters: `attention` and `ffn`, as of a `Propagator`; `code_head` where there is one;
-    `pooling` unless the first state is the output. Sows under `intermediates`: `output_states`.
+    Parameters: `attention` and `ffn`, as in a `Propagator`; `code_head` if there is one; `pooling`
+    unless it is "first_slot". Sows under `intermediates`: `output_states`.
     """
 
     config: ReadOutConfig
@@ -124,11 +124,11 @@ class ReadOut(nn.Module):
 
     def setup(self):
         config = self.config
-        # The block's parameters are directly below the stage's, as in a propagator.
+        # Puts the block's parameters directly below the stage, as in a propagator.
         self.block = Propagator(config.block, self.dtype)
         nn.share_scope(self, self.block)
         if config.head is not None:
-            # Where its outputs are the logits, they are in float32, as the logits of other heads.
+            # If its outputs are the logits, they are float32, like the logits of other heads.
             gives_logits = config.pooling == "first_slot"
             precise = jnp.promote_types(self.dtype, jnp.float32)
             self.code_head = CodeHead(config, precise if gives_logits else self.dtype)
@@ -186,13 +186,14 @@ class NacNetwork:
     """A NAC as a sequence of stages (read-in, propagators, read-out) and the graph of latents.
 
     Attributes:
-      graph: all latents; parameters under "graph".
-      read_in, propagators, read_out: stage 0, 1.., and the last; parameters under `stage_name(i)`.
+      graph: all latents; their parameters are under "graph".
+      read_in, propagators, read_out: stage 0, stages 1.., and the last stage; their parameters are
+        under `stage_name(i)`.
       wiring: who attends to whom.
       interface: image side, channels and labels.
-      share_propagators: all iterations run stage 1; no other propagator has parameters.
-      share_ffns: all iterations run the MLP of stage 1.
-      dtype: of the computation.
+      share_propagators: all iterations use stage 1; no other propagator has parameters.
+      share_ffns: all iterations use the MLP of stage 1.
+      dtype: compute dtype.
       remat: recomputes each propagator in the backward pass.
     """
 
@@ -216,9 +217,9 @@ class NacNetwork:
         """Initialises the parameters.
 
         Args:
-          key: a stage's parameters depend only on it and on the stage's name.
-          signatures: of the sets of latents ("mediator", ...) that start from a graph prior; those
-            of the others are drawn.
+          key: PRNG key; a stage's parameters depend only on it and on the stage's name.
+          signatures: given initial signatures by set of latents ("mediator", ...); those of other
+            sets are drawn.
         """
         latents = Graph(self.graph, self.dtype)
         params = {GRAPH: latents.init(fold_name(key, GRAPH), 1)["params"]}
@@ -226,8 +227,8 @@ class NacNetwork:
             params[GRAPH][name]["signatures"] = jnp.asarray(array, jnp.float32)
         last, graph = len(self) - 1, self.graph
         size, channels = self.interface.image_size, self.interface.channels
-        # One latent is enough, since the shapes of parameters do not depend on their number; only a
-        # read-in by projection needs one latent per token.
+        # A single latent is enough, since parameter shapes do not depend on the number of latents;
+        # only a read-in by projection needs one latent per token.
         state, code = jnp.zeros((1, 1, graph.width)), jnp.zeros((1, graph.code_width))
         message = (state, code, (state,), code, jnp.zeros((1, 1)))
         image = jnp.zeros((1, size, size, channels))
@@ -238,7 +239,8 @@ class NacNetwork:
         calls[last] = (self.read_out, message)
         for i, (module, arguments) in calls.items():
             name = stage_name(i)
-            # Keys by name, not split in order: a stage starts alike in a NAC of any length.
+            # Keys by name, not split in order, so that a stage is initialised alike in NACs with
+            # any number of iterations.
             stage = module.init(fold_name(key, name), *arguments, train=False)["params"]
             if self.share_ffns and 1 < i < last:
                 del stage["ffn"]
@@ -258,25 +260,26 @@ class NacNetwork:
         """Computes the logits of images.
 
         Args:
-          params: parameters laid out as those of `init`.
-          images: of the interface's size.
+          params: parameters laid out as in `init`.
+          images: images of the interface's size.
           train: adds noise to codes, samples edges, drops paths and scales.
-          rngs: keys of the streams "code", "kernel", "drop_path" (training), "state" and "pooling"
-            (evaluation too; without them the states are means and the pooling has no noise).
-          noise: random numbers that replace drawn ones, a subtree each for "graph" and stages, see
-            `layers.draw`.
-          record: linen collections to return, and "states" for the final states of `input` and
+          rngs: keys of the streams "code", "kernel" and "drop_path" (for training), "state" and
+            "pooling" (for evaluation too; without them, states are means and the pooling has no
+            noise).
+          noise: random numbers that replace drawn ones, with a subtree for "graph" and for each
+            stage, see `layers.draw`.
+          record: linen collections to return; "states" adds the final states of `input` and
             `mediator` latents.
 
         Returns:
           Logits (B, L), and the recorded collections by part.
 
         Raises:
-          ValueError: for images of another shape.
+          ValueError: if the images have another shape.
         """
         self._check_images(images)
-        # Every part is applied by itself with its own subtree, not as a child of one large module:
-        # a student is trained on such a subtree, and the whole network uses it as it is.
+        # Every part is applied on its own with its own subtree, not as a child of one large module:
+        # such a subtree is what a student trains, and the whole network uses it unchanged.
         call = _Caller(params, noise or {}, rngs or {}, train, record)
         wiring, batch = self.wiring, images.shape[0]
         latents = call(
@@ -290,8 +293,8 @@ class NacNetwork:
         states = constrain(states, "batch", "tokens", "width")
         mediator_states = states if wiring.inputs_as_mediators else mediators.states
 
-        # Unrolled, not a scan: iterations may differ in config and parameters, and each is a stage
-        # with a subtree of its own.
+        # Unrolled rather than scanned: iterations may differ in config and parameters, and each is
+        # a stage with its own subtree.
         distance = self._distance(mediators, inputs)
         cached = self._project_inputs_once(call, states, inputs, train)
         for layer in range(len(self.propagators)):
@@ -332,7 +335,7 @@ class NacNetwork:
     def _propagate(self, call, layer, states, codes, inputs, distance, cached) -> jax.Array:
         """Runs one iteration: mediators attend to each other, and to the input latents unless
         `inputs` is None."""
-        # Shared parameters exist once, under stage 1; noise and keys stay those of the iteration.
+        # Shared parameters are stored only under stage 1; noise and keys are the iteration's own.
         name, shared = stage_name(layer + 1), {}
         if self.share_propagators:
             shared = call.params[stage_name(1)]
@@ -359,11 +362,11 @@ class NacNetwork:
     def _project_inputs_once(self, call, states, inputs, train: bool):
         """Projects the input latents to keys and values that all iterations share.
 
-        Returns None where iterations differ: each has weights, noise on codes or dropped scales of
-        its own, or not all attend to the input latents.
+        Returns None if iterations cannot share them: because each has its own weights, noise on
+        codes or dropped scales, or because not all attend to the input latents.
         """
-        # Input latents do not change after the read-in. Projecting them once saves their
-        # share of the senders' projections in every iteration but the first.
+        # The states of input latents do not change after the read-in. Projecting them once saves
+        # their part of the senders' projections in every iteration but the first.
         noisy = train and (self.propagators[0].config.code_noise or self._drops_scales())
         always = self.wiring.inputs_to_mediators == "always"
         if not self.share_propagators or noisy or not always:
@@ -378,14 +381,14 @@ class NacNetwork:
         side, channels = self.interface.image_size, self.interface.channels
         if images.shape[1:] != (side, side, channels):
             raise ValueError(
-                f"images have shape {images.shape[1:]}, and the model takes "
+                f"images have shape {images.shape[1:]}, but the model takes "
                 f"{(side, side, channels)}; check config.data.image_size and config.data.channels"
             )
 
 
 @dataclasses.dataclass
 class _Caller:
-    """Runs a part with its own parameters, noise and keys, and collects its recordings."""
+    """Runs parts, each with its own parameters, noise and keys, and collects their records."""
 
     params: Params
     noise: Mapping[str, Any]
@@ -398,8 +401,8 @@ class _Caller:
         variables = {"params": self.params[name] if params is None else params}
         if name in self.noise:
             variables[NOISE] = self.noise[name]
-        # A key by stage name: linen derives keys from paths within the module, which are the same
-        # in every iteration.
+        # Fold in the stage name: linen derives keys from paths within the module, which are the
+        # same in every iteration.
         keys = {stream: fold_name(key, name) for stream, key in self.rngs.items()}
         collections = [c for c in self.record if c != "states"]
 
@@ -414,7 +417,7 @@ class _Caller:
                 **switches,
             )
 
-        # Keys and noise are arguments, so the backward pass recomputes with the same draws.
+        # Keys and noise are arguments, so that the backward pass recomputes with the same draws.
         run = jax.checkpoint(run) if remat else run
         result, recorded = run(variables, keys, *arguments)
         if recorded:

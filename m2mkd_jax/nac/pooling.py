@@ -1,4 +1,4 @@
-"""Pooling of the output latents' states to logits."""
+"""Pooling of the output latents' states into logits."""
 
 import jax
 from flax import linen as nn
@@ -15,16 +15,16 @@ class ConfidencePooling(nn.Module):
     """W sum_t w_t x_t + b,  w = softmax((confidence(x_t) + g_t) / temperature) over the latents
     (NAC, OutputLatentPooling).
 
-    Confidences, weights and logits are in float32. The noise (stream "pooling") is left out where
-    the collection "noise" has no numbers and the stream no key.
+    Confidences, weights and logits are in float32. In evaluation the noise (stream "pooling") is
+    left out if the collection "noise" has no numbers and the stream has no key.
 
     Parameters: `confidence` (a linear layer to one number) and `head`.
 
     Attributes:
       labels: L.
-      kind: "gumbel" adds Gumbel noise g, in evaluation too; "gumbel_hard" then takes the single
+      kind: "gumbel" adds Gumbel noise g, also in evaluation; "gumbel_hard" then takes the single
         best latent, with the gradient of the soft weights; "softmax" has no noise.
-      temperature: of the softmax.
+      temperature: temperature of the softmax.
     """
 
     labels: int
@@ -41,7 +41,7 @@ class ConfidencePooling(nn.Module):
             confidence = confidence + draw(self, "gumbel", sample, stream="pooling")
         weights = jax.nn.softmax(confidence / self.temperature)
         if self.kind == "gumbel_hard":
-            # Straight-through: the value is the one-hot choice, the gradient that of the weights.
+            # Straight-through: the value of the one-hot choice, the gradient of the weights.
             best = jax.nn.one_hot(jnp.argmax(weights, axis=-1), weights.shape[-1])
             weights = jax.lax.stop_gradient(best - weights) + weights
         pooled = jnp.einsum("BT,BTD->BD", weights.astype(states.dtype), states)

@@ -31,13 +31,13 @@ class Prior:
     """A graph and the signatures fitted to it.
 
     Attributes:
-      adjacency: (T, T) bool, of the graph.
+      adjacency: (T, T) bool, adjacency of the graph.
       communities: (T,) int, the community of each node.
       signatures: (T, Y) float32, fitted to the graph.
-      disagreement: share of pairs connected in only one of graph and signatures; with hinge=False
-        the mean squared error of the distances.
-      edges, missed, spurious: number of the graph's edges, of those that the signatures lack, and
-        of those that only the signatures have.
+      disagreement: share of pairs that are connected in either graph or signatures but not both;
+        with hinge=False the mean squared error of the distances.
+      edges, missed, spurious: number of edges of the graph, of graph edges that the signatures
+        lack, and of edges that only the signatures have.
     """
 
     adjacency: np.ndarray
@@ -57,23 +57,24 @@ def prepare_prior(
     seed: int,
     cache: epath.PathLike | None = None,
 ) -> Prior | None:
-    """Makes the prior of a run, or reads the one that the run made before (NAC, graph priors;
+    """Makes the prior of a run, or reads the one that the run made earlier (NAC, graph priors;
     seeding.py of the original).
 
-    All processes get that of process 0.
+    All processes get the prior of process 0.
 
     Args:
       config: graph and fit.
       nodes: number T of mediators.
       signature_width: width Y.
-      seed: of the graph and of the signatures before the fit.
-      cache: folder with the prior in FILE; one of other settings, or a damaged one, is replaced.
+      seed: seed of the graph and of the signatures before the fit.
+      cache: folder with the prior in FILE; a file with other settings, or a damaged one, is
+        replaced.
 
     Returns:
       The prior; None for the graph "none".
 
     Raises:
-      ValueError: when the graph cannot have that many nodes.
+      ValueError: if the graph cannot have that many nodes.
     """
     if config.graph == "none":
         return None
@@ -88,7 +89,7 @@ def prepare_prior(
         if path is not None and jax.process_index() == 0:
             _write(path, prior, fingerprint)
     if jax.process_count() > 1:
-        # Fits on different hosts may differ in the last bits, which replicated parameters must not.
+        # Fits on different hosts may differ in the last bits, but replicated parameters must not.
         prior = _as_prior(multihost_utils.broadcast_one_to_all(dataclasses.asdict(prior)))
     logging.info(
         "graph prior %s: %d nodes, %d edges; signatures miss %d, add %d, disagreement %.3g",
@@ -104,7 +105,7 @@ def prepare_prior(
 
 def draw_signatures(key: jax.Array, *, nodes: int, width: int) -> Float[Array, "T Y"]:
     """Draws the signatures before the fit: a random matrix with orthonormal columns, or with
-    orthonormal rows where there are fewer nodes than `width`."""
+    orthonormal rows if there are fewer nodes than `width`."""
     return jax.nn.initializers.orthogonal()(key, (nodes, width), jnp.float32)
 
 
@@ -115,12 +116,13 @@ def fit_signatures(
 ) -> tuple[Float[Array, "T Y"], Float[Array, " _"]]:
     r"""Minimises 1/T^2 sum_ts [A_ts max(tau, d_ts) + (1 - A_ts) max(-tau, -d_ts)] with Adam.
 
-    A = `adjacency`, d = cosine distances of the signatures, tau = `config.truncation`; a node with
-    itself counts as not connected. With hinge=False: the mean of (d_ts - l_ts / max l)^2, l the
+    A = `adjacency`, d = cosine distances of the signatures, tau = `config.truncation`; a node is
+    not connected to itself. With hinge=False: the mean of (d_ts - l_ts / max l)^2, with l the
     lengths of shortest paths. (NAC, graph priors; seeding.py of the original.)
 
     Returns:
-      Signatures after `config.steps` updates, and the loss after 0 to `config.steps` of them.
+      Signatures after `config.steps` updates, and the losses after 0, 1, ... `config.steps` of
+      them.
     """
     target = np.asarray(adjacency, np.float32) if config.hinge else scaled_paths(adjacency)
     return _fit(
@@ -133,7 +135,7 @@ def fit_signatures(
 
 
 def scaled_paths(adjacency: Bool[np.ndarray, "T T"]) -> Float[np.ndarray, "T T"]:
-    """Returns the lengths of shortest paths over the longest one; 0 where there is no path."""
+    """Returns the lengths of shortest paths, divided by the longest; 0 where there is no path."""
     lengths = csgraph.shortest_path(np.asarray(adjacency, float), directed=False, unweighted=True)
     lengths = np.where(np.isfinite(lengths), lengths, 0)
     return (lengths / max(1, lengths.max())).astype(np.float32)
@@ -146,7 +148,8 @@ def disagreement(
 ) -> float:
     """Returns the share of the T^2 pairs connected in either the graph or the signatures, not both.
 
-    Signatures connect pairs that are nearer than `truncation`; a node with itself agrees.
+    Signatures connect pairs that are nearer than `truncation`; a node paired with itself never
+    disagrees.
     """
     near = np.asarray(_is_near(signatures, truncation)) & ~np.eye(len(adjacency), dtype=bool)
     return float(np.mean(near != adjacency, dtype=np.float32))
@@ -155,7 +158,7 @@ def disagreement(
 def path_error(
     signatures: Float[Array | np.ndarray, "T Y"], adjacency: Bool[np.ndarray, "T T"]
 ) -> float:
-    """Returns the mean squared difference of the signatures' distances and `scaled_paths`."""
+    """Returns the mean squared difference between the signatures' distances and `scaled_paths`."""
     return float(_loss(jnp.asarray(signatures), jnp.asarray(scaled_paths(adjacency)), None))
 
 
@@ -164,7 +167,7 @@ def count_errors(
     adjacency: Bool[np.ndarray, "T T"],
     truncation: float,
 ) -> tuple[int, int]:
-    """Counts the graph's edges that the signatures lack, and the edges of the signatures alone."""
+    """Counts the graph's edges that the signatures lack, and the edges only in the signatures."""
     near = np.triu(_is_near(signatures, truncation), 1)
     edges = np.triu(adjacency, 1)
     return int(np.sum(edges & ~near)), int(np.sum(near & ~edges))
@@ -194,7 +197,7 @@ def _fit(target, init, learning_rate, *, truncation: float | None, steps: int):
         return (optax.apply_updates(signatures, updates), state), loss
 
     (signatures, _), losses = jax.lax.scan(update, (init, adam.init(init)), length=steps)
-    # The scan records each loss before its update, so the one after the last is computed here.
+    # The scan records each loss before its update, so the final loss is computed here.
     last = _loss(signatures, target, truncation)
     return signatures, jnp.append(losses, last)
 
@@ -229,7 +232,7 @@ def _write(path: epath.PathLike, prior: Prior, fingerprint: str) -> None:
 
 
 def _read(path: epath.Path, fingerprint: str, nodes: int, width: int) -> Prior | None:
-    """Reads the file of `_write`; None when it has another fingerprint or cannot be read."""
+    """Reads the file of `_write`; None if it has another fingerprint or cannot be read."""
     forms = _forms(nodes, width)
     try:
         arrays = read_npz(path, ("fingerprint", *forms))
@@ -240,18 +243,18 @@ def _read(path: epath.Path, fingerprint: str, nodes: int, width: int) -> Prior |
             if arrays[name].dtype.kind != kind or arrays[name].shape != shape:
                 raise ValueError(
                     f"{path} is damaged ({name} is {arrays[name].dtype} "
-                    f"{brief(arrays[name].shape)}, where {shape} is expected)"
+                    f"{brief(arrays[name].shape)}, expected {shape})"
                 )
         if stored.ndim or stored.dtype.kind != "U":
             raise ValueError(f"{path} is damaged (it has no fingerprint)")
     except (OSError, ValueError) as error:
-        logging.warning("%s; the graph prior is made again", error)
+        logging.warning("%s; the graph prior will be made again", error)
         return None
     return _as_prior(arrays)
 
 
 def _forms(nodes: int, width: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Returns the kind of numbers and the shape of each field of a Prior."""
+    """Returns the dtype kind and the shape of each field of a Prior."""
     return {
         "adjacency": ("b", (nodes, nodes)),
         "communities": ("i", (nodes,)),

@@ -1,8 +1,8 @@
-"""Two products of a NAC, with forms for CPUs.
+"""Two products of a NAC, with faster forms for CPUs.
 
-XLA's CPU compiler sums a product over a few examples in a loop that takes ten times as long as the
-same sum by a product of matrices. It has no depthwise convolution, and expands the gradient of its
-kernel to that of a dense one.
+On CPUs, XLA sums the elementwise product over the examples, for the gradient of the scales, in a
+loop that takes ten times as long as the same sum as a matrix product. It also has no depthwise
+convolution there, and expands the gradient of its kernel to that of a dense one.
 """
 
 import jax
@@ -16,14 +16,14 @@ from common_jax.nn.mlp import INIT
 
 
 def scale_by(x: Float[Array, "*B T D"], scales: Float[Array, "#T D"]) -> Float[Array, "*B T D"]:
-    """x * scales, the same scales for all examples."""
+    """x * scales, with the same scales for all examples."""
     if x.ndim < 3 or scales.shape != x.shape[-2:] or not fits(x.dtype):
         return x * scales
     return jax.lax.platform_dependent(x, scales, cpu=_scale, default=jnp.multiply)
 
 
 class Depthwise(nn.Module):
-    """Convolves each channel with a kernel of its own, with zeros around the image.
+    """Convolves each channel with a kernel of its own, with zero padding around the image.
 
     Parameters: `kernel` (side, side, 1, channels), `bias` (channels).
     """
@@ -77,7 +77,7 @@ def _convolve(x, kernel):
 def _convolve_by_shifts(x, kernel):
     side, padded = len(kernel), _pad(x, len(kernel))
 
-    # A loop over rows: written one after the other, all places take long to compile.
+    # A loop over the kernel's rows, since unrolling all of its places takes long to compile.
     def add_row(i, y):
         return y + sum(_shift(padded, i, j, x.shape) * kernel[i, j] for j in range(side))
 
@@ -108,6 +108,6 @@ def _pad(x, side):
 
 
 def _shift(padded, i, j, shape):
-    """What the place (i, j) of a kernel is multiplied with: an image of this shape."""
+    """The image, of this shape, that place (i, j) of a kernel is multiplied with."""
     rows = jax.lax.dynamic_slice_in_dim(padded, i, shape[1], axis=1)
     return rows[:, :, j : j + shape[2]]

@@ -1,20 +1,20 @@
 """The read-in: input latents attend to the tokens of an image.
 
 Every receiver has keys and values of its own, since the tokens are scaled by factors from the
-receiver's code before they are projected. As written, that needs arrays of shape (B, S, T, H K),
-9.9 GB each for ImageNet at 32 images. The projection is linear, so the sums can be rearranged and
-none of these arrays is needed:
+receiver's code before they are projected. Computed naively, that needs arrays of shape
+(B, S, T, H K), 9.9 GB each for ImageNet at 32 images. The projection is linear, so the sums can be
+rearranged such that none of these arrays is needed:
 
   score_bhts = <(W_h q_bth) * s_t, x_bs> / sqrt(K)        s = scales of the keys
   out_bth    = W'_h^T (s'_t * sum_s a_bhts x_bs) + b'_h    s' = scales of the values
 
-with W_h (U, K) a head's part of the kernel. The keys' bias adds the same number to all tokens'
-scores, which softmax ignores; the values' bias is added once, since the weights a sum to 1. The
-result is attention with H T queries of width U whose keys and values are both the normed tokens,
-shared by all heads.
+with W_h (U, K) the kernel of head h. The bias of the keys adds the same number to the scores of all
+tokens, which the softmax ignores; the bias of the values is added once, since the weights a sum to
+1. The result is attention with H T queries of width U, whose keys and values are both the normed
+tokens, shared by all heads.
 
 Layers that are not linear in their input, or that scale their weights, cannot be rearranged: they
-use the plain form and its memory.
+use the plain form, which needs those arrays.
 """
 
 import math
@@ -30,15 +30,15 @@ from m2mkd_jax.nac.layers import CodeLinear, add_code_noise, norm
 
 
 class ReadInAttention(nn.Module):
-    """Attention from receivers to tokens, with keys and values by each receiver's code (NAC,
-    ReadInAttention).
+    """Attention from receivers to tokens, with keys and values conditioned on each receiver's code
+    (NAC, ReadInAttention).
 
     Parameters: `receiver_norm`, `sender_norm`, `query`, `key`, `value`, `exit`, `layer_scale` (D).
 
     Attributes:
-      config: of the block.
-      token_width: width U of a token.
-      scale: initial value of the layer scale; None for none.
+      config: config of the block.
+      token_width: token width U.
+      scale: initial value of the layer scale; None for no layer scale.
     """
 
     config: BlockConfig
@@ -69,7 +69,8 @@ class ReadInAttention(nn.Module):
         query = self.query(self.receiver_norm(receivers), codes, train=train)
         query = query.reshape(*query.shape[:-1], config.heads, config.head_width)
         tokens = self.sender_norm(tokens)
-        # The rearrangement needs "key = kernel applied to scaled token" and nothing after it.
+        # The rearrangement requires that a key is the kernel applied to the scaled token, with
+        # nothing after it.
         if config.linear.is_linear and config.linear.kind != "weight_modulated":
             heads = pool_tokens(
                 query,
@@ -80,8 +81,8 @@ class ReadInAttention(nn.Module):
                 self._by_head(self.value),
             )
             pooled = heads.reshape(*heads.shape[:2], config.inner)
-            # The weights of a receiver sum to 1, so its values' bias can follow the pooling. The
-            # keys' bias is a parameter for the sake of published weights; it changes no result.
+            # The weights of a receiver sum to 1, so the bias of its values can follow the pooling.
+            # The bias of the keys changes no result, and is only there to hold published weights.
             if config.qkv_bias:
                 pooled = pooled + self.value.bias.astype(self.dtype)
         else:
@@ -90,7 +91,7 @@ class ReadInAttention(nn.Module):
         return receivers + branch if config.residual else branch
 
     def _pool_plainly(self, query, tokens, codes, *, train: bool) -> Float[Array, "B T _"]:
-        """Attends with keys and values of every token for every receiver.
+        """Attends with separate keys and values for every pair of token and receiver.
 
         Needs two arrays of shape (B, S, T, H K).
         """
@@ -110,12 +111,12 @@ class ReadInAttention(nn.Module):
         return heads.reshape(*heads.shape[:2], self.config.inner)
 
     def _by_head(self, linear: CodeLinear) -> Float[Array, "U H K"]:
-        # The head is the slower index of the outputs, as in `LatentAttention`.
+        # The head is the slower index of the output axis, as in `LatentAttention`.
         return linear.kernel.reshape(-1, self.config.heads, self.config.head_width)
 
 
 class AttentiveReadIn(nn.Module):
-    """Attention to the tokens and an MLP, with noise on the codes (NAC, AttentiveReadIn).
+    """Attention to the tokens, then an MLP, with noise on the codes (NAC, AttentiveReadIn).
 
     Parameters: `attention`, `ffn`.
     """
@@ -140,14 +141,14 @@ class AttentiveReadIn(nn.Module):
         train: bool = False,
     ) -> Float[Array, "B T D"]:
         """Returns the input latents' states."""
-        # One draw for attention and MLP: a receiver has the same noisy code in both.
+        # One draw for both: a receiver has the same noisy code in attention and MLP.
         codes = add_code_noise(self, "receiver_codes", codes, self.config.code_noise, train=train)
         states = self.attention(receivers, codes, tokens, train=train)
         return self.ffn(states, codes, train=train)
 
 
 class ProjectionReadIn(nn.Module):
-    """Projects token i to the state of input latent i, under the latent's noisy code (NAC,
+    """Projects token i to the state of input latent i, conditioned on the latent's noisy code (NAC,
     ProjectionReadIn). There must be as many tokens as latents.
 
     Parameters: `projection`, `ffn`.
@@ -175,7 +176,7 @@ class ProjectionReadIn(nn.Module):
         """Returns the input latents' states, which do not depend on `receivers`."""
         if tokens.shape[1] != codes.shape[0]:
             raise ValueError(
-                f"config.model.read_in='projection' needs as many input latents as tokens, and "
+                f"config.model.read_in='projection' needs as many input latents as tokens, but "
                 f"there are {codes.shape[0]} and {tokens.shape[1]}: set config.model.inputs to "
                 f"{tokens.shape[1]}"
             )
@@ -192,25 +193,25 @@ def pool_tokens(
     key_kernel: Float[Array, "U H K"],
     value_kernel: Float[Array, "U H K"],
 ) -> Float[Array, "B T H K"]:
-    """Attends to tokens x with keys W (s_t * x) and values W' (s'_t * x) of each receiver t.
+    """Attends to tokens x with keys W (s_t * x) and values W' (s'_t * x) for each receiver t.
 
-    Neither keys nor values are computed; see the docstring of the file for the rearrangement.
-    Costs 4 B T H K U + 4 B H T S U floating point operations forward, against 4 B S T U H K of the
-    plain form.
+    Neither keys nor values are computed; see the module docstring for the rearrangement. The
+    forward pass takes 4 B T H K U + 4 B H T S U floating point operations, versus 4 B S T U H K in
+    the plain form.
     """
     dtype = query.dtype
     batch, receivers, heads, width = query.shape
     key_scales, value_scales = (s[:, None, :].astype(dtype) for s in (key_scales, value_scales))
-    # Moves the key projection to the query's side, and 1 / sqrt(K) with it, where it is cheapest.
+    # Moves the key projection to the queries, and 1 / sqrt(K) with it, where it is cheapest.
     widened = jnp.einsum("BTHK,UHK->BTHU", query / math.sqrt(width), key_kernel.astype(dtype))
-    # One batched product with the queries of all heads as rows, so that tokens, and not a copy of
-    # them per head, are the second factor.
+    # One batched product with the queries of all heads as rows, so that the second factor is the
+    # tokens themselves and not a copy per head.
     rows = (widened * key_scales).reshape(batch, receivers * heads, -1)
     precise = jnp.promote_types(dtype, jnp.float32)
     scores = jnp.einsum("BTU,BSU->BTS", rows, tokens, preferred_element_type=precise)
     weights = jax.nn.softmax(scores).astype(dtype)
-    # The mean of the raw tokens comes first: scales and projection of the values do not depend on
-    # the token and can wait until S is summed over.
+    # First average the raw tokens: scales and projection of the values do not depend on the token,
+    # so they can be applied after the sum over S.
     pooled = jnp.einsum("BTS,BSU->BTU", weights, tokens)
     pooled = pooled.reshape(batch, receivers, heads, -1) * value_scales
     return jnp.einsum("BTHU,UHK->BTHK", pooled, value_kernel.astype(dtype))

@@ -1,8 +1,7 @@
-"""Students of m2mKD for a NAC: its read-in, one mediator iteration, and its read-out.
+"""The m2mKD students of a NAC: its read-in, one mediator iteration, and its read-out.
 
-Each sits between linear stitches to the meta model's width, with codes and states that are random
-and fixed. Students are ordinary stages: the first takes images, the others tokens of the meta
-model.
+Each has linear stitches to the meta model's width, and random but fixed codes and states. Students
+are ordinary stages: the first takes images, the others take tokens of the meta model.
 """
 
 import jax
@@ -20,15 +19,15 @@ from m2mkd_jax.nac.tokenizer import TokenizerConfig
 
 
 class ReadInStudent(nn.Module):
-    """Gives one token per image: the state of a single input latent, in the meta model's width.
+    """Outputs one token per image: the state of a single input latent, in the meta model's width.
 
     Parameters: `tokenizer`, `read_in`, `post_stitch`.
 
     Attributes:
-      tokenizer, config, interface: of the stage.
+      tokenizer, config, interface: see `ReadIn`.
       stitch_width: width of the meta model's tokens.
-      seed: of the latent's code and states.
-      dtype: of the computation.
+      seed: seed of the latent's code and states.
+      dtype: compute dtype.
     """
 
     tokenizer: TokenizerConfig
@@ -56,8 +55,8 @@ class ReadInStudent(nn.Module):
 
 
 class MediatorStudent(nn.Module):
-    """Treats the tokens of the meta model as mediators with one code: attention without a kernel,
-    and an MLP.
+    """Treats the meta model's tokens as mediators that share one code: attention without a kernel,
+    then an MLP.
 
     Parameters: `pre_stitch`, `attention`, `ffn`, `post_stitch`. The attribute `tokens` is the
     number of the meta model's tokens; see `ReadInStudent` for the others.
@@ -115,9 +114,9 @@ class ReadOutStudent(nn.Module):
 
 
 def fixed_codes(module: nn.Module, seed: int, width: int) -> Float[Array, "1 Z"]:
-    """Returns the one code of a student's latents: a normal draw, the same in every call.
+    """Returns the one code that a student's latents share: a normal draw, the same in every call.
 
-    The collection "noise" may have another as `codes`.
+    The collection "noise" can replace it, as `codes`.
     """
     if module.has_variable(NOISE, "codes"):
         return module.get_variable(NOISE, "codes")
@@ -129,7 +128,7 @@ def fixed_states(
 ) -> Float[Array, "B 1 D"]:
     """Returns the initial states of a student's latent: normal draws, the same in every call.
 
-    They differ between places of the batch. The collection "noise" may have others as `states`.
+    They differ between the places of a batch. The collection "noise" can replace them, as `states`.
     """
     if module.has_variable(NOISE, "states"):
         return module.get_variable(NOISE, "states").astype(dtype)

@@ -18,7 +18,7 @@ from common_jax.ranges import Count, Size, one_of
 from m2mkd_jax.nac.layers import norm
 from m2mkd_jax.nac.products import Depthwise
 
-NORM_EPS = 1e-6  # of the trunk; the rest of NAC has 1e-5
+NORM_EPS = 1e-6  # in the trunk; the rest of NAC has 1e-5
 STEM = 4
 DEPTHWISE = 7
 # Blocks per stage.
@@ -41,14 +41,14 @@ class TokenizerConfig(Section):
 
     Attributes:
       preset: blocks per stage, a key of PRESETS.
-      stages: number of stages, of three; each but the first halves the side.
-      width: channels of the third stage, even if it is left out; each earlier stage has half of
-        the next.
-      stem: side of the first convolution's patches, 4 in the original.
+      stages: number of stages, up to three; each but the first halves the side.
+      width: channels of the third stage, even if it is left out; each earlier stage has half as
+        many as the next.
+      stem: patch side of the first convolution, 4 in the original.
       grid_width: channels of the positional grid.
-      grid_size: side of the grid; 0 for that of the feature map.
-      grid_resize: for a feature map of another size, "none" raises an error, "adaptive" averages
-        the grid to the map's size.
+      grid_size: side of the grid; 0 for the side of the feature map.
+      grid_resize: if the feature map has another size, "none" raises an error and "adaptive"
+        averages the grid down or up to the size of the map.
     """
 
     preset: Annotated[str, one_of(*PRESETS)] = "tiny"
@@ -64,7 +64,7 @@ class TokenizerConfig(Section):
         if self.width % 4:
             raise FieldError(
                 f"width={self.width} must be a multiple of 4, since the first stage has a quarter "
-                "of it"
+                "of the channels"
             )
 
     @property
@@ -83,8 +83,8 @@ class TokenizerConfig(Section):
 
 
 class Tokenizer(nn.Module):
-    """Gives ConvNeXt features and the positional grid, one token per place in raster order (NAC,
-    ConvNeXtImageTokenizer). There is no norm after the last stage.
+    """ConvNeXt features concatenated with the positional grid, one token per place in raster order
+    (NAC, ConvNeXtImageTokenizer). There is no norm after the last stage.
 
     Parameters: `stem` and `stem_norm`; `downsample_<stage>/norm`, `downsample_<stage>/conv`;
     `block_<stage>_<i>`; `grid` (rows, columns, grid width).
@@ -111,9 +111,9 @@ class Tokenizer(nn.Module):
         return tokens.reshape(tokens.shape[0], -1, tokens.shape[-1])
 
     def _enter(self, x: jax.Array, stage: int, width: int) -> jax.Array:
-        """Applies the convolution before a stage and its norm.
+        """Applies the convolution before a stage, and its norm.
 
-        The norm comes after the stem, and before the other convolutions.
+        The norm comes after the stem, but before the other convolutions.
         """
         if stage == 0:
             x = _conv(width, self.config.stem, self.dtype, "stem")(x)
@@ -122,7 +122,7 @@ class Tokenizer(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Norm, then a convolution of side and stride 2."""
+    """Norm, then a 2 x 2 convolution of stride 2."""
 
     width: int
     dtype: DTypeLike
@@ -133,7 +133,7 @@ class Downsample(nn.Module):
 
 
 class ConvNeXtBlock(nn.Module):
-    """x + gamma * down(gelu(up(norm(depthwise(x))))), the convolution of side 7.
+    """x + gamma * down(gelu(up(norm(depthwise(x))))), with a 7 x 7 depthwise convolution.
 
     Parameters: `depthwise`, `norm`, `up`, `down`, `gamma` (channels), initially 1e-6.
     """
@@ -160,14 +160,14 @@ def fit_grid(
     """Returns the grid in the size of a feature map.
 
     Raises:
-      ValueError: when the sizes differ and `resize` is "none".
+      ValueError: if the sizes differ and `resize` is "none".
     """
     if grid.shape[:2] == size:
         return grid
     if resize == "none":
         raise ValueError(
-            f"the positional grid is {grid.shape[:2]} and the feature map {size}: set "
-            "config.model.tokenizer.grid_size to the side of the map (0 does), or "
+            f"the positional grid is {grid.shape[:2]}, but the feature map is {size}: set "
+            "config.model.tokenizer.grid_size to the side of the map (0 does that), or "
             "config.model.tokenizer.grid_resize to 'adaptive'"
         )
     for axis in (0, 1):
@@ -178,7 +178,7 @@ def fit_grid(
 
 
 def _adaptive_bins(old: int, new: int) -> list[tuple[int, int]]:
-    """Returns the range of old places that is averaged for each new place i.
+    """Returns the range of old places to average for each new place i.
 
     It is floor(i old / new)..ceil((i + 1) old / new), as in PyTorch's adaptive pooling.
     """
@@ -186,7 +186,7 @@ def _adaptive_bins(old: int, new: int) -> list[tuple[int, int]]:
 
 
 def _conv(width: int, side: int, dtype: DTypeLike, name: str) -> nn.Conv:
-    """Returns a convolution over disjoint squares of `side`."""
+    """Returns a convolution over non-overlapping squares of `side`."""
     return nn.Conv(
         width,
         (side, side),

@@ -186,7 +186,7 @@ def test_cudnn_s_form_is_the_plain_one_with_gradients_of_edges(monkeypatch, empt
 
 
 def test_weights_scaled_after_the_softmax_are_not_cudnn_s():
-    with pytest.raises(FieldError, match="attention='cudnn' does not scale weights"):
+    with pytest.raises(FieldError, match="attention='cudnn' cannot scale weights"):
         dataclasses.replace(BLOCK, scale_after_softmax=True, attention="cudnn")
 
 

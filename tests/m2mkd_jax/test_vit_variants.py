@@ -329,7 +329,7 @@ def test_position_tables_are_resized_after_their_leading_rows(name):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"class_token": False}, r"^pool='class' needs a class token and class_token=False"),
+        ({"class_token": False}, r"^pool='class' needs a class token, but class_token=False"),
         ({"class_token": False, "pool": "class_and_mean"}, r"^pool='class_and_mean' needs a"),
         (
             {"class_token": False, "pool": "mean", "positions": "class"},
