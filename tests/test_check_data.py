@@ -79,7 +79,7 @@ def test_every_problem_of_a_set_is_named(tmp_path, capsys):
     expected = (
         r"train: 2 of 15 images cannot be read, .*ant/0\.png.*bee/1\.png.*config\.data\.bad_share",
         r"config\.data\.image_size=24, but there are images of 20 x 30",
-        r"split 'test' .* has 3 classes, and 1 are no classes of config\.data: eel; .*ant, bee",
+        r"split 'test' .* has 3 classes, but config\.data lacks 1 of them: eel; .*ant, bee",
         r"config\.optim\.batch=100 is more than the 15 images",
     )
     assert len(problems) == len(expected)

@@ -23,26 +23,26 @@ SMALL_SIDE = 32
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig(Section):
-    """`config.augment`: the changes to training images; the defaults change nothing.
+    """`config.augment`: augmentation of training images; the defaults change nothing.
 
     Attributes:
-      repeats: copies of an image in an epoch, each augmented independently. They are consecutive,
-        so nearly always in one batch; the number of steps stays the same. 1 turns it off, DeiT uses
-        3.
-      padding: black pixels around a small image, of at most 32 pixels, before a random crop of its
-        own size. Larger images are cropped and resized instead.
-      flip: mirror left to right with probability 0.5.
-      randaugment: RandAugment on the host (m2mkd_jax/data/randaugment.py).
-      operations, magnitude, magnitude_std: of RandAugment: operations per image, their mean
-        magnitude in [0, 10], and its standard deviation.
-      erasing: probability of a rectangle of noise.
-      mixup, cutmix: the alpha of the Beta distribution of each; 0 turns it off.
-      switch: probability of cutmix where both are on.
+      repeats: repeated augmentation: copies of an image in an epoch, each augmented independently.
+        Copies are consecutive, so nearly always in the same batch; the number of steps stays the
+        same. 1 turns it off, DeiT uses 3.
+      padding: black pixels around small images (side up to 32) before a random crop of their own
+        size. Larger images are cropped and resized instead.
+      flip: whether to mirror images left to right with probability 0.5.
+      randaugment: whether to apply RandAugment, on the host (m2mkd_jax/data/randaugment.py).
+      operations, magnitude, magnitude_std: RandAugment's operations per image, their mean magnitude
+        in [0, 10], and its standard deviation.
+      erasing: random erasing: probability of a rectangle of noise.
+      mixup, cutmix: alpha of the Beta distribution of each; 0 turns it off.
+      switch: probability of cutmix if both are on.
       mix_probability: probability that a batch is mixed.
       smoothing: label smoothing, in [0, 1).
-      rotate: largest rotation, in degrees, of small images; this and the next two are not combined
+      rotate: largest rotation of small images, in degrees; this and the next two are not combined
         with RandAugment.
-      scale: largest relative change of size of small images; 0.1 draws from [0.9, 1.1].
+      scale: largest relative change of the size of small images; 0.1 draws from [0.9, 1.1].
       shift: largest translation of small images, in pixels.
     """
 
@@ -65,17 +65,17 @@ class AugmentConfig(Section):
 
     @property
     def mixes(self) -> bool:
-        """True where batches are mixed; their size must then be even."""
+        """True if batches are mixed; their size must then be even."""
         return self.mix_probability > 0 and (self.mixup > 0 or self.cutmix > 0)
 
     @property
     def moves(self) -> bool:
-        """True where small images are rotated, scaled or shifted."""
+        """True if small images are rotated, scaled or shifted."""
         return bool(self.rotate or self.scale or self.shift)
 
 
 def idle_fields(config: AugmentConfig, image_size: int) -> dict[str, str]:
-    """The fields that are set and change nothing, and why."""
+    """The fields that are set but have no effect, and why."""
     if geometry_on_device(config, image_size):
         return {}
     why, names = "it is for images that RandAugment does not change", ("rotate", "scale", "shift")
@@ -86,10 +86,10 @@ def idle_fields(config: AugmentConfig, image_size: int) -> dict[str, str]:
 
 
 def geometry_on_device(config: AugmentConfig, image_size: int) -> bool:
-    """Returns True where the device crops and flips training images, not the host's transform.
+    """Returns True if the device, not the host's transform, crops and flips training images.
 
-    The host crops large images, since it resizes them too, and whatever RandAugment follows, since
-    that comes after crop and flip.
+    The host crops large images, because it also resizes them, and all images if RandAugment is on,
+    because that comes after crop and flip.
     """
     return image_size <= SMALL_SIDE and not config.randaugment
 
@@ -102,12 +102,12 @@ def augment(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Float[Array, "B I J X"]:
-    """Applies all of config.augment but the mixing to the uint8 images that the host sends.
+    """Applies all of config.augment except mixing to the uint8 images that the host sends.
 
-    Order: small affine movement, padded crop, flip (these three for small images), normalisation,
+    Order: small affine transform, padded crop, flip (these three for small images), normalisation,
     random erasing.
     """
-    # Always four keys, so that switching one augmentation off leaves the draws of the others.
+    # Always four keys, so that turning one augmentation off does not change the others' draws.
     affine_key, crop_key, flip_key, erase_key = jax.random.split(key, 4)
     if geometry_on_device(config, images.shape[1]):
         if config.moves:
@@ -118,8 +118,8 @@ def augment(
             images = pad_and_crop(images, crop_key, padding=config.padding)
         if config.flip:
             images = flip(images, flip_key)
-    # Geometry works on integers, where padding is black (0). Erasing comes after the normalisation,
-    # since its noise is standard normal in the model's units.
+    # Geometry comes first, on integers, where padding is black (0). Erasing comes after the
+    # normalisation, since its noise is standard normal in the model's units.
     images = normalise(images, mean=mean, std=std)
     if config.erasing:
         images = random_erasing(images, erase_key, probability=config.erasing)
@@ -137,7 +137,7 @@ def normalise(
 def pad_and_crop(
     images: Shaped[Array, "B I J X"], key: Array, *, padding: int
 ) -> Shaped[Array, "B I J X"]:
-    """Pads with black (0) on all sides and takes a random crop of the old size from each image."""
+    """Pads each image with black (0) on all sides and takes a random crop of the original size."""
     count, height, width, channels = images.shape
     sides = (padding, padding)
     padded = jnp.pad(images, ((0, 0), sides, sides, (0, 0)))
@@ -145,7 +145,7 @@ def pad_and_crop(
     corners = jax.random.randint(key, (count, 2), 0, 2 * padding + 1)
 
     def crop(image, corner):
-        # The corner is traced, so the slice must be dynamic; its size is not.
+        # The corner is traced, so the slice must be dynamic; its size is static.
         return jax.lax.dynamic_slice(image, (*corner, 0), (height, width, channels))
 
     return jax.vmap(crop)(padded, corners)
@@ -163,8 +163,8 @@ def random_affine(
     """Rotates, scales and shifts each image a little about its centre; uncovered pixels are black.
 
     Uniform draws: angle in [-degrees, degrees], size in [1 - scale, 1 + scale], translation in
-    [-shift, shift] pixels per direction. The interpolation is bilinear; integer images are rounded
-    and keep their type. With all three 0 the images stay exactly the same.
+    [-shift, shift] pixels per direction. Interpolation is bilinear; integer images are rounded and
+    keep their dtype. If all three are 0, the images stay exactly the same.
     """
     draws = jax.random.uniform(key, (4, len(images)), minval=-1.0, maxval=1.0)
     return affine(
@@ -185,9 +185,9 @@ def affine(
     """Rotates, scales and shifts images about their centre, with bilinear interpolation.
 
     Args:
-      images: of any numeric type, which the result keeps.
+      images: images of any numeric dtype, which the result keeps.
       angle: rotation in radians, counter-clockwise.
-      size: factor of the size.
+      size: factor by which to enlarge.
       shift: pixels down, pixels right.
     """
     count, height, width, channels = images.shape
@@ -225,20 +225,20 @@ def random_erasing(
 ) -> Float[Array, "B I J X"]:
     """Fills one rectangle of each normalised image with standard normal noise, with `probability`.
 
-    As timm's RandomErasing in mode pixel: of 10 draws (area share uniform in [0.02, 1/3], aspect
-    log-uniform in [0.3, 1/0.3]) the first one that is smaller than the image in both directions
-    counts; if there is none, the image stays as it is.
+    Like timm's RandomErasing in mode pixel: of 10 draws (relative area uniform in [0.02, 1/3],
+    aspect ratio log-uniform in [0.3, 1/0.3]), the first that is smaller than the image in both
+    directions is used; if there is none, the image stays as it is.
     """
     count, height, width, _ = images.shape
     keys = jax.random.split(key, 5)
-    # All ten draws at once instead of timm's loop, whose length depends on the data.
+    # All ten draws at once instead of timm's loop, whose length depends on the draws.
     draws = (count, 10)
     area = height * width * jax.random.uniform(keys[0], draws, minval=0.02, maxval=1 / 3)
     log_aspect = jax.random.uniform(keys[1], draws, minval=math.log(0.3), maxval=math.log(1 / 0.3))
     tall = jnp.round(jnp.sqrt(area * jnp.exp(log_aspect)))
     wide = jnp.round(jnp.sqrt(area / jnp.exp(log_aspect)))
     fits = (tall < height) & (wide < width)
-    first = jnp.argmax(fits, axis=1, keepdims=True)  # 0 where none fits, masked below
+    first = jnp.argmax(fits, axis=1, keepdims=True)  # 0 if none fits, which is masked below
     tall = jnp.take_along_axis(tall, first, axis=1)[:, 0]
     wide = jnp.take_along_axis(wide, first, axis=1)[:, 0]
     corner = jax.random.uniform(keys[2], (2, count))
@@ -247,7 +247,7 @@ def random_erasing(
     erase = fits.any(axis=1) & jax.random.bernoulli(keys[3], probability, (count,))
     box = (top, top + tall, left, left + wide)
     inside = jax.vmap(lambda *edges: box_mask(edges, height, width))(*box)
-    # Noise for every pixel: a box of traced size has no static shape to draw.
+    # Noise for every pixel, since a box of traced size has no static shape to draw.
     noise = jax.random.normal(keys[4], images.shape, images.dtype)
     return jnp.where((inside & erase[:, None, None])[..., None], noise, images)
 
@@ -274,17 +274,17 @@ def mix_targets(targets: Float[Array, "B L"], lam: float | Float[Array, ""]) -> 
 def mixup(
     images: Float[Array, "B I J X"], lam: float | Float[Array, ""]
 ) -> Float[Array, "B I J X"]:
-    """Returns lam * x_b + (1 - lam) * x_{B-1-b}: the partners are the batch in reversed order."""
+    """Returns lam * x_b + (1 - lam) * x_{B-1-b}: the partners are the batch in reverse order."""
     return lam * images + (1 - lam) * images[::-1]
 
 
 def cutmix_box(lam: float | Float[Array, ""], centre: tuple, *, height: int, width: int) -> tuple:
     """Returns the half-open box (top, bottom, left, right) that cutmix pastes around `centre`.
 
-    Its sides are int(side * sqrt(1 - lam)) before it is clipped to the image. It spans centre -
-    side // 2 to centre + side // 2, so an odd side loses one pixel. `centre` is (row, column).
+    Before clipping to the image, its sides are cut = int(side * sqrt(1 - lam)). It spans centre -
+    cut // 2 to centre + cut // 2, so an odd cut loses one pixel. `centre` is (row, column).
     """
-    # A Python float stays in double precision, as in the original; float32 can round differently.
+    # A Python float stays in double precision, as in the original; float32 may round differently.
     xp = jnp if isinstance(lam, jax.Array) else np
     ratio = xp.sqrt(1.0 - lam)
     edges = []
@@ -301,7 +301,7 @@ def cutmix(
     height, width = images.shape[1:3]
     box = cutmix_box(lam, centre, height=height, width=width)
     inside = box_mask(box, height, width)[:, :, None]
-    # The box was rounded and clipped, so lambda is computed from its real area, not the drawn one.
+    # The box was rounded and clipped, so lambda is recomputed from its actual area.
     area = (box[1] - box[0]) * (box[3] - box[2])
     return jnp.where(inside, images[::-1], images), 1.0 - area / (height * width)
 
@@ -318,11 +318,11 @@ def mix(
     mode batch).
 
     All images share one draw of: mixing or not, mixup or cutmix, lambda ~ Beta(alpha, alpha), and
-    the centre of the box. With both alphas 0 the images stay and the targets are the smoothed
-    one-hot labels.
+    the centre of the box. If both alphas are 0, the images stay as they are and the targets are the
+    smoothed one-hot labels.
 
     Raises:
-      ValueError: an odd batch where mixing is on.
+      ValueError: an odd batch, if mixing is on.
     """
     targets = soft_targets(labels, labels_count, config.smoothing)
     if not config.mixes:
@@ -335,8 +335,8 @@ def mix(
         )
     height, width = images.shape[1:3]
     apply_key, switch_key, mixup_key, cutmix_key, row_key, column_key = jax.random.split(key, 6)
-    # A batch that is not mixed has lambda 1, which leaves it exactly as it is; in cutmix that is an
-    # empty box.
+    # A batch that is not mixed has lambda 1, which leaves it exactly as it is; for cutmix this
+    # means an empty box.
     apply = jax.random.bernoulli(apply_key, config.mix_probability)
 
     def apply_mixup(images):
@@ -361,11 +361,11 @@ def mix(
 def draw_mix(
     rng: np.random.RandomState, config: AugmentConfig, *, height: int, width: int
 ) -> tuple[bool, float, tuple[int, int] | None]:
-    """Draws (use cutmix, lambda, centre or None) from numpy's generator as the original does.
+    """Draws (use cutmix, lambda, centre or None) from numpy's generator like the original.
 
-    The order of draws is that of timm's Mixup._params_per_batch and rand_bbox: mixing or not, mixup
-    or cutmix, lambda, then for cutmix the centre's row and column. Draws that a case does not need
-    are left out, as they are there.
+    The draws are in the order of timm's Mixup._params_per_batch and rand_bbox: mixing or not, mixup
+    or cutmix, lambda, then for cutmix the centre's row and column. Draws that are not needed are
+    skipped, as they are there.
     """
     use_cutmix, lam = False, 1.0
     if (config.mixup > 0 or config.cutmix > 0) and rng.rand() < config.mix_probability:

@@ -1,4 +1,4 @@
-"""scikit-learn's digits as arrays, and renditions of them in other styles."""
+"""scikit-learn's digits as arrays, and renditions of them in different styles."""
 
 import functools
 from collections.abc import Callable
@@ -14,15 +14,15 @@ TEST = 360  # the last 360 of 1,797
 SPLITS = {"train": slice(None, -TEST), "test": slice(-TEST, None)}
 
 SIDE = 8
-FINE = 8  # strokes are one or two pixels wide: they are rotated and thickened at 8 times the size
-# Without 6 and 9, which are rotations of each other: a further turn makes them ambiguous.
+FINE = 8  # strokes are one or two pixels wide: rotate and thicken them at 8 times the size
+# Without 6 and 9, which are rotations of each other and would become ambiguous.
 RENDERED = tuple("01234578")
 
 
 def load_split(split: str) -> tuple[UInt8[np.ndarray, "B I J 1"], Int32[np.ndarray, " B"]]:
-    """Returns images and labels of "train" (1,437) or "test" (360), read-only, labels as in NAMES.
+    """Returns read-only images and labels of "train" (1,437) or "test" (360), labels as in NAMES.
 
-    The set's values 0 to 16 are stretched to 0 to 255 (v * 255 / 16, rounded).
+    The set's values 0 to 16 are scaled to 0 to 255 (v * 255 / 16, rounded).
     """
     images, labels = _all_digits()
     return images[SPLITS[split]], labels[SPLITS[split]]

@@ -1,4 +1,4 @@
-"""A run's data: training batches from any step on, evaluation passes, and the batch's preparation
+"""A run's data: training batches from any step on, evaluation passes, and preprocessing of batches
 on the device."""
 
 import dataclasses
@@ -24,13 +24,13 @@ class Feed:
     """The batches of a run.
 
     Attributes:
-      batches: returns the training batches from a step on, of "image" uint8 (B, I, J, X) and
+      batches: step -> the training batches from that step on, with "image" uint8 (B, I, J, X) and
         "label" int32 (B).
-      evaluation: starts a pass over the test set, padded, with "_mask".
-      steps_per_epoch: whole batches in the training set.
+      evaluation: starts a pass over the test set, whose last batch is padded, with "_mask".
+      steps_per_epoch: number of whole batches in the training set.
       label_names: name of every class.
-      ood: starts a pass over the OOD set, as `evaluation` does; None without such a set.
-      ood_classes: the training set's class for each label of the OOD set.
+      ood: like `evaluation`, for the OOD set; None if there is none.
+      ood_classes: for each label of the OOD set, its class in the training set.
     """
 
     batches: Callable[[int], Batches]
@@ -53,19 +53,19 @@ def make_feed(
     test: Source | None = None,
     ood: OodConfig | None = None,
 ) -> Feed:
-    """Makes the feed of `data`, or of sources that replace its splits.
+    """Makes the feed of `data`, or of sources given in place of its splits.
 
     Args:
       data, augmentation: config sections.
       batch: training examples per step, over all hosts.
       micro_batch: examples that are on the devices at once, in training and evaluation.
-      seed: of the order and of the host's transforms.
+      seed: seed of the order and of the host's transforms.
       workdir: folder of bad_examples.jsonl, which lists images that cannot be read.
-      train, test: sources that replace the splits.
-      ood: config section of the OOD set; None for none.
+      train, test: sources to use in place of the splits.
+      ood: config section of the OOD set; None for no OOD set.
 
     Raises:
-      FileNotFoundError, ValueError: when the data is missing or does not fit, see `load_source`,
+      FileNotFoundError, ValueError: if the data is missing or does not fit, see `load_source`,
         `load_test_source` and `load_ood`.
     """
     train = load_source(data, data.train_split) if train is None else train
@@ -122,8 +122,8 @@ def prepare_training(
 ) -> tuple[Float[Array, "B I J X"], Float[Array, "B L"]]:
     """Augments, normalises and mixes a training batch; returns its images and soft targets.
 
-    Draws from the streams "augment" and "mix". Without mixing the targets are smoothed one-hot
-    vectors, whose cross entropy is the label-smoothed one.
+    Draws from the streams "augment" and "mix". Without mixing, the targets are smoothed one-hot
+    vectors, and cross entropy with them is cross entropy with label smoothing.
     """
     images = augment(
         batch["image"], rngs["augment"], config=augmentation, mean=data.mean, std=data.std

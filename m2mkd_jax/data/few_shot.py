@@ -1,4 +1,4 @@
-"""The choice of a few-shot task's classes and examples, the same as the originals' for a seed."""
+"""Choosing the classes and examples of a few-shot task, as the original does for the same seed."""
 
 import dataclasses
 import random
@@ -11,9 +11,10 @@ class Episode:
     """One side (training or validation) of a few-shot task.
 
     Attributes:
-      classes: the chosen classes, in the order of their draw.
-      indices: [ways * shots] places in the labels of the split, shuffled.
-      labels: [ways * shots] int32: rank of each example's class among `classes`, in [0, ways).
+      classes: the chosen classes, in the order of the draw.
+      indices: [ways * shots] indices into the labels of the split, shuffled.
+      labels: [ways * shots] int32: rank of each example's class among the sorted `classes`, in
+        [0, ways).
     """
 
     classes: tuple[int, ...]
@@ -34,13 +35,17 @@ def choose_episode(
 
     The classes come from the standard library's generator, the examples from numpy's legacy one,
     both seeded with `seed`: for each class, in the order of the draw, the first `shots` of a
-    permutation of its places; then a permutation of all. Two calls with one seed therefore choose
+    permutation of its examples; then a permutation of all. So two calls with the same seed choose
     the same classes for any number of shots. (CifarFS and Cub2011 of the original's timm/data,
-    where seed 0 means no seed; here it is an ordinary one.)
+    where seed 0 means no seed; here it is an ordinary seed.)
 
     Args:
       labels: [n] class of each example, from 0.
-      eligible: [n] bool, the rows that may be chosen (an official split); None: all.
+      ways: number of classes to choose.
+      shots: number of examples per class.
+      seed: seed of the draw.
+      labels_count: number of classes to choose from.
+      eligible: [n] bool, the examples that may be chosen (an official split); None for all.
 
     Raises:
       ValueError: more ways than classes, or a chosen class with fewer than `shots` examples.
@@ -57,7 +62,7 @@ def choose_episode(
         places = np.flatnonzero((labels == name) & allowed)
         if len(places) < shots:
             raise ValueError(
-                f"class {name} has {len(places)} examples, but {shots} are asked for; lower "
+                f"class {name} has {len(places)} examples, but {shots} are needed; lower "
                 "config.few_shot.shots or config.few_shot.test_shots"
             )
         picks.append(draw.permutation(places)[:shots])
@@ -77,11 +82,11 @@ def choose_task(
     labels_count: int,
     validate_on_train: bool = False,
 ) -> tuple[Episode, Episode]:
-    """Chooses training and validation episodes of the same classes.
+    """Chooses training and validation episodes with the same classes.
 
     The validation examples come from the test split. `validate_on_train` takes them from the
-    training split, as the original does for CIFAR-100: with the same seed they then contain every
-    training example. It serves only to compare with the published numbers.
+    training split, as the original does for CIFAR-100: with the same seed they then include every
+    training example. This is only for comparison with published numbers.
     """
     train = choose_episode(
         train_labels, ways=ways, shots=shots, seed=seed, labels_count=labels_count

@@ -1,6 +1,6 @@
 """Image files in folders and zips, one folder per class, and Tiny-ImageNet with its lists.
 
-A split is listed without reading an image. Messages name the location as `config.data.path`.
+Splits are listed without reading any image. Messages name the location as `config.data.path`.
 """
 
 import dataclasses
@@ -39,8 +39,8 @@ class FolderSource:
     """Image files with labels, decoded on access.
 
     Attributes:
-      side: resizes each whole picture to a square of this side (bicubic) unless it has that size;
-        None leaves it as it is.
+      side: resizes each whole picture to a square of this side (bicubic) unless it already has that
+        size; None leaves pictures as they are.
     """
 
     arrays = None
@@ -76,7 +76,7 @@ class FolderSource:
         return {"image": pixels_of(self.picture(index)), "label": self.labels[index]}
 
     def picture(self, index: int) -> Image.Image:
-        """Returns the decoded PIL image, whose pixels are not copied yet; raises BadExample."""
+        """Returns the decoded PIL image without copying its pixels; raises BadExample."""
         try:
             picture = decode_picture(self.files.read(index), self.channels)
         except (OSError, ValueError) as error:
@@ -88,7 +88,7 @@ class FolderSource:
 
 @dataclasses.dataclass(frozen=True)
 class SplitFiles:
-    """The image files of a split; `labels` [n] int32 are places in `label_names`."""
+    """The image files of a split; `labels` [n] int32 are indices into `label_names`."""
 
     files: Files
     labels: np.ndarray
@@ -174,7 +174,7 @@ def _read_annotations(folder: Path) -> list[tuple[str, str]]:
 
 
 def label_rows(rows: Sequence[tuple[str, object]], classes: Sequence, *, at: str) -> np.ndarray:
-    """Returns the place in `classes` of the class of each row (file, class), [n] int32.
+    """Returns for each row (file, class) the index of its class in `classes`, [n] int32.
 
     Raises:
       ValueError: a class that is not among them.
@@ -183,14 +183,14 @@ def label_rows(rows: Sequence[tuple[str, object]], classes: Sequence, *, at: str
     unknown = sorted({str(name) for _, name in rows if name not in place})
     if unknown:
         raise ValueError(
-            f"{at}: labels that are none of its {len(classes)} classes: {listed(unknown)}; correct "
-            "the list or the labels"
+            f"{at}: labels that are not among its {len(classes)} classes: {listed(unknown)}; "
+            "correct the list or the labels"
         )
     return np.array([place[name] for _, name in rows], np.int32)
 
 
 def require_filled(labels: np.ndarray, classes: Sequence[str], *, at: str, way_out: str) -> None:
-    """Raises ValueError where a class has no image, or a label no class."""
+    """Raises ValueError if a class has no image, or a label has no class."""
     outside = np.unique(labels[(labels < 0) | (labels >= len(classes))])
     if len(outside):
         raise ValueError(
@@ -204,7 +204,7 @@ def require_filled(labels: np.ndarray, classes: Sequence[str], *, at: str, way_o
 
 
 def require_distinct(names: Iterable[str], *, at: str) -> None:
-    """Raises ValueError where a name occurs twice."""
+    """Raises ValueError if a name occurs twice."""
     duplicates = [name for name, count in Counter(names).items() if count > 1]
     if duplicates:
         raise ValueError(
@@ -214,7 +214,7 @@ def require_distinct(names: Iterable[str], *, at: str) -> None:
 
 
 def read_names(path: Path) -> list[str]:
-    """Returns the names of a class list, one per line, without empty lines.
+    """Returns the names in a class list with one name per line; empty lines are skipped.
 
     Raises:
       FileNotFoundError: no such file.
@@ -224,13 +224,13 @@ def read_names(path: Path) -> list[str]:
         raise FileNotFoundError(f"{path}, the list of class names, is missing")
     names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not names:
-        raise ValueError(f"{path} names no class; one name per line is expected")
+        raise ValueError(f"{path} has no class names; expected one name per line")
     require_distinct(names, at=str(path))
     return names
 
 
 def read_text(path: Path) -> str:
-    """Returns the text of a UTF-8 file; raises ValueError where it is not UTF-8."""
+    """Returns the text of a UTF-8 file; raises ValueError if it is not UTF-8."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -241,7 +241,8 @@ def read_text(path: Path) -> str:
 
 
 def progress(items: Iterable[T], *, total: int, title: str) -> Iterator[T]:
-    """Yields the items, with a bar on a terminal and a log line every LOG_SECONDS elsewhere."""
+    """Yields the items, with a progress bar on terminals and a log line every LOG_SECONDS
+    otherwise."""
     if sys.stderr.isatty():
         yield from tqdm.tqdm(items, total=total, desc=title)
         return
@@ -254,7 +255,7 @@ def progress(items: Iterable[T], *, total: int, title: str) -> Iterator[T]:
 
 
 def require_path(path: str, what: str) -> Path:
-    """Returns `path`; raises FileNotFoundError, which asks for `what`, where it does not exist."""
+    """Returns `path`; raises FileNotFoundError, asking for `what`, if it does not exist."""
     root = Path(os.path.expanduser(path))
     if not path:
         raise FileNotFoundError(f"config.data.path={path!r} is empty; give {what}")

@@ -1,4 +1,4 @@
-"""The image files of a directory by class, following links without loops or duplicates."""
+"""Listing the image files of a directory by class, following links without loops or duplicates."""
 
 import dataclasses
 import errno
@@ -12,36 +12,36 @@ from common_jax.inputs.names import printable as printable
 from common_jax.inputs.pictures import SUFFIXES, read_file
 
 IMAGE_SUFFIXES = SUFFIXES
-DEEPEST = 32  # folders within each other, below a class
+DEEPEST = 32  # levels of nested folders below a class
 
 
 @dataclasses.dataclass(frozen=True)
 class DirectoryFiles:
-    """The files of an image folder, by their path relative to `root`, or their whole path."""
+    """The files of an image folder, by their path relative to `root` or their absolute path."""
 
     root: Path
     names: tuple[str, ...]
 
     def read(self, index: int) -> bytes:
-        # Not `Path`, which makes this 50 % slower.
+        # Not `Path`, which would be 50 % slower.
         return read_file(os.path.join(self.root, self.names[index]))
 
 
 def is_image(name: str) -> bool:
-    """Returns True for a path with an image's suffix, in any case, and no hidden part.
+    """Returns True for a path with an image suffix, in any case, and no hidden part.
 
-    Hidden are, for example, macOS's `._cat.jpg` and `.ipynb_checkpoints`.
+    Hidden parts are, for example, macOS's `._cat.jpg` and `.ipynb_checkpoints`.
     """
     return name.lower().endswith(IMAGE_SUFFIXES) and not any(map(is_hidden, name.split("/")))
 
 
 def is_hidden(part: str) -> bool:
-    """Returns True where a file or folder of this name is hidden."""
+    """Returns True if a file or folder of this name is hidden."""
     return part.startswith(".")
 
 
 def missing_split(root: Path, split: str, present: Iterable[str]) -> FileNotFoundError:
-    """Returns the error of a `root` that has no `split`, only those `present`."""
+    """Returns the error for a `root` that has no `split`, only those `present`."""
     return FileNotFoundError(
         f"config.data.path={str(root)!r} has no split {split!r}, only: "
         f"{listed(present) or 'nothing'}; "
@@ -50,32 +50,32 @@ def missing_split(root: Path, split: str, present: Iterable[str]) -> FileNotFoun
 
 
 def require_class_folders(loose: list[str], classes: list[str], *, at: str) -> None:
-    """Warns of `loose` images, which lie in the split itself and not in a class folder.
+    """Warns about `loose` images, which lie in the split itself and not in a class folder.
 
     Raises:
-      ValueError: all images do, as in ILSVRC2012's published validation set.
+      ValueError: all images are loose, as in ILSVRC2012's published validation set.
     """
     if not loose:
         return
     if classes:
-        logging.warning("%s: %d images in no class folder are left out", at, len(loose))
+        logging.warning("%s: left out %d images that are in no class folder", at, len(loose))
         return
     raise ValueError(
         f"{at}: all {len(loose)} images lie in the split itself ({listed(loose[:2])}), and nothing "
-        "says which class each is of. List them in SPLIT.txt beside the folder, a file and its "
-        "class in each line; or move them into one folder per class, SPLIT/CLASS/, named as "
-        "the training folders are: for ILSVRC2012's val, valprep.sh of "
-        "github.com/soumith/imagenetloader.torch does so; Kaggle's LOC_val_solution.csv also lists "
-        "each file's class"
+        "tells their classes. List them in SPLIT.txt beside the folder, with a file and its class "
+        "in each line; or move them into one folder per class, SPLIT/CLASS/, named like the "
+        "training folders: for ILSVRC2012's val, valprep.sh of "
+        "github.com/soumith/imagenetloader.torch does this; Kaggle's LOC_val_solution.csv also "
+        "lists each file's class"
     )
 
 
 def find_in_directory(root: Path, split: str) -> tuple[DirectoryFiles, list[str], int]:
-    """Returns (images, classes, place of the class in an image's path).
+    """Returns (images, classes, position of the class among the parts of an image's path).
 
     Links to files and folders are followed. A folder that can be reached twice within its class is
-    read once, one that contains the split itself not at all, with a warning. Hidden files and
-    folders are left out; a broken link counts as an image that cannot be read.
+    read only once, and one that contains the split itself is not read at all; both cause a warning.
+    Hidden files and folders are left out; a broken link counts as an image that cannot be read.
 
     Raises:
       FileNotFoundError: no such split.
@@ -102,7 +102,7 @@ def find_in_directory(root: Path, split: str) -> tuple[DirectoryFiles, list[str]
             f"{at}: class folders whose names are not UTF-8: {listed(odd)}; rename them"
         )
     walk = _Walk(os.path.realpath(top), at)
-    # All class folders first, so that a link into another class is found whichever is read first.
+    # All class folders first, so that a link into another class is found whatever the order.
     for name in classes:
         walk.claim(os.path.realpath(top / name), name)
     prefix = f"{split}/" if split else ""
@@ -111,7 +111,7 @@ def find_in_directory(root: Path, split: str) -> tuple[DirectoryFiles, list[str]
     ]
     if walk.left_out:
         logging.warning(
-            "%s: %d links to folders that were read already are left out: %s",
+            "%s: left out %d links to folders that were already read: %s",
             at,
             len(walk.left_out),
             listed(walk.left_out),
@@ -120,11 +120,11 @@ def find_in_directory(root: Path, split: str) -> tuple[DirectoryFiles, list[str]
 
 
 class _Walk:
-    """Walks through the images of each class and reads every real folder once, for one class.
+    """Walks through the images of each class; reads every real folder once and for one class only.
 
     Args:
       top: real path of the split.
-      at: name of the split in messages.
+      at: name of the split, for messages.
     """
 
     def __init__(self, top: str, at: str):
@@ -134,7 +134,7 @@ class _Walk:
         self._owner: dict[str, str] = {}  # class by the real path of a folder
 
     def claim(self, real: str, name: str) -> None:
-        """Assigns a folder to class `name`; raises ValueError where it is another class's."""
+        """Assigns a folder to class `name`; raises ValueError if it belongs to another class."""
         owner = self._owner.setdefault(real, name)
         if owner != name:
             raise ValueError(
@@ -143,10 +143,10 @@ class _Walk:
             )
 
     def images(self, folder: str, name: str) -> Iterator[str]:
-        """Yields the paths of images below `folder`, of class `name`, relative to it."""
+        """Yields the paths of the images of class `name` below `folder`, relative to it."""
         visited = set()
-        # (path as the user sees it, its real path, path below the class). Links come after all
-        # real folders, so names do not depend on the order of entries on the disk.
+        # (path as the user sees it, real path, path below the class). Links come after all real
+        # folders, so that names do not depend on the order of directory entries on the disk.
         waiting, links = [(folder, os.path.realpath(folder), "")], []
         while waiting or links:
             if not waiting:

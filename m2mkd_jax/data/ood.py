@@ -1,4 +1,4 @@
-"""An out-of-distribution test set of some of the training set's classes, such as ImageNet-R."""
+"""Out-of-distribution test sets with some of the training set's classes, such as ImageNet-R."""
 
 import dataclasses
 import logging
@@ -22,12 +22,12 @@ class OodConfig(Section):
     """`config.ood`: the OOD test set. All other settings of its images are those of config.data.
 
     Attributes:
-      source: a key of SOURCES; "" for no such set.
-      path: as config.data.path.
-      split: folder name under `path`; of `digits_r`, `imagenet_r` and `tiny_imagenet_r`: "test".
-      name: of `tfds`, as config.data.name.
-      classes: a file with the names of the classes to test on, one per line; "" for all. If it is
-        empty, `tiny_imagenet_r` leaves out the classes that the training set lacks.
+      source: a key of SOURCES; "" for no OOD set.
+      path: like config.data.path.
+      split: folder name under `path`; "test" for `digits_r`, `imagenet_r` and `tiny_imagenet_r`.
+      name: for `tfds`, like config.data.name.
+      classes: a file with the names of the classes to test on, one per line; "" for all. With "",
+        `tiny_imagenet_r` leaves out the classes that the training set lacks.
     """
 
     source: Annotated[str, one_of("", *SOURCES)] = ""
@@ -39,12 +39,12 @@ class OodConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class OodSet:
-    """An OOD set that fits a training set.
+    """An OOD set, matched to a training set.
 
     Attributes:
       source: its examples; label i is its i-th class.
       data: config.data with the set's own source, path and split.
-      classes: the training set's label of each of its classes.
+      classes: for each of its classes, the label in the training set.
     """
 
     source: Source
@@ -52,7 +52,7 @@ class OodSet:
     classes: tuple[int, ...]
 
 
-# Loaders name keys of config.data in their messages; an OOD set has its own for these.
+# Loaders name fields of config.data in their messages; these are the OOD set's own fields.
 OWN_KEYS = {
     "config.data.train_split or config.data.test_split": "config.ood.split",
     "config.data.path": "config.ood.path",
@@ -65,8 +65,8 @@ def load_ood(data: DataConfig, ood: OodConfig, *, label_names: Sequence[str]) ->
     """Loads the set of `ood`, which must name a source.
 
     Args:
-      data: size, channels and reading of its images.
-      ood: their location.
+      data: size, channels and other settings of its images.
+      ood: where they are.
       label_names: names of the training set's classes.
 
     Raises:
@@ -80,7 +80,7 @@ def load_ood(data: DataConfig, ood: OodConfig, *, label_names: Sequence[str]) ->
             path=ood.path,
             name=ood.name,
             test_split=ood.split,
-            per_class=0,  # would apply where the split has the name of the training split
+            per_class=0,  # would apply if the split had the name of the training split
             test_per_class=0,
             test_share=0.0,
         )
@@ -98,7 +98,7 @@ def load_ood(data: DataConfig, ood: OodConfig, *, label_names: Sequence[str]) ->
 
 
 def choose_classes(source: Source, ood: OodConfig, *, base_names: Sequence[str]) -> Source:
-    """Returns the examples of the classes that `ood` tests on; all where it names none.
+    """Returns the examples of the classes that `ood` tests on; all examples if it names none.
 
     Raises:
       FileNotFoundError: no such class list.
@@ -121,7 +121,7 @@ def choose_classes(source: Source, ood: OodConfig, *, base_names: Sequence[str])
     else:
         return source
     if not selection or len(selection) == len(names):
-        return source  # an empty one is an error of match_classes
+        return source  # match_classes raises an error if no class is shared
     old_labels = [label for label, name in enumerate(names) if name in selection]
     indices = np.flatnonzero(np.isin(source.labels, old_labels))
     labels = np.searchsorted(old_labels, source.labels[indices]).astype(np.int32)

@@ -1,7 +1,7 @@
 """RandAugment with PIL: timm's policy `rand-m9-mstd0.5-inc1` and its 15 "increasing" operations.
 
 Each operation takes (image, argument, fill); `level_argument` turns a magnitude in [0, 10] into the
-argument. The geometric ones resample bicubically and paint uncovered pixels in `fill`.
+argument. Geometric operations use bicubic resampling and fill uncovered pixels with `fill`.
 """
 
 from collections.abc import Callable
@@ -153,7 +153,7 @@ def level_argument(name: str, magnitude: float, negative: bool) -> Argument:
       ValueError: no operation of that name.
     """
     if name not in ARGUMENTS:
-        raise ValueError(f"{name!r} is no operation of RandAugment; use one of {list(ARGUMENTS)}")
+        raise ValueError(f"RandAugment has no operation {name!r}; use one of {list(ARGUMENTS)}")
     return ARGUMENTS[name](magnitude / LARGEST, negative)
 
 
@@ -169,9 +169,9 @@ def randaugment(
     """Applies `operations` operations, drawn with replacement, each with the given probability.
 
     The magnitude of each is Normal(magnitude, magnitude_std), clipped to [0, 10]; its sign is
-    negative half the time. (timm's RandAugment, auto_augment.py.)
+    negative half of the time. (timm's RandAugment, auto_augment.py.)
     """
-    # Two calls for all draws, since each call costs microseconds.
+    # Only two calls for all draws, since every call costs microseconds.
     draws, levels = rng.random((operations, 3)).tolist(), rng.standard_normal(operations).tolist()
     for (choice, applied, sign), level in zip(draws, levels, strict=True):
         if applied >= probability:

@@ -1,4 +1,5 @@
-"""Sets with labels in records, not in folder names: TFDS's ArrayRecords and iNaturalist's JSON.
+"""Data sets whose labels are in records, not in folder names: TFDS's ArrayRecords and iNaturalist's
+JSON.
 
 Reading ArrayRecords needs the package tensorflow_datasets (`pip install -e '.[tfds]'`) but not
 TensorFlow; preparing them needs both (tools/prepare_data.py).
@@ -34,7 +35,7 @@ from m2mkd_jax.data.folders import (
 from m2mkd_jax.data.listing import DirectoryFiles, listed
 
 CHUNK = 256  # records that a thread reads at a time
-SAMPLE = 2**16  # bytes of a file that enter its fingerprint
+SAMPLE = 2**16  # bytes of a file that go into its fingerprint
 VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
@@ -42,10 +43,10 @@ class RecordSource:
     """Images of TFDS ArrayRecords, read and decoded on access.
 
     Attributes:
-      folder: the prepared set, with dataset_info.json and features.json.
-      split: in TFDS's notation, such as "train" or "train[:10%]".
+      folder: folder of the prepared set, with dataset_info.json and features.json.
+      split: split in TFDS's notation, such as "train" or "train[:10%]".
       labels: [len] int32.
-      label_names: of the feature `label`.
+      label_names: class names of the feature `label`.
       shards: the files of the split.
     """
 
@@ -58,7 +59,7 @@ class RecordSource:
         builder = open_builder(folder)
         instructions = _instructions(builder, folder, split)
         self.shards = tuple(str(part.filename) for part in instructions)
-        # A split such as "train[:10%]" may start and stop inside a file; these only serve messages.
+        # A split such as "train[:10%]" may start and stop inside a file. Only used in messages.
         self._skips = np.array([part.skip for part in instructions])
         self._ends = np.cumsum([part.take for part in instructions])
         if not self.shards:
@@ -68,14 +69,14 @@ class RecordSource:
         self.labels = _split_labels(builder, folder, split)
 
     def __getstate__(self) -> dict:
-        # Open readers cannot be pickled; a worker process opens its own.
+        # Open readers cannot be pickled; each worker process opens its own.
         return vars(self) | {"_opened": None}
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def name(self, index: int) -> str:
-        """Returns file and record number of image `index`, for messages."""
+        """Returns the file and record number of image `index`, for messages."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
         before = int(self._ends[shard - 1]) if shard else 0
         return f"{self.shards[shard]}, record {index - before + int(self._skips[shard])}"
@@ -89,17 +90,17 @@ class RecordSource:
         return {"image": pixels_of(self.picture(index)), "label": self.labels[index]}
 
     def picture(self, index: int) -> Image.Image:
-        """Returns the decoded PIL image, whose pixels are not copied yet; raises BadExample."""
+        """Returns the decoded PIL image without copying its pixels; raises BadExample."""
         try:
             content = self._records[index]["image"]
-            # array_record returns None for records beyond the end of a truncated file.
+            # array_record returns None for records past the end of a truncated file.
             return decode_picture(content or b"", self.channels)
         except (RuntimeError, OSError, ValueError) as error:
             raise BadExample(self.name(index), f"{type(error).__name__}: {error}") from error
 
     @property
     def _records(self) -> Any:
-        # Readers have threads of their own, which a forked process does not inherit.
+        # Readers have their own threads, which a forked process does not inherit.
         if self._opened is None or self._opened[0] != os.getpid():
             self._opened = os.getpid(), _open_records(open_builder(self.folder), self.split)
         return self._opened[1]
@@ -109,14 +110,14 @@ def load_records(path: str, name: str, split: str, *, channels: int) -> RecordSo
     """Opens a split of a set that TFDS prepared as ArrayRecords.
 
     Its labels are read from `labels-SPLIT.npz` in the set's folder, which tools/prepare_data.py
-    writes. If that is missing or belongs to other records, every record is read once and the file
-    is written, unless the folder is read-only.
+    writes. If the file is missing or belongs to other records, all records are read once to write
+    it, unless the folder is read-only.
 
     Args:
-      path: TFDS's data_dir, or the folder of a prepared version where `name` is empty.
-      name: of the set in the data_dir, such as "imagenet2012", "imagenet2012:5.1.0" or
-        "cifar10_1/v4"; without a version, the latest one.
-      split: in TFDS's notation.
+      path: TFDS's data_dir, or the folder of a prepared version if `name` is empty.
+      name: name of the set in the data_dir, such as "imagenet2012", "imagenet2012:5.1.0" or
+        "cifar10_1/v4"; without a version, the latest one is used.
+      split: split in TFDS's notation.
       channels: 1 (grey) or 3 (RGB).
 
     Raises:
@@ -130,7 +131,7 @@ def load_records(path: str, name: str, split: str, *, channels: int) -> RecordSo
     require_distinct(source.label_names, at=f"{folder}, names of the feature label")
     places = set(range(len(source.label_names)))
     present = set(source.labels.tolist())
-    # Part of a split may well miss a class, and a label out of range would not be a subset.
+    # A part of a split may lack some classes; a label out of range is not a subset and is refused.
     if "[" in split and present < places:
         logging.warning("%s has no image for %d classes", at, len(places - present))
     else:
@@ -139,7 +140,7 @@ def load_records(path: str, name: str, split: str, *, channels: int) -> RecordSo
 
 
 def find_prepared(path: str, name: str) -> epath.Path:
-    """Returns the folder of one prepared version; arguments as in `load_records`.
+    """Returns the folder of a prepared version; takes the arguments of `load_records`.
 
     Raises:
       FileNotFoundError: no such folder.
@@ -177,7 +178,7 @@ def _folders(folder: epath.Path) -> str:
 
 
 def open_builder(folder: epath.Path) -> Any:
-    """Returns TFDS's builder of a prepared set with the features `image` and `label`.
+    """Returns TFDS's builder for a prepared set, which must have the features `image` and `label`.
 
     Raises:
       ImportError: no tensorflow_datasets.
@@ -194,7 +195,7 @@ def open_builder(folder: epath.Path) -> Any:
         builder = tfds.builder_from_directory(os.fspath(folder))
         features = builder.info.features
         kinds = {name: type(feature).__name__ for name, feature in features.items()}
-    # On damaged files tfds raises almost any type: protobuf's, json's and its own exceptions.
+    # On damaged files tfds may raise almost anything: protobuf's, json's or its own exceptions.
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(
@@ -202,7 +203,7 @@ def open_builder(folder: epath.Path) -> Any:
         ) from error
     if (kinds.get("image"), kinds.get("label")) != ("Image", "ClassLabel"):
         raise ValueError(
-            f"{folder} has the features {kinds}; image: Image and label: ClassLabel are needed. "
+            f"{folder} has the features {kinds}, but needs image: Image and label: ClassLabel. "
             "Choose another set as config.data.name"
         )
     if builder.info.file_format.value != "array_record":
@@ -229,17 +230,17 @@ def _open_records(builder: Any, split: str) -> Any:
     import tensorflow_datasets as tfds
 
     features = builder.info.features
-    # All images stay encoded, masks too: PIL decodes those that are needed, as in other sources.
+    # All images stay encoded, masks too: PIL decodes the ones that are needed, as in other sources.
     images = [name for name in features if isinstance(features[name], tfds.features.Image)]
     decoders = {name: tfds.decode.SkipDecoding() for name in images}
     return builder.as_data_source(split, decoders=decoders)
 
 
 def _split_labels(builder: Any, folder: epath.Path, split: str) -> np.ndarray:
-    """Returns the labels [n] int32 of a split or of a part of it."""
+    """Returns the labels [n] int32 of a split or a part of one."""
     import tensorflow_datasets as tfds
 
-    # Labels are stored by whole split: any slice of it, and any sum of slices, can reuse them.
+    # Labels are stored per whole split, so that slices, and sums of slices, can reuse them.
     parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
     whole = {part.splitname for part in parts}
     labels = {name: stored_labels(builder, folder, name) for name in whole}
@@ -247,9 +248,10 @@ def _split_labels(builder: Any, folder: epath.Path, split: str) -> np.ndarray:
 
 
 def stored_labels(builder: Any, folder: epath.Path, split: str) -> np.ndarray:
-    """Returns the labels [n] int32 of a whole split, and stores them for the next call.
+    """Returns the labels [n] int32 of a whole split, and caches them for the next call.
 
-    They are read from `labels-SPLIT.npz`, or else once from all records and written there.
+    They are read from `labels-SPLIT.npz`; if that is missing or outdated, they are read from all
+    records once and written there.
 
     Raises:
       FileNotFoundError: files of the split that are missing.
@@ -262,8 +264,8 @@ def stored_labels(builder: Any, folder: epath.Path, split: str) -> np.ndarray:
             f"{folder}, split {split!r}: {len(missing)} of {len(paths)} files are missing: "
             f"{listed(missing)}; copy or prepare the set again"
         )
-    # Names, sizes and the beginnings of two files identify the records well enough; opening all
-    # files is slow in an object store.
+    # All names and sizes, and the first bytes of two files, identify the records well enough;
+    # opening every file would be slow in an object store.
     shards = [(path.name, path.stat().length) for path in map(epath.Path, paths)]
     digest = hashlib.sha256(json.dumps(shards).encode())
     for path in (paths[0], paths[-1]):
@@ -281,25 +283,27 @@ def stored_labels(builder: Any, folder: epath.Path, split: str) -> np.ndarray:
     try:
         write_bytes(file, content.getvalue())
     except OSError as error:
-        logging.warning("%s cannot be written (%s): every run reads all labels first", file, error)
+        logging.warning(
+            "%s cannot be written (%s), so every run has to read all labels first", file, error
+        )
     return labels
 
 
 def _load_labels(file: epath.Path, fingerprint: str, *, size: int) -> np.ndarray | None:
     """Returns the labels [size] int32 in a file of `stored_labels`.
 
-    Returns None, with a warning, where it belongs to other records or is damaged.
+    Returns None, with a warning, if it belongs to other records or is damaged.
     """
     try:
         stored = read_npz(file, ("fingerprint", "labels"))
         if str(stored["fingerprint"]) != fingerprint:
-            logging.warning("%s belongs to other records and is made again", file)
+            logging.warning("%s belongs to other records and will be made again", file)
             return None
         labels = stored["labels"]
         if labels.shape != (size,) or labels.dtype != np.int32:
             raise ValueError(f"labels are {labels.dtype} {brief(labels.shape)}")
     except (OSError, ValueError) as error:
-        logging.warning("%s cannot be read (%s) and is made again", file, error)
+        logging.warning("%s cannot be read (%s) and will be made again", file, error)
         return None
     return labels
 
@@ -310,11 +314,11 @@ def _read_labels(builder: Any, split: str) -> np.ndarray:
     def read(start: int) -> list[int]:
         numbers = range(start, min(start + CHUNK, size))
         try:
-            # One call for the chunk, which the reader spreads over threads of its own.
+            # One call per chunk, which the reader spreads over its own threads.
             labels = [record["label"] for record in records.__getitems__(list(numbers))]
         except RuntimeError as error:
             raise ValueError(_unreadable(builder, split, numbers, str(error))) from error
-        if None in labels:  # array_record's answer beyond the end of a truncated file
+        if None in labels:  # what array_record returns past the end of a truncated file
             raise ValueError(_unreadable(builder, split, numbers, "records without a label"))
         return labels
 
@@ -336,18 +340,18 @@ def _unreadable(builder: Any, split: str, numbers: range, reason: str) -> str:
 def find_inaturalist(path: str, split: str) -> SplitFiles:
     """Lists the images of iNaturalist 2018 or 2019 in its published layout.
 
-    That is `SPLITyear.json` with images, annotations and categories, and image files at the
-    `file_name`s in it, relative to PATH. Labels are the ranks of the category ids. A missing image
-    raises BadExample on access.
+    That is `SPLITyear.json` with images, annotations and categories, and image files at its
+    `file_name`s, relative to PATH. Labels are the ranks of the category ids. A missing image raises
+    BadExample on access.
 
     Args:
       path: the folder of the set.
       split: the name of a JSON file without its suffix, such as "train2018", or just "train" or
-        "val" where the folder has a single year.
+        "val" if the folder has a single year.
 
     Raises:
       FileNotFoundError: no such path or file.
-      ValueError: a file that is not such JSON; labels or images that it lacks.
+      ValueError: the file is not such JSON, or refers to labels or images that it lacks.
     """
     root = require_path(path, "the folder that holds train2018.json or train2019.json")
     source = _inaturalist_json(root, split)
@@ -366,7 +370,7 @@ def find_inaturalist(path: str, split: str) -> SplitFiles:
     unknown = [str(image) for image, _ in pairs if image not in files]
     if unknown:
         raise ValueError(f"{source}: annotations of images that it lacks: {listed(unknown)}")
-    # Sorted by file, so that seeds choose the same images whatever the order in the JSON.
+    # Sorted by file, so that a seed selects the same images whatever the order in the JSON.
     rows = sorted((files[image], category) for image, category in pairs)
     labels = label_rows(rows, [number for number, _ in categories], at=str(source))
     names = tuple(name for _, name in categories)

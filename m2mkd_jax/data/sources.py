@@ -1,8 +1,8 @@
 """Sources of images: embedded sets, folders and zips, tables, TFDS's ArrayRecords, and sets in
 their own layouts.
 
-A loader takes (config.data, split). It does not compare the number of classes with
-config.data.labels, since an OOD set has another number; `load_source` does.
+A loader takes (config.data, split). It does not check the number of classes against
+config.data.labels, since an OOD set has a different number; `load_source` does.
 """
 
 import dataclasses
@@ -44,11 +44,11 @@ from m2mkd_jax.data.own.tables import find_images, find_listed
 from m2mkd_jax.data.records import RecordSource, find_inaturalist, load_records
 from m2mkd_jax.data.subsets import first_of_each_class, share_of_each_class, with_labels_of
 
-# Sources that are always decoded in memory and have a single size.
+# Sources that are always decoded in memory, with images of a single size.
 EMBEDDED = ("digits", "digits_r")
-SPLITTABLE = ("folder", "table")  # sources that `test_share` splits
+SPLITTABLE = ("folder", "table")  # sources that `test_share` can split
 IN_MEMORY = ("auto", "always", "never")
-# Limits of "auto" on sets decoded in memory: side of the images, bytes of all of them.
+# Limits up to which "auto" decodes a set into memory: image side, and bytes of all images.
 MEMORY_SIDE = 64
 MEMORY_BYTES = 256 * 2**20
 CHUNK = 256  # images that a thread decodes at a time
@@ -61,26 +61,26 @@ class DataConfig(Section):
 
     Attributes:
       source: a key of SOURCES.
-      path: of `folder`: a directory SPLIT/CLASS/*.jpg, an uncompressed zip of the same tree, or a
-        directory of SPLIT.zip; of `table`: a table of images with their classes, or a directory of
-        SPLIT.csv; of `tfds`: the data_dir; of the others: the published folder.
+      path: for `folder`: a directory SPLIT/CLASS/*.jpg, an uncompressed zip of the same tree, or a
+        directory of SPLIT.zip; for `table`: a table of images with their classes, or a directory of
+        SPLIT.csv; for `tfds`: the data_dir; for the others: the published folder.
       image_size: side of the model's square input, in pixels.
       channels: 1 (grey) or 3 (RGB).
       labels: number of classes.
-      mean, std: one number per channel, in units of the full range: (pixel / 255 - mean) / std.
-      train_split, test_split: folder names under `path`; of `digits`: "train" and "test"; of
-        `tfds`: as TFDS names them; of `inaturalist`: names of json files, such as "train2018".
-      test_share: of `folder` and `table`: the share of every class to test on, where `path` is not
-        split yet: PATH/CLASS/*.jpg, or one table; 0 where it is.
-      split_seed: of that draw.
-      workers: processes that read and decode; 0 does it in the training thread.
-      bad_share: share of the images that may be unreadable before the run stops.
-      name: of `tfds`: the set in the data_dir, such as "imagenet2012"; "" where `path` is the
-        folder of a prepared version itself.
-      in_memory: keeps decoded images in memory: "always", "never", or "auto", where all have one
-        size of at most 64 x 64 pixels and need at most 256 MiB.
+      mean, std: one number per channel, relative to the full range: (pixel / 255 - mean) / std.
+      train_split, test_split: folder names under `path`; for `digits`: "train" and "test"; for
+        `tfds`: TFDS's split names; for `inaturalist`: names of json files, such as "train2018".
+      test_share: for `folder` and `table`: share of every class to test on, if `path` is not split
+        yet (PATH/CLASS/*.jpg, or one table); 0 if it is.
+      split_seed: seed of that split.
+      workers: processes that read and decode images; 0 does it in the training process.
+      bad_share: share of images that may be unreadable before the run stops.
+      name: for `tfds`: the set in the data_dir, such as "imagenet2012"; "" if `path` is the folder
+        of a prepared version itself.
+      in_memory: whether to keep decoded images in memory: "always", "never", or "auto", if all
+        have the same size of at most 64 x 64 pixels and take at most 256 MiB.
       per_class, test_per_class: images of each class to train and to test on, the first in the
-        set's order; 0 for all. They serve experiments with less data.
+        set's order; 0 for all. For experiments with less data.
     """
 
     source: Annotated[str, key_of(lambda: SOURCES)] = "digits"
@@ -111,7 +111,7 @@ class DataConfig(Section):
         if self.test_share and self.source not in SPLITTABLE:
             raise FieldError(
                 f"test_share={self.test_share:g} is for the sources {', '.join(SPLITTABLE)}; "
-                f"{self.source!r} is split already: leave it out"
+                f"{self.source!r} is already split: leave it out"
             )
         if self.test_share and self.train_split == self.test_split:
             raise FieldError(
@@ -137,7 +137,7 @@ class Source(inputs.Source, Protocol):
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """Names of the classes; a label is a place among them."""
+        """Names of the classes; a label is an index into them."""
         ...
 
 
@@ -162,15 +162,15 @@ def load_source(config: DataConfig, split: str) -> Source:
 
 
 def load_test_source(config: DataConfig, label_names: Sequence[str]) -> Source:
-    """Loads the images of config.test_split with the labels of the training set's classes.
+    """Loads the images of config.test_split, labelled with the training set's classes.
 
     Args:
       config: config.data.
-      label_names: the training set's classes; the test set may lack some and has no others.
+      label_names: the training set's classes; the test set may lack some but must have no others.
 
     Raises:
-      FileNotFoundError, ImportError: as `load_source`.
-      ValueError: as `load_source`, and for a class that the training set lacks.
+      FileNotFoundError, ImportError: like `load_source`.
+      ValueError: like `load_source`, and for a class that the training set lacks.
     """
     source = open_source(config, config.test_split)
     place = "".join(
@@ -183,7 +183,7 @@ def load_test_source(config: DataConfig, label_names: Sequence[str]) -> Source:
 
 
 def open_source(config: DataConfig, split: str) -> Source:
-    """Does what `load_source` does for any number of classes; ignores config.labels."""
+    """Like `load_source`, but for any number of classes: ignores config.labels."""
     source = SOURCES[config.source](config, "" if config.test_share else split)
     if config.test_share:
         source = share_of_each_class(
@@ -214,9 +214,9 @@ class ArraySource:
 
 
 class DecodedSource:
-    """A set that was decoded once: images [len, I, J, X] and the errors of the bad ones.
+    """A set that was decoded up front: images [len, I, J, X], and the errors of the bad ones.
 
-    `arrays` is None if an image is bad: each of those is then still counted and named on access.
+    `arrays` is None if any image is bad, so that bad ones are still counted and named on access.
     """
 
     def __init__(
@@ -246,10 +246,10 @@ class DecodedSource:
 
 
 def decode_into_memory(source: Source, config: DataConfig, *, split: str) -> Source:
-    """Decodes the source into memory where config.in_memory says so; else returns it as it is.
+    """Decodes the source into memory if config.in_memory says so; otherwise returns it unchanged.
 
     Raises:
-      ValueError: "always" with images of several sizes, or none that can be read.
+      ValueError: "always" with images of different sizes, or none of the first can be read.
     """
     if source.arrays is not None or config.in_memory == "never":
         return source
@@ -266,7 +266,7 @@ def decode_into_memory(source: Source, config: DataConfig, *, split: str) -> Sou
     images, bad = np.zeros((len(source), *shape), np.uint8), {}
 
     def decode(start: int) -> tuple[int, ...] | None:
-        """Decodes a chunk; returns the shape of an image that differs, None where all are alike."""
+        """Decodes a chunk; returns the shape of an image if it differs, None if all are alike."""
         for index in range(start, min(start + CHUNK, len(source))):
             example = _read(source, index)
             if isinstance(example, BadExample):
@@ -288,7 +288,7 @@ def decode_into_memory(source: Source, config: DataConfig, *, split: str) -> Sou
         return DecodedSource(images, source.labels, label_names=names, bad=bad)
     if config.in_memory == "always":
         raise ValueError(
-            f"{at}: config.data.in_memory='always' needs images of one size, but there are "
+            f"{at}: config.data.in_memory='always' needs images of one size, but there are some of "
             f"{_pixels(shape)} and {_pixels(other_shape)} pixels; set it to 'auto' or resize the "
             "files"
         )
@@ -307,11 +307,11 @@ def _pixels(shape: tuple[int, ...]) -> str:
 
 
 def load_digits_source(config: DataConfig, split: str) -> ArraySource:
-    """Loads scikit-learn's handwritten digits: 1,437 images to train, 360 to test, 8 x 8 pixels,
+    """Loads scikit-learn's handwritten digits: 1,437 training and 360 test images of 8 x 8 pixels,
     grey.
 
-    The set's values 0 to 16 are stretched to 0 to 255, so (pixel / 255 - mean) / std with mean =
-    std = 0.5 gives [-1, 1] as for any image.
+    The set's values 0 to 16 are scaled to 0 to 255, so (pixel / 255 - mean) / std with mean = std =
+    0.5 gives [-1, 1], as for any image.
 
     Raises:
       ValueError: config.data has another size or channel count, or `split` is not train or test.
@@ -322,12 +322,12 @@ def load_digits_source(config: DataConfig, split: str) -> ArraySource:
 
 
 def load_digits_r_source(config: DataConfig, split: str) -> ArraySource:
-    """Loads renditions of the digits' test images, in styles that training does not have
+    """Loads renditions of the digits' test images in styles that training does not have
     (config.ood).
 
     Each image is inverted, rotated by 25 degrees to the left and to the right, thickened and
-    thinned; 6 and 9, which a rotation brings close to each other, are left out. That gives 286
-    images in 5 renditions, of 8 classes, in the form of `digits`.
+    thinned; 6 and 9, which rotation makes similar, are left out. That gives 286 images of 8
+    classes, in 5 renditions each, in the same form as `digits`.
 
     Raises:
       ValueError: config.data has another size or channel count, or `split` is not test.
@@ -340,7 +340,7 @@ def load_digits_r_source(config: DataConfig, split: str) -> ArraySource:
 def _require_embedded(config: DataConfig, split: str, *, splits: Collection[str]) -> None:
     if config.path:
         logging.warning(
-            "config.data.path=%r is not read: config.data.source=%r needs no files; for your own "
+            "config.data.path=%r is ignored: config.data.source=%r needs no files; for your own "
             "images set config.data.source to one of %s",
             *(config.path, config.source, ", ".join(SPLITTABLE)),
         )
@@ -361,7 +361,7 @@ def _require_embedded(config: DataConfig, split: str, *, splits: Collection[str]
 def load_files(
     config: DataConfig, split: str, *, find: Callable[[str, str], SplitFiles]
 ) -> FolderSource:
-    """Loads the image files of a split that `find(path, split)` lists."""
+    """Loads the image files of a split, as listed by `find(path, split)`."""
     return _folder_source(find(config.path, split), config)
 
 
@@ -374,8 +374,8 @@ def load_imagenet_r_source(config: DataConfig, split: str) -> FolderSource:
 def load_tiny_imagenet_r_source(config: DataConfig, split: str) -> FolderSource:
     """Loads ImageNet-R with each picture resized to 64 x 64 pixels, the size of Tiny-ImageNet.
 
-    `load_ood` keeps the 62 classes that are also Tiny-ImageNet's; a folder with only these, at any
-    size, works too.
+    `load_ood` keeps the 62 classes that Tiny-ImageNet shares; a folder with only these classes, at
+    any image size, works too.
     """
     _require_test(config, split)
     return _folder_source(find_folder(config.path, ""), config, side=TINY_SIDE)

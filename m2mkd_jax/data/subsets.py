@@ -1,4 +1,4 @@
-"""Sources derived from others: chosen examples, a few of each class, and a test set relabelled
+"""Sources derived from others: selected examples, a few of each class, and a test set relabelled
 with the training set's classes."""
 
 import dataclasses
@@ -65,13 +65,13 @@ def first_of_each_class(source: LabelledSource, count: int) -> Subset:
 
 
 def share_of_each_class(source: LabelledSource, share: float, *, seed: int, test: bool) -> Subset:
-    """Returns the part of every class that is drawn to test on, or the rest of it.
+    """Returns the part of every class that is drawn for testing, or the rest of it.
 
     Args:
       source: all examples.
-      share: of each class to test on, rounded; at least one example, and never all of them.
-      seed: of the draw, which depends on nothing but it and the labels.
-      test: whether to return the examples to test on.
+      share: share of each class to test on, rounded; at least one example, and never all of them.
+      seed: seed of the draw, which depends only on it and the labels.
+      test: whether to return the examples to test on, or those to train on.
 
     Raises:
       ValueError: a class with a single example.
@@ -80,7 +80,7 @@ def share_of_each_class(source: LabelledSource, share: float, *, seed: int, test
     counts = np.bincount(labels, minlength=len(names))
     if single := [name for name, count in zip(names, counts, strict=True) if count < 2]:
         raise ValueError(
-            f"config.data.test_share={share:g} needs two images of each class, and there are fewer "
+            f"config.data.test_share={share:g} needs two images of each class, but there are fewer "
             f"of {listed(single)}; add some, or remove the classes"
         )
     tested = np.clip(np.round(share * counts).astype(int), 1, counts - 1)
@@ -94,7 +94,7 @@ def share_of_each_class(source: LabelledSource, share: float, *, seed: int, test
 
 
 def _rank(labels: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Returns each example's place among those of its class, which come in an order."""
+    """Returns each example's rank among the examples of its class, taken in the given order."""
     rank = np.zeros(len(labels), np.int64)
     for label in np.unique(labels):
         places = order[labels[order] == label]
@@ -110,8 +110,8 @@ def match_classes(
     Args:
       names: classes of another set.
       base_names: classes of the training set.
-      at: name of the other set in messages.
-      way_out: advice for classes that the training set lacks.
+      at: name of the other set, for messages.
+      way_out: what to do about classes that the training set lacks, for messages.
 
     Raises:
       ValueError: a class that the training set lacks.
@@ -126,7 +126,7 @@ def match_classes(
                 "i-th wnid in sorted order, from 0. "
             )
         raise ValueError(
-            f"{at} has {len(names)} classes, and {len(unknown)} are no classes of config.data: "
+            f"{at} has {len(names)} classes, but config.data lacks {len(unknown)} of them: "
             f"{listed(unknown)}; its {len(place)} classes are {listed(place)}. {numbers}{way_out}"
         )
     return tuple(place[name] for name in names)
@@ -135,8 +135,8 @@ def match_classes(
 def with_labels_of(source: LabelledSource, base_names: Sequence[str], *, at: str) -> LabelledSource:
     """Relabels a test set with the training set's classes, `base_names`.
 
-    Classes are matched by name, so neither their order nor classes without a test image shift a
-    label.
+    Classes are matched by name, so labels do not shift if the order differs or some classes have no
+    test images.
 
     Raises:
       ValueError: a class that the training set lacks; `at` names the test set.

@@ -1,8 +1,8 @@
-"""The host's transforms of one image: decoded pixels in, uint8 of config.data.image_size out.
+"""Image transforms on the host: decoded pixels in, uint8 of config.data.image_size out.
 
-Large images are cropped and resized here with PIL, whose filters the originals' numbers depend on.
-Small ones (side <= 32) pass unchanged unless RandAugment is on: the device crops and flips them.
-The device also normalises and erases (m2mkd_jax/data/augment.py).
+Large images are cropped and resized here with PIL, since the original results depend on its
+filters. Small ones (side <= 32) pass unchanged unless RandAugment is on: the device crops and flips
+them. The device also normalises and erases (m2mkd_jax/data/augment.py).
 """
 
 import dataclasses
@@ -28,16 +28,16 @@ Arrays = Mapping[str, np.ndarray]
 def train_transform(
     config: DataConfig, augment: AugmentConfig, *, arrays: Arrays | None = None
 ) -> Callable[[Example, np.random.Generator], Example] | None:
-    """Returns the random transform of a training example; None where the device does everything.
+    """Returns the random transform of a training example; None if the device does everything.
 
-    In order: a random crop, resized (side > 32) or padded (smaller); flip; RandAugment.
+    In order: random crop, resized (side > 32) or padded (smaller); flip; RandAugment.
 
     Args:
       config, augment: config.data and config.augment.
       arrays: the source's arrays, if it is in memory; small images then need no transform.
 
     Raises:
-      ValueError: `arrays` has small images of another side than config.data.image_size.
+      ValueError: the side of small images in `arrays` differs from config.data.image_size.
     """
     side = config.image_size
     if geometry_on_device(augment, side):
@@ -48,10 +48,10 @@ def train_transform(
 def eval_transform(
     config: DataConfig, *, arrays: Arrays | None = None
 ) -> Callable[[Example], Example] | None:
-    """Returns the fixed transform of an evaluation example; None where there is nothing to do.
+    """Returns the fixed transform of an evaluation example; None if there is nothing to do.
 
     Side > 32: the shorter side is resized to int(256 / 224 * side), then the centre is cropped.
-    Smaller images and the embedded sets stay as they are. Arguments as in `train_transform`.
+    Smaller images and the embedded sets stay as they are. Takes the arguments of `train_transform`.
     """
     if config.source in EMBEDDED:
         return None
@@ -61,9 +61,9 @@ def eval_transform(
 
 @dataclasses.dataclass(frozen=True)
 class PictureSource:
-    """A source of PIL images for `TrainTransform`, whose pixels are copied only after the crop.
+    """A source of PIL images for `TrainTransform`, so that pixels are copied only after the crop.
 
-    That saves a tenth of an image's time. The source must have a method `picture`.
+    This saves a tenth of the time per image. The source must have a method `picture`.
     """
 
     source: Source
@@ -77,7 +77,7 @@ class PictureSource:
 
 
 def with_pictures(source: Source, transform: Callable | None) -> Source | PictureSource:
-    """Returns the source in the form that is fastest for a transform of `train_transform`."""
+    """Returns the source in the fastest form for a transform from `train_transform`."""
     pictures = isinstance(transform, TrainTransform) and hasattr(source, "picture")
     return PictureSource(source) if pictures else source
 
@@ -126,7 +126,7 @@ class EvalTransform:
 
 @dataclasses.dataclass(frozen=True)
 class SideCheck:
-    """Raises ValueError for images of another side; can be pickled."""
+    """Raises ValueError for images whose side is not `side`; can be pickled."""
 
     side: int
 
@@ -138,12 +138,12 @@ class SideCheck:
 def crop_box(rng: np.random.Generator, *, height: int, width: int) -> tuple[int, int, int, int]:
     """Draws (top, left, height, width) of a random crop, in pixels.
 
-    It is the first of 10 draws (area share uniform in [0.08, 1], aspect log-uniform in [3/4, 4/3])
-    that fits, or else the largest central crop of an aspect in that range. (torchvision's
-    RandomResizedCrop.get_params; sides round half to even.)
+    It is the first of 10 draws (relative area uniform in [0.08, 1], aspect ratio log-uniform in
+    [3/4, 4/3]) that fits, or else the largest central crop with an aspect ratio in that range.
+    (torchvision's RandomResizedCrop.get_params; sides round half to even.)
     """
     for _ in range(10):
-        # One call, since each costs microseconds.
+        # A single call, since every call costs microseconds.
         area_draw, aspect_draw, y, x = rng.random(4).tolist()
         area = height * width * _between(AREA, area_draw)
         aspect = math.exp(_between(LOG_ASPECT, aspect_draw))
@@ -163,15 +163,15 @@ def _between(ends: tuple[float, float], share: float) -> float:
 
 
 def random_resized_crop(image: Image.Image, rng: np.random.Generator, *, side: int) -> Image.Image:
-    """Takes a random crop (`crop_box`), resized to the side with PIL's bicubic filter."""
-    # Not `resize(box=...)`, whose filter also reads pixels beyond the crop's edge.
+    """Takes a random crop (`crop_box`) and resizes it to `side` with PIL's bicubic filter."""
+    # Not `resize(box=...)`, whose filter would also read pixels outside the crop.
     top, left, tall, wide = crop_box(rng, height=image.height, width=image.width)
     crop = image.crop((left, top, left + wide, top + tall))
     return crop.resize((side, side), Image.Resampling.BICUBIC)
 
 
 def padded_crop(image: Image.Image, rng: np.random.Generator, *, padding: int) -> Image.Image:
-    """Takes a crop of the image's own size, moved by up to `padding` pixels, with black padding."""
+    """Takes a crop of the image's own size, shifted by up to `padding` pixels of black padding."""
     left, top = (int(start) - padding for start in rng.integers(0, 2 * padding + 1, size=2))
     return image.crop((left, top, left + image.width, top + image.height))
 
@@ -187,7 +187,7 @@ def resize_and_centre(image: Image.Image, side: int) -> Image.Image:
 
 
 def _size_check(config: DataConfig, arrays: Arrays | None) -> SideCheck | None:
-    """Checks the size of small images: now if they are in memory, else by the returned check."""
+    """Checks the size of small images: now if they are in memory, else in the returned check."""
     if arrays is not None:
         _require_side(arrays["image"].shape[1:3], config.image_size)
     return None if arrays is not None or config.source in EMBEDDED else SideCheck(config.image_size)

@@ -56,7 +56,7 @@ def test_a_test_class_that_training_lacks_is_refused_before_anything_is_written(
     three = {"cat": 2, "dog": 2, "fox": 2}
     root = make(tmp_path / "set", train=three, test={"ant": 2, "cat": 2, "dog": 2})
     workdir = tmp_path / "run"
-    message = r"split 'test' has 3 classes, and 1 are no classes .*: ant; .* cat, dog, fox\. Rename"
+    message = r"split 'test' has 3 classes, but .* lacks 1 of them: ant; .* cat, dog, fox\. Rename"
     with pytest.raises(ValueError, match=message):
         feed_of(config_of(root, 3), workdir)
     with pytest.raises(ValueError, match=message):
@@ -113,7 +113,7 @@ def test_images_beside_class_folders_are_left_out_with_a_warning(tmp_path, caplo
     root = make(tmp_path / "set", train={"ant": 1})
     draw(root / "train/loose.png")
     assert len(load_source(data_of(root, 1), "train")) == 1
-    assert "1 images in no class folder" in caplog.text
+    assert "1 images that are in no class folder" in caplog.text
 
 
 def test_hidden_files_and_folders_are_no_data(tmp_path):
@@ -140,7 +140,7 @@ def test_a_link_to_a_parent_adds_nothing(tmp_path, caplog):
     (root / "train/ant/again").symlink_to(".", target_is_directory=True)
     source = load_source(data_of(root, 2), "train")
     assert source.labels.tolist() == [0, 1, 1]
-    assert "3 links to folders that were read already" in caplog.text
+    assert "3 links to folders that were already read" in caplog.text
 
 
 def test_classes_that_share_a_folder_are_refused(tmp_path):

@@ -183,7 +183,7 @@ def test_tiny_imagenet_r_is_what_tiny_imagenet_has_of_imagenet_r(tmp_path):
             small = image.resize((64, 64), Image.Resampling.BICUBIC)
         np.testing.assert_array_equal(found.source[i]["image"], np.asarray(small))
         assert found.source[i]["label"] == i // 2
-    with pytest.raises(ValueError, match=r"4 are no classes of config\.data"):
+    with pytest.raises(ValueError, match=r"config\.data lacks 4 of them"):
         load_ood(data, ood, label_names=("n08", "n09"))
 
 
@@ -198,7 +198,7 @@ def test_a_class_list_chooses_classes(tmp_path):
     for text, message in (
         ("n04\nn09\n", r"config\.ood\.classes=.*names 1 classes .* lacks: n09"),
         ("n04\nn04\n", r"classes\.txt: these names .*more than once: n04"),
-        ("\n", r"classes\.txt names no class"),
+        ("\n", r"classes\.txt has no class names"),
     ):
         names.write_text(text)
         with pytest.raises(ValueError, match=message):

@@ -128,7 +128,7 @@ def test_signs_and_unknown_operations():
     assert level_argument("PosterizeIncreasing", 10.0, False) == 0
     black = OPERATIONS["PosterizeIncreasing"](picture(0), 0)
     assert black.getextrema() == ((0, 0),) * 3
-    with pytest.raises(ValueError, match="'Rotat' is no operation"):
+    with pytest.raises(ValueError, match="no operation 'Rotat'"):
         level_argument("Rotat", 9.0, False)
 
 

@@ -244,7 +244,7 @@ def test_other_features_and_class_names_twice_are_refused(tmp_path):
     tfds.features.FeaturesDict({"image": tfds.features.Image(), "mask": np.int64}).save_config(
         folder
     )
-    with pytest.raises(ValueError, match=r"'mask': 'Tensor'.*label: ClassLabel are needed"):
+    with pytest.raises(ValueError, match=r"'mask': 'Tensor'.*but needs .*label: ClassLabel"):
         load_source(config_of(tmp_path), "train")
 
 
@@ -419,7 +419,7 @@ def test_inaturalist_with_wrong_records_is_refused(tmp_path):
             ({"categories": twice}, r"train2018\.json: these names .*more than once: A"),
             (
                 {"categories": twice[1:]},
-                r"train2018\.json: labels that are none of its 2 classes: 2",
+                r"train2018\.json: labels that are not among its 2 classes: 2",
             ),
             ({"images": []}, r"annotations of images that it lacks: 50, 51"),
             ({"annotations": None}, r"train2018\.json is not a complete file with images"),

@@ -56,7 +56,7 @@ def test_a_table_for_each_split(tmp_path):
     assert values(train) == {"ant": [1, 2, 3], "bee": [11, 12, 13], "cat": [21, 22, 23]}
     test = load_test_source(config, train.label_names)
     assert values(test) == {"cat": [20]} and test.label_names == CLASSES
-    with pytest.raises(FileNotFoundError, match=r"no table of split 'tests' \(did .*test, train;"):
+    with pytest.raises(FileNotFoundError, match=r"no table for split 'tests' \(did .*test, train;"):
         load_source(data_of(tmp_path, train_split="tests"), "tests")
 
 
@@ -69,7 +69,9 @@ def test_a_table_with_a_column_of_splits(tmp_path):
     config = data_of(tmp_path / "lists.csv", train_split="fit")
     assert len(load_source(config, "fit")) == 9
     assert values(load_source(config, "test")) == {"ant": [3], "bee": [13], "cat": [23]}
-    with pytest.raises(ValueError, match=r"no image of split 'train', only of: fit, test; correct"):
+    with pytest.raises(
+        ValueError, match=r"no images of split 'train', only of: fit, test; correct"
+    ):
         load_source(data_of(tmp_path / "lists.csv"), "train")
 
 
@@ -158,7 +160,7 @@ def test_a_flat_split_with_a_list(tmp_path, text):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("ant\nbee\n", r"val\.txt has 2 classes, one a line, and .*val has 1 images; write FILE"),
+        ("ant\nbee\n", r"val\.txt has 2 classes, one per line, but .*val has 1 images; write FILE"),
         ("x.png ant\n", r"val\.txt, line 1 must have a file of .*val and its class, with ' '"),
         ("a0.png ant\na0.png bee\n", r"val\.txt: these names occur more than once: val/a0\.png"),
     ],
@@ -211,10 +213,10 @@ def test_settings_are_found(tmp_path):
     assert (found["channels"], found["mean"], found["std"]) == (1, (0.5,), (0.5,))
     np.testing.assert_allclose(load_source(DataConfig(**found), "train")[0]["image"] % 255, 0)
     assert discover.settings_of(str(tmp_path / "t"), given) == {}
-    with pytest.raises(ValueError, match="has images and no folders of classes; move them into"):
+    with pytest.raises(ValueError, match="has images but no class folders; move them into"):
         discover.settings_of(str(tmp_path / "pictures"), given)
 
 
 def test_a_path_that_digits_do_not_read_is_named(tmp_path, caplog):
     load_source(DataConfig(path=str(tmp_path)), "test")
-    assert "is not read: config.data.source='digits' needs no files" in caplog.text
+    assert "is ignored: config.data.source='digits' needs no files" in caplog.text

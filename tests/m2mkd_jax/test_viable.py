@@ -52,7 +52,7 @@ def episodes(**changes):
         ),
         ("recipes.end_to_end.optim.batch", 1438, r"1438 must be from 1 to 1437"),
         ("few_shot.ways", 11, r"config\.few_shot\.ways=11 must be from 1 to .* 10"),
-        ("few_shot.shots", 1000, r"1000 are asked for; lower config\.few_shot\.shots"),
+        ("few_shot.shots", 1000, r"1000 are needed; lower config\.few_shot\.shots"),
         ("data.labels", 9, r"config\.data\.labels=9"),
         ("seed", 2**32, r"config\.seed=4294967296"),
         ("run.best", "val/bleu", r"config\.run\.best='val/bleu' must be a metric of test/"),

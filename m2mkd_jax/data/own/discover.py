@@ -1,4 +1,5 @@
-"""Settings of config.data for the images at a path, for a user who has not written them."""
+"""Guessing the settings of config.data from the images at a path, for users who give only the
+path."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -13,24 +14,23 @@ from m2mkd_jax.data.own.tables import SPLIT
 from m2mkd_jax.data.sources import DataConfig, Source, open_source
 from m2mkd_jax.data.transforms import SMALL_SIDE
 
-# Usual names of splits, the likelier first.
+# Usual names of splits, the likeliest first.
 TRAIN = ("train", "training")
 TEST = ("test", "val", "valid", "validation", "testing", "dev")
-SHARE = 0.2  # of a set without splits to test on
-SIDE = 64  # of a network's input, where a config for small images meets larger ones
-SAMPLE = 100
+SHARE = 0.2  # share to test on of a set without splits
+SIDE = 64  # side of the network's input, if a config for small images meets larger ones
+SAMPLE = 100  # images to look at
 
 
 def settings_of(path: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of config.data that train on the images at `path`; {} if none lie there.
+    """Returns the fields of config.data for training on the images at `path`; {} if there are none.
 
     Args:
       path: a folder, a zip or a table.
-      given: the config.data that is asked about; its splits, size, mean and std are kept if they
-        fit.
+      given: the config.data to start from; its splits, size, mean and std are kept if they fit.
 
     Raises:
-      FileNotFoundError, ValueError: images that cannot be listed.
+      FileNotFoundError, ValueError: the images cannot be listed.
     """
     layout = _layout(Path(path).expanduser(), given)
     if not layout:
@@ -61,7 +61,8 @@ def settings_of(path: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _layout(root: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns source and splits, and the path of a training split that is to be divided."""
+    """Returns source and splits; if only a training split is found, its path and a share of it to
+    test on."""
     share = {"test_share": given["test_share"] or SHARE}
     if root.is_file():
         if not is_table(root):
@@ -87,21 +88,21 @@ def _layout(root: Path, given: Mapping[str, Any]) -> dict[str, Any]:
         return {"source": "folder"} | share
     if any(is_image(entry.name) for entry in root.iterdir()):
         raise ValueError(
-            f"{root} has images and no folders of classes; move them into a folder for each "
-            "class, or list them in a table with the columns path and label"
+            f"{root} has images but no class folders; move them into one folder per class, or "
+            "list them in a table with the columns path and label"
         )
     return {}
 
 
 def _splits(names: Collection[str], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the names of the splits; {} unless there is one to train and one to test on."""
+    """Returns the names of the splits; {} unless there are both a training and a test split."""
     train = _likely(names, given["train_split"], TRAIN)
     test = _likely(names, given["test_split"], TEST)
     return {"train_split": train[0], "test_split": test[0]} if train and test else {}
 
 
 def _likely(names: Collection[str], given: str, usual: Sequence[str]) -> list[str]:
-    """Returns those of the names that are `given` or usual, in any case, the likelier first."""
+    """Returns the names that are `given` or usual, ignoring case, the likeliest first."""
     found = {name.lower(): name for name in sorted(names)}
     return [found[name] for name in (given.lower(), *usual) if name in found]
 
@@ -112,5 +113,5 @@ def _sample(source: Source) -> list[np.ndarray]:
         try:
             images.append(source[int(place)]["image"])
         except BadExample:
-            continue  # the check of the set counts them
+            continue  # counted when the set itself is checked
     return images

@@ -1,4 +1,4 @@
-"""Image files listed with their classes: in a table, or in a list beside a flat folder."""
+"""Image files listed with their classes, in a table or in a list beside a flat folder."""
 
 import logging
 import os
@@ -23,8 +23,8 @@ PATH, LABEL, SPLIT = "path", "label", "split"  # columns
 def find_listed(path: str, split: str) -> SplitFiles:
     """Lists the images of a table (TSV, CSV or JSONL) with the columns `path` and `label`.
 
-    Paths are relative to the table's folder; labels are the names of the classes, which are sorted
-    as texts. PATH is a folder with a table for each split, or one table with a column `split`. An
+    Paths are relative to the table's folder; labels are class names, and classes are sorted as
+    strings. PATH is a folder with a table for each split, or one table with a column `split`. An
     empty `split` means all rows of one table.
 
     Raises:
@@ -37,7 +37,7 @@ def find_listed(path: str, split: str) -> SplitFiles:
     if file is None or not (file.is_file() and is_table(file)):
         there = table_names(root) if root.is_dir() else []
         raise FileNotFoundError(
-            f"config.data.path={path!r} has no table of split {split!r}"
+            f"config.data.path={path!r} has no table for split {split!r}"
             f"{did_you_mean(split, there)}, only: {listed(there) or 'nothing'}; give the path of "
             "one .csv, .tsv or .jsonl, or of the folder with one for each split"
         )
@@ -51,7 +51,7 @@ def find_listed(path: str, split: str) -> SplitFiles:
     if not rows:
         splits = sorted({row.get(SPLIT, "") for _, row in table.rows})
         raise ValueError(
-            f"{file} has no image of split {split!r}{did_you_mean(split, splits)}, only of: "
+            f"{file} has no images of split {split!r}{did_you_mean(split, splits)}, only of: "
             f"{listed(splits) or 'none'}; correct config.data.train_split or config.data.test_split"
         )
     for number, row in rows:
@@ -61,7 +61,7 @@ def find_listed(path: str, split: str) -> SplitFiles:
 
 
 def find_images(path: str, split: str) -> SplitFiles:
-    """Lists the images of a folder (`find_folder`), or of a flat one with a list, `SPLIT.txt`
+    """Lists the images of a folder (`find_folder`), or of a flat folder with a list `SPLIT.txt`
     beside it (`find_flat`)."""
     root = Path(os.path.expanduser(path))
     list_file = root / f"{split}.txt"
@@ -74,10 +74,10 @@ def find_images(path: str, split: str) -> SplitFiles:
 
 
 def find_flat(root: Path, split: str, list_file: Path) -> SplitFiles:
-    """Lists the images of ROOT/SPLIT/, which has no class folders, with the classes of a list.
+    """Lists the images of ROOT/SPLIT/, which has no class folders, with classes from a list.
 
-    A line of the list is a file and its class, with a tab, comma or space between them; or a class
-    alone, for the images in the order of their names.
+    A line of the list is a file and its class, separated by a tab, comma or space; or only a class,
+    for the images in the order of their names.
 
     Raises:
       ValueError: the list does not fit the images; the message names file and line.
@@ -89,7 +89,7 @@ def find_flat(root: Path, split: str, list_file: Path) -> SplitFiles:
     if separator is None:
         if len(lines) != len(images):
             raise ValueError(
-                f"{list_file} has {len(lines)} classes, one a line, and {root / split} has "
+                f"{list_file} has {len(lines)} classes, one per line, but {root / split} has "
                 f"{len(images)} images; write FILE and CLASS in each line, or correct the list"
             )
         rows = [(name, label) for name, (_, label) in zip(images, lines, strict=True)]
@@ -101,7 +101,7 @@ def find_flat(root: Path, split: str, list_file: Path) -> SplitFiles:
             if name is None or not label.strip():
                 raise ValueError(
                     f"{list_file}, line {number} must have a file of {root / split} and its class, "
-                    f"with {separator!r} between them; it is {line!r}"
+                    f"separated by {separator!r}; it is {line!r}"
                 )
             rows.append((name, label.strip()))
         if missing := set(images) - {name for name, _ in rows}:
@@ -109,7 +109,7 @@ def find_flat(root: Path, split: str, list_file: Path) -> SplitFiles:
                 f"{list_file} has no class for {len(missing)} images of {root / split}: "
                 f"{listed(missing)}; add or remove them"
             )
-    logging.info("%s: classes of %d images, from %s", root / split, len(rows), list_file)
+    logging.info("%s: classes of %d images are from %s", root / split, len(rows), list_file)
     return _labelled(root, [(f"{split}/{name}", label) for name, label in rows], at=str(list_file))
 
 
