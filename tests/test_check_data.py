@@ -128,7 +128,7 @@ def test_the_ood_set_is_looked_at_too(tmp_path, capsys):
     assert status == 0 and "tested among 2 of the 3 classes of training" in printed
     (tmp_path / "renditions/cat").rename(tmp_path / "renditions/eel")
     status, _, problems = check(capsys, *image_flags(root, **ood))
-    assert status == 1 and "no classes of config.data: eel" in problems[0]
+    assert status == 1 and "config.data lacks 1 of them: eel" in problems[0]
 
 
 def multi30k(root, *, pictures=True):

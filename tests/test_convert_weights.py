@@ -114,7 +114,7 @@ def test_a_module_is_cut_out_of_the_hybrid_that_trained_it(tmp_path, config_file
     save_checkpoint(tmp_path / "in.pth", listed_by_stage(state, (2, 1, 1)))
     flags = [f"--config={config_file}", "--kind=module", "--config.module=0"]
     convert(tmp_path / "in.pth", tmp_path / "run", *flags)
-    assert "of other stages, or listed twice" in capsys.readouterr().out
+    assert "of another stage, or listed twice" in capsys.readouterr().out
     convert(tmp_path / "run", tmp_path / "out.safetensors")
     first = ("pos_embed", "cls_token", "patch_embed.", "blocks.0.", "blocks.1.")
     want = {name: x for name, x in state.items() if name.startswith(first)}
@@ -241,7 +241,7 @@ def test_all_that_does_not_fit_is_named_and_nothing_written(tmp_path, config_fil
         (lambda s: s | {"head.bias": s["head.bias"].astype(int)}, "head/bias is int64"),
         (
             lambda s: {n: x for n, x in s.items() if "blocks.3." not in n},
-            "the file has 3 blocks, and config.teacher.depths=(2, 1, 1) are 4",
+            "the file has 3 blocks, but config.teacher.depths=(2, 1, 1) have 4",
         ),
     ],
 )
@@ -257,7 +257,7 @@ def test_a_teacher_that_is_not_one_is_refused(tmp_path, config_file, capsys, cha
         (["--config.teacher.dephts=2,2"], "has no field 'dephts' (did you mean 'depths'?)"),
         (["--config.teacher.depths=(4"], "config.teacher.depths=(4 must be a tuple"),
         (["--config=nowhere.py"], "--config=nowhere.py: there is no such file in"),
-        ([], "of no published network"),
+        ([], "is not a published network"),
         (["--kind=nac"], "give its config, such as --config=configs/m2mkd/nac_imagenet.py"),
         (["--kind=vmoe_student"], "give its config, such as --config=configs/m2mkd/vmoe_base.py"),
     ],
@@ -273,7 +273,7 @@ def test_a_module_of_a_network_whose_file_is_whole_is_refused(tmp_path, config_f
     torch_files.save(tmp_path / "a.pth", make_state("vmoe", config_of(config_file)))
     convert(tmp_path / "a.pth", tmp_path / "run", f"--config={config_file}")
     said = refusal(capsys, tmp_path / "run", tmp_path / "b.pth", "--config.module=1")
-    assert "is of kind='vmoe', whose files hold a whole network: leave out the module, 1" in said
+    assert "kind='vmoe', whose files hold a whole network: do not give a module, here 1" in said
 
 
 def test_what_is_there_is_replaced_by_force_alone(tmp_path, config_file, capsys):
@@ -314,13 +314,13 @@ def test_which_module_a_file_holds_must_be_clear(tmp_path, config_file, capsys):
     said = refusal(capsys, folder / "s_1.pth", tmp_path / "one", *flags)
     assert "does not say which of the 3 modules it holds: give --config.module=K" in said
     said = refusal(capsys, folder / "s_2.pth", tmp_path / "one", *flags, "--config.module=1")
-    assert "which module it holds is unclear" in said
+    assert "contradictory evidence of which module it holds" in said
     said = refusal(capsys, folder, tmp_path / "one", *flags, "--config.module=1")
     assert "'all' for a folder" in said
     (folder / "s_1.pth").rename(folder / "s_3.pth")
     (folder / "s_2.pth").rename(folder / "s_1.pth")
     said = refusal(capsys, folder, tmp_path / "one", *flags)
-    assert "which module it holds is unclear" in said
+    assert "contradictory evidence of which module it holds" in said
     said = refusal(capsys, tmp_path / "run", tmp_path / "out.pth")
     assert "holds stage_0, stage_1, stage_2 of kind='vmoe_student'" in said
 

@@ -1,4 +1,5 @@
-"""Files of the original, of timm and of DeiT as parameters that a phase starts from, and back."""
+"""Converting files of the original, timm and DeiT to parameters that a phase starts from, and
+back."""
 
 from common_jax.weights.table import Pretrained
 from m2mkd_jax.pretrained.kinds import KINDS

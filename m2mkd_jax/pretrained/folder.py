@@ -1,4 +1,4 @@
-"""A run as a folder for other frameworks: weights, config.json, and a model card."""
+"""Exporting a run as a folder for other frameworks: weights, config.json and a model card."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from m2mkd_jax.pretrained.writing import load_run, to_tensors
 
 WEIGHTS, CONFIG, RUN, CARD = "model.safetensors", "config.json", "run_config.json", "README.md"
 PAPER = "[m2mKD](https://arxiv.org/abs/2402.16918)"
-# Sections that say where and how a run was done, and not what.
+# Fields that say where and how a run was done, not what was trained.
 LEFT_OUT = ("sources.", "mesh.", "run.", "recipes.", "data.path", "data.workers", "ood.path")
 USE_TIMM = """```python
 import timm, torch
@@ -41,21 +41,21 @@ def write_folder(
 ) -> Pretrained:
     """Writes a run's network to `out`, a new folder.
 
-    A whole ViT gets timm's config.json where timm has such a network. Any other network, or module,
-    has run_config.json alone beside its weights.
+    A whole ViT gets timm's config.json if timm has such a network. Any other network, or a module,
+    only gets run_config.json beside its weights.
 
     Args:
       source: folder of a checkpoint.
-      out: the folder.
-      stage: of the module, if the run has several.
-      classes: names by label.
+      out: the folder to create.
+      stage: stage of the module to export, if the run has several.
+      classes: class names by label.
 
     Returns:
       What was written.
 
     Raises:
       FileExistsError: if `out` exists.
-      ValueError: as `load_run`.
+      ValueError: like `load_run`.
     """
     if out.exists():
         raise FileExistsError(f"{out} exists; give a new folder")
@@ -77,13 +77,13 @@ def write_folder(
 
 
 def write_card(found: Pretrained, source: epath.Path, classes: tuple[str, ...], reason: str) -> str:
-    """The text of the card.
+    """The text of the model card.
 
     Args:
       found: what is exported.
       source: folder of the checkpoint.
-      classes: names by label.
-      reason: for which timm does not load it; "" where it does.
+      classes: class names by label.
+      reason: why timm cannot load it; "" if it can.
     """
     config = found.config
     mode = {1: "L", 3: "RGB"}[config.data.channels]
@@ -108,7 +108,7 @@ def write_card(found: Pretrained, source: epath.Path, classes: tuple[str, ...], 
 
 
 def _about(found: Pretrained) -> str:
-    """The kind of network, for people."""
+    """A description of the network, for users."""
     return KINDS[found.kind].about.partition(", for")[0]
 
 
@@ -122,7 +122,7 @@ def _training(config: Config, found: Pretrained, source: epath.Path) -> Iterator
 
 
 def _scores(source: epath.Path) -> Iterator[str]:
-    """Those of the run's end, if this is its last checkpoint."""
+    """The final scores of the run, if this is its last checkpoint."""
     path = source.parent.parent / RESULT
     result: Mapping[str, Any] = read_json(path) if path.exists() else {}
     if str(result.get("steps")) != source.name:

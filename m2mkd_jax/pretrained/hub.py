@@ -1,4 +1,4 @@
-"""Facts about a ViT that folders of timm and Hugging Face state beside its weights."""
+"""Facts about a ViT that timm's and Hugging Face's folders state beside its weights."""
 
 import dataclasses
 from collections.abc import Collection, Mapping
@@ -17,8 +17,8 @@ TIMM = {"mean": "mean", "std": "std"}
 HUGGING_FACE = {"mean": "image_mean", "std": "image_std"}
 # timm's global_pool -> `pool` of a ViT's section.
 POOLS = {"token": "class", "avg": "mean", "map": "attention"}
-# Arguments of timm's models that tensors show, or that change nothing in evaluation. Any other may
-# change what is computed without a trace in the tensors.
+# Arguments of timm's models that the tensors reveal, that are read here, or that have no effect in
+# evaluation. Any other may change the computation without a trace in the tensors.
 HARMLESS = (
     *("img_size", "num_classes", "in_chans", "patch_size", "embed_dim", "depth", "mlp_ratio"),
     *("qkv_bias", "drop_rate", "drop_path_rate", "proj_drop_rate", "attn_drop_rate"),
@@ -26,7 +26,7 @@ HARMLESS = (
     *("init_values", "class_token", "no_embed_class", "reg_tokens", "pre_norm", "fc_norm"),
     *("num_heads", "act_layer"),
 )
-# Field of a ViT's section -> argument of timm's models, and our value of each that is known here.
+# Field of a ViT's section -> argument of timm's models, and our value for each supported one.
 ARGUMENTS = {
     "pool": ("global_pool", POOLS),
     "activation": ("act_layer", {name: name for name in ACTIVATIONS}),
@@ -39,9 +39,9 @@ class Beside:
     """Facts that a folder states about its weights.
 
     Attributes:
-      file: that states them; "" if none does.
-      fields: "data.mean" and "data.std", and "heads", "activation", "pool" and "positions" of the
-        network's section of the config: those that the folder states.
+      file: the file that states them; "" if none does.
+      fields: those of "data.mean" and "data.std", and of "heads", "activation", "pool" and
+        "positions" of the network's section of the config, that the folder states.
       architecture: timm's name of the network, or "".
     """
 
@@ -51,8 +51,8 @@ class Beside:
 
 
 def paths(fields: Mapping[str, Any], section: str) -> dict[str, Any]:
-    """The fields by their paths below `config`; those of other sections than the network's have
-    them already."""
+    """The fields by full path below `config`: fields of other sections already have it, the
+    network's are put below `section`."""
     return {
         name if name.startswith(("data.", "meta.")) else f"{section}.{name}": value
         for name, value in fields.items()
@@ -60,11 +60,11 @@ def paths(fields: Mapping[str, Any], section: str) -> dict[str, Any]:
 
 
 def read_beside(path: Path) -> Beside:
-    """The facts beside the weights in a folder, or beside a file of one.
+    """The facts beside the weights in a folder, or beside a file in a folder.
 
     Raises:
-      ValueError: for a file that holds no JSON object, numbers that are none, and a network whose
-        tensors look like a plain ViT's and mean something else.
+      ValueError: for a file that is not a JSON object, values that should be numbers but are not,
+        and a network that has the tensors of a plain ViT but computes something else.
     """
     files = read_files(path, (CONFIG, PREPROCESSOR))
     folder = path if path.is_dir() else path.parent
@@ -74,7 +74,7 @@ def read_beside(path: Path) -> Beside:
         raise ValueError(f"{file}: pretrained_cfg={brief(timm)} must be a dictionary")
     architecture = about.get("architecture") or ""
     if not isinstance(architecture, str):
-        raise ValueError(f"{file}: architecture={brief(architecture)} must be a text")
+        raise ValueError(f"{file}: architecture={brief(architecture)} must be a string")
     fields = _network(about, file) if architecture else {}
     images = _images(timm, TIMM, file)
     if not images and PREPROCESSOR in files:
@@ -86,8 +86,9 @@ def read_beside(path: Path) -> Beside:
 def require_same(
     beside: Beside, config: Config, section: str, overridden: Collection[str] = ()
 ) -> None:
-    """Raises ValueError if a folder states another network (`section` of the config), mean or std
-    than the config, except for `overridden`, paths such as "data.mean" that the user gave."""
+    """Raises ValueError if what a folder states about the network (`section` of the config), mean
+    or std contradicts the config, except for paths in `overridden`, such as "data.mean", that the
+    user set."""
     for path, value in paths(beside.fields, section).items():
         parent, name = path.split(".")
         ours = getattr(getattr(config, parent), name, value)
@@ -96,15 +97,15 @@ def require_same(
         if path not in overridden and not same:
             flag = ",".join(map(str, value)) if numbers else value
             raise ValueError(
-                f"{beside.file} says {name}={value!r}, and config.{path}={ours!r}: the network "
-                f"would compute something else. Give --config.{path}={flag}, as a run that uses "
-                "these weights must too"
+                f"{beside.file} says {name}={value!r}, but config.{path}={ours!r}: the network "
+                f"would compute something else. Give --config.{path}={flag}, here and in every run "
+                "that uses these weights"
             )
 
 
 def _network(about: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """The fields of a network of timm's that its tensors need not show; raises ValueError if it has
-    the tensors of one of our ViTs and computes something else."""
+    """The fields of a timm network that its tensors may not reveal; raises ValueError if it could
+    have the tensors of one of our ViTs but compute something else."""
     arguments = about.get("model_args") or {}
     if not isinstance(arguments, dict):
         raise ValueError(f"{file}: model_args={brief(arguments)} must be a dictionary")
@@ -116,14 +117,14 @@ def _network(about: Mapping[str, Any], file: Path) -> dict[str, Any]:
             continue
         if value not in list(known):
             raise ValueError(
-                f"{file} says {key}={brief(value)}, and m2mKD's ViT has "
-                f"{', '.join(map(str, known))} alone; take another model"
+                f"{file} says {key}={brief(value)}, but m2mKD's ViT only has "
+                f"{', '.join(map(str, known))}; take another model"
             )
         stated[field] = known[value]
     if odd := sorted(str(name) for name in arguments if name not in HARMLESS):
         raise ValueError(
-            f"{file} says model_args with {brief(odd)}, which may change what the network computes "
-            "and is not supported; take a model without"
+            f"{file} has model_args with {brief(odd)}, which may change what the network computes "
+            "and are not supported; take a model without them"
         )
     if (heads := arguments.get("num_heads")) is not None:
         if type(heads) is not int or not 0 < heads <= 1024:

@@ -1,4 +1,4 @@
-"""Kinds of files: what the records of phases and families say about them."""
+"""Kinds of files, assembled from the records of phases and families."""
 
 import dataclasses
 import functools
@@ -26,8 +26,8 @@ class Kind:
 
     Attributes:
       phase: the phase whose checkpoint has the same parameters.
-      form: its line in the record of that phase.
-      family: of the network.
+      form: its entry in the record of that phase.
+      family: family of the network.
     """
 
     phase: str
@@ -36,23 +36,23 @@ class Kind:
 
     @property
     def about(self) -> str:
-        """A line for people."""
+        """A one-line description for users."""
         about = self.form.about.format(network=self.family.files.network)
         return f"{about}, for config.sources.{PHASES[self.phase].makes}"
 
     @property
     def role(self) -> str:
-        """The key of the parameters in a checkpoint."""
+        """The key of its parameters in a checkpoint."""
         return PHASES[self.phase].role
 
     @property
     def section(self) -> str:
-        """The field of the config with the network's sizes."""
+        """The section of the config with the network's sizes."""
         return SECTIONS[self.role]
 
     @property
     def loads_in_timm(self) -> bool:
-        """True for whole networks that timm has, under these names."""
+        """True for whole networks that timm has, with the same tensor names."""
         return not self.form.single and self.family.files.timm
 
     def depths(self, config: Config) -> tuple[int, ...]:
@@ -60,10 +60,10 @@ class Kind:
         return getattr(config, self.section).depths
 
     def shapes(self, config: Config, stage: int | None) -> dict[str, Any]:
-        """Shapes of the parameters that a file gives, one subtree per stage.
+        """Shapes of the parameters in a file, one subtree per stage.
 
         Raises:
-          ValueError: if config.SECTION is of another family.
+          ValueError: if config.SECTION belongs to another family.
         """
         self._sizes(config)
         network = (module_network if self.form.single else whole_network)(config, self.role)
@@ -71,12 +71,12 @@ class Kind:
         return jax.eval_shape(init, jax.random.key(0))
 
     def table(self, config: Config, stage: int | None) -> Table:
-        """The names in a file, by our paths in all stages or in one; raises as `shapes`."""
+        """The tensor names in a file, by our parameter paths; raises like `shapes`."""
         table = self.family.files.table(self._sizes(config), config.data.channels, stage)
         return table if stage is None else table.below(source="", target=f"{stage_name(stage)}/")
 
     def examples(self) -> Iterator[Table]:
-        """Tables of such files of small networks, which distinguish the kinds."""
+        """Tables of such files for small networks, which distinguish the kinds."""
         for section in self.family.files.examples:
             stages = range(len(section.depths)) if self.form.single else (None,)
             yield from (self.family.files.table(section, 3, stage) for stage in stages)
@@ -85,7 +85,7 @@ class Kind:
         section = getattr(config, self.section)
         if family_of(section) is not self.family:
             raise ValueError(
-                f"config.{self.section} is a {type(section).__name__}, and this kind of file needs "
+                f"config.{self.section} is a {type(section).__name__}, but this kind of file needs "
                 f"a {self.family.config.__name__}: give the config of such a network"
             )
         return section
@@ -103,13 +103,13 @@ KINDS: Mapping[str, Kind] = types.MappingProxyType(
 
 
 def guess(tensors: Tensors, plain: Mapping[str, Any], file: str) -> str:
-    """The kind whose table claims the most of the tensors.
+    """Guesses the kind of a file: the one whose table matches the most tensors.
 
-    Kinds of the same names are distinguished by what else a file says: the original writes
-    "model_name" beside a teacher's modules, and lists a meta model as stages of one block.
+    Kinds with the same tensor names are distinguished by what else is in the file: the original
+    writes "model_name" beside a teacher's modules, and lists a meta model as stages of one block.
 
     Raises:
-      ValueError: where no kind claims them, or several do.
+      ValueError: if no kind matches, or several do.
     """
     names, formats = set(tensors), []
     for name, kind in KINDS.items():
@@ -120,13 +120,13 @@ def guess(tensors: Tensors, plain: Mapping[str, Any], file: str) -> str:
     whose = [owner for regex, owner in ELSEWHERE.items() if find(names, regex)]
     if not claims and whose:
         raise ValueError(
-            f"{file} holds a ViT under {whose[0]} names, which are not read: take timm's file of "
-            "the same model, such as timm/vit_base_patch16_224.augreg_in21k_ft_in1k or "
+            f"{file} holds a ViT under {whose[0]} names, which are not supported: take timm's file "
+            "of the same model, such as timm/vit_base_patch16_224.augreg_in21k_ft_in1k or "
             "timm/deit_base_patch16_224.fb_in1k"
         )
     if not claims:
         raise ValueError(
-            f"{file} is of no kind by its names, {sorted(KINDS)}: its tensors are called "
+            f"{file} matches none of the kinds {sorted(KINDS)}: its tensors are called "
             f"{brief(sorted(names)[:4])}{describe_nearest(formats, names)}"
         )
     cut = [claim.kind for claim in claims if KINDS[claim.kind].form.cut]
@@ -142,8 +142,8 @@ def guess(tensors: Tensors, plain: Mapping[str, Any], file: str) -> str:
     if len(alike) > 1 and first.form.single:
         choices = "; ".join(f"--kind={name} for {KINDS[name].about}" for name in alike)
         raise ValueError(
-            f"{file} holds a part of a {first.family.files.network}, and its names do not say "
-            f"which: give {choices}"
+            f"{file} holds a part of a {first.family.files.network}, but its tensor names do not "
+            f"tell which: give {choices}"
         )
     depths = alias_depths(tensors)
     shallow = len(depths) > 1 and set(depths) == {1}
@@ -151,12 +151,12 @@ def guess(tensors: Tensors, plain: Mapping[str, Any], file: str) -> str:
 
 
 def count_blocks(tensors: Tensors) -> int:
-    """The number of blocks that are numbered through a file."""
+    """The number of blocks that are numbered through the whole file."""
     return len({m[1] for name in tensors if (m := re.match(r"blocks\.(\d{1,4})\.", name))})
 
 
 def alias_depths(tensors: Tensors) -> tuple[int, ...]:
-    """Blocks in each stage as the names `stages.<i>.blocks.<j>` have it; () without such names."""
+    """Blocks in each stage, from names `stages.<i>.blocks.<j>`; () without such names."""
     blocks = {}
     for name in tensors:
         if match := re.match(r"stages\.(\d{1,4})\.blocks\.(\d{1,4})\.", name):

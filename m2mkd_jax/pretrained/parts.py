@@ -1,5 +1,5 @@
-"""Parts of ViTs by the names of their tensors: which fields of the config they show, and which
-parts of other people's ViTs have no place here."""
+"""Parts of ViTs by their tensor names: which config fields they reveal, and which parts of other
+ViTs are not supported."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 Tensors = Mapping[str, np.ndarray]
-# Regex of names -> the part. No config makes a file with them fit.
+# Regex of names -> the part. There is no config for a file that has them.
 FOREIGN = {
     r"dist_token|head_dist\..*": "a distillation token",
     r"pre_logits\..*": "a layer before the head (pre_logits)",
@@ -33,47 +33,50 @@ PARTS = {
     "norm_after_pool": r"(fc_)?norm\.\w+",
     "pool": r"attn_pool\..*|(fc_)?norm\.\w+",
 }
-# Names that Hugging Face's ViTs and torchvision's have.
+# Tensor names in the ViTs of Hugging Face and torchvision.
 ELSEWHERE = {
     r"(\w+\.)?(embeddings\.(cls_token|patch_embeddings?\..*)|encoder\.layers?\.\d+\..*)": (
         "Hugging Face's"
     ),
     r"encoder\.layers\.encoder_layer_\d+\..*|conv_proj\.weight|class_token": "torchvision's",
 }
-# Layer scale is learned; a run that starts from scratch would start it here, as DINOv2 does.
+# Tensors only have the learned layer scale; a run from scratch would start it here, like DINOv2.
 LAYER_SCALE = 1e-5
 
 
 def foreign_parts(names: Collection[str]) -> str:
-    """The parts of a ViT that have no place here, with a name of each and the way out, or ""."""
+    """A message about unsupported parts of a ViT, with a tensor name for each; "" if there are
+    none."""
     examples = {what: find(names, regex) for regex, what in FOREIGN.items()}
     parts = ", ".join(f"{what} ({name})" for what, name in examples.items() if name)
     return parts and (
-        f"the network in the file has {parts}, which m2mKD's ViT has no place for, whatever the "
-        "config: take a model without, such as timm's deit_base_patch16_224 or "
+        f"the network in the file has {parts}, which m2mKD's ViT does not support with any config: "
+        "take a model without them, such as timm's deit_base_patch16_224 or "
         "vit_base_patch16_224"
     )
 
 
 def is_headless(names: Collection[str]) -> bool:
-    """True for names of a whole ViT without its classifier, as timm's num_classes=0 leaves it."""
+    """True for the names of a whole ViT without classifier, as timm saves it with
+    num_classes=0."""
     ends, starts = find(names, r"norm\.weight|fc_norm\..*"), find(names, "cls_token|pos_embed")
     return bool(ends and starts) and "head.weight" not in names
 
 
 def find(names: Iterable[str], regex: str) -> str:
-    """The first of the names that matches as a whole, or ""."""
+    """The first name that fully matches, or ""."""
     return next((name for name in names if re.fullmatch(regex, name)), "")
 
 
 def read_parts(
     tensors: Tensors, width: int, stated: Mapping[str, Any], file: Path
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The fields that tensors show, and those that are assumed; of a stage, those of its parts.
+    """The fields that the tensors reveal, and those that are assumed; for a stage, only the fields
+    of its parts.
 
-    Names are timm's; `width` is a token's, `stated` are fields that the file's folder states, and
-    `file` is for messages. `layer_scale` is a number if there is one, but not the one that training
-    started from.
+    Names are timm's; `width` is the token width, `stated` are fields that the file's folder states,
+    and `file` is for messages. `layer_scale` is a number if there is layer scale, but not the one
+    that training started from.
 
     Raises:
       ValueError: for a position table that fits no square of patches, and registers of odd shape.
@@ -89,8 +92,8 @@ def read_parts(
             places = _places(table.shape[1], read["class_token"], read["registers"])
             if not places:
                 raise ValueError(
-                    f"{file} has a position table of {table.shape[1]} rows, which are no square of "
-                    "patches, with or without rows for the "
+                    f"{file} has a position table of {table.shape[1]} rows, which are not a square "
+                    "of patches, with or without rows for the "
                     f"{read['class_token'] + read['registers']} tokens before them; take another "
                     "model"
                 )
@@ -112,13 +115,13 @@ def _registers(tensors: Tensors, file: Path) -> int:
         return 0
     shape = tensors[name].shape
     if len(shape) != 3 or not shape[1]:
-        raise ValueError(f"{file} does not say its sizes: {name} is {shape}")
+        raise ValueError(f"cannot infer the sizes of {file}: {name} is {shape}")
     return shape[1]
 
 
 def _places(rows: int, class_token: bool, registers: int) -> dict[str, int]:
-    """The side of the square of patches by `positions`, for each way to read a position table, the
-    likeliest first."""
+    """The side of the square of patches, by value of `positions`, for each possible reading of a
+    position table with `rows` rows, the likeliest first."""
     before = {class_token + registers: "all"}
     if class_token:
         before.setdefault(1, "class")
@@ -134,7 +137,7 @@ def _places(rows: int, class_token: bool, registers: int) -> dict[str, int]:
 def _pool(
     tensors: Tensors, width: int, stated: Mapping[str, Any], read: Mapping[str, Any]
 ) -> tuple[str, bool]:
-    """The pooling, and whether anything says it."""
+    """The pooling, and whether it is certain and not just assumed."""
     head = tensors.get("head.weight")
     if head is not None and head.ndim == 2 and head.shape[1] == 2 * width:
         return "class_and_mean", True
@@ -144,5 +147,5 @@ def _pool(
         return "attention", True
     if read.get("class_token") is False:
         return "mean", True
-    # Of timm's models with fc_norm nearly all take the mean; of those with norm, the class token.
+    # Nearly all timm models with fc_norm pool by the mean, those with norm by the class token.
     return ("mean", False) if read["norm_after_pool"] else ("class", True)

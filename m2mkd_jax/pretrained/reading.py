@@ -1,4 +1,4 @@
-"""Files as parameters: strict about every name and shape, and never run."""
+"""Reading files as parameters: strict about every name and shape, and never running their code."""
 
 import dataclasses
 import os
@@ -26,11 +26,11 @@ class File:
     """One file.
 
     Attributes:
-      path: of the file, or of its folder.
-      tensors: by their names.
-      plain: the numbers and texts beside them.
+      path: path of the file, or of its folder.
+      tensors: the tensors by name.
+      plain: the numbers and strings stored beside them.
       beside: facts that the folder states.
-      others: account of how the file was read, and of its other tensors.
+      others: account of how the file was read, and of tensors that were not taken from it.
     """
 
     path: Path
@@ -42,7 +42,7 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Files of one kind, a key of KINDS: several only where each holds a stage."""
+    """Files of one kind, a key of KINDS; there are several only if each holds a stage."""
 
     kind: str
     files: tuple[File, ...]
@@ -50,35 +50,36 @@ class Source:
 
 
 def read_files(path: str | os.PathLike, *, weights: str = "") -> tuple[File, ...]:
-    """Reads a file, its shards, or all files of a folder with a module each.
+    """Reads a file, its shards, or all files of a folder with one module each.
 
     Args:
       path: what `common_jax.weights.read_weights` reads, or a folder of such files.
-      weights: which weights are read of a file that holds several: a key of a training checkpoint,
-        such as "model_ema", or what stands before a network's names, with its dot: "teacher.".
+      weights: which weights to read from a file that holds several: a key of a training checkpoint,
+        such as "model_ema", or the prefix of a network's names including the dot, such as
+        "teacher.".
 
     Raises:
-      FileNotFoundError: when nothing is there.
-      ValueError: for files that cannot be read, or that hold several networks of which none is
-        chosen.
+      FileNotFoundError: if there is nothing at `path`.
+      ValueError: for files that cannot be read, or that hold several networks if `weights` does not
+        choose one.
     """
     return tuple(_read(one, weights) for one in _files(Path(path)))
 
 
 def find_source(files: tuple[File, ...], kind: str | None = None) -> Source:
-    """The files as of a kind, a key of KINDS; None to guess it from the names.
+    """The files as a source of a kind, a key of KINDS; None guesses it from the tensor names.
 
     Raises:
-      ValueError: for no such kind, tensors of no kind, several files where one holds all, and a
-        network that this project does not have.
+      ValueError: for an unknown kind, tensors of no kind, several files of a kind that takes one,
+        and a network that this project does not have.
     """
     if kind is not None and kind not in KINDS:
-        raise ValueError(f"kind={kind!r} is none of {sorted(KINDS)}{did_you_mean(kind, KINDS)}")
+        raise ValueError(f"kind={kind!r} must be one of {sorted(KINDS)}{did_you_mean(kind, KINDS)}")
     name = kind or guess(files[0].tensors, files[0].plain, str(files[0].path))
     if len(files) > 1 and not KINDS[name].form.single:
         raise ValueError(
-            f"there are {len(files)} files, {', '.join(str(f.path) for f in files)}, and "
-            f"kind={name!r} is in one: give that file"
+            f"there are {len(files)} files, {', '.join(str(f.path) for f in files)}, but "
+            f"kind={name!r} is in a single file: give that file"
         )
     return Source(name, files, guessed=kind is None)
 
@@ -89,14 +90,15 @@ def load(source: Source, config: Config, *, overridden: Collection[str] = ()) ->
 
     Args:
       source: see `find_source`.
-      config: sizes; of a single module also config.module, where the file does not say which.
+      config: the sizes; for a single module also config.module, if the file does not say which.
         Parameters that config.sources.fresh names are left out, and the file need not have them.
-      overridden: fields such as "data.mean" that the user gave by name, and that count more than
-        what a folder says.
+      overridden: fields such as "data.mean" that the user set explicitly, which override what the
+        folder states.
 
     Raises:
-      ValueError: naming every tensor that is missing, unknown or of another shape, numbers that are
-        not finite, modules that are there twice, and a mean or std that is not the folder's.
+      ValueError: for tensors that are missing, unknown or of another shape, all of which are named;
+        for numbers that are not finite, modules that occur twice, and a mean or std that
+        contradicts the folder.
     """
     kind, trees, accounts = KINDS[source.kind], {}, []
     several = len(source.files) > 1
@@ -106,8 +108,8 @@ def load(source: Source, config: Config, *, overridden: Collection[str] = ()) ->
         params, own = _load_file(file, source.kind, config, stage)
         if twice := sorted(trees.keys() & params.keys()):
             raise ValueError(
-                f"{file.path} holds {twice[0]}, and so does a file beside it; a folder must have "
-                "each module once"
+                f"{file.path} holds {twice[0]}, and so does another file; a folder must have each "
+                "module only once"
             )
         trees |= params
         accounts.append(own)
@@ -129,17 +131,17 @@ def load(source: Source, config: Config, *, overridden: Collection[str] = ()) ->
 def find_stage(file: File, kind: Kind, config: Config, *, of_many: bool) -> int:
     """The stage that a file of a single module holds.
 
-    The config's word (config.module) counts first, then the file's own, then what only the first
-    and the last stage have; of files in one folder, last, the number at the end of the name.
+    The evidence is config.module, the file's own block_index or name, tensors that only the first
+    or the last stage has and, for several files in a folder, the number at the end of the name.
 
     Raises:
-      ValueError: where nothing says it, or two of these differ.
+      ValueError: if there is no evidence, or it is contradictory.
     """
     count, names = len(kind.depths(config)), kind.family.files
     if config.module != "all" and (len(config.modules()) != 1 or of_many):
         raise ValueError(
-            f"config.module={config.module!r} must be one number for one file of a module, and "
-            "'all' for a folder of them"
+            f"config.module={config.module!r} must be one number for a single file of a module, "
+            "or 'all' for a folder of them"
         )
     index, own = file.plain.get("block_index"), () if _is_of_several(file.tensors) else file.tensors
     student = re.fullmatch(r"(ReadIn|Mediator|ReadOut)Student(?:_(\d+))?", file.path.stem)
@@ -161,12 +163,13 @@ def find_stage(file: File, kind: Kind, config: Config, *, of_many: bool) -> int:
         )
     if len(set(stated.values())) > 1:
         raise ValueError(
-            f"{file.path}: which module it holds is unclear, {stated}; modules count from 0"
+            f"{file.path}: contradictory evidence of which module it holds, {stated}; modules are "
+            "numbered from 0"
         )
     stage = next(iter(stated.values()))
     if not 0 <= stage < count:
         raise ValueError(
-            f"{file.path} holds module {stage}, and config.{kind.section} has {count}, counted "
+            f"{file.path} holds module {stage}, but config.{kind.section} has {count}, numbered "
             "from 0; give the config that it was made with"
         )
     return stage
@@ -175,8 +178,8 @@ def find_stage(file: File, kind: Kind, config: Config, *, of_many: bool) -> int:
 def without_fresh(
     shapes: Mapping[str, Any], kind: Kind, config: Config, there: Collection[str] = ()
 ) -> tuple[dict[str, Any], list[str]]:
-    """The shapes without those that config.sources.fresh names, and the paths of these; a path that
-    is `there` stays."""
+    """The shapes without those that config.sources.fresh names, and the paths of the latter; paths
+    in `there` are kept."""
     flat, fresh = traverse_util.flatten_dict(shapes, sep="/"), config.sources.fresh
     named = [path for path in flat if fresh and re.fullmatch(fresh, f"{kind.role}/{path}")]
     out = [path for path in named if path not in there]
@@ -188,7 +191,7 @@ def _files(path: Path) -> list[Path]:
     if not path.is_dir() or weights_file(path):
         return [path]
     suffixes = (".safetensors", *TORCH_SUFFIXES)
-    # Without any, `read_weights` says what the folder holds.
+    # If there are none, `read_weights` raises an error that says what the folder holds.
     return sorted(file for file in path.iterdir() if file.suffix in suffixes) or [path]
 
 
@@ -212,8 +215,8 @@ def _load_file(
     shapes, fresh = without_fresh(kind.shapes(config, stage), kind, config)
     if config.sources.fresh and not fresh:
         raise ValueError(
-            f"config.sources.fresh={config.sources.fresh!r} names none of the parameters, such as "
-            f"{kind.role}/{list(table.entries)[-1]}"
+            f"config.sources.fresh={config.sources.fresh!r} matches none of the parameters, such "
+            f"as {kind.role}/{list(table.entries)[-1]}"
         )
     left = {re.escape(name) for path in fresh for name in table.entries[path].names}
     reasons = dict.fromkeys(sorted(left), "config.sources.fresh")
@@ -233,18 +236,19 @@ def _load_file(
 
 
 def _advice(problems: list[str], state: Tensors, kind: Kind, config: Config) -> str:
-    """The way out for a file that does not fit."""
+    """Advice about a file that does not fit, for the error message."""
     lines, section = [], f"config.{kind.section}"
     is_vit = kind.family.files.sizes is not None
     if is_vit and (foreign := foreign_parts(state)):
         lines.append(foreign)
     if is_vit and not kind.form.single and is_headless(state):
         lines.append(
-            "the file has no classifier (head.weight), as timm leaves it with num_classes=0, and "
+            "the file has no classifier (head.weight), as timm saves it with num_classes=0, but "
             "the logits of a teacher or meta model need its head: take the file with it, or add "
             "head.weight and head.bias of a classifier that was trained on this network. To "
-            "convert it without, for what reads no head or trains one (modules but the last, "
-            f"config.init.upcycle), give --config.sources.fresh='{kind.role}/stage_\\d+/head/.*'"
+            "convert it without a head, for uses that do not read it or train a new one (modules "
+            "other than the last, config.init.upcycle), give "
+            f"--config.sources.fresh='{kind.role}/stage_\\d+/head/.*'"
         )
     names = [problem.split()[0] for problem in problems]
     lacks_head = {name for name in names if name.startswith("head.") and name not in state}
@@ -253,26 +257,27 @@ def _advice(problems: list[str], state: Tensors, kind: Kind, config: Config) -> 
         shown = ", ".join(f"{section}.{field}" for field in fields)
         lines.append(
             f"give the {section} and config.data of the network in the file (its position table is "
-            "resized by the phase that takes it)" + (f", {shown} among them" if shown else "")
+            "resized by the phase that takes it)" + (f", including {shown}" if shown else "")
         )
     blocks, depths = count_blocks(state), kind.depths(config)
     if blocks and not kind.form.single and blocks != sum(depths):
         lines.append(
-            f"the file has {blocks} blocks, and {section}.depths={depths} are {sum(depths)}"
+            f"the file has {blocks} blocks, but {section}.depths={depths} have {sum(depths)}"
         )
     return "; ".join(lines)
 
 
 def _is_of_several(tensors: Tensors) -> bool:
-    """True for tensors that are listed by the stages of a network of several."""
+    """True for tensors that are listed by stage, for a network of several stages."""
     return any(re.match(r"stages\.[1-9]", name) for name in tensors)
 
 
 def _own(tensors: Tensors, stage: int | None) -> tuple[Tensors, tuple[tuple[str, str], ...]]:
-    """The tensors of a stage under its own names, if the file is of a network of several."""
+    """The tensors of a stage under the stage's own names, and the other tensors, if the file holds
+    a network of several stages."""
     if stage is None or not _is_of_several(tensors):
         return tensors, ()
     prefix = f"stages.{stage}."
     own = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
     others = (n for n in tensors if not n.startswith(prefix))
-    return own, tuple((name, "of other stages, or listed twice") for name in others)
+    return own, tuple((name, "of another stage, or listed twice") for name in others)

@@ -1,4 +1,4 @@
-"""The config of a ViT or V-MoE, inferred from its tensors and the published networks like it."""
+"""Inferring the config of a ViT or V-MoE from its tensors and from similar published networks."""
 
 import dataclasses
 import math
@@ -17,26 +17,26 @@ from m2mkd_jax.pretrained.kinds import KINDS, Kind, alias_depths, count_blocks
 from m2mkd_jax.pretrained.parts import PARTS, find, foreign_parts, read_parts
 from m2mkd_jax.pretrained.reading import File, Source
 
-# Mean and std of ImageNet's images, as DeiT and m2mKD have them.
+# Mean and std of ImageNet's images, as in DeiT and m2mKD.
 IMAGENET = {"data.mean": (0.485, 0.456, 0.406), "data.std": (0.229, 0.224, 0.225)}
-# What the published networks have, if no tensor of a middle module says it.
+# Values in the published networks, for what the tensors of a middle module do not reveal.
 PUBLISHED = {"patch": 16, "data.image_size": 224, "data.channels": 3, "data.labels": 1000}
-SIZES = ("width", "hidden", "qkv_bias")  # that networks of one name must share
-NEAREST = ("patch", "data.image_size")  # that tell networks of the same parts apart
-# Fields that tensors do not show, or not exactly.
+SIZES = ("width", "hidden", "qkv_bias")  # a published network must match in these
+NEAREST = ("patch", "data.image_size")  # distinguish networks that have the same parts
+# Fields that tensors do not reveal, or not exactly.
 UNSEEN = ("heads", "norm_eps", "activation", "layer_scale", "mlp_ratio")
-# Fields that tell CLIP's networks apart from others with the same tensors.
+# Fields that distinguish CLIP's networks from others with the same tensors.
 OF_CLIP = ("activation", "norm_eps")
 
 
 @dataclasses.dataclass(frozen=True)
 class Inferred:
-    """A config, and where it is from.
+    """A config, and where its values come from.
 
     Attributes:
       config: the default config with the sizes of a file.
-      read: "config.x.y" -> value, from the tensors or the numbers beside them.
-      assumed: the same of what nothing in the file says, as published networks have it.
+      read: "config.x.y" -> value, read from the tensors or the numbers beside them.
+      assumed: likewise, values that the file does not reveal, taken from published networks.
     """
 
     config: Config
@@ -45,22 +45,23 @@ class Inferred:
 
 
 def infer_config(source: Source, given: Collection[str] = ()) -> Inferred:
-    """The config of a source of a ViT or a whole V-MoE.
+    """Infers the config of a ViT or a whole V-MoE.
 
     Args:
       source: see `find_source`.
-      given: fields such as "teacher.heads" that the caller sets, and that no file need say.
+      given: fields such as "teacher.heads" that the caller sets, which the file need not reveal.
 
     Raises:
-      ValueError: for a kind whose tensors do not say it, for a network with parts that have no
-        place here, and for sizes of no published network, whose number of heads is in no tensor.
+      ValueError: for a kind whose tensors do not determine the config, for a network with
+        unsupported parts, and for sizes that no published network has, since tensors do not reveal
+        the number of heads.
     """
     kind, file = KINDS[source.kind], source.files[0]
     files, stated = kind.family.files, file.beside.fields
     if example := files.stage_config if kind.form.single else files.config:
         raise ValueError(
-            f"{file.path}: the tensors of kind={source.kind!r} do not say all of the network that "
-            f"they are of; give its config, such as --config={example}"
+            f"{file.path}: the tensors of kind={source.kind!r} do not determine the whole network; "
+            f"give its config, such as --config={example}"
         )
     tensors = _gather(source)
     if foreign := foreign_parts(tensors):
@@ -77,7 +78,7 @@ def infer_config(source: Source, given: Collection[str] = ()) -> Inferred:
     read["mlp_ratio"] = agreed.pop("mlp_ratio", _ratio(hidden, width))
     if read["layer_scale"] is None:
         agreed.pop("layer_scale", None)
-    else:  # the tensors hold what was learned, and not the start
+    else:  # the tensors have the learned values, not the initial one
         agreed = {"layer_scale": read.pop("layer_scale")} | agreed
     read |= stated | files.sizes(tensors)
     if depths := _depths(file, kind):
@@ -89,8 +90,8 @@ def infer_config(source: Source, given: Collection[str] = ()) -> Inferred:
 
 
 def _make(kind: Kind, file: File, read: Mapping[str, Any], assumed: Mapping[str, Any]) -> Inferred:
-    """The config with these fields, and the fields by their whole paths; those of parts that the
-    network lacks need not be listed."""
+    """The config with these fields, and the fields by full path; fields of optional parts are left
+    out if they have their default value."""
     network, fields = kind.family.config(), assumed | read
     config = unfreeze(Config())
     config[kind.section] = unfreeze(network)
@@ -107,7 +108,7 @@ def _make(kind: Kind, file: File, read: Mapping[str, Any], assumed: Mapping[str,
 
 
 def _gather(source: Source) -> dict[str, np.ndarray]:
-    """The tensors of all files by their names in the network or, without such, in a stage."""
+    """The tensors of all files, by name in the network, or else by name in their stage."""
     tensors = {}
     for file in source.files:
         own = {name: x for name, x in file.tensors.items() if not name.startswith("stages.")}
@@ -117,21 +118,21 @@ def _gather(source: Source) -> dict[str, np.ndarray]:
 
 
 def _widths(tensors: Mapping[str, np.ndarray], file: File) -> tuple[int, int]:
-    """The width of a token, and of an MLP's hidden layer."""
+    """The token width, and the width of an MLP's hidden layer."""
     norm, hidden = (
         tensors[name].shape if (name := find(tensors, rf"blocks\.\d+\.{regex}")) else ()
         for regex in (r"norm1\.weight", r"(mlp\.fc1|moe\.experts\.(\d+\.)?htoh4)\.bias")
     )
     if len(norm) != 1 or not norm[0] or not hidden:
         raise ValueError(
-            f"{file.path} does not say its sizes: in its blocks a norm1.weight is {norm}, and an "
+            f"cannot infer the sizes of {file.path}: in its blocks norm1.weight is {norm}, and "
             f"mlp.fc1.bias, or htoh4.bias of experts, is {hidden}; give a --config"
         )
     return norm[0], hidden[-1]
 
 
 def _ratio(hidden: int, width: int) -> float:
-    """`mlp_ratio` for a hidden width, which is the whole part of its product with the width."""
+    """The `mlp_ratio` that gives this hidden width, the integer part of ratio times width."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
@@ -139,12 +140,12 @@ def _ratio(hidden: int, width: int) -> float:
 def _as_published(
     kind: Kind, seen: Mapping[str, Any], file: File, given: Collection[str]
 ) -> dict[str, Any]:
-    """Fields that no tensor shows, as the published networks with the same sizes have them; the
-    config's defaults if the heads are given and there is no such network.
+    """Fields that no tensor reveals, taken from the published networks with the same sizes; the
+    config's defaults if there is no such network and the heads are given.
 
     Raises:
-      ValueError: if the heads are not given and no published network says them, and if a network
-        like CLIP's is none of the published ones and the fields that it needs are not given.
+      ValueError: if the heads are neither given nor known from a published network, and if a
+        network like CLIP's is not a published one and the fields that it needs are not given.
     """
     section, plain = kind.section, kind.family.config()
     same = _same_as(kind, seen, file)
@@ -153,22 +154,23 @@ def _as_published(
     if not {"heads", "norm_eps"} <= agreed.keys() and f"{section}.heads" not in given:
         sizes = {name: seen[name] for name in SIZES}
         raise ValueError(
-            f"{file.path} is of no published network, {sizes}, and its tensors do not say the "
+            f"{file.path} is not a published network, {sizes}, and its tensors do not reveal the "
             f"number of heads: give --config.{section}.heads=N, or a --config"
         )
     needed = [*(f"{section}.{name}" for name in OF_CLIP), *IMAGENET]
     missing = [f"--config.{name}" for name in needed if name not in given]
     if missing and seen.get("norm_pre") and not any(config.norm_pre for config in same):
         raise ValueError(
-            f"{file.path} has a norm before its blocks (norm_pre), as CLIP's networks have, "
-            f"whose tensors do not say how they compute: give {', '.join(missing)}"
+            f"{file.path} has a norm before its blocks (norm_pre), like CLIP's networks, whose "
+            f"tensors do not reveal all of the computation: give {', '.join(missing)}"
         )
     return {"heads": 1, "norm_eps": plain.norm_eps, "activation": plain.activation} | agreed
 
 
 def _same_as(kind: Kind, seen: Mapping[str, Any], file: File) -> list[ViTConfig]:
-    """The published networks with the sizes of a file: of its name, if that is known; with its
-    parts, if there are any; and of these those with its patches and images, if there are any."""
+    """The published networks with the sizes of a file. If its name is known, only that one; among
+    them, those with the same parts, if any; among these, those with the same patch and image size,
+    if any."""
     variants, name = kind.family.files.variants, file.beside.architecture
     name = name or file.plain.get("model_name")
     if isinstance(name, str) and name in variants:
@@ -194,15 +196,16 @@ def _same_as(kind: Kind, seen: Mapping[str, Any], file: File) -> list[ViTConfig]
 
 
 def _images(read: Mapping[str, Any]) -> dict[str, Any]:
-    """Mean and std of images: SigLIP, without a class token, is trained with 0.5."""
+    """Mean and std of the images: those of ImageNet, but 0.5 for ViTs without a class token, as in
+    SigLIP, and for images that are not RGB."""
     channels = read.get("data.channels", PUBLISHED["data.channels"])
     halves = read.get("class_token") is False or channels != 3
     return {name: (0.5,) * channels if halves else numbers for name, numbers in IMAGENET.items()}
 
 
 def _depths(file: File, kind: Kind) -> tuple[int, ...]:
-    """Blocks in each stage: as the file lists its stages, or its divided_depths; () of a whole
-    network without either."""
+    """Blocks in each stage, from the file's divided_depths or from its list of stages; () for a
+    whole network with neither."""
     divided = file.plain.get("divided_depths")
     if divided and not (
         isinstance(divided, list | tuple)
@@ -216,7 +219,7 @@ def _depths(file: File, kind: Kind) -> tuple[int, ...]:
     depths = tuple(divided) if divided else alias_depths(file.tensors)
     if kind.form.single and not depths:
         raise ValueError(
-            f"{file.path} does not say how many blocks each stage of its network has: give a "
+            f"cannot infer from {file.path} how many blocks each stage of its network has: give a "
             f"--config, or --config.{kind.section}.depths=6,6,6,6"
         )
     return depths

@@ -1,4 +1,4 @@
-"""config.json of a folder that timm loads, for networks that timm has."""
+"""The config.json of a folder that timm can load, for networks that timm has."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,22 +8,23 @@ from m2mkd_jax.data.augment import SMALL_SIDE
 from m2mkd_jax.models.vit import ViTConfig
 from m2mkd_jax.pretrained.hub import POOLS, TIMM
 
-# A name that timm has, whose sizes model_args replace.
+# Any timm name will do, since model_args override its sizes.
 ARCHITECTURE = "vit_base_patch16_224"
-NORM_EPS = 1e-6  # of timm's ViTs, which no argument in a file changes
+NORM_EPS = 1e-6  # of timm's ViTs; no argument in config.json can change it
 CROP = 224 / 256  # share of the shorter side that evaluation keeps, see `resize_and_centre`
 
 
 def timm_config(config: Config, sizes: ViTConfig, classes: Sequence[str]) -> dict[str, Any]:
-    """The content of timm's config.json: a network's name and arguments, and those of its images.
+    """The content of timm's config.json: name and arguments of the network, and settings of its
+    images.
 
     Args:
-      config: of the run.
-      sizes: its section of the network.
-      classes: names by label.
+      config: the run's config.
+      sizes: the network's section of it.
+      classes: class names by label.
 
     Raises:
-      ValueError: for a network that timm does not have, with the field that makes it another.
+      ValueError: for a network that timm does not have; the message names the fields that differ.
     """
     if odd := _unlike_timm(sizes):
         raise ValueError(f"timm has no ViT with {', '.join(odd)}")
@@ -69,7 +70,7 @@ def timm_config(config: Config, sizes: ViTConfig, classes: Sequence[str]) -> dic
 
 
 def _unlike_timm(sizes: ViTConfig) -> list[str]:
-    """The fields in which a network differs from all of timm's."""
+    """The fields in which a network differs from every network of timm's."""
     alike: Mapping[str, bool] = {
         "norm_eps": sizes.norm_eps == NORM_EPS,
         "pool": sizes.pool in POOLS.values(),

@@ -1,4 +1,4 @@
-"""The parameters of a run as a file of the original."""
+"""Converting the parameters of a run to a file of the original."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -22,12 +22,12 @@ from m2mkd_jax.stages import stage_name
 
 
 def kind_of_run(config: Config, tree: Mapping[str, Any], *, single: bool = False) -> str:
-    """The kind of file that a run's parameters make, {role: {"stage_0": ...}}, or that `single`
-    stages of them make."""
+    """The kind of file for a run's parameters `tree`, {role: {"stage_0": ...}}, or for a `single`
+    stage of them."""
     role = PHASES[config.phase].role
     family = family_of_role(config, role)
     alike = [name for name, kind in KINDS.items() if kind.role == role and kind.family is family]
-    # A phase without kinds of its own trains a whole network.
+    # A phase that has no kinds of its own trains a whole network.
     own = [name for name in alike if KINDS[name].phase == config.phase] or [
         name for name in alike if not KINDS[name].form.single
     ]
@@ -36,23 +36,23 @@ def kind_of_run(config: Config, tree: Mapping[str, Any], *, single: bool = False
 
 
 def load_run(source: epath.PathLike, *, stage: int | None = None) -> Pretrained:
-    """The parameters of a run that one file of the original can hold; of a run that kept a running
-    average, that average, as it was evaluated.
+    """The parameters of a run that fit into one file of the original; if the run averages its
+    parameters, the averages, as in evaluation.
 
     Args:
       source: the run's workdir, or a step's folder.
-      stage: the one that is meant, if the run has several modules or is a teacher's.
+      stage: which stage to take, if the run has several modules, or to cut one from a teacher.
 
     Raises:
-      FileNotFoundError: when there is no finished checkpoint.
-      ValueError: when it is not of m2mKD, or has several modules, or not this one; for parameters
-        that are not of its config, all of which are named.
+      FileNotFoundError: if there is no finished checkpoint.
+      ValueError: if the run is not of m2mKD, has several modules and `stage` is none of them, or
+        has parameters that do not match its own config; the message names all of these.
     """
     source = checkpoint.find_step(source)
     saved = checkpoint.load_config(source)
     if saved.get("phase") not in PHASES:
         raise ValueError(
-            f"{source} is no run of m2mKD: its config has phase={saved.get('phase')!r}"
+            f"{source} is not a run of m2mKD: its config has phase={saved.get('phase')!r}"
         )
     config = freeze_stored(Config, saved, source)
     stored = checkpoint.load_shapes(source)
@@ -60,25 +60,25 @@ def load_run(source: epath.PathLike, *, stage: int | None = None) -> Pretrained:
     kind, stages = KINDS[name], ()
     if stage is not None and not kind.form.single:
         raise ValueError(
-            f"{source} is of kind={name!r}, whose files hold a whole network: leave out "
-            f"the module, {stage}"
+            f"{source} is of kind={name!r}, whose files hold a whole network: do not give a "
+            f"module, here {stage}"
         )
     if kind.form.single:
         there = sorted(stored[kind.role], key=lambda one: int(one.removeprefix("stage_")))
         stages = there if stage is None else [stage_name(stage)]
         if len(stages) != 1 or stages[0] not in there:
             raise ValueError(
-                f"{source} holds {', '.join(there)} of kind={name!r}, and a file holds one: give "
-                "its number (export: --module=K; tools/convert_weights.py: --config.module=K)"
+                f"{source} holds {', '.join(there)} of kind={name!r}, but a file holds only one: "
+                "give its number (export: --module=K; tools/convert_weights.py: --config.module=K)"
             )
         config = dataclasses.replace(config, module=stages[0].removeprefix("stage_"))
     tree = checkpoint.load(source, subtree="/".join((kind.role, *stages)), average=True)
     tree = {stages[0]: tree} if stages else tree
-    # A conversion left out what config.sources.fresh names; a run drew it, and has it.
+    # What config.sources.fresh names, a conversion leaves out, but a run initialises it and has it.
     there = traverse_util.flatten_dict(tree, sep="/")
     shapes, _ = without_fresh(kind.shapes(config, _stage(kind, config)), kind, config, there)
     if problems := list_differences(tree, shapes):
-        raise ValueError(f"{source} is not of its own config:{list_problems(problems)}")
+        raise ValueError(f"{source} does not match its own config:{list_problems(problems)}")
     expected = expected_tensors(kind.table(config, _stage(kind, config)), shapes)
     taken = [(n, f"{kind.role}/{path}", shape) for n, (path, shape) in expected.items()]
     params = {kind.role: jax.tree.map(np.asarray, dict(tree))}
@@ -86,19 +86,19 @@ def load_run(source: epath.PathLike, *, stage: int | None = None) -> Pretrained:
 
 
 def to_tensors(found: Pretrained) -> dict[str, np.ndarray]:
-    """The tensors of a network, or of one stage under its own names, in float32."""
+    """The tensors of a network, or of a single stage under the stage's own names, in float32."""
     kind = KINDS[found.kind]
     state = write(kind.table(found.config, _stage(kind, found.config)), found.params[kind.role])
     return {name: np.asarray(x, np.float32, order="C") for name, x in state.items()}
 
 
 def as_checkpoint(found: Pretrained, state: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The content of a file of the original, for `common_jax.weights.write_torch`; `state` is what
-    `to_tensors` gives.
+    """The content of a file of the original, for `common_jax.weights.write_torch`; `state` comes
+    from `to_tensors`.
 
-    A network lists its tensors under root names and, by stage, once more (`stages.<i>.X`, and in
-    `model_stages`), and the files of a module name its place in the network; see the original's
-    `utils.save_on_master` and `split_teacher.py`. A NAC has no such names.
+    Files of a network list its tensors under root names and again by stage (`stages.<i>.X`, and in
+    `model_stages`); files of a module state its place in the network. See the original's
+    `utils.save_on_master` and `split_teacher.py`. Files of a NAC do not list tensors by stage.
     """
     kind, config, state = KINDS[found.kind], found.config, dict(state)
     depths, single = kind.depths(config), kind.form.single

@@ -250,7 +250,7 @@ def test_timm_s_folder_says_what_tensors_do_not(tmp_path):
     assert found.config.teacher.activation == "gelu_tanh" and not found.config.teacher.registers
     assert "config.teacher.activation" not in inferred.assumed
     with pytest.raises(
-        ValueError, match=r"config\.json says pool='mean', and config\.teacher\.pool='class'.*Give "
+        ValueError, match=r"config\.json says pool='mean', but config\.teacher\.pool='class'.*Give "
     ):
         read(folder, pool="class")
     other = read(folder, given=("teacher.pool",), pool="class")[1]
