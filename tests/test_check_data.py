@@ -59,7 +59,7 @@ def test_a_whole_set_is_described(tmp_path, capsys):
     flags = image_flags(image_set(tmp_path))
     status, printed, _ = check(capsys, *flags, "--sample=5")
     assert status == 0 and "a run could start" in printed
-    assert "15 images of 3 classes; a class has 4 to 6, median 5" in printed
+    assert "15 images of 3 classes, 4 to 6 per class, median 5" in printed
     assert "fewest: ant 4, bee 5, cat 6" in printed
     assert "sizes of 5 images, rows x columns: 24 x 24 (5)" in printed
     assert "unreadable: 0 of 5" in printed

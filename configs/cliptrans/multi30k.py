@@ -10,15 +10,15 @@ M-CLIP's XLM-R-large and CLIP ViT-B/32.
         --config.sources.clip_image=/weights/clip-vit-base-patch32
 
 Arguments: `stage` (pipeline, caption, text_recon, translate, triplet, evaluate), `source` and
-  `target` language, `prefix` (10; 0 is the translator alone, which has no captioning stage),
+  `target` language, `prefix` (10; 0 is the plain translator, which has no captioning stage),
   `scale`, which multiplies the length of every stage (`scale=0.1` for a quick try), `chips`, and
-  `translator`: mbart, as published, or in its place nllb (NLLB-200-distilled-600M), nllb-1.3B,
+  `translator`: mbart, as published, or instead nllb (NLLB-200-distilled-600M), nllb-1.3B,
   nllb-3.3B, m2m100 (418M) or m2m100-1.2B, whose folder goes into config.sources.mbart and
   config.tokenizer.path.
 
-With `chips`, the number in a pod, matrices are split over up to 16 chips (fsdp), and batches are
-rounded up to a multiple of `chips`, with fewer than four micro-batches if they cannot be split
-further: above 128 chips the batch is larger than published. Use the same number for
+With `chips`, the number of chips in a pod, matrices are sharded over up to 16 chips (fsdp), and
+batches are rounded up to a multiple of `chips`, with fewer than four micro-batches if they cannot
+be split further: above 128 chips the batch is larger than published. Use the same number for
 tools/compile_for_pod.py.
 """
 
@@ -63,7 +63,7 @@ ARGUMENTS = {
     "scale": 1.0,
     "translator": "mbart",
 }
-# Name on the hub, and kind of tokenizer.
+# Name on the Hugging Face hub, and kind of tokenizer.
 TRANSLATORS = {
     "mbart": ("mbart-large-50", "mbart50"),
     "nllb": ("nllb-200-distilled-600M", "nllb"),

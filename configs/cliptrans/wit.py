@@ -1,4 +1,4 @@
-"""CLIPTrans on WIT's seven pairs with the published settings: mBART-large-50 and M-CLIP.
+"""CLIPTrans on WIT's seven language pairs with the published settings: mBART-large-50 and M-CLIP.
 
     python -m cliptrans_jax.main --config=configs/cliptrans/wit.py:stage=pipeline,pair=en_ro \\
         --workdir=runs/wit_en_ro --config.data.path=/data/wit/mmt --config.precision=bfloat16 \\

@@ -1,5 +1,5 @@
-"""Text-only translation on WMT with the published settings. There are no pictures: the prefix comes
-from the text, and a run starts from the captioning stage of another run.
+"""Text-only translation on WMT with the published settings. There are no pictures: the prefix is
+made from the text, and the run starts from the captioning stage of another run.
 
     python -m cliptrans_jax.main --config=configs/cliptrans/wmt.py:target=de \\
         --workdir=runs/wmt --config.data.path=/data/wmt --config.precision=bfloat16 \\

@@ -1,4 +1,4 @@
-"""m2mKD of a small NAC on CIFAR-10, at sizes that two CPU cores can train.
+"""m2mKD for a small NAC on CIFAR-10, at sizes that two CPU cores can train.
 
     python -m m2mkd_jax.main --config=configs/m2mkd/cifar10_nac.py:phase=pipeline \\
         --workdir=runs/cifar10_nac --config.data.path=/data/cifar10 --config.data.per_class=500

@@ -1,11 +1,11 @@
-"""m2mKD of a small V-MoE on CIFAR-10, at sizes that two CPU cores can train.
+"""m2mKD for a small V-MoE on CIFAR-10, at sizes that two CPU cores can train.
 
     python -m m2mkd_jax.main --config=configs/m2mkd/cifar10_vmoe.py:phase=pipeline \\
         --workdir=runs/cifar10 --config.data.path=/data/cifar10 --config.data.per_class=500
 
 The folder holds train/CLASS/*.jpg and test/CLASS/*.jpg, or train.zip and test.zip of these. Images
 are only cropped and mirrored. `config.data.per_class` selects a subset: 500 images per class are a
-tenth of the set. Phases are measured in updates, so runs on fewer images have the same length.
+tenth of the set. The lengths of phases are set in updates, so runs on fewer images take as long.
 
 Arguments: `phase` (pipeline, pretrain_meta, train_module, assemble, distill, end_to_end,
   few_shot), `module` ("all", or stage numbers such as 2 or 0+3) and `scale`, as in digits.py.
@@ -36,7 +36,7 @@ OPTIM = OptimConfig(
     min_lr=1e-5,
     clip=1.0,
 )
-EPOCH = 39  # updates in an epoch of 500 images per class
+EPOCH = 39  # updates per epoch with 500 images per class
 
 
 def recipe(epochs: int) -> Recipe:

@@ -76,6 +76,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 def sweep() -> Iterator[dict[str, object]]:
-    """Weights of the distillation, for tools/sweep.py; with 0 modules learn from labels only."""
+    """Weights of the distillation, for tools/sweep.py; at 0 modules learn from labels only."""
     for alpha in (0.0, 0.3, 0.5, 0.7, 0.9):
         yield {"distill.alpha": alpha}

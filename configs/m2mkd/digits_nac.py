@@ -1,12 +1,12 @@
-"""m2mKD of a NAC on scikit-learn's digits, with renditions of the digits as the OOD test set.
+"""m2mKD for a NAC on scikit-learn's digits, with renditions of the digits as the OOD test set.
 
     python -m m2mkd_jax.main --config=configs/m2mkd/digits_nac.py:phase=pipeline \\
         --workdir=runs/digits_nac
 
 The mediators start from a scale-free graph. Meta model and teacher are those of digits.py, and can
-be reused with `--config.sources.meta=DIR --config.sources.teacher=DIR`. Renditions are inverted
-contrast, rotation, thinner and thicker strokes. Arguments: `phase`, `module` and `scale`, as in
-digits.py, and `prior` (see PRIORS).
+be reused with `--config.sources.meta=DIR --config.sources.teacher=DIR`. The renditions have
+inverted contrast, rotation, or thinner or thicker strokes. Arguments: `phase`, `module` and
+`scale`, as in digits.py, and `prior` (see PRIORS).
 """
 
 import dataclasses

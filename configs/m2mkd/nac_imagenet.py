@@ -4,8 +4,8 @@ few_shot.
     python -m m2mkd_jax.main --config=configs/m2mkd/nac_imagenet.py:phase=pipeline \\
         --config.data.path=/data/imagenet --workdir=runs/nac_imagenet
 
-The folder holds `train/CLASS/*.JPEG` and `val/CLASS/*.JPEG`. Batches are over all devices; the
-first three phases are those of vmoe_base.py.
+The folder holds `train/CLASS/*.JPEG` and `val/CLASS/*.JPEG`. Batch sizes are global; the first
+three phases have the settings of vmoe_base.py.
 
 | phase | depths | batch | epochs | drop path | warm-up | peak rate | last rate |
 |---|---|---|---|---|---|---|---|
@@ -16,9 +16,9 @@ first three phases are those of vmoe_base.py.
 | end_to_end, all decays | 1, ten times | 256 | 110 | 0.1 | 25 | 6e-4 | 2e-5 |
 | few_shot, 8 ways, 1 shot, SGD | | 8 | 500 | 0.1 | - | 3e-4 | 3e-4 |
 
-Arguments: `phase`, `module` (0 the read-in, 1 to 8 the mediators, 9 the read-out), `scale` as in
+Arguments: `phase`, `module` (0 is the read-in, 1 to 8 the mediators, 9 the read-out), `scale` as in
 digits.py, `prior`, and `size`: `tinyimagenet` trains the students of nac_tinyimagenet.py, on the
-same images and with the same meta model and teacher; it has no end_to_end, so no pipeline.
+same images and with the same meta model and teacher; it has no end_to_end, and so no pipeline.
 
 | prior | graph of 768 mediators | regulariser |
 |---|---|---|
@@ -27,14 +27,14 @@ same images and with the same meta model and teacher; it has no end_to_end, so n
 | ring | 12 cliques of 64 | hinge 0.4, weight 0.1 |
 | planted | 12 communities of 64, 0.9 within, 0.2 between | 8 clusters, 0.9, 0.2; weight 1 |
 
-Priors only matter in end_to_end, so all of them can start from the same students. With the
-published ImageNet-R in `/data/imagenet-r/WNID/*.jpg` as the OOD set:
+Priors only matter in end_to_end, so runs with different priors can start from the same students.
+With the published ImageNet-R in `/data/imagenet-r/WNID/*.jpg` as the OOD set:
 
     python -m m2mkd_jax.main --config=configs/m2mkd/nac_imagenet.py:phase=pipeline,prior=planted \\
         --config.data.path=/data/imagenet --workdir=runs/nac_planted \\
         --config.ood.source=imagenet_r --config.ood.path=/data/imagenet-r
 
-Few-shot is on enlarged CIFAR-100, and not part of the pipeline:
+Few-shot uses enlarged CIFAR-100 images, and is not part of the pipeline:
 
     python -m m2mkd_jax.main --config=configs/m2mkd/nac_imagenet.py:phase=few_shot \\
         --config.data.path=/data/cifar100 --config.data.labels=100 --config.data.test_split=test \\
@@ -86,7 +86,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         evaluation=EvaluationConfig(noise="sampled"),
         meta=dataclasses.replace(teacher, depths=(1,) * 10),
         teacher=teacher,
-        # By an oversight, the published read-in student initialises its MLP's scale to 1e-6.
+        # The published read-in student initialises the layer scale of its MLP to 1e-6, by mistake.
         model=dataclasses.replace(model, prior=PRIORS[args.prior], legacy_read_in_scale=True),
         regularizers=recipes.regularizers(args.prior),
         few_shot=FewShotConfig(ways=8, shots=1, test_shots=3, seed=1),
@@ -94,7 +94,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     )
     phases = recipes.TEACHING | ({"end_to_end": WHOLE} if args.size == "imagenet" else {})
     if args.phase == "few_shot" and args.size == "imagenet":
-        # On another data set than the other phases, so not part of the pipeline.
+        # Uses another data set than the other phases, so it is not part of the pipeline.
         phases |= {"few_shot": recipes.NAC_FEW_SHOT}
     return choose_recipe(unfreeze(config), scale_lengths(phases, args.scale))
 

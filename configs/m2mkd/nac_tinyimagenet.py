@@ -5,8 +5,8 @@
         --config.sources.students="('runs/tiny',)"
 
 The folder holds `train/CLASS/*.JPEG` and `val/CLASS/*.JPEG`. Without students it trains from
-scratch. They are trained on ImageNet at 224 pixels, with this NAC's widths (384, 6 heads, MLPs of
-twice the width), not the ImageNet NAC's:
+scratch. The students are trained on ImageNet at 224 pixels, with the widths of this NAC (384, 6
+heads, MLPs of twice the width), not those of the ImageNet NAC:
 
     python -m m2mkd_jax.main --workdir=runs/tiny \\
         --config=configs/m2mkd/nac_imagenet.py:phase=distill,size=tinyimagenet \\
@@ -14,7 +14,7 @@ twice the width), not the ImageNet NAC's:
         --config.sources.teacher=runs/nac_imagenet/teacher
 
 The positional grid (28 x 28 in the students, 8 x 8 here) and the pooling with its classifier (1,000
-labels there, 200 here) start from scratch, as latents, seeder and bandwidths always do.
+labels there, 200 here) start from scratch, like the latents, seeder and bandwidths of every NAC.
 
 | phase | batch | epochs | drop path | weight decay | warm-up | peak rate | last rate |
 |---|---|---|---|---|---|---|---|
@@ -22,7 +22,7 @@ labels there, 200 here) start from scratch, as latents, seeder and bandwidths al
 | few_shot, 8 ways, 1 shot, SGD | 8 | 500 | 0.1 | 0 | - | 3e-4 | 3e-4 |
 
 Few-shot is published for the ImageNet NAC only; here it has the same settings. Arguments: `phase`
-(end_to_end, few_shot), `scale`, as in digits.py, and `prior`.
+(end_to_end, few_shot), `scale` as in digits.py, and `prior`.
 
 | prior | graph of 256 mediators | regulariser |
 |---|---|---|
@@ -31,7 +31,7 @@ Few-shot is published for the ImageNet NAC only; here it has the same settings. 
 | ring | 8 cliques of 32 | hinge 0.4, weight 0.1 |
 | planted | 8 communities of 32, 0.9 within, 0.2 between | 8 clusters, 0.9, 0.2; weight 1 |
 
-With the classes of ImageNet-R that Tiny-ImageNet shares, at 64 x 64 pixels, as the OOD set:
+With the ImageNet-R classes that Tiny-ImageNet shares, at 64 x 64 pixels, as the OOD set:
 
     python -m m2mkd_jax.main --config=configs/m2mkd/nac_tinyimagenet.py:prior=ring \\
         --config.data.path=/data/tiny-imagenet --workdir=runs/nac_tiny_ring \\

@@ -1,4 +1,4 @@
-"""Settings of the published runs that several configs share; a config file loads them with
+"""Settings of the published runs that several configs share. A config file loads them with:
 
 recipes = load_beside(__file__, "recipes")
 """
@@ -15,15 +15,16 @@ from m2mkd_jax.regularizers import BlocksConfig, HingeConfig, RegularizersConfig
 AUGMENT = AugmentConfig(
     repeats=3, flip=True, randaugment=True, erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1
 )
-# Few-shot repeats no image.
+# Few-shot has no repeated augmentation.
 PLAIN = dataclasses.replace(AUGMENT, repeats=1)
 
-# The peak rate of all of these is 5e-4 * batch / 512.
+# The peak learning rate of all of these is 5e-4 * batch / 512.
 SHORT = OptimConfig(epochs=100, batch=2048, accumulate=2)
 FINE_TUNE = Recipe(OptimConfig(epochs=100, batch=1024, warmup_epochs=0, clip=1.0), AUGMENT, 0.1)
 TEACHING = {
     "pretrain_meta": Recipe(OptimConfig(epochs=300, batch=2048), AUGMENT, 0.0),
-    # The original's optimizer gets a bare stage here, so class token and positions decay too.
+    # The original gives its optimizer a bare stage here, so that class token and positions get
+    # weight decay too.
     "train_module": Recipe(dataclasses.replace(SHORT, no_decay=""), AUGMENT, 0.1),
     "assemble": FINE_TUNE,
     "distill": Recipe(SHORT, AUGMENT, 0.1),
@@ -43,7 +44,7 @@ NAC_FEW_SHOT = Recipe(
 )
 
 HINGE = RegularizersConfig(hinge=HingeConfig(weight=0.1, hinge=0.4))
-# Eight clusters for any number of communities in the prior, as published.
+# Eight clusters whatever the number of communities in the prior, as published.
 BLOCKS = RegularizersConfig(
     blocks=BlocksConfig(weight=1.0, clusters=8, within=0.9, between=0.2, latents="mediator")
 )
@@ -65,7 +66,7 @@ def train_nac(*, epochs: int, batch: int, min_lr: float, weight_decay: float) ->
 
 
 def imagenet_folder(image_size: int, *, labels: int = 1000) -> DataConfig:
-    """A folder `train/CLASS/*.JPEG`, `val/CLASS/*.JPEG`, normalised as is usual for ImageNet."""
+    """A folder `train/CLASS/*.JPEG`, `val/CLASS/*.JPEG`, with the usual ImageNet normalisation."""
     return DataConfig(
         source="folder",
         image_size=image_size,
@@ -79,7 +80,7 @@ def imagenet_folder(image_size: int, *, labels: int = 1000) -> DataConfig:
 
 
 def priors(*, attachments: int, communities: int) -> dict[str, PriorConfig]:
-    """The graph priors by the names that configs give them."""
+    """The graph priors, by their names in the configs."""
     return {
         "scale_free": PriorConfig("barabasi_albert", attachments=attachments),
         "erdos_renyi": PriorConfig("erdos_renyi", edge_probability=0.1),

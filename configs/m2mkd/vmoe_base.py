@@ -4,13 +4,13 @@
         --config.data.path=/data/imagenet --workdir=gs://bucket/vmoe_base
 
 The folder holds `train/CLASS/*.JPEG` and `val/CLASS/*.JPEG`. Arguments: `phase`, `module` and
-`scale`, as in digits.py, `size` (base or large), the student's, and `chips`. Peak learning rate =
-5e-4 * batch / 512; batches are over all devices.
+`scale`, as in digits.py, `size` of the student (base or large), and `chips`. Peak learning rate =
+5e-4 * batch / 512; batch sizes are global.
 
-With `chips`, the number in a pod, experts are split over devices and tokens dispatched with a
-capacity of 1.25 (all-to-all): pairs of token and expert beyond it are dropped, which the published
-settings never do. Without it (1) the settings are the published ones on any mesh. Use the same
-number for tools/compile_for_pod.py:
+With `chips`, the number of chips in a pod, experts are sharded over devices and tokens dispatched
+with a capacity factor of 1.25 (all-to-all): (token, expert) pairs beyond the capacity are dropped,
+which the published settings never do. By default (chips=1) the settings are the published ones, on
+any mesh. Use the same number for tools/compile_for_pod.py:
 
     python -m m2mkd_jax.main --config=configs/m2mkd/vmoe_base.py:phase=end_to_end,chips=256 \\
         --config.data.path=/data/imagenet --workdir=gs://bucket/vmoe_base_pod
@@ -44,7 +44,7 @@ from m2mkd_jax.models import vit, vmoe
 recipes = load_beside(__file__, "recipes")
 
 RECIPES = recipes.TEACHING | {"end_to_end": recipes.FINE_TUNE}
-# On another data set than the other phases, so not part of the pipeline.
+# Uses another data set than the other phases, so it is not part of the pipeline.
 FEW_SHOT = Recipe(
     OptimConfig(epochs=100, batch=40, lr=2e-3, lr_per=None), recipes.PLAIN, drop_path=0.1
 )
@@ -65,7 +65,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     mesh = MeshConfig()
     if args.chips > 1 and args.phase != "few_shot":
         mesh = MeshConfig(expert=math.gcd(args.chips, student.moe.experts))
-        # The same groups, and so the same results, on every pod that can split them.
+        # The same groups, and so the same results, on every pod that can shard them.
         groups = GROUPS if GROUPS % args.chips == 0 else args.chips
         moe = dataclasses.replace(student.moe, dispatch="capacity", groups=groups)
         student = dataclasses.replace(student, moe=moe)

@@ -1,4 +1,4 @@
-"""The program `m2mkd`: one file a command, in the order of its --help."""
+"""The program `m2mkd`: one file per command, in the order of its --help."""
 
 from common_jax.command_line import Command, dispatch
 from m2mkd_jax.commands import check, evaluate, export, features, plan, predict, show, sweep, train

@@ -1,4 +1,4 @@
-"""`m2mkd check`: the contents of a config's data, and all problems that stop a run."""
+"""`m2mkd check`: what is in a config's data, and all problems that would stop a run."""
 
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ EXAMPLE = """Example:
 
 
 def checker() -> "Checker":
-    """This package's part of checking."""
+    """This package's part of the command."""
     from common_jax.commands.check import Checker
     from m2mkd_jax.commands.check_images import check_m2mkd
     from m2mkd_jax.config import Config

@@ -1,4 +1,4 @@
-"""A report of the image sets of a config: training, test and OOD."""
+"""A report on the image sets of a config: training, test and OOD."""
 
 import dataclasses
 import statistics
@@ -41,14 +41,14 @@ def check_m2mkd(config: Config, findings: Findings) -> None:
                 section = f"config.recipes.{run.phase}" if name else "config"
                 findings.problem(
                     f"{section}.optim.batch={run.optim.batch} is more than the {count} images of "
-                    f"{data.train_split!r} that it trains on; lower it or take more data"
+                    f"{data.train_split!r} that it trains on; lower it or use more data"
                 )
     if config.ood.source and train is not None:
         _check_ood(config, train, findings)
 
 
 def _undecoded(data: DataConfig) -> DataConfig:
-    """The config without decoding a set that a run would keep in memory, unless it must fit."""
+    """The config, set not to decode images into memory, unless the run requires that they fit."""
     return data if data.in_memory == "always" else dataclasses.replace(data, in_memory="never")
 
 
@@ -69,14 +69,14 @@ def _describe_classes(source: Source, findings: Findings) -> None:
     counts = np.bincount(source.labels, minlength=len(names))
     emptiest = sorted(zip(counts.tolist(), names, strict=True))[:3]
     findings.say(
-        f"  {len(source)} images of {len(names)} classes; a class has {counts.min()} to "
-        f"{counts.max()}, median {statistics.median(counts.tolist()):g}\n"
+        f"  {len(source)} images of {len(names)} classes, {counts.min()} to {counts.max()} per "
+        f"class, median {statistics.median(counts.tolist()):g}\n"
         f"  fewest: {', '.join(f'{name} {count}' for count, name in emptiest)}"
     )
 
 
 def _check_pixels(source: Source, data: DataConfig, split: str, findings: Findings) -> None:
-    """Checks the sizes of a sample and that it can be read."""
+    """Checks that a sample of the images can be read, and their sizes."""
     places = findings.places(len(source))
     sizes, bad = read_sizes(lambda i: source[i]["image"].shape[:2], places)
     common = ", ".join(

@@ -1,4 +1,4 @@
-"""`m2mkd evaluate RUN`: accuracy of a trained run on its test set or any other."""
+"""`m2mkd evaluate RUN`: accuracy of a trained run on its own test set or any other."""
 
 import argparse
 import collections
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of the command."""
+    """Adds the arguments of the command."""
     add_run(parser)
     parser.add_argument("--module", metavar="K", help="which of a run's several modules")
     parser.add_argument("--batch", type=count, metavar="N", help="images at a time")
     parser.add_argument(
-        "--worst", type=int, default=10, metavar="N", help="classes and pairs shown (default 10)"
+        "--worst", type=int, default=10, metavar="N", help="classes and pairs to show (default 10)"
     )
     parser.add_argument("--json", action="store_true", help="all numbers, as one JSON object")
     parser.epilog = (
-        "The images are those of the run's config.data, and of its config.ood if it has one. Any\n"
-        "field of these, and of config.mesh, can be changed:\n"
+        "The images are those of the run's config.data and, if it has one, config.ood. Any field\n"
+        "of these, and of config.mesh, can be changed:\n"
         "  --data.source=folder --data.path=/data/mine --data.test_split=val\n"
         "  --ood.source=folder --ood.path=/data/sketches --ood.split=test"
     )
@@ -40,9 +40,9 @@ class Scores:
     Attributes:
       name: "test" or "ood".
       place: source, path and split.
-      means: by metric, over all images.
-      images, correct: by class.
-      confused: (class, predicted class) -> images.
+      means: mean of each metric over all images.
+      images, correct: number of images, and of correct predictions, by class.
+      confused: (class, predicted class) -> number of images.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Scores:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the scores of every set."""
+    """Prints the scores on every set."""
     found = evaluate(args)
     if args.json:
         print(json.dumps({scores.name: as_json(scores) for scores in found}, indent=2))
@@ -103,12 +103,12 @@ def as_text(scores: Scores, worst: int) -> str:
 
 
 def rank(confused: Mapping[tuple[str, str], int]) -> list[tuple[tuple[str, str], int]]:
-    """The pairs, the most frequent first."""
+    """The pairs, most frequent first."""
     return sorted(confused.items(), key=lambda item: (-item[1], item[0]))
 
 
 def evaluate(args: argparse.Namespace) -> list[Scores]:
-    """The scores on the test set, and on the OOD set where config.ood names one."""
+    """The scores on the test set, and on the OOD set if config.ood names one."""
     from common_jax import app
     from common_jax.mesh import check_batch
     from m2mkd_jax.data.ood import load_ood
@@ -116,14 +116,14 @@ def evaluate(args: argparse.Namespace) -> list[Scores]:
 
     settings = read_settings(args.rest)
     if settings.keys() >= {"data.path", "data.test_split"}:
-        # The named split is scored as a whole, even if the run drew its own test images.
+        # Score the whole named split, even if the run drew its test images with a test_share.
         settings = {"data.test_share": "0"} | settings
     trained = open_run(args.run, settings)
     config = trained.config
     app.use_compilation_cache(config.run.compilation_cache)
     name = choose_network(trained, args.module)
-    # The batch of the run's own evaluation: where experts choose among the tokens of a batch, and
-    # where random numbers are drawn, another one gives other numbers.
+    # The batch size of the run's own evaluation: where tokens of a batch compete for experts, or
+    # where random numbers are drawn, another batch size changes the results.
     batch = args.batch or config.optim.micro_batch
     check_batch(trained.mesh, "--batch", batch)
     source = load_test_images(trained)
@@ -138,7 +138,7 @@ def evaluate(args: argparse.Namespace) -> list[Scores]:
 def load_test_images(trained: "Trained") -> "Source":
     """The test images, with labels of the run's classes.
 
-    The network of an episode knows some classes alone: images of others are left out.
+    The network of a few-shot episode knows only some classes: images of others are left out.
     """
     import numpy as np
 
@@ -156,7 +156,7 @@ def load_test_images(trained: "Trained") -> "Source":
     chosen = np.flatnonzero(labels >= 0)
     if not len(chosen):
         raise ValueError(
-            f"config.data.path={data.path!r} has no image of the episode's classes, "
+            f"config.data.path={data.path!r} has no images of the episode's classes, "
             f"{', '.join(trained.classes)}"
         )
     return Subset(source, chosen, labels[chosen], trained.classes)
@@ -176,10 +176,10 @@ def score(
     Args:
       trained: the run.
       network: key of its network.
-      name: of the set.
-      source: its images; label i is `classes[i]` of the network.
-      data: how they are read.
-      classes: labels of the network.
+      name: name of the set.
+      source: images of the set; label i is the network's class `classes[i]`.
+      data: settings for reading them.
+      classes: the network's classes that the set has.
       batch: images at a time.
     """
     from jax import numpy as jnp

@@ -1,4 +1,4 @@
-"""`m2mkd export RUN OUT`: a folder that timm loads, where timm has the network."""
+"""`m2mkd export RUN OUT`: writes a folder that timm can load, if timm has the network."""
 
 import argparse
 from pathlib import Path
@@ -8,13 +8,13 @@ from common_jax.commands.arguments import add_export_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of the command."""
+    """Adds the arguments of the command."""
     add_export_arguments(parser)
     parser.add_argument("--module", type=int, metavar="K", help="which of several modules")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes the folder, and uploads it where asked."""
+    """Writes the folder, and uploads it if asked to."""
     from common_jax.commands.hub import conclude
     from m2mkd_jax.pretrained.folder import write_folder
     from m2mkd_jax.trained import read_run

@@ -8,7 +8,7 @@ from common_jax.commands.output import check_npz, write_npz
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of the command."""
+    """Adds the arguments of the command."""
     add_run(parser, use=", of a ViT or V-MoE")
     parser.add_argument("pictures", metavar="PICTURE_OR_FOLDER", nargs="+")
     parser.add_argument(
@@ -18,17 +18,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="arrays maps (B, I, J, D), pooled (B, D) and names (B,)",
     )
     parser.add_argument("--size", type=count, metavar="N", help="side of the images, in pixels")
-    parser.add_argument("--stage", type=int, metavar="K", help="of the maps, by default the last")
-    parser.add_argument("--no-maps", action="store_true", help="pooled vectors alone")
+    parser.add_argument("--stage", type=int, metavar="K", help="stage of the maps (default: last)")
+    parser.add_argument("--no-maps", action="store_true", help="write pooled vectors only")
     parser.add_argument("--batch", type=count, metavar="N", help="pictures at a time")
     parser.epilog = (
-        "Maps are the patches' tokens after the stage, before the last norm; pooled vectors are\n"
-        "what the head reads. With another --size than in training, position tables are resized."
+        "Maps are the patch tokens after the stage, before the last norm; pooled vectors are what\n"
+        "the head reads. If --size differs from training, position tables are resized."
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the file; returns 1 if a picture could not be read, which is left out."""
+    """Writes the file; pictures that cannot be read are left out, and make it return 1."""
     import numpy as np
 
     from common_jax import app

@@ -1,4 +1,4 @@
-"""`m2mkd plan`: memory and time of a run's step on TPUs or GPUs that you do not have."""
+"""`m2mkd plan`: memory and time of a run's train step on TPUs or GPUs that you do not have."""
 
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ IMAGENET = 1_281_167  # training images
 
 
 def planner() -> "Planner":
-    """This package's part of compiling."""
+    """This package's part of the command."""
     from common_jax.commands.plan.compile import Planner
     from m2mkd_jax.config import Config
 

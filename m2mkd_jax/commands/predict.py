@@ -1,4 +1,4 @@
-"""`m2mkd predict RUN PICTURE_OR_FOLDER...`: class names and probabilities."""
+"""`m2mkd predict RUN PICTURE_OR_FOLDER...`: class names and probabilities of pictures."""
 
 import argparse
 import csv
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of the command."""
+    """Adds the arguments of the command."""
     add_run(parser)
     parser.add_argument("pictures", metavar="PICTURE_OR_FOLDER", nargs="+")
     parser.add_argument("--top", type=count, default=5, metavar="N", help="classes (default 5)")
@@ -42,14 +42,14 @@ class Prediction:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints predictions as they come; returns 1 if a picture could not be read."""
+    """Prints predictions as they are computed; returns 1 if a picture could not be read."""
     paths, predictions = predict(args)
     show = {"json": show_json, "csv": show_csv}.get(args.form, show_table)
     return int(show(predictions, width=max(map(len, paths))) > 0)
 
 
 def show_table(predictions: Iterable[Prediction], *, width: int) -> int:
-    """Prints a line a picture; returns the number of unreadable ones, which the log names."""
+    """Prints one line per picture; returns the number of unreadable ones, which the log names."""
     unreadable = 0
     for one in predictions:
         shares = "  ".join(f"{name} {share:.1%}" for name, share in one.classes)
@@ -59,7 +59,7 @@ def show_table(predictions: Iterable[Prediction], *, width: int) -> int:
 
 
 def show_json(predictions: Iterable[Prediction], *, width: int) -> int:
-    """Prints an object a line; otherwise as `show_table`."""
+    """Like `show_table`, but prints one JSON object per line."""
     unreadable = 0
     for one in predictions:
         classes = [{"class": name, "probability": share} for name, share in one.classes]
@@ -70,7 +70,7 @@ def show_json(predictions: Iterable[Prediction], *, width: int) -> int:
 
 
 def show_csv(predictions: Iterable[Prediction], *, width: int) -> int:
-    """Prints a row a class; otherwise as `show_table`."""
+    """Like `show_table`, but prints CSV with one row per class."""
     writer, unreadable = csv.writer(sys.stdout, lineterminator="\n"), 0
     writer.writerow(("picture", "rank", "class", "probability"))
     for one in predictions:

@@ -1,4 +1,4 @@
-"""`m2mkd show RUN_OR_CONFIG`: config, parameters, and operations of a step."""
+"""`m2mkd show RUN_OR_CONFIG`: config, parameters, and FLOPs of a step."""
 
 import argparse
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from common_jax.commands.show import Training
     from m2mkd_jax.config import Config
 
-EPOCH = 1000  # steps of an epoch; neither parameters nor operations depend on it
+EPOCH = 1000  # steps per epoch, any number: neither parameters nor FLOPs depend on it
 
 
 def run(args: argparse.Namespace) -> None:

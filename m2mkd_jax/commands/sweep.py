@@ -1,4 +1,4 @@
-"""`m2mkd sweep`: a config for every setting of a grid and several seeds."""
+"""`m2mkd sweep`: runs a config for every setting of a grid, with several seeds."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ Example:
 
 
 def program() -> "Program":
-    """This package's part of a sweep."""
+    """This package's part of the command."""
     from common_jax.commands.sweep.cells import Program
     from m2mkd_jax.config import Config
     from m2mkd_jax.phases.fields import reads
@@ -24,7 +24,8 @@ def program() -> "Program":
 
 
 def results(config: Any) -> "tuple[str | None, Files]":
-    """The folder of the run that a cell is about (None where there is none), and all files."""
+    """The folder of the run whose result counts for a cell (None if there are several runs and none
+    is the main one), and all result files."""
     from common_jax.commands.sweep.cells import NOWHERE
     from m2mkd_jax.phases import pipeline
 

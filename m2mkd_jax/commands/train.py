@@ -6,7 +6,7 @@ from common_jax.commands.shared import passing
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trains as the flags say."""
+    """Trains according to the flags."""
     from common_jax import app
     from m2mkd_jax.config import SYSTEM
     from m2mkd_jax.main import DESCRIPTION, main
