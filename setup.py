@@ -1,4 +1,4 @@
-"""Installs the packages of this repository: m2mkd_jax, cliptrans_jax and what they share."""
+"""Packaging of m2mkd_jax, cliptrans_jax and the code they share."""
 
 import pathlib
 import re
@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search('__version__ = "(.+)"', (ROOT / "common_jax" / "__init__.py").read_text())[1]
-# Config files, which --config finds by name wherever the packages are installed.
+# Config files ship with the packages, so that --config finds them by name in any installation.
 CONFIGS = {f"common_jax.configs.{name}": f"configs/{name}" for name in ("m2mkd", "cliptrans")}
 
 setup(
@@ -87,23 +87,23 @@ setup(
             "pytest-xdist>=3.8",
             "ruff>=0.17",
             "tensorflow-datasets>=4.9.10",
-            # Our ids are compared with its. Up to 5.2 it leaves NFKC out of unigram tokenizers.
+            # Reference for our token ids. Up to 5.2 its unigram tokenizers skip NFKC.
             "transformers>=5.3",
         ],
-        # What benchmarks are measured against.
+        # Peers that the benchmarks compare with.
         "bench": ["ctranslate2>=4.5", "torch>=2.6", "transformers>=5.23"],
-        # The compiler for TPUs, with which tools/compile_for_pod.py needs no TPU.
+        # The TPU compiler: lets tools/compile_for_pod.py run without a TPU.
         "pods": ["libtpu==0.0.52"],
-        # The compiler for GPUs, with which the same tool needs no GPU: 5.5 GB in an environment.
+        # The GPU compiler: lets the same tool run without a GPU. Takes 5.5 GB once installed.
         "gpu-plan": ["jax[cuda12]==0.10.2"],
-        # What tests of real files compare with, and the form of one of them.
+        # References for the tests on published files; onnx reads one of those files.
         "real": ["ftfy>=6", "onnx>=1.17", "timm>=1.0.20", "torch>=2.6", "transformers>=5.23"],
-        # Reading data sets that TFDS prepared, without TensorFlow.
+        # Reads data sets prepared by TFDS, without TensorFlow.
         "tfds": ["tensorflow-datasets>=4.9.10"],
-        # Curves on Weights & Biases, with config.run.wandb.
+        # Logs curves to Weights & Biases, with config.run.wandb.
         "wandb": ["wandb>=0.19"],
-        # Preparing them: TFDS encodes images with TensorFlow, and needs importlib_resources without
-        # saying so.
+        # Prepares TFDS data sets: TFDS encodes images with TensorFlow, and needs
+        # importlib_resources without declaring it.
         "prepare": ["importlib_resources", "tensorflow>=2.20", "tensorflow-datasets>=4.9.10"],
     },
 )

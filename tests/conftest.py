@@ -1,8 +1,7 @@
-"""Eight virtual CPU devices, quick compilation and one cache of compiled programs for every test of
-a session.
+"""Sets up eight virtual CPU devices, fast compilation and one compilation cache per session.
 
-All must be set before jax is first imported; test processes and the runs that they start inherit
-them.
+All of it must be set before jax is first imported. Test processes and the runs that they start
+inherit it.
 """
 
 import atexit
@@ -24,17 +23,17 @@ if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     )
-# Most tests compile much and compute little. Each operation outside of a program is compiled too.
+# Most tests compile a lot and compute little. Every op outside of jit is compiled too.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# In pieces, or with fusions by MLIR, XLA takes half as long again to compile the same program.
+# With split codegen, or with MLIR fusion emitters, XLA takes 1.5 times as long to compile.
 os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 version = importlib.metadata.version("jax").split(".")
-# Later versions have only MLIR's; libtpu does not know the flag, and ends the process that has it.
+# Later versions have only the MLIR emitters; libtpu does not know the flag and aborts on it.
 if (int(version[0]), int(version[1])) < (0, 11) and not importlib.util.find_spec("libtpu"):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
-    # Small ones as well: most are of several files, and reading one is quicker than compiling it.
+    # Cache small programs too: most occur in several test files, and reading beats compiling.
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
@@ -44,25 +43,25 @@ def pytest_addoption(parser):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Ignores slow files where they are not asked for; None leaves the decision to others."""
+    """Ignores slow files under --quick; None leaves the decision to other plugins."""
     return True if config.getoption("quick") and is_slow(collection_path) else None
 
 
 def pytest_collection_finish():
-    """Looks for cycles seldom, and never among what was imported: tracing makes so many small
-    objects that this took a quarter of its time."""
+    """Makes garbage collection rare, and exempts everything imported so far: tracing allocates so
+    many small objects that the collector took a quarter of its time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 10, 10)
 
 
-ROOM = 1e9  # bytes of a test process, beyond which it forgets its compiled programs
+ROOM = 1e9  # resident bytes above which a test process drops its compiled programs
 
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_are_forgotten():
-    """After a file's tests the process drops its compiled programs, which else come to gigabytes;
-    not where it is small, since the next file may share some."""
+    """Drops the process's compiled programs after each test file, since they would add up to
+    gigabytes. A small process keeps them: the next file may share some."""
     yield
     if resident() < ROOM:
         return
@@ -70,18 +69,19 @@ def programs_are_forgotten():
 
     jax.clear_caches()
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # or the memory stays with the process
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise glibc keeps the freed memory
 
 
 def resident() -> int:
-    """Bytes of memory that this process takes."""
+    """Resident memory of this process in bytes."""
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.fixture(autouse=True)
 def no_log_handler_outlives_its_test():
-    """Removes the handler that a command adds to the root logger: its stream is the test's."""
+    """Removes the handlers that a command adds to the root logger: they write to the test's
+    captured stream."""
     root = logging.getLogger()
     before = list(root.handlers)
     yield
@@ -92,7 +92,7 @@ def no_log_handler_outlives_its_test():
 
 @pytest.fixture(scope="module")
 def optimised():
-    """For files that need what compilers make of a program outside of tests."""
+    """Turns XLA's optimisations back on, for files that test the programs it compiles."""
     import jax
 
     name = "jax_disable_most_optimizations"

@@ -61,7 +61,7 @@ def test_a_whole_network_comes_back(tmp_path, config_file, capsys, kind):
     save_checkpoint(tmp_path / "in.pth", listed)
     convert(tmp_path / "in.pth", tmp_path / "run", f"--config={config_file}:{arg}")
     shown = capsys.readouterr().out
-    assert f"kind {kind}, as the names tell" in shown and f"of kind {kind}" in shown
+    assert f"kind {kind}, from the tensor names" in shown and f"of kind {kind}" in shown
     convert(tmp_path / "run", tmp_path / "out.pth")
     assert_same(read_tensors(tmp_path / "out.pth"), listed)
     convert(tmp_path / "run", tmp_path / "out.safetensors")
@@ -180,7 +180,7 @@ def test_timm_s_deit_teaches_modules_and_as_a_whole(tmp_path, capsys, suffix):
     (write_tensors if suffix == "safetensors" else torch_files.save)(file, state)
     convert(file, tmp_path / "teacher", "--config.teacher.depths=1,1")
     shown = capsys.readouterr().out
-    assert "kind teacher, as the names tell" in shown
+    assert "kind teacher, from the tensor names" in shown
     assert "config.teacher.width=192" in shown and "config.data.labels=7" in shown
     assert "assumed: config.teacher.heads=3" in " ".join(shown.split())
     assert "config.teacher.depths" not in shown
@@ -288,7 +288,7 @@ def test_what_is_there_is_replaced_by_force_alone(tmp_path, config_file, capsys)
     first, second = read_tensors(tmp_path / "0.pth"), read_tensors(tmp_path / "1.pth")
     assert_same({name: first[name] for name in second}, second)
     said = refusal(capsys, tmp_path / "run", tmp_path / "b.pth", "--kind=meta")
-    assert "is of kind 'teacher', and not --kind=meta" in said
+    assert "is of kind 'teacher', not --kind=meta" in said
     said = refusal(capsys, tmp_path / "run", tmp_path / "b.pth", "--config.module=9")
     assert "holds stage_0, stage_1, stage_2 of kind='teacher_module'" in said
     said = refusal(capsys, tmp_path / "run", tmp_path / "b.pth", "--config.seed=1")

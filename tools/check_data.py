@@ -1,4 +1,6 @@
-"""Reports the contents of the data of a config of either system, and all problems; see --help.
+"""Reports what the data of a config holds, and every problem in it; see --help.
+
+Takes a config of either system.
 
     python tools/check_data.py --config=configs/m2mkd/vmoe_base.py --config.data.path=/data/imagenet
     python tools/check_data.py --config=configs/m2mkd/cifar10_vmoe.py --config.data.path=/data/birds
@@ -15,7 +17,7 @@ from m2mkd_jax.commands import check as m2mkd
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command; exits with 0, 1, or 2 for a bad command line."""
+    """Runs the command; exits with 0, 1, or 2 for a bad command line."""
     check.main(argv, {"phase": m2mkd.checker(), "stage": cliptrans.checker()})
 
 

@@ -1,15 +1,15 @@
 """Compares m2mKD with other ways to train on CIFAR-10, by accuracy and cost.
 
-Trains a teacher by modules, then a V-MoE and a NAC from scratch, with logit distillation from the
-whole teacher, and with m2mKD. Also trains the V-MoE with m2mKD at other weights (alpha), with a KL
-divergence averaged over the batch only, with its stitches kept, and, for --long-steps updates, from
-scratch and with m2mKD. All others train end to end for the same number of steps. Prints one table
-over several seeds, including the total cost of all phases, and writes curves. Run it again to
+Trains a teacher module by module, then a V-MoE and a NAC from scratch, with logit distillation from
+the whole teacher, and with m2mKD. Also trains the V-MoE with m2mKD at other weights (alpha), with a
+KL divergence averaged over the batch only, with its stitches kept, and, for --long-steps updates,
+from scratch and with m2mKD. All others train end to end for the same number of steps. Prints one
+table over several seeds, including the total cost of all phases, and writes curves. Run it again to
 resume an interrupted comparison.
 
     python tools/compare_m2mkd.py --workdir runs/cifar10 --data /data/cifar10 --per-class 500
 
-DATA is a folder of train/CLASS/*.jpg and test/CLASS/*.jpg, or of train.zip and test.zip of these.
+DATA is a folder with train/CLASS/*.jpg and test/CLASS/*.jpg, or train.zip and test.zip of these.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from m2mkd_jax.curves import CURVES
 from m2mkd_jax.phases.pipeline import describe
 
 CONFIGS = {"vmoe": "configs/m2mkd/cifar10_vmoe.py", "nac": "configs/m2mkd/cifar10_nac.py"}
-TEACHER = "vmoe_m2mkd"  # its pipeline trains the meta model and teacher that all others use
+TEACHER = "vmoe_m2mkd"  # its pipeline trains the meta model and teacher that the others use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +47,10 @@ class Variant:
     """One way to train a student: a row of the table.
 
     Attributes:
-      row: its label in the table.
+      row: label in the table.
       phase: "pipeline" for all phases that `takes` does not supply, or "end_to_end".
-      takes: the runs of TEACHER that it starts from: "meta", "teacher", "students".
-      flags: other differences from the config.
+      takes: TEACHER's runs to start from: "meta", "teacher", "students".
+      flags: further overrides of the config.
       long: whether it trains for --long-steps updates.
     """
 
@@ -120,7 +120,7 @@ def chosen(flags: argparse.Namespace) -> list[str]:
 
 
 def plan(flags: argparse.Namespace) -> dict[str, Job]:
-    """The runs by name, seed by seed."""
+    """The runs by name, ordered by seed."""
     return {
         f"{name}_{seed}": job(flags, name, seed)
         for seed in range(flags.seeds)
@@ -178,7 +178,7 @@ def summarise(flags: argparse.Namespace) -> pathlib.Path:
 
 
 def end(workdir: pathlib.Path, name: str, seed: int) -> pathlib.Path | None:
-    """The folder of a row's final run; None until it is finished."""
+    """The folder of a row's final run; None until that run is finished."""
     if name == "teacher":
         folder = workdir / f"{TEACHER}_{seed}" / "teacher"
     else:
@@ -197,7 +197,7 @@ MADE_BY = {
 
 @functools.cache
 def run_flops(folder: pathlib.Path) -> float:
-    """Matrix product and convolution operations of all updates of a run, as counted by
+    """FLOPs of the matrix products and convolutions in all of a run's updates, as counted by
     `plan.steps.step_flops`."""
     config = freeze_stored(Config, read_json(folder / "config.json"), folder)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])

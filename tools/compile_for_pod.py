@@ -1,4 +1,6 @@
-"""Compiles the step of a run of either system for TPUs or GPUs that you do not have; see --help.
+"""Compiles a run's train step for TPUs or GPUs that you do not have; see --help.
+
+Takes a config of either system.
 
     python tools/compile_for_pod.py --config=configs/m2mkd/vmoe_base.py:phase=end_to_end \\
         --topology=v5e:16x16
@@ -17,7 +19,7 @@ from m2mkd_jax.commands import plan as m2mkd
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command; exits with 0, 1 or 2."""
+    """Runs the command; exits with 0, 1 or 2."""
     plan.main(argv, {"phase": m2mkd.planner(), "stage": cliptrans.planner()})
 
 

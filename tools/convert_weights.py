@@ -1,16 +1,17 @@
-"""Converts published weights to checkpoints that runs can start from, and runs back to files.
+"""Converts published weights to checkpoints that runs can start from, and runs to weight files.
 
     python tools/convert_weights.py IN OUT [--kind=KIND] [--config=FILE:ARGS] [--config.x=y ...]
 
-Converts PyTorch files (.pth, .pt, .bin) or safetensors to a folder for `config.sources`, or a run's
-workdir (or a single step in it) to a file, depending on the suffix of OUT: .pth as the original
-writes it, .safetensors with the bare tensors. Never executes anything in a file. Every tensor must
-have a place: if any is missing, unknown or of another shape, all such tensors are listed and
-nothing is written.
+The suffix of OUT decides the direction. Without one, PyTorch files (.pth, .pt, .bin) or safetensors
+are converted to a folder for `config.sources`. With one, a run's workdir (or a single step in it)
+is converted to a file: .pth as the original writes it, .safetensors with the bare tensors. Never
+executes anything in a file. Every tensor must have a place: if any is missing, unknown or of the
+wrong shape, all such tensors are listed and nothing is written.
 
 IN may be a folder of files with one module each. --kind is optional if the tensor names identify
-the kind. Sizes come from --config; without it they are inferred from the tensors and printed next
-to what is assumed. Override them with --config.x=y, such as --config.teacher.depths=6,6,6,6.
+the kind. Sizes come from --config; without it they are inferred from the tensors, and printed along
+with those that are assumed. Override them with --config.x=y, for example
+--config.teacher.depths=6,6,6,6.
 """
 
 import argparse
@@ -74,7 +75,7 @@ FILE_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """The parsed command line; `settings` has the overrides `config.x=y` by path."""
+    """The parsed command line; `settings` maps the paths of `--config.x=y` overrides to values."""
 
     source: str
     target: str
@@ -118,8 +119,8 @@ def parse(argv: Sequence[str]) -> Command:
         "--weights",
         default="",
         metavar="KEY",
-        help="the weights to use from a file with several: a key such as model_ema, or the prefix "
-        "of a network's names, such as teacher.",
+        help="which weights to use from a file with several sets: a key such as model_ema, or the "
+        "prefix of a network's tensor names, such as teacher.",
     )
     parser.add_argument("--force", action="store_true", help="replace OUT")
     overrides = [arg for arg in argv if arg.startswith("--config.")]
@@ -134,7 +135,7 @@ def parse(argv: Sequence[str]) -> Command:
 
 
 def take(command: Command) -> None:
-    """Converts a file, or files, to a folder that runs can start from."""
+    """Converts one or more files to a folder that runs can start from."""
     checkpoint.refuse_pattern(command.target, "OUT")
     found = _take_cliptrans(command) if command.kind == CLIPTRANS else _take_m2mkd(command)
     printed = found.kind != CLIPTRANS  # for m2mKD, `assumed` was printed before reading
@@ -169,7 +170,7 @@ def export(command: Command) -> None:
         state = m2mkd.to_tensors(found)
         value = m2mkd.as_checkpoint(found, state)
     if command.kind not in (None, kind):
-        raise ValueError(f"{command.source} is of kind {kind!r}, and not --kind={command.kind}")
+        raise ValueError(f"{command.source} is of kind {kind!r}, not --kind={command.kind}")
     print(format_account(account))
     if pathlib.Path(command.target).suffix == ".safetensors":
         once = {name: x for name, x in state.items() if name not in dict(account.aliases)}
@@ -191,20 +192,20 @@ def read_config(command: Command, cls: type, inferred: Any = None) -> Any:
 
 
 def _take_m2mkd(command: Command) -> Pretrained:
-    """The parameters, with the config of a run that could have made them as JSON."""
+    """The parameters, and the config, as JSON, of a run that could have produced them."""
     files = m2mkd.read_files(command.source, weights=command.weights)
     other = kind_of_tensors(files[0].tensors) if command.kind is None else None
     if other == CLIPTRANS:
-        print(f"kind {CLIPTRANS}, as the names tell: {ABOUT[CLIPTRANS]}")
+        print(f"kind {CLIPTRANS}, from the tensor names: {ABOUT[CLIPTRANS]}")
         return _take_cliptrans(command)
     if other is not None:
         raise ValueError(
-            f"{command.source} is of kind {other!r}, which runs read as it is: give it to "
-            f"--config.sources.{TAKEN_AS_IT_IS[other]} of cliptrans_jax.main"
+            f"{command.source} is of kind {other!r}, which needs no conversion: pass it to "
+            f"cliptrans_jax.main as --config.sources.{TAKEN_AS_IT_IS[other]}"
         )
     source = m2mkd.find_source(files, command.kind)
     if source.guessed:
-        print(f"kind {source.kind}, as the names tell: {ABOUT[source.kind]}")
+        print(f"kind {source.kind}, from the tensor names: {ABOUT[source.kind]}")
     inferred, assumed = None, {}
     if command.config is None:
         sizes = m2mkd.infer_config(source, command.settings)
@@ -225,14 +226,14 @@ def _take_m2mkd(command: Command) -> Pretrained:
 
 
 def _show_sizes(title: str, fields: Mapping[str, Any], command: Command) -> None:
-    """Prints the sizes that no flag overrides."""
+    """Prints the sizes that the command line does not override."""
     given = {f"config.{path}" for path in command.settings}
     shown = ", ".join(f"{name}={value}" for name, value in fields.items() if name not in given)
     print(textwrap.fill(f"{title}: {shown}", 100, subsequent_indent="  "))
 
 
 def _take_cliptrans(command: Command) -> Pretrained:
-    """The parameters, with the config of a run that could have made them as JSON."""
+    """The parameters, and the config, as JSON, of a run that could have produced them."""
     cls = cliptrans_config.Config
     given = command.config is not None or command.settings
     config = read_config(command, cls)
@@ -255,14 +256,14 @@ def _export_cliptrans(
     """The tensors of a translation model, with the shared embedding under all its names."""
     config = freeze_stored(cliptrans_config.Config, saved, command.source)
     params = checkpoint.load(command.source, average=True)
-    model = {config.model.architecture.subtree, "mapper"}  # the part of a run that the file has
+    model = {config.model.architecture.subtree, "mapper"}  # the only parts that go into the file
     if not model & params.keys():
         raise ValueError(
             f"{command.source} is a run of stage {saved['stage']!r}, which trains no translation "
             f"model; it holds {sorted(params)}"
         )
     params = jax.tree.map(np.asarray, params)
-    left = tuple((name, "a tower is no part of the file") for name in params.keys() - model)
+    left = tuple((name, "towers are not part of the file") for name in params.keys() - model)
     params = {name: tree for name, tree in params.items() if name in model}
     tensors, account = cliptrans.cliptrans_tensors(params, config.model)
     return tensors, dataclasses.replace(account, dropped=left)
@@ -272,11 +273,11 @@ def _only_module(command: Command) -> int | None:
     """K of --config.module=K, the only override accepted when converting a run."""
     if command.weights:
         raise ValueError(
-            "--weights is for files; of a run with an average of its parameters, that is written"
+            "--weights is for files; a run with averaged parameters is exported with the average"
         )
     if command.config is not None or command.settings.keys() - {"module"}:
         raise ValueError(
-            "the config is that of the run; of --config, only --config.module=K may be given here"
+            "the config comes from the run; the only flag of --config allowed is --config.module=K"
         )
     stage = command.settings.get("module")
     if stage is not None and not stage.isdigit():

@@ -1,7 +1,7 @@
 """Both demos in one, m2mKD on digits and CLIPTrans on emoji: demo_m2mkd.py and demo_cliptrans.py.
 
-Their runs share the cores, so that none is idle while the last run of the first demo ends. Tables
-are printed as soon as their runs are finished. Run it again to resume an interrupted demo.
+The runs of both share the cores, so that none is idle while the first demo's last run finishes.
+Each table is printed as soon as its runs are finished. Run it again to resume an interrupted demo.
 
     python tools/demo.py --workdir runs/demo
 """
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def plan(flags: argparse.Namespace) -> dict[str, Job]:
-    """The processes of both demos, by the demo's folder and their name."""
+    """The jobs of both demos, named DEMO/JOB."""
     jobs = {}
     for demo, module in DEMOS.items():
         for name, job in module.plan(part(flags, demo)).items():

@@ -1,11 +1,11 @@
-"""CLIPTrans on emoji in minutes: do text features, and captioning first, help translation?
+"""CLIPTrans on emoji in minutes: do text features, and pretraining on captions, help translation?
 
 Trains a small M-CLIP on pictures and their names in six languages, then three translators from
-English to German with equal budgets: an mBART on the texts alone, one with features as a prefix,
-and one that first learned to caption the pictures. There are two test sets: names that are new
-compositions of known words, and emoji of which no variant (skin tone, gender, hair) is in the
-training set, whose names have new words. Prints a table and a few translations of either, and
-translates some lines at the end. Run it again to resume an interrupted demo.
+English to German with equal budgets: a text-only mBART, one with features as a prefix, and one that
+first learned to caption the pictures. There are two test sets: names that are new compositions of
+known words, and emoji with no variant (skin tone, gender, hair) in the training set, whose names
+contain new words. Prints a table and a few translations for each, and translates some lines at the
+end. Run it again to resume an interrupted demo.
 
     python tools/demo_cliptrans.py --workdir runs/demo/cliptrans
 """
@@ -42,7 +42,7 @@ MODELS = {
     "CLIPTrans without captioning": "no_captioning",
     "CLIPTrans": "cliptrans",
 }
-# Test set of the table -> folder of its scores in a run, and its split.
+# Test set in the table -> (folder of its scores in a run, split).
 TESTS = {"new compositions": ("test_compositions", "compositions"), "new words": ("", "test")}
 SHOWN = 6
 LINES = ("man pilot", "ear dark skin tone", "old man medium-light skin tone")  # new compositions
@@ -57,17 +57,16 @@ def main() -> None:
 
 
 def finish(flags: argparse.Namespace, start: float) -> None:
-    """Shows the results of all runs, and some translations; `start` is the time when the demo
-    began."""
+    """Shows the results of all runs and some translations; `start` is when the demo began."""
     report = summarise(flags.workdir, flags.seeds)
     print(f"\n{report.resolve()}   ({time.time() - start:.0f} s)")
     show_use("cliptrans", "translate", str(flags.workdir / "cliptrans_0" / "translate"), *LINES)
 
 
 def plan(flags: argparse.Namespace) -> dict[str, Job]:
-    """The processes by name; all runs with features use the same M-CLIP.
+    """The jobs by name; all runs with features use the same M-CLIP.
 
-    The first CLIPTrans follows the M-CLIP in its process, which has drawn the pictures already.
+    The first CLIPTrans runs in the M-CLIP's process, which has already rendered the pictures.
     """
     clip = flags.workdir.resolve() / "clip"
 
@@ -131,7 +130,7 @@ def summarise(workdir: pathlib.Path, seeds: int) -> pathlib.Path:
 
 
 def retrieval_table(workdir: pathlib.Path) -> Table:
-    """How often the M-CLIP finds the name of a picture, and the picture of a name, among 64."""
+    """Retrieval accuracy of the M-CLIP among 64 pairs, picture to name and name to picture."""
     result = read_json(workdir / "clip" / "result.json")
     rows = {
         "new compositions": "test_compositions/accuracy",
@@ -145,7 +144,7 @@ def retrieval_table(workdir: pathlib.Path) -> Table:
 
 
 def translations(workdir: pathlib.Path, test: str) -> Table:
-    """Some emoji of a test set, with the translations of their names by the models of seed 0."""
+    """Some emoji of a test set, with translations of their names by the seed-0 models."""
     folder, split = TESTS[test]
     outputs = {
         title: read_translations(workdir / f"{name}_0" / "translate" / folder / "translations.tsv")

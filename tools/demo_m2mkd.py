@@ -1,10 +1,10 @@
 """m2mKD on real images in minutes: does module distillation help the assembled network?
 
-Runs the whole pipeline on scikit-learn's digits (the last 360, by different writers than the rest,
-are the test set) for a V-MoE, distils the same teacher into a NAC, and trains both networks from
-scratch with the same end-to-end budgets, for one seed or several. Prints the V-MoE's rows of the
-table first, then all of it. The NAC is also tested on renditions of the digits (OOD). At the end a
-trained network names some test digits. Run it again to resume an interrupted demo.
+Runs the whole pipeline on scikit-learn's digits (the test set is the last 360, by writers who wrote
+none of the others) for a V-MoE, distils the same teacher into a NAC, and trains both networks from
+scratch with the same end-to-end budgets, for one seed or several. Prints the table's V-MoE rows
+first, then the whole table. The NAC is also tested on renditions of the digits (OOD). At the end a
+trained network classifies some test digits. Run it again to resume an interrupted demo.
 
     python tools/demo_m2mkd.py --workdir runs/demo/m2mkd
 """
@@ -34,7 +34,7 @@ from m2mkd_jax.data import digits
 
 CONFIGS = {"V-MoE": "configs/m2mkd/digits.py", "NAC": "configs/m2mkd/digits_nac.py"}
 HEADER = ("digits", "after 2 epochs", "at the end", "OOD, at the end")
-PICTURES = 6  # test digits that a network names
+PICTURES = 6  # test digits that a network classifies
 
 
 @ends_quietly
@@ -51,8 +51,8 @@ def main() -> None:
 
 
 def finish(flags: argparse.Namespace, start: float) -> None:
-    """Shows the results of all runs, and what a network makes of some digits; `start` is the time
-    when the demo began."""
+    """Shows the results of all runs and a network's predictions for some digits; `start` is when
+    the demo began."""
     report = summarise(flags.workdir, flags.seeds)
     print(f"\n{report.resolve()}   ({time.time() - start:.0f} s)")
     run, pictures = flags.workdir / "vmoe_m2mkd_0" / "end_to_end", flags.workdir / "digits"
@@ -61,10 +61,10 @@ def finish(flags: argparse.Namespace, start: float) -> None:
 
 
 def plan(flags: argparse.Namespace) -> dict[str, Job]:
-    """The processes by name.
+    """The jobs by name.
 
-    A NAC uses the meta model and teacher of its seed's V-MoE. Pipelines of other seeds start when
-    the first is finished: they find its programs in the cache.
+    A NAC uses the meta model and teacher of the V-MoE with the same seed. Pipelines of other seeds
+    start once the first is finished, to reuse its programs from the compilation cache.
     """
 
     def line(student: str, name: str, seed: int) -> str:
@@ -94,8 +94,8 @@ def plan(flags: argparse.Namespace) -> dict[str, Job]:
 
 
 def show_progress(workdir: pathlib.Path, name: str, done: Collection[str]) -> None:
-    """Prints the accuracies of the first seed's V-MoE after the later of the two jobs that have
-    its networks; `name` has just been added to `done`."""
+    """Prints the accuracies of the first seed's V-MoE once both jobs that train it are done; `name`
+    has just been added to `done`."""
     pair = {"first", "scratch"}
     if name in pair and pair <= set(done):
         rows = [teacher_row(workdir, 1), *student_rows(workdir, "V-MoE", 1)]
@@ -109,7 +109,7 @@ def run_name(student: str, name: str, seed: int) -> str:
 
 
 def write_digits(folder: pathlib.Path) -> None:
-    """Writes some test images as PNG, each named for its place in the set and its digit."""
+    """Writes some test images as PNG, each named by its index in the set and its digit."""
     folder.mkdir(parents=True, exist_ok=True)
     images, labels = digits.load_split("test")
     for place in range(0, len(images), len(images) // PICTURES)[:PICTURES]:
@@ -157,7 +157,7 @@ def student_rows(workdir: pathlib.Path, student: str, seeds: int) -> list[tuple[
 
 
 def curves_of(workdir: pathlib.Path, student: str, seeds: int) -> dict[str, list]:
-    """The test accuracies of `runs_of` over the steps."""
+    """The test accuracy curves of `runs_of`."""
     return {
         name: [read_curve(run, "test/accuracy") for run in runs]
         for name, runs in runs_of(workdir, student, seeds).items()

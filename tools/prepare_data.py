@@ -5,9 +5,9 @@
     python tools/prepare_data.py imagenet2012 --data-dir /data/tfds --manual-dir /data/archives
 
 Works with any TFDS set that has the features image and label: imagenet2012, imagenet_r, cifar10,
-cifar100, caltech_birds2011 and so on. TFDS downloads what it may; for imagenet2012 the archives
-ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar must be in --manual-dir. Training then reads the
-set without TensorFlow: --config.data.source=tfds --config.data.path=/data/tfds
+cifar100, caltech_birds2011 and so on. TFDS downloads what it is allowed to; for imagenet2012 the
+archives ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar must be in --manual-dir. Training then
+reads the set without TensorFlow: --config.data.source=tfds --config.data.path=/data/tfds
 --config.data.name=cifar10. If the set is already prepared, only the label files are written.
 """
 
@@ -50,14 +50,14 @@ def _require_features(name: str, features: Any) -> None:
     kinds = {key: type(feature).__name__ for key, feature in dict(features or {}).items()}
     if (kinds.get("image"), kinds.get("label")) != ("Image", "ClassLabel"):
         raise ValueError(
-            f"{name} has the features {kinds}; image: Image and label: ClassLabel "
-            "are needed, take another set"
+            f"{name} has the features {kinds}; a set with image: Image and label: ClassLabel is "
+            "needed"
         )
 
 
 def describe(folder: epath.Path) -> list[str]:
-    """Writes the label files; returns a line for the set and one per split with its numbers of
-    records, files, classes and images per class."""
+    """Writes the label files; returns one line about the set and one per split, with its number of
+    images, files, images per class, and unlabelled images."""
     builder = open_builder(folder)
     names = builder.info.features["label"].names
     lines = [f"{builder.info.full_name} in {folder}: {len(names)} classes"]
@@ -74,12 +74,12 @@ def describe(folder: epath.Path) -> list[str]:
 
 @ends_quietly
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns 0 once the set is prepared, 2 if it cannot be."""
+    """Runs the command; returns 0 once the set is prepared, 2 if it cannot be."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", help="the set's name in TFDS; NAME:VERSION for a version")
-    parser.add_argument("--data-dir", required=True, help="TFDS's folder, created if needed")
+    parser.add_argument("--data-dir", required=True, help="TFDS folder, created if needed")
     parser.add_argument("--manual-dir", help="folder of manually downloaded archives")
     args = parser.parse_args(argv)
     try:
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: preparing needs {EXTRA}: {error}", file=sys.stderr)
         return 2
     except (ValueError, OSError, AssertionError) as error:
-        # TFDS asserts that archives which must be downloaded manually exist.
+        # TFDS asserts that manually downloaded archives exist.
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,21 +1,21 @@
-"""Makes a corpus of Tux Paint's stamps: pictures with a sentence each in many languages.
+"""Makes a corpus of Tux Paint's stamps: pictures, each with a sentence in many languages.
 
     apt-get download tuxpaint-stamps-default
     dpkg-deb -x tuxpaint-stamps-default_*.deb stamps
     python tools/prepare_stamps.py stamps data/stamps
 
-Writes OUT/stamps.tsv, with the columns split, picture and a language each, and OUT/images/. Train
+Writes OUT/stamps.tsv, with the columns split, picture and one per language, and OUT/images/. Train
 with --config.data.source=table --config.data.path=OUT/stamps.tsv.
 
-A stamp is a PNG or SVG with a text of the same name: the English sentence, then lines such as
-"de.utf8=Ein Frosch.". All stamps of one thing are in one split: those with the same English
-sentence, or whose names differ only in numbers, as frog.png and frog-1.png do. A hash of the seed
-and the thing chooses the split: about 70 % train, 10 % val, 20 % test.
+A stamp is a PNG or SVG with a text file of the same name: the English sentence, then lines such as
+"de.utf8=Ein Frosch.". All stamps of the same thing are in one split: those with the same English
+sentence, or with file names that differ only in numbers, such as frog.png and frog-1.png. A hash of
+the seed and the thing chooses the split: about 70 % train, 10 % val, 20 % test.
 
---with-emoji adds OpenMoji's pictures and names (14 languages) to the training split, without those
-that name a thing of the other splits.
+--with-emoji adds OpenMoji's pictures and names (14 languages) to the training split, except those
+that name a thing in the other splits.
 
-The stamps are under the GPL or in the public domain, picture by picture: see the package's notice,
+Each stamp is either under the GPL or in the public domain: see the package's notice,
 usr/share/doc/tuxpaint-stamps-default/copyright, before you publish any of them or a model.
 """
 
@@ -36,11 +36,11 @@ from common_jax.inputs.grouping import Groups
 from common_jax.inputs.texts import read_lines
 from common_jax.signals import ends_quietly
 
-# Digits of a hash, out of ten, that lie outside the training split.
+# Last digit of a thing's hash -> split; all other digits are train.
 SPLITS = {7: "val", 8: "test", 9: "test"}
 TRANSLATION = re.compile(r"(?P<language>[\w@]+)\.utf8=(?P<text>.*)")
 NUMBER = re.compile(r"[-_ ]?\d+$")
-LANGUAGES = {"zh_cn": "zh"}  # codes that the translators know by another name
+LANGUAGES = {"zh_cn": "zh"}  # codes in the text files -> codes in the corpus
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +48,10 @@ class Example:
     """A picture with its sentences.
 
     Attributes:
-      key: its path below the images' folder, without suffix.
-      picture: of any size, on white.
+      key: path in the image folder, without suffix.
+      picture: the picture, of any size, on white.
       texts: sentence by language.
-      thing: the examples of a thing share a split.
+      thing: what it shows; all examples of a thing share a split.
     """
 
     key: str
@@ -72,13 +72,13 @@ def read_texts(path: Path) -> dict[str, str]:
 
 
 def plain_name(sentence: str) -> str:
-    """Returns an English sentence without article, case and punctuation: the name of a thing."""
+    """Returns the name of a thing: its English sentence without article, case and punctuation."""
     words = re.findall(r"\w+", sentence.lower())
     return " ".join(words[1:] if words[:1] in (["a"], ["an"], ["the"]) else words)
 
 
 def things_of(stamps: Mapping[str, str]) -> dict[str, str]:
-    """Returns the thing of each stamp, from its English sentence by its path without suffix."""
+    """Returns the thing of each stamp; `stamps` maps paths without suffix to English sentences."""
     found = Groups()
     for path, sentence in stamps.items():
         name = path.rpartition("/")[2].lower()
@@ -93,7 +93,7 @@ def split_of(thing: str, seed: int) -> str:
 
 
 def draw(path: Path, size: int) -> Image.Image:
-    """Returns a PNG or SVG as a square on white, size x size pixels."""
+    """Returns a PNG or SVG as a square of size x size pixels, on white."""
     content = path.read_bytes()
     if path.suffix == ".svg":
         import resvg_py
@@ -111,7 +111,7 @@ def draw(path: Path, size: int) -> Image.Image:
 
 
 def read_stamps(folder: Path, size: int) -> Iterator[Example]:
-    """Yields the stamps below a folder, in the order of their paths.
+    """Yields the stamps below a folder, sorted by path.
 
     Raises:
       FileNotFoundError: there are none.
@@ -132,7 +132,7 @@ def read_stamps(folder: Path, size: int) -> Iterator[Example]:
         try:
             picture = draw(file, size)
         except (OSError, ValueError) as error:
-            print(f"left out, since it cannot be drawn: {file}: {error}", file=sys.stderr)
+            print(f"skipped {file}, which cannot be drawn: {error}", file=sys.stderr)
             continue
         yield Example(path.partition("stamps/")[2] or path, picture, texts, things[path])
 
@@ -169,15 +169,15 @@ def write_corpus(rows: Sequence[tuple[str, Example]], out: Path) -> str:
 
 @ends_quietly
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns 0 once the corpus is written, 2 if it cannot be."""
+    """Runs the command; returns 0 once the corpus is written, 2 if it cannot be."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="folder that the package was unpacked to")
     parser.add_argument("out", type=Path, help="folder for the corpus, created if needed")
     parser.add_argument("--size", type=int, default=64, help="side of the pictures (default 64)")
-    parser.add_argument("--seed", type=int, default=0, help="of the split (default 0)")
-    parser.add_argument("--with-emoji", action="store_true", help="adds emoji to train")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the split (default 0)")
+    parser.add_argument("--with-emoji", action="store_true", help="add emoji to the train split")
     args = parser.parse_args(argv)
     try:
         stamps = [

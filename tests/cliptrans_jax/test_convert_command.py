@@ -59,7 +59,7 @@ def test_shards_become_a_source_and_a_checkpoint_again(shards, tmp_path, capsys)
     source, config_file = folder / "model_best_test.pth", folder / "config.py"
     convert(source, tmp_path / "run", f"--config={config_file}")
     shown = capsys.readouterr().out
-    assert "kind cliptrans, as the names tell" in shown
+    assert "kind cliptrans, from the tensor names" in shown
     assert "mbart.lm_head.weight the same as mbart.model.shared.weight" in shown
 
     config = tiny_cliptrans.tiny_config("caption", None)
