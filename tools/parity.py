@@ -1,4 +1,4 @@
-"""The command of `parity/command.py`: runs our code on golden cases of the original PyTorch code.
+"""Runs our code on golden cases of the original PyTorch code; see `parity/command.py`.
 
 python tools/parity.py --golden tests/golden [--only 'm2mkd/vit_.*']
 """

@@ -1,16 +1,16 @@
-"""Runs the published commands of both methods at published sizes on one machine, and measures them.
+"""Runs both methods' published commands at published sizes on one machine, and measures them.
 
 Makes files of the published shapes with random weights (mBART-large-50, M-CLIP XLM-R-Large, CLIP
 ViT-B/32, ViT-Large, V-MoE-Base), then trains, resumes, evaluates and exports with few steps on
-small batches. Prints of each part
+small batches. For each part it prints
 
     part | seconds | peak memory of the process | ideal | ratio
 
-where the ideal is parameters, optimizer, gradients and activations in float32 as the compiled step
-plans them, or the weights that a command without a step holds. A part that is done is skipped when
-the command is given again. Needs 24 GB of memory; files take up to 20 GB in --workdir, of which
-each method's are deleted when its parts are done, unless --keep. Where memory runs out, the kernel
-kills the part and nothing else.
+where the ideal is the float32 memory of parameters, optimizer, gradients and activations, as
+planned for the compiled step. For a command without a step, it is the weights that the command
+holds. Run it again to resume: finished parts are skipped. Needs 24 GB of memory, and up to 20 GB of
+disk in --workdir; each method's files are deleted when its parts are done, unless --keep. If memory
+runs out, the kernel kills only the part.
 
     python tools/rehearse.py --workdir runs/rehearsal
     python tools/rehearse.py --workdir /tmp/try --small       the same on narrow networks
@@ -44,7 +44,7 @@ from m2mkd_jax.config import Config as M2mkdConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "tools"
-# What a process of either program takes before it has read anything.
+# Baseline: a process that has imported both programs and read nothing.
 ALONE = Part(("-c", "import jax, cliptrans_jax.main, m2mkd_jax.main; jax.devices()"), ".")
 HEADER = ("part", "seconds", "peak memory of the process", "ideal", "ratio")
 SMALL_MCLIP = MClipConfig(vocab=1002, width=64, layers=1, heads=4, hidden=64)
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/rehearsal"))
     parser.add_argument("--small", action="store_true", help="narrow networks, for a quick try")
     parser.add_argument("--keep", action="store_true", help="delete no files")
-    parser.add_argument("--only", choices=("cliptrans", "m2mkd"), help="one method")
+    parser.add_argument("--only", choices=("cliptrans", "m2mkd"), help="rehearse only one method")
     flags = parser.parse_args()
     root = flags.workdir.resolve()
     root.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def rehearse(folder: pathlib.Path, listed: Mapping[str, Part], make, *, small: bool) -> None:
-    """Runs the parts that are not done, and prints the rows of all."""
+    """Runs the unfinished parts, and prints the rows of all parts."""
     folder.mkdir(exist_ok=True)
     record = folder / "rehearsal.json"
     rows = json.loads(record.read_text()) if record.exists() else {}
@@ -94,22 +94,22 @@ def rehearse(folder: pathlib.Path, listed: Mapping[str, Part], make, *, small: b
         if name not in rows:
             if "deleted" in rows:
                 sys.exit(
-                    f"{name} reads files that were deleted when the other parts were done; give "
-                    "another --workdir, and --keep if a part is to follow later"
+                    f"{name} reads files that were deleted after the other parts finished; give "
+                    "another --workdir, and --keep if you want to add parts later"
                 )
             write_json(record, rows := rows | {name: measure(folder, name, part)})
         print(as_row(name, rows[name]), flush=True)
 
 
 def as_row(name: str, found: Mapping[str, float]) -> str:
-    """A row of the table; sizes in GB of 1e9 bytes."""
+    """A row of the table, with sizes in GB (1e9 bytes)."""
     peak, ideal = found["peak"], found["ideal"]
     numbers = (f"{found['seconds']:.0f}", f"{peak / 1e9:.2f} GB", f"{ideal / 1e9:.2f} GB")
     return " | ".join((name, *numbers, f"{peak / ideal:.2f}" if ideal else "-"))
 
 
 def measure(folder: pathlib.Path, name: str, part: Part) -> dict[str, float]:
-    """Runs a part; returns its seconds, peak and ideal."""
+    """Runs a part; returns its wall-clock seconds, and its peak and ideal memory in bytes."""
     if part.step:
         command = ("-m", "rehearsal.ideal", str(parts.TOKENS), *part.step)
         ideal = int(
@@ -129,12 +129,12 @@ def measure(folder: pathlib.Path, name: str, part: Part) -> dict[str, float]:
             [sys.executable, *part.command], env=environment(), cwd=ROOT, stdout=log, stderr=log
         )
         try:
-            # Where memory runs out, the kernel should kill the part and nothing else.
+            # If memory runs out, the kernel should kill the part and nothing else.
             pathlib.Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
             if part.stopped:
                 stop_after_first_step(process, (folder / part.made).parent / "metrics.jsonl")
             _, status, usage = os.wait4(process.pid, 0)
-        except BaseException:  # Ctrl-C or SIGTERM: the part ends with us
+        except BaseException:  # Ctrl-C or SIGTERM: stop the part too
             process.terminate()
             process.wait()
             raise
@@ -148,13 +148,13 @@ def measure(folder: pathlib.Path, name: str, part: Part) -> dict[str, float]:
 
 
 def forget_peak() -> None:
-    """Sets this process's own peak to what it holds now: a child's peak starts as its parent's, and
-    making the files takes more than a small part does."""
+    """Resets this process's peak memory to its current usage: a child inherits its parent's peak,
+    and making the files takes more memory than a small part."""
     pathlib.Path("/proc/self/clear_refs").write_text("5")
 
 
 def stop_after_first_step(process: subprocess.Popen, log: pathlib.Path) -> None:
-    """Asks a run to stop when its log has a line."""
+    """Sends SIGTERM to a run once its log has a line."""
     while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         if log.exists() and log.read_text():
             process.send_signal(signal.SIGTERM)
@@ -163,26 +163,26 @@ def stop_after_first_step(process: subprocess.Popen, log: pathlib.Path) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Of the measured processes."""
+    """Environment of the measured processes."""
     paths = [str(ROOT), str(TOOLS), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def available() -> int:
-    """Bytes of memory that no process uses."""
+    """Available memory in bytes."""
     lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
     (line,) = (line for line in lines if line.startswith("MemAvailable"))
     return 1024 * int(line.split()[1])
 
 
 def size_of(path: pathlib.Path) -> int:
-    """Bytes of a file of weights, or of those in a folder."""
+    """Size in bytes of a weight file, or of the weight files in a folder."""
     found = [path] if path.is_file() else [*path.glob("*.bin"), *path.glob("*.safetensors")]
     return sum(file.stat().st_size for file in found)
 
 
 def make_cliptrans(folder: pathlib.Path, small: bool) -> None:
-    """Translator, towers, tokenizers and corpus."""
+    """Makes the translator, towers, tokenizers and corpus."""
     flags = parts.cliptrans_sizes(small)
     config = freeze(
         CliptransConfig,
@@ -198,7 +198,7 @@ def make_cliptrans(folder: pathlib.Path, small: bool) -> None:
 
 
 def make_m2mkd(folder: pathlib.Path, small: bool) -> None:
-    """Teacher and student in the original's format, and images."""
+    """Makes a teacher and student in the original's format, and images."""
     flags = (f"--config.data.labels={parts.CLASSES}", *parts.m2mkd_sizes(small))
     config = freeze(
         M2mkdConfig,

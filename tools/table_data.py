@@ -1,19 +1,19 @@
-"""Keeps the numbers of a table in docs/ beside it, as read from the runs that it reports.
+"""Stores the numbers of a table in docs/ as data, read from the runs that the table reports.
 
     python tools/table_data.py docs/data/emoji.json runs/demo/cliptrans
 
-The file says where the numbers are, and this tool adds them, in full precision:
+The file says where to find the numbers, and this tool adds them as `values`, in full precision:
 
     {"command": "python tools/demo_cliptrans.py --workdir runs/demo/cliptrans",
      "rows": {"text only": ["text_only_0/translate"]},
      "columns": [{"title": "BLEU", "file": "scores.json", "key": "bleu"}, {"title": "hours"}],
      "values": {"text only": [[17.21], []]}}
 
-Rows and columns are titled as in the table. `rows` has the folders of a row's runs, below the
-second argument; `key` is of the line with `epoch` where the file is a metrics.jsonl; `times` is a
-factor, 100 for shares shown in percent. A column without `file` is not checked. A value that no run
-of a row has leaves the cell empty. tests/test_results.py compares the tables in README.md and
-docs/results.md with these files.
+Rows and columns have the titles they have in the table. `rows` lists the folders of each row's
+runs, below the second argument. `key` names a value in `file`; in a metrics.jsonl, it is taken from
+the line with `epoch`. `times` is a factor, such as 100 for fractions shown in percent. A column
+without `file` is not checked. If no run of a row has a value, its cell stays empty.
+tests/test_results.py compares the tables in README.md and docs/results.md with these files.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Adds the values to a file."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("file", type=pathlib.Path, help="docs/data/NAME.json")
-    parser.add_argument("runs", type=pathlib.Path, help="folder that its rows are below")
+    parser.add_argument("runs", type=pathlib.Path, help="folder with the runs of its rows")
     flags = parser.parse_args(arguments)
     data = json.loads(flags.file.read_text())
     data["values"] = collect(data, flags.runs)
@@ -38,11 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def collect(data: Mapping[str, Any], runs: pathlib.Path) -> dict[str, list[list[float]]]:
-    """The values of every row: for each column a list, one value a run.
+    """The values of every row: for each column, a list with one value per run.
 
     Raises:
-      FileNotFoundError: for a run that does not exist.
-      ValueError: for a value that some runs of a row have and others do not.
+      FileNotFoundError: a run does not exist.
+      ValueError: some runs of a row have a value that others lack.
     """
     values = {}
     for row, names in data["rows"].items():
@@ -62,7 +62,7 @@ def collect(data: Mapping[str, Any], runs: pathlib.Path) -> dict[str, list[list[
 
 
 def dump(data: Mapping[str, Any]) -> str:
-    """The text of a file: JSON with a line for each row and column."""
+    """The content of a file: JSON with one line per row and column."""
     parts = []
     for name, content in data.items():
         if isinstance(content, dict):
@@ -77,7 +77,7 @@ def dump(data: Mapping[str, Any]) -> str:
 
 
 def _read(folder: pathlib.Path, column: Mapping[str, Any]) -> list[float]:
-    """The value of a run in a column; none where it has no such file or metric."""
+    """The value of a run in a column, in a list; empty if it has no such file or metric."""
     path = folder / column.get("file", "")
     if not path.is_file():
         return []

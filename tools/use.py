@@ -1,4 +1,4 @@
-"""Commands that use what a demo has trained, shown as they are typed."""
+"""Runs commands that use what a demo has trained, and shows them as a user would type them."""
 
 import os
 import shlex
@@ -13,7 +13,7 @@ def show_use(program: str, *arguments: str) -> None:
 
     Args:
       program: a key of PROGRAMS.
-      arguments: those of the program.
+      arguments: its arguments.
     """
     print(f"\n$ {shlex.join([program, *arguments])}", flush=True)
     command = [sys.executable, "-m", PROGRAMS[program], *arguments]

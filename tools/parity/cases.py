@@ -1,4 +1,4 @@
-"""Golden cases and comparisons with their numbers."""
+"""Golden cases, and comparisons with their expected results."""
 
 import dataclasses
 import json
@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-# (name, got, want, atol, rtol); 0, 0 is exact.
+# (name, got, want, atol, rtol); tolerances of 0, 0 mean exact.
 Comparison = tuple[str, Any, Any, float, float]
 EXPECTED = ("outputs/", "grads/", "grads_")  # keys of arrays that a runner must compare
 
 
 class Arrays(Mapping):
-    """The arrays of a case by key; remembers which were read."""
+    """The arrays of a case by key; keeps track of which were read."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray]):
         self._arrays = dict(arrays)
@@ -34,7 +34,7 @@ class Arrays(Mapping):
         return key in self._arrays
 
     def below(self, prefix: str) -> dict[str, np.ndarray]:
-        """The arrays whose key starts with `prefix`, by the rest of their key."""
+        """The arrays whose key starts with `prefix`, by the rest of the key."""
         return {key.removeprefix(prefix): self[key] for key in self if key.startswith(prefix)}
 
     def forgotten(self) -> list[str]:
@@ -48,8 +48,8 @@ class Case:
 
     Attributes:
       name: folder/case, such as "m2mkd/vit_full".
-      config: its whole json.
-      arrays: its npz.
+      config: the content of its json.
+      arrays: the content of its npz.
     """
 
     name: str
@@ -57,8 +57,8 @@ class Case:
     arrays: Arrays
 
     def tolerance(self, *names: str) -> tuple[float, float]:
-        """(atol, rtol) of the first of `names` that has its own in the json, else the general
-        one."""
+        """(atol, rtol) of the first of `names` that has its own tolerance in the json; else the
+        case's general tolerance."""
         general = self.config["tolerance"]
         tolerance = next((general[name] for name in names if name in general), general)
         return (0.0, 0.0) if tolerance == "exact" else (tolerance["atol"], tolerance["rtol"])
@@ -87,17 +87,17 @@ class Check:
 
 
 def read_case(path: pathlib.Path) -> Case:
-    """The case of `path` (.json), with the npz beside it; raises FileNotFoundError without one."""
+    """The case at `path` (.json), with its npz; raises FileNotFoundError if that is missing."""
     arrays = path.with_suffix(".npz")
     if not arrays.exists():
-        raise FileNotFoundError(f"{path} has no {arrays.name} beside it")
+        raise FileNotFoundError(f"{path} has no {arrays.name} next to it")
     with np.load(arrays) as loaded:
         values = Arrays(loaded)
     return Case(f"{path.parent.name}/{path.stem}", json.loads(path.read_text()), values)
 
 
 def check(comparison: Comparison) -> Check:
-    """Compares a result with its expected value; shapes must agree, and NaN equals nothing."""
+    """Compares a result with its expected value; shapes must match, and NaN equals nothing."""
     name, got, want, atol, rtol = comparison
     got, want = np.asarray(got), np.asarray(want)
     if got.shape != want.shape:
@@ -116,7 +116,7 @@ def check(comparison: Comparison) -> Check:
 
 
 def run_case(case: Case, runner: Runner) -> list[Check]:
-    """All comparisons of a case, and a failed one for every expected array that was not read."""
+    """All checks of a case, plus a failed one for every expected array that was not read."""
     checks = [check(comparison) for comparison in runner(case)]
     for key in case.arrays.forgotten():
         checks.append(Check(key, np.inf, np.inf, 0, 0, np.inf, "was not compared"))
@@ -129,7 +129,7 @@ def compare_trees(
     want: Mapping[str, np.ndarray],
     tolerance: tuple[float, float],
 ) -> Iterator[Comparison]:
-    """Compares states name by name, and their names."""
+    """Compares two states: their names, and the values under each name."""
     yield f"{prefix}names", set(got) == set(want), True, 0, 0
     for name in want:
         if name in got:
@@ -137,5 +137,5 @@ def compare_trees(
 
 
 def compare_lists(name: str, got: Iterable[Any], want: Iterable[Any]) -> Comparison:
-    """Compares lists that are not numbers, including order."""
+    """Compares lists of anything but numbers, including their order."""
     return name, list(got) == list(want), True, 0, 0

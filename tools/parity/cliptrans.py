@@ -1,4 +1,4 @@
-"""Runners of the golden cases of CLIPTrans' translation model: forward, loss and gradients."""
+"""Runners for CLIPTrans' translation model: forward pass, loss and gradients."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -26,7 +26,7 @@ IGNORED = -100  # the original's label where ours are negative
 
 
 def mbart_config(sizes: Mapping[str, Any]) -> MBartConfig:
-    """The model of a json's sizes."""
+    """Config of the model with a json's sizes."""
     return MBartConfig(
         vocab=sizes["vocab_size"],
         width=sizes["d_model"],
@@ -45,7 +45,7 @@ def mbart_config(sizes: Mapping[str, Any]) -> MBartConfig:
 
 
 def translator(sizes: Mapping[str, Any], *, layout: str = "original") -> Translator:
-    """The whole model of a json's sizes, with the original's mask."""
+    """The whole model with a json's sizes, and with the original's mask."""
     config = ModelConfig(
         mbart=mbart_config(sizes["mbart"]),
         mapper=MapperConfig(
@@ -67,7 +67,7 @@ def load(model: Translator, case: Case) -> dict[str, Any]:
 
 
 def run_mbart(case: Case) -> Iterator[Comparison]:
-    """mBART alone, in the original with a decoder mask or without."""
+    """mBART alone; the original is run with a decoder mask or without."""
     arrays, tolerance = case.arrays, case.tolerance()
     config = mbart_config(case.config["config"])
     network = MBart(config, jnp.float32)
@@ -110,7 +110,7 @@ def run_mbart(case: Case) -> Iterator[Comparison]:
 
 
 def run_prefix(case: Case) -> Iterator[Comparison]:
-    """The training pass with a mapping network, and the parameters that it trains."""
+    """The training pass with a mapping network, and which parameters are trained."""
     arrays, tolerance = case.arrays, case.tolerance()
     model = translator(case.config["config"])
     config = model.config
@@ -133,7 +133,7 @@ def run_prefix(case: Case) -> Iterator[Comparison]:
         vectors = model.prefix(params, features, len(labels))
         yield "prefix", vectors, arrays["outputs/prefix_embeds"], *tolerance
         yield "embeddings", embeddings, arrays["outputs/decoder_inputs_embeds"], *tolerance
-        # The last slot attends to every unmasked slot up to it; pads are at the end.
+        # The last slot attends to all unmasked slots before it; pads are at the end.
         seen = arrays["outputs/decoder_attention_mask"] > 0
         later = np.arange(seen.shape[1]) > max(config.mapper.prefix, prefixes.ORIGINAL_KEYS)
         yield "mask", visible[:, 0, -1, :] & later, seen & later, *EXACT
@@ -145,7 +145,7 @@ def run_prefix(case: Case) -> Iterator[Comparison]:
         variables = {"params": params["mbart"]}
         logits = model.network.apply(variables, hidden, method=MBart.logits)
         total, count = label_loss(logits, used, pad=config.mbart.pad)
-        # Training leaves out the prefix's slots, and must give the same number.
+        # Training leaves out the prefix's slots, and must give the same loss.
         few = model.train_logits(params, features, source, labels)
         total_few, count_few = label_loss(few, labels, pad=config.mbart.pad)
         return total_few / count_few, (total / count, logits)
@@ -191,11 +191,11 @@ def run_mapper(case: Case) -> Iterator[Comparison]:
 def _gradients(
     got: Mapping[str, np.ndarray], case: Case, tolerance: tuple[float, float]
 ) -> Iterator[Comparison]:
-    """All gradients in the case."""
+    """Compares all gradients in the case."""
     for name, want in case.arrays.below("grads/").items():
         yield f"grads/{name}", got[name], want, *tolerance
 
 
 def _own(tensors: Mapping[str, np.ndarray]) -> list[str]:
-    """Names of parameters; the bias of the logits is a buffer in the original."""
+    """Names of parameters, without the logits' bias, which is a buffer in the original."""
     return [name for name in tensors if not name.endswith("final_logits_bias")]

@@ -1,4 +1,4 @@
-"""Runners of the golden cases of decoding: every step of a beam search, and its result."""
+"""Runners for decoding: every step of a beam search, and its result."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +15,7 @@ from parity.cliptrans import EXACT, load, translator
 
 
 def run_generate(case: Case) -> Iterator[Comparison]:
-    """Beam searches and greedy decoding of one model, step by step, and samples alone."""
+    """Beam search and greedy decoding of one model: every step, and every sample alone."""
     settings, arrays = case.config["generation"], case.arrays
     model = translator(case.config["config"])
     params = load(model, case)
@@ -47,7 +47,7 @@ def _make(model, settings, beams: int) -> Search:
             max_new_tokens=settings["max_new_tokens"],
             length_penalty=settings["length_penalty"],
             early_stopping=settings["early_stopping"],
-            growth=1,  # one loop compiles fastest; parts change only speed
+            growth=1,  # a single loop compiles fastest; splitting it changes only speed
             halvings=0,
         ),
     )
@@ -129,8 +129,8 @@ def _search(case: Case, search: Search, params, inputs, name: str) -> Iterator[C
 def _step(
     state: SearchState, expected, place: tuple[str, int], live, chosen, language, tolerance
 ) -> Iterator[Comparison]:
-    """One step's candidates and choices; ours has no first step, which only sets the language
-    code."""
+    """One step's candidates and choices. Our search has no first step, which in the original only
+    sets the language code."""
     name, number = place
     batch, beams = len(live), state.scores.shape[1]
     want = {
@@ -144,7 +144,7 @@ def _step(
             "next_beams",
         )
     }
-    offset = beams * np.arange(batch)[:, None]  # the original counts beams over the batch
+    offset = beams * np.arange(batch)[:, None]  # the original numbers beams across the batch
     if chosen is None:
         code = np.repeat(np.asarray(language)[:, None], beams, 1)
         scores = np.full((batch, beams), -1e9)
@@ -176,7 +176,7 @@ def _step(
 
 
 def _logits_of_start(search: Search, params, inputs, states, language) -> np.ndarray:
-    """Logits of the first token, which the language code then replaces."""
+    """Logits of the first token, which is then overwritten by the language code."""
     hidden, _ = jax.jit(search.prefill)(
         params, inputs["features"], inputs["source"], states, language
     )
@@ -188,7 +188,7 @@ def _logits_of_start(search: Search, params, inputs, states, language) -> np.nda
 def _single(
     case: Case, search: Search, params, inputs, name: str, row: int
 ) -> Iterator[Comparison]:
-    """A sample alone and without pads must give the same result as in the batch."""
+    """A sample decoded alone, without pads, must give the same result as in the batch."""
     ids = inputs["source"][row]
     source = ids[ids != search.translator.config.mbart.pad][None]
     features = inputs["features"]
@@ -202,7 +202,7 @@ def _single(
 
 
 def _sequences(finished, search: Search, length: int) -> np.ndarray:
-    """The best hypotheses with end tokens, padded to the longest."""
+    """The best hypotheses with their end tokens, padded to the longest."""
     tokens, lengths = np.array(finished.tokens[:, 0]), np.asarray(finished.lengths[:, 0])
     tokens[np.arange(len(tokens)), lengths] = search.translator.config.mbart.eos
     assert lengths.max() + 1 == length, (lengths, length)

@@ -1,4 +1,4 @@
-"""Runners for the scores of translations, whose sentences are in the json."""
+"""Runners for translation metrics; the sentences are in the json."""
 
 from collections.abc import Iterator
 
@@ -7,11 +7,11 @@ import numpy as np
 from cliptrans_jax.evaluators.scores import bleu, meteor
 from parity.cases import Case, Comparison
 
-LANGUAGE = "de"  # any whose words have spaces between, for which sacrebleu has its defaults
+LANGUAGE = "de"  # any language with spaces between words, so that sacrebleu uses its defaults
 
 
 def run_bleu(case: Case) -> Iterator[Comparison]:
-    """BLEU of all sentences with its components, and of the first sentence alone."""
+    """Corpus BLEU with its components, and BLEU of the first sentence alone."""
     settings, atol = case.config["config"], float(case.config["tolerance"])
     hypotheses, references = settings["hypotheses"], settings["references"]
     whole, _ = bleu(hypotheses, references, language=LANGUAGE)
@@ -31,7 +31,7 @@ def run_bleu(case: Case) -> Iterator[Comparison]:
 
 
 def run_meteor(case: Case) -> Iterator[Comparison]:
-    """METEOR of each sentence, from the case's own tokens, and the mean."""
+    """METEOR of each sentence, on the case's own tokens, and the mean."""
     settings, atol = case.config["config"], float(case.config["tolerance"])
     hypotheses, references = settings["hypothesis_tokens"], settings["reference_tokens"]
     scores = [meteor(x, y) for x, y in zip(hypotheses, references, strict=True)]

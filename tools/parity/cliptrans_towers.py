@@ -1,4 +1,4 @@
-"""Runners for CLIPTrans's frozen encoders."""
+"""Runners for CLIPTrans' frozen encoders."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from cliptrans_jax.towers import clip, clip_names, mclip, mclip_names
 from common_jax.weights import table as tables
 from parity.cases import Case, Comparison, compare_trees
 
-# (ids, mask) of every feature that a case may have; None: no mask, or all ones.
+# Feature in a case -> (ids, mask) that it is computed from; None: no mask, or all ones.
 MCLIP_VARIANTS = {
     "text_features": ("input_ids", "attention_mask"),
     "text_features_holes": ("input_ids", "attention_mask_holes"),
@@ -28,7 +28,7 @@ CLIP_TEXT_VARIANTS = {
 
 
 def run_mclip(case: Case) -> Iterator[Comparison]:
-    """M-CLIP's text tower: hidden states, features under every mask, rows of positions."""
+    """M-CLIP's text tower: hidden states, features under every mask, position ids."""
     sizes, inputs = case.config["config"], case.arrays.below("inputs/")
     config = mclip.MClipConfig(
         vocab=sizes["vocab_size"],
@@ -68,7 +68,7 @@ def run_mclip(case: Case) -> Iterator[Comparison]:
 
 
 def run_clip_image(case: Case) -> Iterator[Comparison]:
-    """CLIP's image tower: output of the first norm, of the blocks, class token, features."""
+    """CLIP's image tower: outputs of the first norm and of the blocks, class token, features."""
     sizes = case.config["config"]
     config = clip.ClipVisionConfig(
         image=sizes["vision"]["image_size"],
@@ -92,7 +92,7 @@ def run_clip_image(case: Case) -> Iterator[Comparison]:
 
 
 def run_clip_text(case: Case) -> Iterator[Comparison]:
-    """CLIP's text tower: hidden states except at pads, position of the end, features."""
+    """CLIP's text tower: hidden states except at pads, position of the end token, features."""
     sizes, inputs = case.config["config"], case.arrays.below("inputs/")
     config = clip.ClipTextConfig(
         vocab=sizes["text"]["vocab_size"],
@@ -113,7 +113,7 @@ def run_clip_text(case: Case) -> Iterator[Comparison]:
             if name == "text_features":
                 results["last_hidden_state"] = hidden["last_hidden"][0]
     if "last_hidden_state" in want:
-        visible = inputs["attention_mask"] != 0  # at pads the original's states are arbitrary
+        visible = inputs["attention_mask"] != 0  # the original's states at pads are arbitrary
         for states in (results, want):
             states["last_hidden_state"] = np.asarray(states["last_hidden_state"])[visible]
     if "eos_positions" in want:
@@ -138,7 +138,7 @@ def _clip_sizes(sizes: Mapping[str, Any], tower: str) -> dict[str, Any]:
 def _read(
     case: Case, network: nn.Module, table: tables.Table, *example: Any
 ) -> tuple[dict[str, Any], list[Comparison]]:
-    """The case's parameters, and comparisons of a round trip to the original's names."""
+    """The case's parameters, and comparisons for a round trip to the original's names."""
     tensors = case.arrays.below("params/")
     shapes = jax.eval_shape(network.init, jax.random.key(0), *example)["params"]
     params, account = tables.read(table, tensors, shapes=shapes, file=case.name)

@@ -1,4 +1,4 @@
-"""Runners of the golden cases of CLIPTrans's examples in each stage, and of its optimizer."""
+"""Runners for CLIPTrans' examples in each stage, and for its optimizer."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -25,11 +25,11 @@ from parity.cases import Case, Comparison, compare_lists
 
 EXACT = (0, 0)
 PAD = 1
-NO_PAD = -1  # labels of the optimizer's case are classes, and negative ones ignored
+NO_PAD = -1  # labels in the optimizer's case are classes, and negative ones are ignored
 
 
 def run_dataset(case: Case) -> Iterator[Comparison]:
-    """Every stage and side: examples, dropped tokens, padding."""
+    """Every stage and split: examples, dropped tokens, padding."""
     sizes, arrays = case.config["config"], case.arrays
     pair = (sizes["src_lang"], sizes["tgt_lang"])
     tokens = {language: _ragged(arrays[f"inputs/tokens/{language}"]) for language in pair}
@@ -81,7 +81,7 @@ def _stage(
     yield f"{name} mask", mask, arrays[f"{prefix}attention_mask"], *EXACT
     labels = pad(examples.target, max(map(len, examples.target)), pad_id=PAD)
     yield f"{name} labels", labels, arrays[f"{prefix}labels"], *EXACT
-    # The mask of a caption's remaining tokens, which the original collates but never uses.
+    # The mask over the caption's remaining tokens, which the original collates but never uses.
     want = arrays[f"{prefix}mask_decoder_input_ids"]
     padded = np.ones(want.shape, bool)
     if STAGES[one["stage"]].captioning:
@@ -108,7 +108,7 @@ def _clip(
 
 
 def run_optimizer(case: Case) -> Iterator[Comparison]:
-    """Summed gradients of micro-batches under AdamW, through the product's step."""
+    """AdamW on the summed gradients of micro-batches, through our own train step."""
     sizes, arrays, tolerance = case.config["config"], case.arrays, case.tolerance()
     x, y = jnp.asarray(arrays["inputs/x"]), jnp.asarray(arrays["inputs/y"])
     count, size = sizes["update_count"], x.shape[1]
@@ -146,7 +146,7 @@ def run_optimizer(case: Case) -> Iterator[Comparison]:
     for update in range(updates):
         group = slice(update * count, (update + 1) * count)
         losses += micro_losses(state.params, group)
-        # The step deals a batch's rows out to micro-batches in turn.
+        # The step deals the rows of a batch to micro-batches in turn (row i to i mod N).
         batch = {"x": x[group].swapaxes(0, 1), "y": y[group].swapaxes(0, 1)}
         batch = {name: value.reshape(-1, *value.shape[2:]) for name, value in batch.items()}
         state, _ = step(state, {}, batch, jnp.uint32(0))
@@ -163,7 +163,7 @@ def run_optimizer(case: Case) -> Iterator[Comparison]:
     general = dataclasses.replace(optim, schedule="polynomial", steps=10, min_lr=sizes["lr"] / 10)
     curve = make_schedule(general, updates)
     want = arrays["outputs/poly_lr_generic"]
-    # The original records the rate after an update, which is that of the next one.
+    # The original records the learning rate after an update, which is that of the next update.
     got = [curve(step + 1) for step in range(len(want))]
     yield "polynomial", got, want, *tolerance
 
@@ -173,6 +173,6 @@ def _ragged(padded: np.ndarray) -> list[np.ndarray]:
 
 
 def _references(examples: Examples) -> list[str]:
-    """The texts that the original scores against, named by language and row."""
+    """The reference texts of the original's metrics, named by language and row."""
     pairs = zip(examples.languages, examples.rows, strict=True)
     return [f"{target}-{row}" for (_, target), row in pairs]

@@ -1,10 +1,10 @@
-"""Runs our code on golden cases, numbers that the original PyTorch code produced.
+"""Runs our code on golden cases: inputs and results recorded from the original PyTorch code.
 
     python tools/parity.py --golden tests/golden [--only 'm2mkd/vit_.*']
 
-prints one line per case for the comparison that is closest to failing: the largest error, absolute
-and relative to the largest expected value, and the tolerance. All sizes and settings are in the
-case's json; its name only selects the runner.
+prints one line per case, for the comparison closest to failing: the largest error, absolute and
+relative to the largest expected value, and the tolerance. All sizes and settings are in the case's
+json; its name only selects the runner.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from parity.cases import Case, Check, Runner
 FOLDERS = ("m2mkd", "nac", "cliptrans")
 UNOPTIMISED = "jax_disable_most_optimizations"
 
-# (regex of folder/case, runner); the first that matches.
+# (regex of folder/case, runner); the first match counts.
 RUNNERS: tuple[tuple[str, Runner], ...] = (
     (r"m2mkd/vit_.*", m2mkd.run_vit),
     (r"m2mkd/vmoe_.*", m2mkd.run_vmoe),
@@ -87,7 +87,7 @@ RUNNERS: tuple[tuple[str, Runner], ...] = (
 
 
 def main() -> int:
-    """Runs the command line; returns 0 if every case that has a runner passed."""
+    """Runs the command; returns 0 if every case with a runner passed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--golden", required=True, type=pathlib.Path, help="folder of the cases")
     parser.add_argument("--only", default="", help="regex searched for in folder/case")
@@ -100,8 +100,8 @@ def main() -> int:
 
 
 def find_cases(golden: pathlib.Path, only: str = "") -> list[pathlib.Path]:
-    """The jsons of the cases under `golden` whose folder/case contains the regex `only`; raises
-    ValueError if there is none."""
+    """The jsons of the cases under `golden` whose folder/case has a match of the regex `only`;
+    raises ValueError if there are none."""
     if not golden.is_dir():
         raise ValueError(f"--golden {golden}: there is no such folder")
     paths = [path for folder in FOLDERS for path in sorted((golden / folder).glob("*.json"))]
@@ -117,7 +117,7 @@ def find_cases(golden: pathlib.Path, only: str = "") -> list[pathlib.Path]:
 
 
 def run(paths: Iterable[pathlib.Path], write: Callable[[str], None]) -> int:
-    """Runs the cases, writes the lines, and returns the exit status."""
+    """Runs the cases, writes the report, and returns the exit status."""
     paths = list(paths)
     width = max(len(case_name(path)) for path in paths)
     write(f"{'case':{width}}  max_abs_err  max_rel_err  {'tolerance':18}")
@@ -137,7 +137,7 @@ def run(paths: Iterable[pathlib.Path], write: Callable[[str], None]) -> int:
 
 
 def report(path: pathlib.Path, runner: Runner, width: int) -> tuple[list[str], bool]:
-    """The lines of one case, with one per failed comparison, and whether all passed."""
+    """The report's lines on one case, one more per failed comparison, and whether all passed."""
     name = case_name(path)
     try:
         checks = run_checks(cases.read_case(path), runner)
@@ -152,9 +152,9 @@ def report(path: pathlib.Path, runner: Runner, width: int) -> tuple[list[str], b
 
 
 def run_checks(case: Case, runner: Runner) -> list[Check]:
-    """The comparisons of a case, computed in full float32."""
-    # Tiny networks take longer to compile than to run, and XLA's optimised CPU programs round more
-    # coarsely than plain float32.
+    """The checks of a case, computed in full float32."""
+    # Tiny networks take longer to compile than to run, and XLA's optimised CPU programs are less
+    # accurate than plain float32.
     before = jax.config.read(UNOPTIMISED)
     jax.config.update(UNOPTIMISED, True)
     try:
@@ -173,7 +173,7 @@ def find_runner(name: str) -> Runner | None:
 
 
 def case_name(path: pathlib.Path) -> str:
-    """folder/case of a json."""
+    """The name, folder/case, of a case's json."""
     return f"{path.parent.name}/{path.stem}"
 
 

@@ -12,7 +12,7 @@ from parity.cases import Case, Comparison
 
 
 def run_mixup_cutmix(case: Case) -> Iterator[Comparison]:
-    """Mixed images and soft targets, with fixed and with random lambda and centre."""
+    """Mixed images and soft targets, for fixed and random lambda and box centre."""
     config, arrays = case.config, case.arrays
     settings = config["config"]
     atol, rtol = config["tolerance"]["atol"], config["tolerance"]["rtol"]
@@ -29,7 +29,7 @@ def run_mixup_cutmix(case: Case) -> Iterator[Comparison]:
                 yield f"{name}/box", np.array(edges), np.array(box), 0, 0
             mixed, lam = augment.cutmix(images, lam, centre)
         yield f"{name}/lam", float(lam), effective, atol, rtol
-        # Cutmix only copies pixels.
+        # CutMix only copies pixels.
         exact = (0, 0) if use_cutmix else (atol, rtol)
         want = arrays[f"outputs/{name}/images"]
         yield f"{name}/images", np.moveaxis(np.asarray(mixed), -1, 1), want, *exact
@@ -71,7 +71,7 @@ def run_mixup_cutmix(case: Case) -> Iterator[Comparison]:
 
 
 def run_augment_ops(case: Case) -> Iterator[Comparison]:
-    """Every RandAugment operation: argument and image, exact for the same version of Pillow."""
+    """Every RandAugment operation: argument and image, exact with the same Pillow version."""
     config, arrays = case.config, case.arrays
     settings = config["config"]
     image = Image.fromarray(arrays["inputs/image_hwc_uint8"].astype(np.uint8))
@@ -94,13 +94,13 @@ def run_augment_ops(case: Case) -> Iterator[Comparison]:
 
 
 def run_few_shot(case: Case) -> Iterator[Comparison]:
-    """Classes, places and labels that each seed chooses in CIFAR-100 and CUB-200."""
+    """Classes, rows and labels that each seed chooses in CIFAR-100 and CUB-200."""
     config, arrays = case.config, case.arrays
     settings = config["config"]
     shots = {"train": settings["n_shot"], "val": settings["val_sample"]}
     cub_training = arrays["inputs/cub_is_training"].astype(bool)
-    # (labels from 0, classes, eligible rows of train and val, number of the first row); the
-    # original draws both sides of CIFAR-100 from its training split.
+    # (labels from 0, classes, eligible rows of train and val, number of the first row). The
+    # original draws both train and val of CIFAR-100 from its training split.
     sets = {
         "cifar100": (arrays["inputs/cifar_train_targets"], 100, {"train": None, "val": None}, 0),
         "cub": (
@@ -136,7 +136,7 @@ def run_few_shot(case: Case) -> Iterator[Comparison]:
 
 
 def run_repeated_aug_sampler(case: Case) -> Iterator[Comparison]:
-    """The examples of each process for the epoch's permutation."""
+    """The examples that each process gets from the epoch's permutation."""
     for name, settings in case.config["config"].items():
         permutation = np.arange(settings["dataset_size"])
         if settings["shuffle"]:

@@ -26,11 +26,11 @@ from parity.networks import (
     to_images,
 )
 
-RELATIVE_L2 = 1e-4  # of a gradient tensor, besides the element-wise tolerance
+RELATIVE_L2 = 1e-4  # limit per gradient tensor, in addition to the element-wise tolerance
 
 
 def run_vit(case: Case) -> Iterator[Comparison]:
-    """A ViT: logits, features, embedding, every stage boundary, the names of stages and root."""
+    """A ViT: logits, features, embedding, every stage boundary, stage-local and root names."""
     sizes, arrays, tolerance = case.config["config"], case.arrays, case.tolerance()
     network = build_vit(sizes)
     params = load_network(arrays.below("params/"), sizes)
@@ -42,7 +42,7 @@ def run_vit(case: Case) -> Iterator[Comparison]:
     patches = PatchEmbedding(shared.patch, shared.width, jnp.float32).apply(
         {"params": params["stage_0"]["patches"]}, images
     )
-    # The original's forward(images, 0, 0): no block, but final norm and choice of the class token.
+    # The original's forward(images, 0, 0): no blocks, only the final norm and the class token.
     normed = LayerNorm(shared.norm_eps, jnp.float32, name="norm").apply(
         {"params": params[stage_name(len(network) - 1)]["norm"]}, embedded[:, 0]
     )
@@ -110,7 +110,7 @@ def run_vmoe(case: Case) -> Iterator[Comparison]:
 
 
 def run_m2mkd_loss(case: Case) -> Iterator[Comparison]:
-    """m2mKD's composition: module outputs, logits, all objectives, gradients of the student."""
+    """m2mKD's composed networks: module outputs, logits, all objectives, student gradients."""
     sizes, arrays = case.config["config"], case.arrays
     count = len(sizes["meta"]["divided_depths"])
     student, stage = build_student(sizes["student"], stages=count)
@@ -160,7 +160,7 @@ def run_kd_baseline(case: Case) -> Iterator[Comparison]:
 
 
 def run_split_teacher(case: Case) -> Iterator[Comparison]:
-    """A teacher cut into modules: the tensors and the output of each."""
+    """A teacher split into modules: the tensors and output of each."""
     sizes, arrays = case.config["config"], case.arrays
     network = build_vit(sizes)
     params = load_network(arrays.below("params/"), sizes)
@@ -182,7 +182,7 @@ def run_split_teacher(case: Case) -> Iterator[Comparison]:
 
 
 def run_pos_embed_resize(case: Case) -> Iterator[Comparison]:
-    """Position tables on other grids."""
+    """Position tables resized to other grids."""
     for pair in case.config["config"]["pairs"]:
         name = f"pos_embed_{pair['old_grid']}to{pair['new_grid']}"
         got = resize_positions(case.arrays[f"inputs/{name}"], pair["new_grid"] ** 2 + 1)
@@ -190,7 +190,7 @@ def run_pos_embed_resize(case: Case) -> Iterator[Comparison]:
 
 
 def run_drop_path(case: Case) -> Iterator[Comparison]:
-    """Stochastic depth with the case's uniform numbers, and its rates."""
+    """Stochastic depth with the case's uniform draws, and the rate of each block."""
     sizes, arrays = case.config["config"], case.arrays
     x, uniform = (jnp.asarray(arrays[f"inputs/{name}"]) for name in ("x", "uniform"))
     results = {
@@ -203,7 +203,7 @@ def run_drop_path(case: Case) -> Iterator[Comparison]:
 def _compare_objectives(case, logits, trained, results, to_original) -> Iterator[Comparison]:
     """Logits, every objective in the json, and the gradients in the case.
 
-    logits(trained) returns the teacher's and the student's; `results` are further outputs.
+    `logits(trained)` returns the teacher's and the student's logits; `results` has further outputs.
     """
     arrays = case.arrays
     totals = [tuple(name.split("__")) for name in case.config["totals"]]
@@ -250,7 +250,7 @@ def _compare_objectives(case, logits, trained, results, to_original) -> Iterator
 
 
 def _objective(case: Case, base: str, kind: str) -> Callable[..., tuple]:
-    """objective(teacher, student) -> label loss, distillation term or None, their sum."""
+    """objective(teacher, student) -> (label loss, distillation term or None, total)."""
     sizes = case.config["config"]
     alpha = sizes["alpha_teacher"] if "alpha_teacher" in sizes else sizes["alpha"]
     labels = jnp.asarray(case.arrays["inputs/labels"])
@@ -274,7 +274,7 @@ def _objective(case: Case, base: str, kind: str) -> Callable[..., tuple]:
 
 
 def _compare_stage_keys(case: Case, params: Mapping[str, Any]) -> Iterator[Comparison]:
-    """The names in each stage's state, in the original's order."""
+    """Compares the names in each stage's state, in the original's order."""
     stages = [write_stage(stage) for stage in params.values()]
     for i, (state, names) in enumerate(zip(stages, case.config["model_stages_keys"], strict=True)):
         yield compare_lists(f"names of stage_{i}", state, names)

@@ -40,7 +40,7 @@ PAIRED = (*CODED, "sender_codes", "receiver_signatures", "sender_signatures")
 
 
 def run_linear(case: Case) -> Iterator[Comparison]:
-    """FC or WModFC."""
+    """The layers FC or WModFC."""
     params = read_part(case.arrays.below("params/"), "code_linear")
     sizes = case.config["config"]
     layer = CodeLinear(
@@ -56,7 +56,7 @@ def run_linear(case: Case) -> Iterator[Comparison]:
 
 
 def run_modulated_linear(case: Case) -> Iterator[Comparison]:
-    """ModFC in every variant of the json, on the same tensors."""
+    """ModFC in every variant listed in the json, on the same tensors."""
     arrays, sizes = case.arrays, case.config["config"]
     whole = to_device(read_part(arrays.below("params/"), "code_linear"))
     gradients = arrays.below("grads/")
@@ -91,7 +91,7 @@ def run_modulated_linear(case: Case) -> Iterator[Comparison]:
 
 
 def run_kernel(case: Case) -> Iterator[Comparison]:
-    """Distances, kernels and samples in every variant of the json."""
+    """Distances, kernels and samples in every variant listed in the json."""
     arrays, gradients = case.arrays, case.arrays.below("grads/")
     for name, variant in case.config["variants"].items():
         call = variant["call"]
@@ -223,7 +223,7 @@ def run_read_out(case: Case) -> Iterator[Comparison]:
     kwargs = case.config["config"]
     params = read_part(case.arrays.below("params/"), "read_out")
     config = read_out_config(kwargs, None)
-    # The output of a case is that of all latents; our stage returns only the first.
+    # A case records the output of all latents; our stage returns only the first.
     module = ReadOut(config, kwargs["output_dim"], jnp.float32)
     yield from _run_messages(case, module, params, "read_out", config)
 
@@ -266,7 +266,7 @@ def run_seeder(case: Case) -> Iterator[Comparison]:
 
 
 def run_latents(case: Case) -> Iterator[Comparison]:
-    """Signatures, codes, the codes of a layer, learned states."""
+    """Signatures, codes, one layer's codes, learned states."""
     options = fill("latents", case.config["config"], LATENTS)
     arrays = case.arrays.below("params/")
     state = {name.removeprefix("latents."): array for name, array in arrays.items()}
@@ -311,7 +311,7 @@ def run_tokenizer(case: Case) -> Iterator[Comparison]:
 
 
 def run_positional_grid(case: Case) -> Iterator[Comparison]:
-    """The grid unchanged, as in the original, and averaged to other sizes."""
+    """The positional grid unchanged, as in the original, and averaged down to other sizes."""
     grid = jnp.moveaxis(jnp.asarray(case.arrays["params/pg.grid"]), 0, -1)
     for name, want in case.arrays.below("outputs/").items():
         size = want.shape[2:] if name.startswith("intended") else grid.shape[:2]

@@ -1,5 +1,5 @@
-"""The arguments of the original's NAC modules with its defaults; a module's own arguments override
-those it inherits, and an unknown argument is an error."""
+"""Arguments of the original's NAC modules, with the original's defaults. A module's own arguments
+override inherited ones, and an unknown argument is an error."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ ACTIVATIONS = {None: "none", "GELU": "gelu"}
 EVALUATIONS = {"no_sample": "kernel", "sample": "sample", "threshold": "threshold"}
 POOLINGS = {"gumbel": "gumbel", "gumbel-hard": "gumbel_hard", "vanilla": "softmax"}
 
-# Arguments with their defaults; NEEDED ones have none.
+# Arguments with their defaults; NEEDED marks those without one.
 NEEDED = object()
 SIZES = {"state_dim": NEEDED, "code_dim": NEEDED}
 LINEAR_CLASS = {"mod_fc_cls": "ModFC", "mod_fc_kwargs": None}
@@ -123,33 +123,33 @@ READ_IN_STUDENT = {
 
 
 def fill(name: str, kwargs: Arguments | None, table: Arguments, **inherited: Any) -> dict[str, Any]:
-    """The arguments of module `name`: `kwargs`, else those `inherited`, else the defaults of
-    `table`.
+    """The arguments of module `name`, each from `kwargs`, else from `inherited`, else the default
+    in `table`.
 
     Raises:
-      ValueError: for an argument that is not in the table, or that is needed and missing.
+      ValueError: an argument is not in the table, or a needed one is missing.
     """
     filled = {**table, **inherited, **(kwargs or {})}
     if unknown := sorted(filled.keys() - table.keys()):
-        raise ValueError(f"{name} has no arguments {unknown} here")
+        raise ValueError(f"{name} does not take {unknown}")
     if missing := sorted(key for key, value in filled.items() if value is NEEDED):
-        raise ValueError(f"{name} lacks {missing}")
+        raise ValueError(f"{name} needs {missing}")
     return filled
 
 
 def inherit(kwargs: Arguments | None, inherited: Arguments) -> dict[str, Any]:
-    """`kwargs`, else those inherited."""
+    """`kwargs`, with missing arguments taken from `inherited`."""
     return {**inherited, **(kwargs or {})}
 
 
 def pick(kwargs: Arguments, table: Arguments) -> dict[str, Any]:
-    """The arguments that a module with `table` takes."""
+    """The arguments in `kwargs` that a module with `table` takes."""
     return {name: value for name, value in kwargs.items() if name in table}
 
 
 def by_layer(kwargs: Arguments, overrides: Arguments | None, count: int) -> list[dict[str, Any]]:
-    """`count` copies of arguments, copy i with entry i of the lists in `overrides`, which may be
-    nested in dicts or named by paths with slashes."""
+    """`count` copies of `kwargs`, where copy i has entry i of each list in `overrides`. The lists
+    may be nested in dicts or keyed by paths with slashes."""
     copies = [copy.deepcopy(dict(kwargs)) for _ in range(count)]
     for path, values in _leaves(overrides or {}):
         for own, value in zip(copies, values, strict=False):

@@ -1,4 +1,4 @@
-"""Comparing outputs and gradients of NAC's golden cases."""
+"""Compares outputs and gradients in NAC's golden cases."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -22,7 +22,7 @@ Run = Callable[[Any, dict[str, jax.Array]], Mapping[str, jax.Array]]
 
 
 def bind(case: Case, module, noise: Mapping[str, Any], method) -> Run:
-    """run(params, inputs) of a module in the case's mode with its recorded noise."""
+    """A module's run(params, inputs), in the case's mode and with its recorded noise."""
     train = case.config["mode"] == "train"
 
     def apply(params, inputs):
@@ -35,8 +35,8 @@ def bind(case: Case, module, noise: Mapping[str, Any], method) -> Run:
 def compare(
     case: Case, run: Run, params, part: str, inputs: tuple[str, ...]
 ) -> Iterator[Comparison]:
-    """Outputs, and gradients of <outputs, cotangents> by parameters and inputs if the case has
-    any."""
+    """Compares the outputs and, if the case has any, the gradients of <outputs, cotangents> with
+    respect to parameters and inputs."""
     arrays = case.arrays
     operands = {name: jnp.asarray(arrays[f"inputs/{name}"]) for name in inputs}
     with nn.intercept_methods(split_ffn):
@@ -59,7 +59,7 @@ def compare(
 
 
 def compare_extended(name: str, got, want, tolerance) -> Iterator[Comparison]:
-    """Positions of NaN and of infinities, exactly, and finite values."""
+    """Compares the positions of NaN and infinities exactly, and finite values to tolerance."""
     got, want = np.asarray(got), np.asarray(want)
     for kind, test in (("NaN", np.isnan), ("-inf", np.isneginf), ("inf", np.isposinf)):
         if test(want).any() or test(got).any():
@@ -69,7 +69,7 @@ def compare_extended(name: str, got, want, tolerance) -> Iterator[Comparison]:
 
 
 def grad_tolerance(case: Case) -> tuple[float, float]:
-    """(atol, rtol) of gradients."""
+    """(atol, rtol) for gradients."""
     stated = case.config.get("grad_tolerance", GRADIENTS)
     return stated["atol"], stated["rtol"]
 

@@ -1,4 +1,4 @@
-"""Configs of NAC's modules from the original's arguments in golden cases."""
+"""Builds configs of NAC's modules from the original's arguments in golden cases."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -19,14 +19,14 @@ Params = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class SplitConfig(BlockConfig):
-    """Config of a block whose MLP and attention differ in a setting that our blocks share, as the
-    original allows; under `split_ffn` the MLP uses `ffn`."""
+    """Config of a block whose MLP and attention differ in a setting that is shared in our blocks
+    but not in the original. Under `split_ffn`, the MLP uses `ffn`."""
 
     ffn: BlockConfig | None = None
 
 
 def split_ffn(call: Callable[..., Any], arguments, switches, context: nn.module.InterceptorContext):
-    """Interceptor of linen methods that gives an MLP its own config."""
+    """Linen method interceptor that gives an MLP its own config."""
     module = context.module
     if isinstance(module, Ffn) and isinstance(module.config, SplitConfig):
         object.__setattr__(module, "config", module.config.ffn)
@@ -34,8 +34,8 @@ def split_ffn(call: Callable[..., Any], arguments, switches, context: nn.module.
 
 
 def linear_config(kwargs: Arguments, params: Params) -> LinearConfig:
-    """Config of a code-conditioned layer, whose parameters show its kind; other arguments are
-    ignored."""
+    """Config of a code-conditioned layer, whose kind follows from its parameters; other arguments
+    are ignored."""
     kind = "ModFC" if "code_kernel" in params else "FC"
     kind = "WModFC" if "code_bias" in params else kind
     return _linear(kind, pick(kwargs, original.LINEAR))
@@ -58,7 +58,7 @@ def _linear(kind: str, kwargs: Arguments | None) -> LinearConfig:
 def kernel_config(kwargs: Arguments | None, kind: str = "DotProductKernel") -> KernelConfig:
     """Config of a kernel, whose bandwidth is always a parameter, as in the original's state."""
     if kind != "DotProductKernel":
-        raise ValueError(f"there is no kernel {kind!r} here")
+        raise ValueError(f"kernel {kind!r} is not supported")
     options = fill(kind, kwargs, original.KERNEL)
     return KernelConfig(
         truncation=_float(options["truncation"]),
@@ -72,7 +72,7 @@ def kernel_config(kwargs: Arguments | None, kind: str = "DotProductKernel") -> K
 
 
 def attention_config(kwargs: Arguments, *, kernel: bool = True) -> BlockConfig:
-    """Config of latent attention; without a kernel for a student."""
+    """Config of latent attention; without a kernel in a student."""
     options = fill(
         "latent attention", kwargs, original.ATTENTION if kernel else original.STUDENT_ATTENTION
     )
@@ -94,8 +94,8 @@ def attention_config(kwargs: Arguments, *, kernel: bool = True) -> BlockConfig:
 
 
 def block_config(kwargs: Arguments, params: Params, *, kernel: bool = True) -> BlockConfig:
-    """Config of a propagator, or of the part of a block that has parameters: attention to tokens,
-    or the MLP alone."""
+    """Config of a propagator, or of only the part of a block that `params` has: attention to
+    tokens, or the MLP."""
     if params.keys() >= {"attention", "ffn"}:
         return propagator_config(kwargs, original.PROPAGATOR, kernel=kernel)
     if "ffn" in params:
@@ -106,7 +106,7 @@ def block_config(kwargs: Arguments, params: Params, *, kernel: bool = True) -> B
 
 
 def read_in_config(kwargs: Arguments, params: Params) -> ReadInConfig:
-    """Config of a read-in by attention or, if that has parameters, projection."""
+    """Config of a read-in by attention or, if `params` has one, by projection."""
     if "projection" in params:
         options = fill("ProjectionReadIn", kwargs, original.PROJECTION_READ_IN)
         scale = options["ffn_layer_scale_initial_value"]
@@ -145,7 +145,7 @@ def read_out_config(
             float(pooled["softmax_temperature"]),
         )
     elif name != "FirstSlotAsLogits":
-        raise ValueError(f"there is no output tokenizer {name!r} here")
+        raise ValueError(f"output tokenizer {name!r} is not supported")
     head = options["output_dim"] if options["use_head"] else None
     return ReadOutConfig(block, kind, temperature, head, options["pre_output_layernorm"])
 
@@ -162,13 +162,13 @@ def tokenizer_config(kwargs: Arguments | None, *, width: int) -> TokenizerConfig
     """Config of a ConvNeXtImageTokenizer, which inherits `width`."""
     options = fill("tokenizer", kwargs, original.TOKENIZER, repr_dim=width)
     if options["convnext_kwargs"]:
-        raise ValueError(f"convnext_kwargs={options['convnext_kwargs']} is not here")
+        raise ValueError(f"convnext_kwargs={options['convnext_kwargs']} is not supported")
     grid = options["positional_grid_kwargs"]
     if grid is None:
-        raise ValueError("a tokenizer without a positional grid is not here")
+        raise ValueError("a tokenizer without a positional grid is not supported")
     rows, columns = grid.get("grid_size", (8, 8))
     if rows != columns:
-        raise ValueError(f"a positional grid of {rows} rows and {columns} columns is not here")
+        raise ValueError(f"a positional grid of {rows} rows and {columns} columns is not supported")
     return TokenizerConfig(
         preset=options["capacity_preset"],
         stages=options["num_stages"],
@@ -179,7 +179,7 @@ def tokenizer_config(kwargs: Arguments | None, *, width: int) -> TokenizerConfig
 
 
 def propagator_config(kwargs: Arguments, table: Arguments, *, kernel: bool = True) -> BlockConfig:
-    """Config of a propagator, or of a read-out, whose `table` has more."""
+    """Config of a propagator, or of a read-out, whose `table` has more arguments."""
     options = fill("propagator", kwargs, table)
     inherited = {
         **pick(options, {**original.SIZES, **original.HEADS, **original.LINEAR_CLASS}),
@@ -199,7 +199,7 @@ def _join(
     """Joins the config of an attention (or projection) with that of the MLP after it.
 
     Args:
-      options: of the block, filled.
+      options: the block's arguments, defaults filled in.
       first: config of the attention.
       scale: the MLP's layer scale, unless its own arguments override it.
       drops: whether drop path and layer scale of the attention are in the same config.
@@ -241,7 +241,7 @@ def _split(block: BlockConfig, ffn: BlockConfig) -> SplitConfig:
 
 
 def _ffn(kwargs: Arguments) -> BlockConfig:
-    """Config of the MLP alone, with dummy sizes of attention."""
+    """Config of the MLP alone, with dummy attention sizes."""
     options = fill("ffn", kwargs, original.FFN)
     return BlockConfig(
         width=options["state_dim"],

@@ -16,7 +16,7 @@ from parity.cases import Comparison
 SETS = ("input", "mediator", "output")
 SIGNATURES = "latent_graphs.0.{}_latents.signatures_"
 BANDWIDTH = r"latent_graphs\.0\.propagators\.(\d+)\.latent_attention\.kernel\.bandwidth"
-GRADIENT_TOLERANCE = 1e-4  # where the json states one for outputs alone
+GRADIENT_TOLERANCE = 1e-4  # where the json states a tolerance for outputs only
 
 # The original's name of a deterministic graph -> (ours, its arguments -> our fields).
 FIXED_GRAPHS: dict[str, tuple[str, dict[str, str]]] = {
@@ -31,7 +31,7 @@ FIXED_GRAPHS: dict[str, tuple[str, dict[str, str]]] = {
 
 
 def run_hinge(case) -> Iterable[Comparison]:
-    """Signature hinge repulsion, as the only term of training's weighted sum."""
+    """Signature hinge repulsion, as the only term of the weighted sum in training."""
     settings = case.config["config"]
     config = regularizers.HingeConfig(
         weight=1.0, hinge=settings["hinge"], reduction=settings["reduction"]
@@ -40,7 +40,7 @@ def run_hinge(case) -> Iterable[Comparison]:
 
 
 def run_mixture(case) -> Iterable[Comparison]:
-    """Mixture of Gaussians over the distances, given its components."""
+    """Mixture of Gaussians over the distances, with given components."""
     settings, arrays = case.config["config"], case.arrays
     parts = (arrays[f"inputs/component_{name}"] for name in ("weights", "means", "sigmas"))
     mixture = regularizers.Mixture(*(part.reshape(settings["num_components"]) for part in parts))
@@ -82,10 +82,10 @@ def run_blocks(case) -> Iterable[Comparison]:
     for i in range(len(bandwidths)):
         want = arrays[f"outputs/link_probability/{i}"]
         yield f"link_probability/{i}", links[i], want, *tolerance
-        # The original has a row per copy of a block, and a column per row of the kernel.
+        # The original has one row per copy of a block, and one column per row of the kernel.
         got = np.repeat(np.asarray(costs[i]).T, size, axis=0)
         yield f"assignment_cost/{i}", got, arrays[f"outputs/assignment_cost/{i}"], *tolerance
-        # The copy of a block that a row gets is arbitrary.
+        # Which copy of a block a row gets is arbitrary.
         rows = arrays[f"outputs/row_assignment/{i}"]
         yield f"row_assignment/{i}", blocks[i][rows], np.arange(count) // size, 0, 0
 
@@ -94,7 +94,7 @@ def run_blocks(case) -> Iterable[Comparison]:
         case, lambda params: regularizers.block_loss(links_of(params), clip=clip, **shape)
     )
     latents = {("mediator",): "mediator", SETS: "all"}.get(tuple(chosen))
-    if latents is not None:  # the only choices that a config has
+    if latents is not None:  # the only choices that a config offers
         config = regularizers.BlocksConfig(weight=1.0, latents=latents, clip=clip, **shape)
         regularizer = regularizers.make_regularizer(
             regularizers.RegularizersConfig(blocks=config),
@@ -143,7 +143,7 @@ def run_weighted_sum(case) -> Iterable[Comparison]:
 
 
 def run_prior(case) -> Iterable[Comparison]:
-    """The fit of signatures to a graph: loss curve, signatures during the fit, agreement."""
+    """Fitting signatures to a graph: loss curve, signatures during the fit, agreement."""
     settings, arrays, stated = case.config["config"], case.arrays, case.config["tolerance"]
     nodes, steps = settings["num_latents"], settings.get("num_iters", 1000)
     match = re.search(r"use_hinge_loss=(\w+)", case.config["description"])
@@ -187,7 +187,7 @@ def run_prior(case) -> Iterable[Comparison]:
     yield "score", score, arrays["outputs/score"], *allowed("score")
     if (info := case.config.get("info")) is not None:
         missed, spurious = priors.count_errors(signatures, adjacency, truncation)
-        pairs = allowed("score")[0] * nodes**2 / 2  # the score's tolerance in pairs
+        pairs = allowed("score")[0] * nodes**2 / 2  # the score's tolerance as a number of pairs
         yield "edges", adjacency.sum() // 2, info["edges"], 0, 0
         yield "missed", missed, info["missed"], pairs, 0
         yield "spurious", spurious, info["spurious"], pairs, 0
@@ -209,7 +209,7 @@ def _adjacency(case, nodes: int) -> np.ndarray:
 
 
 def _params(case) -> dict[str, Any]:
-    """The case's parameters as a NAC's tree, with empty read-in and read-out."""
+    """The case's parameters as the tree of a NAC, with empty read-in and read-out."""
     arrays = {k: jnp.asarray(v) for k, v in case.arrays.below("params/").items()}
     graph = {name: {"signatures": arrays[SIGNATURES.format(name)]} for name in SETS}
     params: dict[str, Any] = {"graph": graph, "stage_0": {}}
@@ -237,7 +237,7 @@ def _compare_term(case, config: regularizers.RegularizersConfig) -> Iterable[Com
 
 
 def _compare(case, loss: Callable[[Any], jax.Array]) -> Iterable[Comparison]:
-    """`outputs/loss` and all gradients in the case."""
+    """Compares `outputs/loss` and all gradients in the case."""
     tolerance = case.tolerance("float32")
     value, gradients = jax.value_and_grad(loss)(_params(case))
     yield "loss", value, case.arrays["outputs/loss"], *tolerance

@@ -1,4 +1,4 @@
-"""NAC's networks, students and random numbers from the json and arrays of a golden case."""
+"""Builds NAC's networks, students and random draws from a golden case's json and arrays."""
 
 import collections
 from collections.abc import Mapping
@@ -34,14 +34,14 @@ SETS = ("input", "mediator", "output")
 
 
 class Draws:
-    """The random numbers that a case recorded as `<prefix><module>/<kind>/<k>`, k counting a
+    """The random draws that a case recorded as `<prefix><module>/<kind>/<k>`, where k numbers a
     module's draws."""
 
     def __init__(self, noise: Mapping[str, np.ndarray], prefix: str = ""):
         self._noise, self._prefix, self._counts = noise, prefix, collections.Counter()
 
     def take(self, module: str, kind: str) -> np.ndarray | None:
-        """The next of a module's draws of a kind; None when there are no more."""
+        """A module's next draw of a kind; None when there are no more."""
         key = f"{self._prefix}{module}/{kind}"
         self._counts[key] += 1
         return self._noise.get(f"{key}/{self._counts[key] - 1}")
@@ -87,14 +87,14 @@ class Draws:
 
 
 def to_device(tree: Any) -> Any:
-    """The tree with jax arrays."""
+    """The tree with its leaves as JAX arrays."""
     return jax.tree.map(jnp.asarray, tree)
 
 
 def build_network(
     config: Arguments, state: Mapping[str, np.ndarray], image_size: int
 ) -> tuple[NacNetwork, Params, NacConfig]:
-    """A whole NAC, its parameters, and a config with the sharing between iterations."""
+    """A whole NAC, its parameters, and a config that says what its iterations share."""
     whole = fill("NeuralCompiler", config, original.NETWORK)
     sizes = {"state_dim": whole["state_dim"], "output_dim": whole["output_dim"]}
     graph = fill("LatentGraph", whole["latent_graph_kwargs"], original.GRAPH, **sizes)
@@ -166,9 +166,9 @@ def build_student(
     """A "readin", "mediator" or "readout" student.
 
     Args:
-      kind: of the student.
-      kwargs: its arguments and those shared with the others.
-      params: its parameters, which show the meta model's width.
+      kind: "readin", "mediator" or "readout".
+      kwargs: its arguments, and those shared by all students.
+      params: its parameters, from which the meta model's width is read.
       image: side of the image.
       tokens: number of the meta model's tokens.
       labels: number of labels.
@@ -184,7 +184,7 @@ def build_student(
             {"input_dim": options["input_dim"], **(options["tokenizer_kwargs"] or {})},
             width=options["state_dim"],
         )
-        # Its input is the tokens, and it ignores layer_scale_initial_value.
+        # Its inputs are the tokens, and it ignores layer_scale_initial_value.
         own = pick(options, original.ATTENTIVE_READ_IN) | {"input_dim": tokenizer.token_width}
         interface = Interface(image, options["input_dim"], labels)
         return ReadInStudent(tokenizer, read_in_config(own, {}), interface, **fixed)

@@ -1,4 +1,4 @@
-"""Runners for NAC's students, alone and in m2mKD's composition."""
+"""Runners for NAC's students, alone and composed with the meta model as in m2mKD."""
 
 import re
 from collections.abc import Iterator
@@ -19,12 +19,12 @@ from parity.names import read_part, write_part
 from parity.networks import build_vit, load_network, to_images
 
 PARTS = {"readin": "read_in_student", "mediator": "mediator_student", "readout": "read_out_student"}
-# Names of a ViT's settings in NAC cases that differ from those in m2mKD cases.
+# ViT settings whose names differ between cases: name in NAC cases -> name in m2mKD cases.
 VIT_NAMES = {"norm_eps": "ln_eps"}
 
 
 def run_student(case: Case) -> Iterator[Comparison]:
-    """A student alone: its output and all gradients, also by its fixed codes and states."""
+    """A student alone: output and all gradients, including those of its fixed codes and states."""
     config, arrays = case.config["config"], case.arrays
     (kind,) = PARTS.keys() & config.keys()
     params = read_part(arrays.below("params/"), PARTS[kind])
@@ -53,7 +53,7 @@ def run_student(case: Case) -> Iterator[Comparison]:
 
 
 def run_composition(case: Case) -> Iterator[Comparison]:
-    """A pair of m2mKD: both logits, the loss, and the gradients of the student."""
+    """A pair of m2mKD: the logits of both, the loss, and the student's gradients."""
     config, arrays = case.config["config"], case.arrays
     meta_sizes = _vit_sizes(config["meta"])
     teacher_sizes = meta_sizes | {"divided_depths": case.config["teacher_divided_depths"]}
@@ -141,7 +141,7 @@ def _distillation(case: Case) -> str:
 
 
 class _Bound:
-    """A stage with fixed random numbers."""
+    """A stage with fixed random draws."""
 
     def __init__(self, stage, noise):
         self.stage, self.noise = stage, noise
@@ -160,7 +160,7 @@ def _student_noise(draws: Draws) -> dict:
 
 
 def _flat_names(state: dict) -> dict:
-    """A state without the aliases that the original lists by stage."""
+    """A state without the per-stage aliases that the original adds."""
     return {name: array for name, array in state.items() if not name.startswith("stages.")}
 
 

@@ -1,5 +1,5 @@
-"""Tensors of m2mKD's and NAC's golden cases under the original's names: of whole networks, parts
-and gradients."""
+"""Maps tensors in m2mKD's and NAC's golden cases from and to the original's names: whole networks,
+parts and gradients."""
 
 import dataclasses
 import itertools
@@ -35,20 +35,20 @@ PARTS: Mapping[str, Callable[[str], Entries]] = {
 
 
 def read_stage(state: State, *, heads: int) -> dict[str, Any]:
-    """A ViT's or V-MoE's stage from a state under its own names."""
+    """A stage of a ViT or V-MoE from a state with stage-local names."""
     depth = len({m[1] for m in (re.match(r"blocks\.(\d+)\.", name) for name in state) if m})
     return _read([_stage(depth, heads=heads, experts=_experts(state)).entries.items()], state)
 
 
 def read_network(state: State, *, depths: Sequence[int], heads: int) -> dict[str, Any]:
-    """A whole ViT or V-MoE from a state under root names; aliases by stage are ignored."""
+    """A whole ViT or V-MoE from a state with root names; per-stage aliases are ignored."""
     table = vit_names.network_table(depths, heads=heads, experts=_experts(state))
     root = {name: array for name, array in state.items() if not name.startswith("stages.")}
     return _read([table.entries.items()], root)
 
 
 def write_stage(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """A stage, or a part or gradients of one, under its own names in the original's order."""
+    """A stage, or a part or gradients of one, under stage-local names in the original's order."""
     flat = traverse_util.flatten_dict(params, sep="/")
     blocks = [int(m[1]) for m in (re.match(r"block_(\d+)/", path) for path in flat) if m]
     experts = (len(x) for path, x in flat.items() if "/moe/up" in path or "/moe/down" in path)
@@ -57,7 +57,7 @@ def write_stage(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def write_network(params: Mapping[str, Any], *, depths: Sequence[int]) -> dict[str, np.ndarray]:
-    """A network, possibly without some stages, under root names in the original's order."""
+    """A network, or some of its stages, under root names in the original's order."""
     state = {}
     for stage, own in params.items():
         number = int(stage.removeprefix("stage_"))
@@ -73,7 +73,7 @@ def root_name(name: str, *, stage: int, depths: Sequence[int]) -> str:
 
 
 def read_part(state: State, part: str) -> dict[str, Any]:
-    """The parameters of part `part` of a NAC, a key of PARTS, from a state under its own names."""
+    """The parameters of a NAC's part (a key of PARTS), from a state with that part's names."""
     kinds = (PARTS[part](kind).items() for kind in nac_names.CODE_LINEAR)
     return _read(kinds, state)
 
@@ -84,7 +84,7 @@ def write_part(params: Mapping[str, Any], part: str) -> dict[str, np.ndarray]:
 
 
 def read_nac(state: State, config: NacConfig) -> dict[str, Any]:
-    """A whole NAC with the iterations and the sharing of `config`."""
+    """A whole NAC with the iterations and parameter sharing of `config`."""
     return _read((table.entries.items() for table in _nac_tables(config).values()), state)
 
 
@@ -124,7 +124,7 @@ def _read(tables: Iterable[Iterable[tuple[str, Entry]]], state: State) -> dict[s
 
 
 def _write_kinds(params: Mapping[str, Any], kinds: Mapping[str, Entries]) -> dict[str, np.ndarray]:
-    """Tensors of layers of different kinds, which their parameters show."""
+    """Tensors of layers of several kinds; the kind of each follows from its parameters."""
     flat = traverse_util.flatten_dict(params, sep="/")
     entries = {path: kinds[_kind(path, flat)][path] for path in flat}
     return write(Table(entries), params)
@@ -138,7 +138,7 @@ def _kind(path: str, flat: Mapping[str, Any]) -> str:
 
 
 def _in_order(state: State) -> dict[str, np.ndarray]:
-    """The state with the tensors of each expert together."""
+    """The state reordered so that the tensors of each expert are together."""
 
     def layer(name: str) -> str:
         return name.partition(".experts.")[0] if ".experts." in name else name

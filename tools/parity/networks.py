@@ -1,4 +1,4 @@
-"""Networks of golden cases, built from the json with the product's functions."""
+"""Networks of golden cases, built from the json with our own functions."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,17 +14,17 @@ from m2mkd_jax.stages import Network, stage_name
 from parity.names import read_network, read_stage
 
 Sizes = Mapping[str, Any]
-STUDENTS = 3  # a single student is built as one of these: first, middle or last
+STUDENTS = 3  # a single student is built as one of three: first, middle or last
 
 
 def build_vit(sizes: Sizes, *, depths: tuple[int, ...] | None = None) -> Network:
-    """The ViT of a json's sizes, optionally with other `depths`."""
+    """The ViT with a json's sizes, optionally with other `depths`."""
     depths = tuple(sizes["divided_depths"]) if depths is None else depths
     return vit.build(vit.ViTConfig(depths=depths, **_vit_sizes(sizes)), interface(sizes))
 
 
 def build_vmoe(sizes: Sizes) -> Network:
-    """The whole V-MoE of a json's sizes, with the stitches and experts that it lists."""
+    """The whole V-MoE with a json's sizes, and with the stitches and experts it lists."""
     depths = tuple(sizes["divided_depths"])
     network = vmoe.build(
         _vmoe_config(sizes, depths), interface(sizes), stitch_width=sizes["stitch_dim"]
@@ -33,8 +33,8 @@ def build_vmoe(sizes: Sizes) -> Network:
 
 
 def build_student(sizes: Sizes, *, stages: int = STUDENTS) -> tuple[Network, int]:
-    """The students of a V-MoE with `stages` stages, and the stage of the json's student; the others
-    are one block deep."""
+    """The students of a V-MoE with `stages` stages, and the stage of the json's student; the other
+    students are one block deep."""
     place = student_stage(sizes, stages)
     depths = tuple(sizes["divided_depths"][0] if i == place else 1 for i in range(stages))
     students = vmoe.build_students(
@@ -46,7 +46,8 @@ def build_student(sizes: Sizes, *, stages: int = STUDENTS) -> tuple[Network, int
 
 
 def student_stage(sizes: Sizes, stages: int) -> int:
-    """The stage that `idx` means among `stages`; the original numbers the last one -1."""
+    """The stage that the json's `idx` refers to, out of `stages`; in the original, -1 is the last
+    one."""
     idx = sizes["idx"]
     if idx < 0:
         return stages - 1
@@ -54,18 +55,18 @@ def student_stage(sizes: Sizes, stages: int) -> int:
 
 
 def interface(sizes: Sizes) -> encoder.Interface:
-    """Images in, labels out."""
+    """Image size, channels and number of labels."""
     return encoder.Interface(sizes["img_size"], 3, sizes["num_classes"])
 
 
 def load_network(state: Mapping[str, np.ndarray], sizes: Sizes) -> dict[str, Any]:
-    """Parameters of all stages from a state under root names."""
+    """Parameters of all stages from a state with root names."""
     params = read_network(state, depths=sizes["divided_depths"], heads=sizes["num_heads"])
     return jax.tree.map(jnp.asarray, params)
 
 
 def load_stage(state: Mapping[str, np.ndarray], sizes: Sizes, *, stage: int) -> dict[str, Any]:
-    """Parameters of one stage, under its name, from a state under stage-local names."""
+    """Parameters of one stage, keyed by its name, from a state with stage-local names."""
     params = read_stage(state, heads=sizes["num_heads"])
     return {stage_name(stage): jax.tree.map(jnp.asarray, params)}
 
@@ -91,7 +92,7 @@ def _vmoe_config(sizes: Sizes, depths: tuple[int, ...]) -> vmoe.VMoEConfig:
 
 
 def _moe(sizes: Sizes) -> MoeConfig:
-    # The sizes of training and loss cases leave out what the original never changes.
+    # The sizes in training and loss cases omit settings that the original never changes.
     return MoeConfig(
         experts=sizes["num_expert"],
         chosen=sizes.get("top_k", 2),

@@ -1,8 +1,8 @@
 """Runners for m2mKD's training: trajectories of modular and end-to-end training, the schedule.
 
-The steps are the product's (`common_jax.step`). Only its deliberate difference is imitated here:
-the original's clip norm in modular training includes the later meta stages, whose gradients are
-never zeroed and pile up.
+The steps are our own (`common_jax.step`). Only one deliberate difference is imitated here: in the
+original's modular training, the clip norm includes the later meta stages, whose gradients are never
+zeroed and pile up.
 """
 
 import dataclasses
@@ -28,14 +28,15 @@ CLIP_EPS = 1e-6  # the original's factor is clip / (norm + CLIP_EPS)
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A way of clipping: whether to clip, the norm to use, and whether our step does the same."""
+    """A way of clipping: whether to clip, by which norm, and whether our step does the same."""
 
     clips: bool
     norm: str
     ours: bool
 
 
-TARGET, REACHED = "target", "reached"  # norm of the trained stage; with the later ones, piled up
+# Norm of the trained stage's gradient; norm that includes the later stages' piled-up gradients.
+TARGET, REACHED = "target", "reached"
 VARIANTS = {
     "amp_clip_all_params": Variant(clips=True, norm=REACHED, ours=False),
     "amp_clip_target_only": Variant(clips=True, norm=TARGET, ours=True),
@@ -46,7 +47,7 @@ VARIANTS = {
 
 @dataclasses.dataclass
 class Trajectory:
-    """Loss of every micro-batch, mean loss of every step, norms, final parameters."""
+    """Loss of every micro-batch, mean loss of every step, gradient norms, final parameters."""
 
     losses: list[Any] = dataclasses.field(default_factory=list)
     step_losses: list[Any] = dataclasses.field(default_factory=list)
@@ -63,8 +64,8 @@ class Training:
     Attributes:
       network: all stages.
       params: their parameters.
-      trained: numbers of the trained stages.
-      reached: numbers of the later stages, through which gradients pass.
+      trained: indices of the trained stages.
+      reached: indices of the later stages, which gradients pass through.
       sizes: the case's settings.
       images, targets: (micro-batches, B, ...).
     """
@@ -108,7 +109,7 @@ class Training:
 
 
 def run_train_module(case: Case) -> Iterator[Comparison]:
-    """Modular training: the hybrid, its gradients, steps with each kind of clipping."""
+    """Modular training: the hybrid network, its gradients, steps with each kind of clipping."""
     sizes, arrays = case.config["config"], case.arrays
     idx, depths = sizes["idx"], sizes["divided_depths"]
     meta = build_vit(sizes, depths=tuple(sizes["meta_divided_depths"]))
@@ -142,7 +143,7 @@ def run_train_module(case: Case) -> Iterator[Comparison]:
     yield compare_lists("params_without_grad", sorted(unreached), sorted(without))
     target = training.to_original(training.pick((idx,)))
     yield compare_lists("target_param_keys", target, case.config["target_param_keys"])
-    # A single stage has no list of parameters to skip: positions and class token decay too.
+    # A single stage has no no-decay list: positions and class token decay too.
     yield from _compare_groups(case, training, no_decay="")
 
     gradients = _make_gradients(training)
@@ -161,7 +162,7 @@ def run_train_module(case: Case) -> Iterator[Comparison]:
 
 
 def run_end_to_end(case: Case) -> Iterator[Comparison]:
-    """A whole V-MoE trained: gradients, and steps with clipping."""
+    """End-to-end training of a whole V-MoE: gradients, and steps with clipping."""
     sizes, arrays = case.config["config"], case.arrays
     network = build_vmoe(sizes)
     training = Training(
@@ -183,7 +184,7 @@ def run_end_to_end(case: Case) -> Iterator[Comparison]:
 
 
 def run_lr_schedule(case: Case) -> Iterator[Comparison]:
-    """The learning rate of every epoch, for different numbers of steps per epoch."""
+    """The learning rate in every epoch, for several numbers of steps per epoch."""
     common, tolerance = case.config["config"], case.tolerance()
     for name, settings in case.config["settings"].items():
         config = OptimConfig(
@@ -206,7 +207,7 @@ def run_lr_schedule(case: Case) -> Iterator[Comparison]:
 
 
 def _make_gradients(training: Training):
-    """gradients(trained, reached, image, target) -> loss, gradients of both; jitted."""
+    """Jitted gradients(trained, reached, image, target) -> loss, gradients of both."""
     fixed = training.pick([i for i in range(len(training.network)) if i not in training.trained])
 
     def loss(trained, reached, image, target):
@@ -229,7 +230,7 @@ def _compare_first_gradient(case, training, gradients) -> Iterator[Comparison]:
 
 
 def _compare_groups(case: Case, training: Training, *, no_decay: str) -> Iterator[Comparison]:
-    """Compares the parameters that decay."""
+    """Compares which parameters have weight decay."""
     trained = {"module": training.pick(training.trained)}
     mask = decay_mask(trained, no_decay)
     full = jax.tree.map(lambda decays, leaf: np.full(leaf.shape, decays), mask, trained)
@@ -241,7 +242,7 @@ def _compare_groups(case: Case, training: Training, *, no_decay: str) -> Iterato
 
 
 def _compare_trajectory(case, prefix, training, trajectory, norm) -> Iterator[Comparison]:
-    """The parts of a trajectory in the case: losses, norms, parameters after the last step."""
+    """Compares what the case has of a trajectory: losses, norms, parameters after the last step."""
     arrays, tolerance = case.arrays, case.tolerance("loss")
     if f"{prefix}loss" in arrays:
         want = arrays[f"{prefix}loss"]
@@ -263,8 +264,8 @@ def _compare_trajectory(case, prefix, training, trajectory, norm) -> Iterator[Co
 
 
 def _leave_out_key_bias(name: str, array: np.ndarray) -> np.ndarray:
-    """The bias of keys does not change a softmax: its gradient is rounding noise, which Adam scales
-    to steps of the size of the learning rate."""
+    """Drops the bias of the keys. It does not change a softmax, so its gradient is rounding noise,
+    which Adam scales up to steps the size of the learning rate."""
     if not name.endswith("attn.qkv.bias"):
         return array
     width = len(array) // 3
@@ -291,7 +292,7 @@ def _global_norm(tree: Any) -> float:
 
 
 def _run_ours(training, gradients, clip: float | None, no_decay: str) -> Trajectory:
-    """The product's step, with the losses and the piled-up norm before each."""
+    """Our own step, recording the losses and the piled-up norm before each."""
     config = training.optim(clip=clip, no_decay=no_decay)
     others = [i for i in range(len(training.network)) if i not in training.trained]
     helpers, params = training.pick(others), {"module": training.pick(training.trained)}
@@ -319,8 +320,8 @@ def _run_ours(training, gradients, clip: float | None, no_decay: str) -> Traject
 
 
 def _run_piled_up(training, gradients, clip: float, no_decay: str) -> Trajectory:
-    """The original's loop: the clip norm includes the piled-up gradients of the later stages, which
-    are clipped too and stay for the next step."""
+    """The original's loop: the clip norm includes the later stages' piled-up gradients, which are
+    clipped too and carried over to the next step."""
     optimizer = make_optimizer(training.optim(clip=None, no_decay=no_decay))
     params = {"module": training.pick(training.trained)}
     reached, state = training.pick(training.reached), optimizer.init(params)

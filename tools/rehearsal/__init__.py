@@ -1,1 +1,1 @@
-"""Parts of tools/rehearse.py."""
+"""Modules of tools/rehearse.py."""

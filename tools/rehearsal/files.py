@@ -19,7 +19,7 @@ from common_jax.weights import write_tensors, write_torch
 from common_jax.weights.table import Table, expected_tensors
 
 PIECES = "sentencepiece.bpe.model"
-# Pieces of the two published tokenizers, "<unk>", "<s>" and "</s>" included.
+# Vocabulary of both published tokenizers, including "<unk>", "<s>" and "</s>".
 PUBLISHED_PIECES = 250_000
 SPREAD = 0.02  # standard deviation of random weights
 WORDS = ("a", "man", "woman", "dog", "child", "red", "ball", "sits", "runs", "with", "in", "street")
@@ -28,7 +28,7 @@ SIDE = 256  # pixels of an image
 
 
 def random_tensors(table: Table, shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Tensors of a network under their published names; scales of norms are 1."""
+    """A network's tensors under their published names, random except for norm scales of 1."""
     rng = np.random.default_rng(0)
 
     def draw(path: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -43,7 +43,7 @@ def random_tensors(table: Table, shapes: Mapping[str, Any]) -> dict[str, np.ndar
 
 
 def write_mbart(folder: pathlib.Path, config: MBartConfig) -> None:
-    """mBART as `transformers` saves it, in safetensors."""
+    """Writes mBART as `transformers` saves it, in safetensors."""
     layout = _layout("mbart")
     folder.mkdir(parents=True, exist_ok=True)
     about = config_json.mbart_hf_config(config)
@@ -53,7 +53,7 @@ def write_mbart(folder: pathlib.Path, config: MBartConfig) -> None:
 
 
 def write_mclip(folder: pathlib.Path, config: MClipConfig) -> None:
-    """M-CLIP's text tower as it is published, in PyTorch's format."""
+    """Writes M-CLIP's text tower as it is published, in PyTorch's format."""
     layout = _layout("mclip")
     folder.mkdir(parents=True, exist_ok=True)
     base = {
@@ -84,7 +84,7 @@ def write_mclip(folder: pathlib.Path, config: MClipConfig) -> None:
 
 
 def write_clip(folder: pathlib.Path, config: ClipVisionConfig) -> None:
-    """CLIP's image tower as `transformers` saves it, in PyTorch's format."""
+    """Writes CLIP's image tower as `transformers` saves it, in PyTorch's format."""
     layout = _layout("clip_vision")
     folder.mkdir(parents=True, exist_ok=True)
     about = {
@@ -106,7 +106,7 @@ def write_clip(folder: pathlib.Path, config: ClipVisionConfig) -> None:
 
 
 def write_pieces(folders: list[pathlib.Path], count: int = PUBLISHED_PIECES) -> None:
-    """A SentencePiece model of `count` pieces, most of which no sentence has."""
+    """Writes a SentencePiece model of `count` pieces, most of which occur in no sentence."""
     path = folders[0] / "small"
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([" ".join(WORDS)] * 4),
@@ -127,7 +127,7 @@ def write_pieces(folders: list[pathlib.Path], count: int = PUBLISHED_PIECES) -> 
 
 
 def write_multi30k(root: pathlib.Path) -> None:
-    """Sentences with pictures in the layout of Multi30k, English and German."""
+    """Writes English and German sentences with pictures in Multi30k's layout."""
     rng = np.random.default_rng(0)
     for split, count in SPLITS.items():
         for folder in (root / "raw", root / "image_splits", root / "images" / split):
@@ -142,7 +142,7 @@ def write_multi30k(root: pathlib.Path) -> None:
 
 
 def write_imagenet(root: pathlib.Path, *, classes: int, per_class: int) -> None:
-    """Images in folders of classes, as ImageNet's."""
+    """Writes images in one folder per class, like ImageNet."""
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
         for number in range(classes):

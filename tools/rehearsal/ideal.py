@@ -1,6 +1,6 @@
 """Prints the bytes that a run's train step needs on this machine's CPU: its arguments (parameters,
-optimizer, weights that stay fixed, batch) and, as XLA plans them, its temporaries (gradients,
-activations). Nothing is read or computed.
+optimizer, frozen weights, batch) and, as XLA plans them, its temporaries (gradients, activations).
+Nothing is read or computed.
 
     python -m rehearsal.ideal TOKENS --config=FILE:ARGS [--config.x=y ...]
 """
@@ -16,7 +16,7 @@ from common_jax.mesh import make_mesh
 from common_jax.nn.dense import matmul_precision
 from m2mkd_jax.commands.plan import planner as plan_m2mkd
 
-EXAMPLES = 64  # of the training set, on which memory does not depend
+EXAMPLES = 64  # size of the training set; memory does not depend on it
 
 
 def main() -> None:

@@ -5,8 +5,8 @@ import pathlib
 from collections.abc import Iterator
 
 CLIPTRANS, M2MKD = "configs/cliptrans/multi30k.py", "configs/m2mkd/vmoe_base.py"
-CLASSES, IMAGES = 8, 8  # of the image set, and of each class
-TOKENS = 32  # of the padded sentences
+CLASSES, IMAGES = 8, 8  # classes of the image set, and images per class
+TOKENS = 32  # length of the padded sentences
 MODULES = (0, 1, 2, 3)
 SHORT = (
     "--config.run.keep=1",
@@ -21,12 +21,12 @@ class Part:
 
     Attributes:
       command: arguments of python.
-      made: exists when the command is finished; below the folder of the rehearsal.
-      step: flags of the train step whose compiled program says what it needs; () for none.
-      holds: otherwise, the weights that the command holds in float32: folders of files below that
-        of the rehearsal.
-      stopped: whether it is asked to stop after its first step.
-      packages: without which it is skipped.
+      made: path in the rehearsal's folder that exists once the command is finished.
+      step: flags of the train step whose compiled program gives the ideal memory; () for none.
+      holds: without a step, the weights that the command holds in float32, as paths in the
+        rehearsal's folder.
+      stopped: whether to stop it after its first step.
+      packages: packages that it needs; skipped without them.
     """
 
     command: tuple[str, ...]
@@ -46,7 +46,7 @@ print(model.generate(**tokenizer(["a man runs"], return_tensors="pt"), max_new_t
 
 
 def cliptrans_sizes(small: bool) -> tuple[str, ...]:
-    """Flags of the translator's sizes; () for the published ones."""
+    """Flags that set the translator's sizes; () for the published ones."""
     if not small:
         return ()
     section = "--config.model.mbart"
@@ -56,7 +56,7 @@ def cliptrans_sizes(small: bool) -> tuple[str, ...]:
 
 
 def m2mkd_sizes(small: bool) -> tuple[str, ...]:
-    """Flags of the networks' sizes; () for the published ones."""
+    """Flags that set the networks' sizes; () for the published ones."""
     roles = ("meta", "teacher", "model") if small else ()
     return tuple(
         f"--config.{role}.{field}={size}"
