@@ -1,23 +1,23 @@
-"""All pairs of a distillation in one program against a program for each pair.
+"""All pairs of a distillation in one program, against one program per pair.
 
 The students are those of a V-MoE with four stages and a NAC with ten, at the sizes of the demos.
-Gradients are compared module by module. Then the update of one program with all pairs is timed in
-turns with the updates of all programs with one pair, on the same images. Finally whole runs of
---steps updates are timed once, one with `module=all` and K with one module each, including start,
+Gradients are compared module by module. Then one update of the program with all pairs is timed in
+turns with one update of each single-pair program, on the same images. Finally, whole runs of
+--steps updates are timed once, one with `module=all` and K with one module each, including startup,
 compilation, data, evaluation and saving.
 
-With m, t and s the forward operations of a stage of the meta model, the teacher and the student, K
-programs with one pair need per update
+Let m, t and s be the forward FLOPs of one stage of the meta model, the teacher and the student. Per
+update, K programs with one pair each need
 
     K (t + 3 s) + 2 K (K - 1) m
 
-(stages of the meta model before each module, after the teacher's and after the student's, and the
-gradient through the latter by their input). One program shares the stages before the modules:
+(the meta model's stages before each module, after the teacher's and after the student's, and the
+backward pass to the inputs of the last). One program shares the stages before the modules:
 
     K (t + 3 s) + (3 K (K - 1) / 2 + K - 1) m
 
-The printed ratio of operations is counted in the programs. Further savings come from fewer and
-larger products and, for whole runs, from one start, one data pipeline and one compilation.
+The printed FLOP ratio is counted in the programs. Further savings come from fewer and larger matrix
+products and, for whole runs, from one startup, one data pipeline and one compilation.
 
     python benchmarks/all_pairs.py
 """
@@ -53,7 +53,7 @@ NAC_FLAGS = {
     "meta.depths": TEN,
     "teacher.depths": TEN,
 }
-# Name: config file, changes, target ratio of whole runs.
+# Name -> (config file, overrides, target ratio of whole runs).
 CASES = {
     "V-MoE, K = 4": ("configs/m2mkd/digits.py", {}, 1.5),
     "NAC, K = 10": ("configs/m2mkd/digits_nac.py", NAC_FLAGS, 2.0),
@@ -72,7 +72,7 @@ def random_like(shapes):
 
 
 class Program(timing.Training):
-    """The update of a run with some of the modules."""
+    """The update of a run that trains some of the modules."""
 
     def __init__(self, config: Config, batch: dict[str, np.ndarray], helpers):
         mesh = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -92,7 +92,7 @@ class Program(timing.Training):
 
 
 def compare_updates(name: str, config: Config, repeats: int) -> tuple[timing.Claim, dict, dict]:
-    """Returns claim, times and further details."""
+    """Returns the claim, the times and further details."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     task = describe(config, mesh).task(steps_per_epoch=100)
     batch = timing.random_batch(task)
@@ -123,10 +123,10 @@ def compare_updates(name: str, config: Config, repeats: int) -> tuple[timing.Cla
         ],
     }
     print(
-        f"{name}: gradients differ by {difference:.1e} of the largest; operations "
+        f"{name}: gradients differ by {difference:.1e} of the largest; FLOP ratio "
         f"{details['ratio_of_operations']:.2f} ({operations[1] / 1e9:.2f} / "
-        f"{operations[0] / 1e9:.2f} GFLOP); compiled in {together.compile_seconds:.0f} s, each "
-        f"alone in {details['compile_seconds'][1]:.0f} s"
+        f"{operations[0] / 1e9:.2f} GFLOP); compiled in {together.compile_seconds:.0f} s, the "
+        f"single-pair programs in {details['compile_seconds'][1]:.0f} s in total"
     )
     return claim, times, details
 
@@ -141,7 +141,7 @@ def save_helpers(config: Config, folder: pathlib.Path) -> None:
 def time_run(
     file: str, changes: dict[str, object], folder: pathlib.Path, *, steps: int, module: str
 ) -> np.ndarray:
-    """Seconds of a whole run in its own process, of the clock and of processors."""
+    """Wall-clock and CPU seconds of a whole run in its own process."""
     settings = changes | {
         "sources.meta": folder / "meta",
         "sources.teacher": folder / "teacher",

@@ -1,9 +1,9 @@
-"""The time that saving a checkpoint blocks a run: an asynchronous save against a synchronous one.
+"""How long saving a checkpoint blocks a run: an asynchronous save against a synchronous one.
 
-Ours is `Checkpoints.save` as the loop calls it, which returns when the arrays are copied; the peer
-is the same save with `wait`, until it is on disk. No earlier save is pending. The state is that of
-AdamW over random parameters, of about --large and --small MB. Restoring is timed too, and writing
-as many bytes to one file with fsync.
+Ours is `Checkpoints.save` as the training loop calls it, which returns once the arrays are copied.
+The peer is the same save followed by `wait`, which returns once it is on disk. No earlier save is
+pending. The state holds random parameters and AdamW's moments, about --large or --small MB in all.
+Restoring is timed too, and so is writing as many bytes to one file with fsync.
 
     python benchmarks/checkpoint.py --folder /where/runs/are/kept
 """
@@ -29,14 +29,14 @@ CONFIG = {"optim": {"lr": 1e-3}}
 
 def parse_sizes() -> argparse.Namespace:
     parser = timing.parser(__doc__, repeats=5)
-    parser.add_argument("--large", type=int, default=200, help="MB of a state")
-    parser.add_argument("--small", type=int, default=5, help="MB of another")
-    parser.add_argument("--folder", help="a folder on the disk that is written to")
+    parser.add_argument("--large", type=int, default=200, help="size of the large state in MB")
+    parser.add_argument("--small", type=int, default=5, help="size of the small state in MB")
+    parser.add_argument("--folder", help="where to write, to choose the disk")
     return parser.parse_args()
 
 
 def make_state(megabytes: int) -> TrainState:
-    """Parameters in a dozen layers, and AdamW's two moments of each."""
+    """Parameters in a dozen layers, with AdamW's two moments."""
     side = round((megabytes * 1e6 / 4 / 3 / LAYERS) ** 0.5)
     rng = np.random.default_rng(0)
     params = {
@@ -47,8 +47,8 @@ def make_state(megabytes: int) -> TrainState:
 
 
 def measure(state: TrainState, name: str, folder: pathlib.Path, repeats: int) -> timing.Times:
-    """Seconds of an asynchronous save, a synchronous one, of restoring, and of writing as many
-    bytes."""
+    """Times an asynchronous save, a synchronous one, restoring, and writing as many bytes to a
+    plain file."""
     whole = replicated(make_mesh(MeshConfig(), jax.devices()[:1]))
     abstract = with_shardings(state, jax.tree.map(lambda _: whole, state))
     checkpoints = Checkpoints(folder / name, keep=1, best=None)
@@ -74,7 +74,7 @@ def measure(state: TrainState, name: str, folder: pathlib.Path, repeats: int) ->
         for kind, case in zip(times, cases, strict=True):
             seconds = timing.seconds_of(case)
             checkpoints.wait()
-            if turn:  # the first warms up
+            if turn:  # the first turn is a warm-up
                 times[kind].append(seconds)
     checkpoints.close()
     return {kind: np.stack(turns) for kind, turns in times.items()}

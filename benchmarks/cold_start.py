@@ -1,8 +1,8 @@
-"""Time from the command to the first step of a run on digits, with and without compilation cache.
+"""Time from launch to the first step of a run on digits, with and without the compilation cache.
 
 Every start is a new process: Python, imports, data, compilation, one step of a V-MoE. With the
-persistent compilation cache, programs of an earlier start are loaded. Imports are also timed alone.
-All cases take turns.
+persistent compilation cache, programs compiled by an earlier start are loaded. Imports are also
+timed alone. All cases take turns.
 
     python benchmarks/cold_start.py
 """
@@ -22,7 +22,7 @@ from common_jax.signals import ends_quietly
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FLAGS = ("--config=configs/m2mkd/digits.py:phase=end_to_end", "--config.run.log_every=1")
 IMPORT = "import m2mkd_jax.main"
-# The command, which exits when the loop records the first step's metrics.
+# A run that exits once the loop records the metrics of the first step.
 RUN = """
 import os, sys
 from common_jax import app, metrics
@@ -42,7 +42,7 @@ def launch(code: str, *arguments: str, cached: bool = False) -> None:
     """Runs a process to its end.
 
     Raises:
-      SystemExit: with its messages, if it fails.
+      SystemExit: the process fails; has its stderr.
     """
     environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": str(cached).lower()}
     command = [sys.executable, "-c", code, *arguments]

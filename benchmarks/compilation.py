@@ -1,9 +1,9 @@
-"""What the pipelines of the demos compile, phase by phase, and what the persistent cache saves.
+"""What the demos' pipelines compile, phase by phase, and what the compilation cache saves.
 
-Every pipeline runs three times, each time in a new process, with few updates: without the cache,
-with an empty one, and with the one that this filled. A program that is found in a cache that was
-empty was needed twice by the same process. The cache keeps programs that take at least half a
-second to compile.
+Every pipeline runs three times with few updates, each time in a new process: without the persistent
+cache, with an empty one, and with the one just filled. A cache hit in the run that started with an
+empty cache means that the same process needed the program twice. The cache keeps programs that take
+at least half a second to compile.
 
     python benchmarks/compilation.py
 """
@@ -29,8 +29,8 @@ PIPELINES = {
     "CLIPTrans on emoji": ("cliptrans_jax", "configs/cliptrans/emoji.py:scale=0.01"),
 }
 CACHES = ("none", "empty", "filled")
-LARGE = 0.5  # seconds from which the cache keeps a program
-# A run that prints its programs: the phase that last began, name, seconds, whether from a cache.
+LARGE = 0.5  # compile time in seconds from which the cache keeps a program
+# A run that prints its programs: current phase, name, seconds, whether it was a cache hit.
 RUN = """
 import importlib, json, logging, re, sys
 
@@ -81,7 +81,7 @@ def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--threads", type=int, default=2, help="of everything that is timed")
+    parser.add_argument("--threads", type=int, default=2, help="threads of all that is timed")
     parser.add_argument("--only", nargs="+", choices=PIPELINES, default=[*PIPELINES])
     return parser.parse_args()
 
@@ -90,7 +90,7 @@ def run(pipeline: str, workdir: pathlib.Path, cache: pathlib.Path, *, use: bool)
     """Runs a pipeline to its end; returns what it compiled, in order.
 
     Raises:
-      SystemExit: with its messages, if it fails.
+      SystemExit: the pipeline fails; has its stderr.
     """
     package, config = PIPELINES[pipeline]
     flags = (
@@ -107,8 +107,8 @@ def run(pipeline: str, workdir: pathlib.Path, cache: pathlib.Path, *, use: bool)
 
 
 def show(pipeline: str, runs: dict[str, list[Program]]) -> None:
-    """Prints a table of the phases."""
-    print(f"\n{pipeline}\nphase | programs | of at least {LARGE} s | needed twice | seconds")
+    """Prints a table with one row per phase."""
+    print(f"\n{pipeline}\nphase | programs | at least {LARGE} s | needed twice | seconds")
     rows = collections.defaultdict(lambda: [0, 0, 0, 0.0])
     for program in runs["none"]:
         row = rows[program.phase]

@@ -1,13 +1,14 @@
-"""Text of a large corpus: encoding against `tokenizers.encode_batch`, and the start of a run on it.
+"""A large text corpus: encoding against `tokenizers.encode_batch`, and starting a run on it.
 
-Ours is `encode` of this project's tokenizers, which also checks and frames ids and makes one array;
-the peer is `encode_batch` of the library `tokenizers` with the same pieces. Both use all threads.
-"bpe" is a tokenizer trained here, "unigram" is SentencePiece's in the files of mBART-50.
+Ours is `encode` of this project's tokenizers, which also checks the ids, adds special tokens and
+makes one array. The peer is `encode_batch` of the `tokenizers` library with the same vocabulary.
+Both use all threads. "bpe" is a tokenizer trained here, "unigram" a SentencePiece model in the
+format of mBART-50.
 
-Then two processes start a run of stage "translate" on --pairs pairs, one after the other: the first
-makes the file with ids, the second finds it. Both read the corpus as a run does, and make a batch.
-Memory is the largest growth since the imports: of what only this process has, and of everything,
-with those pages of mapped files that the system may drop.
+Then two processes, one after the other, start a run of stage "translate" on --pairs pairs: the
+first writes the file with ids, the second finds it. Both read the corpus as a run does, and make a
+batch. Memory is the peak growth since the imports: of the process's anonymous memory, and of all
+its memory, including pages of mapped files that the kernel may drop.
 
     python benchmarks/corpus.py --multi30k FOLDER
 """
@@ -46,25 +47,25 @@ from common_jax.signals import ends_quietly
 PAIR = ("en", "de")
 BATCH = 256
 PIECES = 8000
-PART = 20_000  # sentences per call of the peer, whose results take kilobytes each
+PART = 20_000  # sentences per call of the peer, which returns kilobytes per sentence
 
 
 def parse_sizes() -> argparse.Namespace:
     parser = timing.parser(__doc__, repeats=5)
-    parser.add_argument("--pairs", type=int, default=1_000_000, help="of the large corpus")
-    parser.add_argument("--sentences", type=int, default=40_000, help="that are encoded in turns")
+    parser.add_argument("--pairs", type=int, default=1_000_000, help="pairs in the large corpus")
+    parser.add_argument("--sentences", type=int, default=40_000, help="sentences to time encoding")
     parser.add_argument(
         "--multi30k",
         type=pathlib.Path,
-        help="folder of Multi30k, whose training sentences are repeated with other words in them; "
-        "without it, sentences are rows of emoji's names",
+        help="folder of Multi30k, whose training sentences are repeated with one word changed; "
+        "without it, sentences are lists of emoji names",
     )
-    parser.add_argument("--start", nargs=2, metavar="FOLDER", help="only starts a run, for itself")
+    parser.add_argument("--start", nargs=2, metavar="FOLDER", help="internal: only start a run")
     return parser.parse_args()
 
 
 def base_sentences(multi30k: pathlib.Path | None) -> dict[str, list[str]]:
-    """Aligned sentences by language, to be repeated."""
+    """Aligned sentences by language, from which the corpus is made."""
     if multi30k is None:
         names = emoji_set.load_emoji("train", PAIR, size=None, flags=False).texts
         return {
@@ -76,7 +77,7 @@ def base_sentences(multi30k: pathlib.Path | None) -> dict[str, list[str]]:
 
 
 def vary(sentences: list[str], count: int) -> "itertools.chain[str]":
-    """Yields `count` sentences; each repetition has another number in place of one word."""
+    """Yields `count` sentences, with one word of each repetition replaced by its number."""
     for number, sentence in zip(range(count), itertools.cycle(sentences), strict=False):
         turn, words = number // len(sentences), sentence.split()
         if turn:
@@ -85,7 +86,7 @@ def vary(sentences: list[str], count: int) -> "itertools.chain[str]":
 
 
 def write_corpus(folder: pathlib.Path, sentences: dict[str, list[str]], pairs: int) -> None:
-    """Writes splits train, val and test in the layout of `wmt`."""
+    """Writes splits train, val and test in the layout of source `wmt`."""
     root = folder / f"wmt_{'_'.join(PAIR)}"
     root.mkdir(parents=True)
     for code, (split, count) in itertools.product(
@@ -96,7 +97,7 @@ def write_corpus(folder: pathlib.Path, sentences: dict[str, list[str]], pairs: i
 
 
 def write_unigram(folder: pathlib.Path, texts: list[str]) -> pathlib.Path:
-    """Trains SentencePiece's unigram model, and writes it as mBART-50's; returns its file."""
+    """Trains a SentencePiece unigram model; returns its path, which has mBART-50's file name."""
     folder.mkdir()
     path = folder / "sentencepiece.bpe.model"
     with path.open("wb") as file:
@@ -111,7 +112,7 @@ def write_unigram(folder: pathlib.Path, texts: list[str]) -> pathlib.Path:
 
 
 def peer_of_unigram(path: pathlib.Path) -> tokenizers.Tokenizer:
-    """The same model in the library `tokenizers`."""
+    """The same model in the `tokenizers` library."""
     model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
     pieces = [(piece.piece, piece.score) for piece in model.pieces]
     peer = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0))
@@ -128,7 +129,7 @@ def peer_of_unigram(path: pathlib.Path) -> tokenizers.Tokenizer:
 def compare_encoding(
     name: str, ours: Tokenizer, peer: tokenizers.Tokenizer, texts: list[str], repeats: int
 ) -> tuple[timing.Times, timing.Claim]:
-    """Times of both in turns, and the claim."""
+    """Times both in turns; returns the times and the claim."""
     spaced = [f" {text}" for text in texts] if name == "bpe" else texts
 
     def encode_batches() -> list[int]:
@@ -138,9 +139,9 @@ def compare_encoding(
             counts += map(len, part)
         return counts
 
-    lengths = ours.encode(texts, "de").lengths - 2  # without the frame
+    lengths = ours.encode(texts, "de").lengths - 2  # without the two special tokens
     same = np.mean(lengths == encode_batches())
-    print(f"{name}: {same:.2%} of the sentences have as many pieces in both")
+    print(f"{name}: both give {same:.2%} of the sentences the same number of pieces")
     cases = {
         f"{name}, ours": lambda: ours.encode(texts, "de").flat,
         f"encode_batch, {name}": encode_batches,
@@ -151,7 +152,7 @@ def compare_encoding(
 
 
 class Peaks(threading.Thread):
-    """Watches the memory of this process, in bytes: `anonymous` and `all`."""
+    """Tracks this process's peak memory in bytes: `anonymous` and `all`."""
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -169,7 +170,7 @@ class Peaks(threading.Thread):
 
     @staticmethod
     def now() -> dict[str, int]:
-        """Memory in use at present."""
+        """Memory in use now."""
         lines = pathlib.Path("/proc/self/status").read_text().splitlines()
         pairs = (line.split(":") for line in lines if line.endswith(" kB"))
         sizes = {key: 1024 * int(size.split()[0]) for key, size in pairs}
@@ -177,7 +178,7 @@ class Peaks(threading.Thread):
 
 
 def start_run(corpus: str, workdir: str) -> None:
-    """Starts a run up to its first batch, and prints its seconds and memory as JSON."""
+    """Starts a run up to its first batch, and prints the seconds and memory it took as JSON."""
     import jax
 
     base = Config()
@@ -202,7 +203,7 @@ def start_run(corpus: str, workdir: str) -> None:
 
 
 def start_twice(folder: pathlib.Path, threads: int) -> dict[str, dict[str, float]]:
-    """Starts a run in a process of its own, and then again."""
+    """Starts a run in its own process, twice."""
     starts = {}
     for name in ("first", "second"):
         flags = [f"--threads={threads}", "--start", str(folder), str(folder / "run")]
@@ -211,8 +212,8 @@ def start_twice(folder: pathlib.Path, threads: int) -> dict[str, dict[str, float
             raise SystemExit(done.stderr)
         starts[name] = json.loads(done.stdout.splitlines()[-1])
         print(
-            "{} start: {clock:.1f} s, {processor:.1f} by processor; bytes a pair: {anonymous:.0f}, "
-            "{all:.0f} with mapped files".format(name, **starts[name])
+            "{} start: {clock:.1f} s, {processor:.1f} s of CPU time; bytes per pair: "
+            "{anonymous:.0f}, {all:.0f} with mapped files".format(name, **starts[name])
         )
     return starts
 

@@ -1,14 +1,13 @@
-"""The beam search of `cliptrans_jax.decode` against those of `transformers` and CTranslate2 on the
-same CPU.
+"""Beam search of `cliptrans_jax.decode` against `transformers` and CTranslate2 on the same CPU.
 
 All translate the same sentences with the same weights (mBART, random), the same settings and the
 same batches, sorted by length, in turns, on the same number of threads. torch pads a batch to its
 longest sentence, ours to 16, 32 or 64 tokens as in a run. First all translations are compared
-token by token; those that differ from torch's are printed with both scores and with the margin
-between our two best, which is tiny if rounding decides. Compilation is timed separately. Then
-follow sentences per second, the time of the matrix products at the speed of one large product,
-measured in the same turns, and the ratios; the last line is JSON. CTranslate2 computes in float32
-and, for the record, in int8; it is left out if it is not installed.
+token by token. Those that differ from torch's are printed with both scores and with the margin
+between our two best, which is tiny if rounding decides. Compilation is timed separately. Then it
+prints sentences per second, the share of our time that all matrix products would take at the speed
+of one large product measured in the same turns, and the ratios; the last line is JSON. CTranslate2
+runs in float32 and, for reference, in int8; it is skipped if it is not installed.
 
     pip install torch "transformers>=5.23" ctranslate2
     python benchmarks/decode.py
@@ -42,10 +41,10 @@ TARGETS = {"torch": 1.5, "CTranslate2": 1.0, "CTranslate2, int8": None}
 LANGUAGE = 9  # the only language code
 FIRST_WORD = 10
 # Scales that make random weights behave like trained ones: peaked distributions, and translations
-# of 10 to 40 tokens without loops.
-GAIN = 0.5  # of weight matrices, over 1 / sqrt(fan in)
-EMBEDDING = 0.15  # of a token's embedding
-POSITION = 0.5  # of a position's embedding over a token's
+# of 10 to 40 tokens without repetition loops.
+GAIN = 0.5  # scale of weight matrices, relative to 1 / sqrt(fan in)
+EMBEDDING = 0.15  # scale of token embeddings
+POSITION = 0.5  # scale of position embeddings, relative to token embeddings
 END, MIDDLE = 0.2, 30  # preference for the end token, and the position where it starts
 
 Batch = np.ndarray  # [B, S] tokens, pads at the end
@@ -58,9 +57,9 @@ def parse_sizes() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--beams", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=60, help="longest translation")
-    parser.add_argument("--vocab", type=int, default=10_010, help="ten of them special")
+    parser.add_argument("--vocab", type=int, default=10_010, help="tokens, ten of them special")
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=6, help="of the encoder and of the decoder")
+    parser.add_argument("--layers", type=int, default=6, help="layers of encoder and decoder each")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--growth", type=int, default=DecodeConfig.growth)
     parser.add_argument("--halvings", type=int, default=DecodeConfig.halvings)
@@ -68,7 +67,7 @@ def parse_sizes() -> argparse.Namespace:
 
 
 def make_model(sizes: argparse.Namespace) -> tuple[Translator, Params]:
-    """mBART without a prefix, and weights for it."""
+    """mBART without a prefix, and its weights."""
     config = MBartConfig(
         vocab=sizes.vocab,
         width=sizes.width,
@@ -99,8 +98,8 @@ def make_model(sizes: argparse.Namespace) -> tuple[Translator, Params]:
 
 
 def favour_end(flat: dict[str, np.ndarray], config: MBartConfig, rng: np.random.Generator) -> None:
-    """Makes the end likelier with each position: one direction of the decoder's states grows with
-    the position, and the end's embedding has a component along it."""
+    """Makes the end token likelier with each position: one direction of the decoder's states grows
+    with the position, and the end token's embedding has a component along it."""
     direction = rng.normal(size=config.width).astype("float32")
     slope = (np.arange(config.positions + OFFSET, dtype="float32") - MIDDLE) / MIDDLE
     flat["mbart/decoder/positions/embedding"] += np.outer(slope, direction)
@@ -109,7 +108,7 @@ def favour_end(flat: dict[str, np.ndarray], config: MBartConfig, rng: np.random.
 
 
 def make_batches(sizes: argparse.Namespace, config: MBartConfig) -> list[Batch]:
-    """Sentences of 8 to 40 tokens, 17 on average, about as long as Multi30k's; sorted."""
+    """Sentences of 8 to 40 tokens, 17 on average, about as long as Multi30k's, sorted by length."""
     rng = np.random.default_rng(1)
     lengths = np.sort(np.clip(rng.gamma(6.0, 2.8, sizes.sentences).round(), 8, 40).astype(int))
     batches = []
@@ -125,8 +124,7 @@ def make_batches(sizes: argparse.Namespace, config: MBartConfig) -> list[Batch]:
 def compile_ours(
     translator: Translator, params: Params, config: DecodeConfig, batches: Sequence[Batch]
 ) -> tuple[Translate, dict[tuple[int, ...], float]]:
-    """A function from a batch to its hypotheses, and the seconds of compilation per padded
-    shape."""
+    """A function from a batch to its hypotheses, and the compile time of each padded shape."""
     run = jax.jit(Search(translator, config).run)
     params, programs, seconds = jax.device_put(params), {}, {}
 
@@ -177,7 +175,7 @@ def make_network(
 def make_theirs(
     torch: Any, network: Any, ours: MBartConfig, config: DecodeConfig
 ) -> tuple[Translate, Translate]:
-    """Two functions from a batch to the result of `generate`: ids, and ids with scores."""
+    """Two functions from a batch to the result of `generate`: without and with scores."""
 
     def generate(batch: Batch, scores: bool) -> Any:
         source = torch.tensor(batch, dtype=torch.int64)
@@ -201,7 +199,7 @@ def make_theirs(
 
 
 def differences(mine: Hypotheses, theirs: Any, end: int) -> list[str]:
-    """One line per translation of a batch that differs."""
+    """One line for each translation in a batch that differs."""
     lines = []
     for row, expected in enumerate(theirs.sequences.tolist()):
         length, scores = mine.lengths[row, 0], mine.scores[row]
@@ -219,8 +217,8 @@ def differences(mine: Hypotheses, theirs: Any, end: int) -> list[str]:
 
 
 def work(mine: Hypotheses, config: DecodeConfig) -> np.ndarray:
-    """For every step [T, 2], the number of examples that ours computes, and the steps that their
-    cache has room for. With early stopping an example is done when its last hypothesis is."""
+    """For every step [T, 2]: the number of examples that ours computes, and the number of steps
+    their cache has room for. With early stopping, an example ends with its last hypothesis."""
     ends = mine.lengths.max(axis=1) - FIRST + 1
     size, halvings, steps = len(ends), config.halvings, []
     for step in range(1, ends.max() + 1):
@@ -234,19 +232,20 @@ def work(mine: Hypotheses, config: DecodeConfig) -> np.ndarray:
 def products(
     sizes: argparse.Namespace, config: DecodeConfig, steps: np.ndarray, source: int, encoded: int
 ) -> dict[str, int]:
-    """Operations of our matrix products for a batch, with a multiply-add counted as two.
+    """FLOPs of our matrix products for a batch, with a multiply-add counted as two.
 
     Args:
       steps: see `work`.
       source: padded length of the source.
-      encoded: the columns of it that the encoder computes.
+      encoded: how many of its columns the encoder computes.
     """
     examples, room = steps.T
     batch, rows = int(examples[0]), int(config.beams * examples.sum())
     linear, width = 2 * sizes.layers * sizes.width**2, sizes.width * sizes.layers
     attended = int(np.sum(examples * (2 + config.beams * room + source)))
     return {
-        # The encoder's layers have 12 D^2 weights, the keys and values of its states 2 D^2.
+        # An encoder layer has 12 D^2 weights; keys and values of its output for a decoder layer
+        # take 2 D^2.
         "encoder": batch * (encoded * (linear * 12 + 4 * encoded * width) + source * linear * 2),
         "decoder": (rows + 2 * batch) * linear * 14,
         "attention": 4 * config.beams * attended * width,
@@ -255,7 +254,7 @@ def products(
 
 
 def make_product(sizes: argparse.Namespace) -> tuple[Callable[[], Any], int]:
-    """A product of a step's rows and an MLP's matrix, and its operations."""
+    """The product of a step's rows and an MLP's matrix, and its FLOPs."""
     rows, width = sizes.batch * sizes.beams, sizes.width
     x, kernel = np.ones((rows, width), "float32"), np.ones((width, 4 * width), "float32")
     arguments = jax.device_put((x, kernel))
@@ -266,8 +265,8 @@ def make_product(sizes: argparse.Namespace) -> tuple[Callable[[], Any], int]:
 def take_turns(
     cases: dict[str, Translate], product: Callable[[], Any], batches: list[Batch], repeats: int
 ) -> tuple[dict[str, np.ndarray], float]:
-    """Seconds for all batches [repeats, 2], of the clock and of processors, with turns after every
-    batch, and the median seconds of the product."""
+    """Wall-clock and CPU seconds for all batches [repeats, 2], with turns after every batch, and
+    the median seconds of the product."""
     times, single = {name: [] for name in cases}, []
     for _ in range(max(timing.LEAST, repeats)):
         totals = {name: np.zeros(2) for name in cases}
@@ -307,7 +306,7 @@ def main() -> None:
             for name, compute in CTRANSLATE2.items()
         }
     else:
-        print("CTranslate2 is not installed and left out (pip install ctranslate2)")
+        print("skipping CTranslate2, which is not installed (pip install ctranslate2)")
     ours, compiling = compile_ours(translator, params, config, batches)
     shapes = ", ".join(f"{seconds:.0f} s for {shape}" for shape, seconds in compiling.items())
     print(f"ours compiled in {sum(compiling.values()):.0f} s: {shapes}\n")
@@ -327,14 +326,15 @@ def main() -> None:
         counts.append(products(sizes, config, steps, padded, encoded))
         print(
             f"batch {number}: {len(batch)} sources of up to {batch.shape[1]} tokens, {len(steps)} "
-            f"steps of {steps[:, 0].mean():.0f} examples on average"
+            f"steps with {steps[:, 0].mean():.0f} examples on average"
         )
     equal = len(written) - len(lines)
     print("\n".join([f"equal: {equal} of {len(written)} translations", *lines]))
     for name, count in same.items():
         print(f"equal to {name}: {count} of {len(written)}")
     print(
-        f"of {min(written)} to {max(written)} tokens, {statistics.mean(written):.0f} on average\n"
+        f"lengths: {min(written)} to {max(written)} tokens, {statistics.mean(written):.0f} on "
+        "average\n"
     )
 
     product, single_flops = make_product(sizes)
@@ -349,8 +349,8 @@ def main() -> None:
     speed = single_flops / single
     share = total / speed / float(np.median(times["ours"][:, 0]))
     print("  ".join(f"{name} {count / 1e9:.0f}" for name, count in flops.items()), "GFLOP")
-    print(f"one product runs at {speed / 1e9:.0f} GFLOP/s, at which all would take {share:.0%}")
-    print("  of our time")
+    print(f"one product runs at {speed / 1e9:.0f} GFLOP/s; at that speed, all products would take")
+    print(f"  {share:.0%} of our time")
     claims = [
         timing.compare(times, "ours", name, claim="beam search of mBART", target=TARGETS[name])
         for name in cases

@@ -1,4 +1,4 @@
-"""CTranslate2's beam search of a network of transformers, for `decode.py`."""
+"""CTranslate2's beam search on a transformers network, for `decode.py`."""
 
 import copy
 import tempfile
@@ -25,17 +25,17 @@ def make_peer(
     Args:
       network: `MBartForConditionalGeneration`, whose config has `normalize_before=True`.
       mbart: its sizes and ids.
-      config: the search.
-      language: code of the translations.
+      config: settings of the search.
+      language: language code of the translations.
       compute: "float32" or "int8".
       threads: number of threads.
     """
     import ctranslate2
     from ctranslate2.converters.transformers import MBartLoader
 
-    # Not the converter, which wants a tokenizer from a hub.
+    # The converter would need a tokenizer from a hub.
     loader = MBartLoader()
-    spec = loader.get_model_spec(copy.deepcopy(network))  # quantisation writes into its tensors
+    spec = loader.get_model_spec(copy.deepcopy(network))  # quantisation overwrites its tensors
     loader.set_vocabulary(spec, [str(token) for token in range(mbart.vocab)])
     spec.config.bos_token = str(0)
     spec.config.eos_token = str(mbart.eos)
@@ -55,7 +55,7 @@ def make_peer(
     }
 
     def translate(batch: np.ndarray) -> list[list[int]]:
-        # CTranslate2 takes tokens as strings, here the digits of their ids.
+        # CTranslate2 takes tokens as strings; here they are the ids in decimal.
         sources = [[str(token) for token in row if token != mbart.pad] for row in batch.tolist()]
         first = [[str(language)]] * len(sources)
         found = translator.translate_batch(sources, first, **settings)
@@ -65,6 +65,6 @@ def make_peer(
 
 
 def count_equal(found: Sequence[Sequence[int]], tokens: np.ndarray, lengths: np.ndarray) -> int:
-    """How many translations are ours: the best of `decode.Hypotheses`, [B, W, T] and [B, W]."""
+    """How many translations equal ours, the first of `decode.Hypotheses`: [B, W, T] and [B, W]."""
     ours = [row[1:length].tolist() for row, length in zip(tokens[:, 0], lengths[:, 0], strict=True)]
     return sum(mine == list(one) for mine, one in zip(ours, found, strict=True))

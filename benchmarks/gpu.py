@@ -1,15 +1,14 @@
 """Measures one NVIDIA GPU: ceilings, layers and training steps, with peers in torch.
 
-Each case runs in a process of its own with a time limit, in the order of `CASES`, until the budget
-is spent. FOLDER/results.json is rewritten after every case, and FOLDER/CASE.log has all that a case
-printed. A peer that is not installed is named and left out. So is a case that fails or gets no
-time.
+Each case runs in its own process with a time limit, in the order of `CASES`, until the budget is
+spent. FOLDER/results.json is rewritten after every case, and FOLDER/CASE.log has the output of a
+case. A peer that is not installed is named and skipped. So is a case that fails or gets no time.
 
     python benchmarks/gpu.py --out FOLDER
     python benchmarks/gpu.py --out FOLDER --budget 900 --only ceiling moe_layer nac
 
-With --tiny all cases run on a CPU at small sizes: kernels for GPUs are interpreted, what cuDNN
-computes is computed by XLA, and the times mean nothing.
+With --tiny, all cases run on a CPU at small sizes: GPU kernels are interpreted, XLA replaces cuDNN,
+and the times mean nothing.
 """
 
 import argparse
@@ -23,18 +22,18 @@ from typing import Any, NamedTuple
 
 FOLDER = pathlib.Path(__file__).resolve().parent
 ROOT = FOLDER.parent
-LEAST = 20  # seconds without which no case is started
-MARK = "RESULT "  # before the JSON of a result in what a case prints
+LEAST = 20  # seconds that must be left to start another case
+MARK = "RESULT "  # prefix of the lines in a case's output that hold a result as JSON
 
 
 class Case(NamedTuple):
-    """The file that has the case, and the seconds that it may take."""
+    """The file that has the case, and its time limit in seconds."""
 
     file: str
     seconds: int
 
 
-# The most telling first.
+# Most informative first, in case the budget runs out.
 CASES = {
     "ceiling": Case("gpu_layers", 45),
     "moe_layer": Case("gpu_layers", 90),
@@ -70,7 +69,7 @@ def parse_flags() -> argparse.Namespace:
     )
     folder = ROOT / "build" / "gpu"
     parser.add_argument("--out", type=pathlib.Path, default=folder, help="folder for the results")
-    parser.add_argument("--budget", type=float, default=440, help="seconds for all cases")
+    parser.add_argument("--budget", type=float, default=440, help="total seconds for all cases")
     parser.add_argument(
         "--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE",
         help=", ".join(CASES),
@@ -80,9 +79,9 @@ def parse_flags() -> argparse.Namespace:
 
 
 def environment(*, tiny: bool) -> dict[str, str]:
-    """The variables of a case's process."""
+    """Environment variables of a case's process."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    # Not preallocated, so that `peak_gb` is what a step needs.
+    # No preallocation, so that `peak_gb` is what a step needs.
     changes = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONUNBUFFERED": "1"}
     changes["PYTHONPATH"] = os.pathsep.join(paths)
     if tiny:
@@ -91,10 +90,10 @@ def environment(*, tiny: bool) -> dict[str, str]:
 
 
 def probe(variables: dict[str, str], *, tiny: bool) -> Result:
-    """The card and the version of JAX, from a process that ends and so frees the card.
+    """The card and the JAX version, from a separate process, which frees the card when it exits.
 
     Raises:
-      SystemExit: without an NVIDIA GPU, unless `tiny`.
+      SystemExit: there is no NVIDIA GPU, unless `tiny`.
     """
     command = [sys.executable, "-c", PROBE]
     done = subprocess.run(command, env=variables, capture_output=True, text=True)
@@ -103,7 +102,7 @@ def probe(variables: dict[str, str], *, tiny: bool) -> Result:
     machine = json.loads(done.stdout.splitlines()[-1])
     if not tiny and "NVIDIA" not in machine["card"]:
         raise SystemExit(
-            f"error: JAX has no NVIDIA GPU here, its device is {machine['card']!r}: install "
+            f"error: JAX finds no NVIDIA GPU; its device is {machine['card']!r}. Install "
             "jax[cuda12] or jax[cuda13] on a machine with a GPU, or add --tiny to try all cases "
             "at small sizes on a CPU"
         )
@@ -117,7 +116,7 @@ def last_line(text: str) -> str:
 def run(
     name: str, log: pathlib.Path, variables: dict[str, str], *, tiny: bool, limit: float
 ) -> list[Result]:
-    """The results of a case; if it did not end well, the last one is its problem."""
+    """The results of a case; if it failed, the last one is the error."""
     command = [sys.executable, str(FOLDER / f"{CASES[name].file}.py"), name]
     problem = ""
     with log.open("w") as file:
@@ -130,7 +129,7 @@ def run(
                 problem = f"ended with status {done.returncode}: "
         except subprocess.TimeoutExpired:
             problem = f"took more than {limit:.0f} seconds, last output: "
-    # Read from the file, so that nothing is lost where the process was killed.
+    # Read from the file, so that nothing is lost if the process was killed.
     text = log.read_text(errors="replace")
     results = [json.loads(x.removeprefix(MARK)) for x in text.splitlines() if x.startswith(MARK)]
     if problem:
@@ -139,7 +138,7 @@ def run(
 
 
 def line(result: Result) -> str:
-    """A result for people."""
+    """A result as a line to print."""
     left_out = ("case", "of", "failed")
     values = {key: x for key, x in result.items() if key not in left_out and x not in ("", None)}
     parts = [f"{key} {describe(value)}" for key, value in values.items()]
@@ -147,7 +146,7 @@ def line(result: Result) -> str:
 
 
 def describe(value: Any) -> str:
-    """A value for people: floats with four digits, those of a list too."""
+    """A value as text; floats, also in lists, have four significant digits."""
     if isinstance(value, list):
         return f"[{' '.join(map(describe, value))}]"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -166,7 +165,7 @@ def main() -> None:
         if left < LEAST:
             more = [{"case": name, "error": f"no time left of --budget {flags.budget:.0f}"}]
         else:
-            # On a CPU the limits, which are for a GPU, do not apply.
+            # The limits are for a GPU, so they do not apply on a CPU.
             limit = left if flags.tiny else min(CASES[name].seconds, left)
             log = flags.out / f"{name}.log"
             more = run(name, log, variables, tiny=flags.tiny, limit=limit)

@@ -32,7 +32,7 @@ def normal(seed: int, *shape: int, scale: float = 1.0, dtype: Any = DTYPE) -> ja
 
 
 def measure_ceiling(tiny: bool) -> None:
-    """Products, a copy, and a turn of a loop whose length is data."""
+    """Matrix products, a copy, and one iteration of a loop whose length is data."""
     n = 512 if tiny else 8192
     a, b = normal(0, n, n), normal(1, n, n)
     flops = 2 * n**3
@@ -47,7 +47,7 @@ def measure_ceiling(tiny: bool) -> None:
     times = chained(lambda: add(x))
     say("copy", **times, gb_s=2 * x.nbytes / times["ms"] / 1e6)
 
-    # Its length is an argument, so that the host reads it.
+    # The length is an argument, so that the host reads it from the device.
     loop = jax.jit(lambda n, x: jax.lax.fori_loop(0, n, lambda _, x: jnp.sin(x) * 0.5, x))
     ms = {n: chained(lambda n=n: loop(n, jnp.ones(256)), count=1)["ms"] for n in (100, 1100)}
     say("loop_iteration", us=ms[1100] - ms[100], note="one small kernel per iteration")
@@ -69,7 +69,7 @@ class MoeSizes(NamedTuple):
 
     @property
     def product_flops(self) -> int:
-        """Of one product of all pairs; forward and backward pass have six."""
+        """FLOPs of one matrix product over all pairs; forward and backward pass take six."""
         return 2 * self.width * self.hidden * self.pairs
 
 
@@ -86,7 +86,7 @@ class MoeInputs(NamedTuple):
 
 
 def moe_inputs(sizes: MoeSizes) -> MoeInputs:
-    """Random tokens and experts; some experts are chosen more often than others."""
+    """Random tokens and experts, with some experts chosen more often than others."""
     tokens, experts, width, hidden, chosen = sizes
     skew = 0.3 * jnp.arange(experts) / experts
     logits = normal(2, tokens, experts, dtype=jnp.float32) + skew
@@ -106,14 +106,14 @@ def moe_inputs(sizes: MoeSizes) -> MoeInputs:
 
 
 def interpreted(tiny: bool) -> contextlib.AbstractContextManager:
-    """The context in which kernels of Pallas run on a CPU, if `tiny`."""
+    """Runs Pallas kernels in interpret mode, on a CPU, if `tiny`."""
     if not tiny:
         return contextlib.nullcontext()
     return mock.patch.object(pl, "pallas_call", partial(pl.pallas_call, interpret=True))
 
 
 def layer(sizes: MoeSizes, engine: grouped.Engine, block: int) -> Callable[..., Any]:
-    """The layer with gradients, including the arrangement of its rows."""
+    """The layer with gradients, including the sorting of its rows by expert."""
 
     def run(dy, x, weight, experts, token, expert):
         rows = grouped.arrange(
@@ -126,8 +126,8 @@ def layer(sizes: MoeSizes, engine: grouped.Engine, block: int) -> Callable[..., 
 
 
 def measure_moe_layer(tiny: bool) -> None:
-    """The mixture of experts, forward and backward, against a dense MLP; errors are relative to
-    the block loop."""
+    """The mixture of experts, forward and backward, against a dense MLP. The reference for errors
+    is the block loop."""
     sizes = moe_sizes(tiny)
     inputs, dy = moe_inputs(sizes), normal(1, sizes.tokens, sizes.width)
     flops = 6 * sizes.product_flops
@@ -174,7 +174,7 @@ MOSAIC_TILES = ((128, 64, 4), (256, 64, 3), (128, 128, 2))  # columns, step, sta
 
 
 def measure_moe_kernels(tiny: bool) -> None:
-    """Each of the layer's six kernels, the first with other tiles, and JAX's own Mosaic kernel."""
+    """Each of the layer's six kernels, the first also with other tiles, and JAX's Mosaic kernel."""
     sizes = moe_sizes(tiny)
     inputs = moe_inputs(sizes)
 
@@ -209,7 +209,7 @@ def measure_moe_kernels(tiny: bool) -> None:
             other, _, other_tiles = operands(height)
             case = f"gmm_{height}_{columns}_{step}_w{warps}_s{stages}"
             with mock.patch.multiple(grouped_gpu, **dict(zip(names, values, strict=True))):
-                product = partial(grouped_gpu.forward_up)  # not the same function to jax.jit
+                product = partial(grouped_gpu.forward_up)  # a new function, to miss jax.jit's cache
                 run(case, product, other, up, up_bias, other_tiles)
 
     if tiny:
@@ -235,10 +235,10 @@ def measure_moe_kernels(tiny: bool) -> None:
 
 
 class Shape(NamedTuple):
-    """An attention.
+    """Shape of an attention.
 
-    visible: "all" keys, those of a "causal" mask, or edges: "shared" by all examples, whose log
-      affinities are added to the scores, or of "each" example.
+    visible: which keys a query sees: "all", those under a "causal" mask, or those with edges, whose
+      log affinities are added to the scores: "shared" by all examples, or of "each" example.
     """
 
     batch: int
@@ -259,8 +259,8 @@ SHAPES = {
 
 
 def log_affinities(shape: Shape) -> jax.Array:
-    """Shared edges are cut beyond a distance, where they are minus infinity, and the first receiver
-    has none; those of each example are sampled, as in training."""
+    """Log affinities of a NAC's edges. Shared edges are cut beyond a distance (minus infinity), and
+    the first receiver has none. Edges of each example are sampled, as in training."""
     key, other = jax.random.split(jax.random.key(8))
     distance = jax.random.uniform(key, (shape.tokens, shape.tokens), maxval=1.2).at[0].set(1.5)
     logs = kernel.log_kernel(distance, 1.0, kernel.KernelConfig())[None]
@@ -271,7 +271,7 @@ def log_affinities(shape: Shape) -> jax.Array:
 
 
 def attend(shape: Shape, attention: str) -> Callable[..., jax.Array]:
-    """The attention by an implementation, of query, keys, values and log affinities."""
+    """One implementation of attention, a function of query, keys, values and log affinities."""
     if shape.visible in ("each", "shared"):
         width = shape.heads * shape.width
         config = blocks.BlockConfig(
@@ -288,7 +288,7 @@ def attend(shape: Shape, attention: str) -> Callable[..., jax.Array]:
 
 @contextlib.contextmanager
 def by_xla(tiny: bool) -> Iterator[None]:
-    """Under `tiny`, XLA computes what cuDNN's form of an attention asks of cuDNN."""
+    """Under `tiny`, lets XLA compute the attention that cuDNN would."""
 
     def choose(attention: str, forms: dict[str, Callable], *operands: Any) -> jax.Array:
         return forms[attention](*operands)
@@ -301,8 +301,8 @@ def by_xla(tiny: bool) -> Iterator[None]:
 
 
 def measure_attention(tiny: bool) -> None:
-    """XLA's attention and cuDNN's, values and gradients, those of log affinities included. Errors
-    are relative to XLA's in float32."""
+    """XLA's attention and cuDNN's: values and gradients, including those of log affinities. The
+    reference for errors is XLA's in float32."""
     for name, shape in SHAPES.items():
         if tiny:
             shape = shape._replace(batch=2, tokens=16 + shape.tokens % 2)
@@ -323,8 +323,8 @@ def measure_attention(tiny: bool) -> None:
 
 
 def measure_label_loss(tiny: bool) -> None:
-    """The label loss of a micro-batch of mBART in blocks and with all logits in memory; values and
-    gradients by embeddings and states. Errors are relative to the latter in float32."""
+    """The label loss of an mBART micro-batch, in blocks and with all logits in memory: values, and
+    gradients of embeddings and states. The reference for errors is the latter in float32."""
     examples, tokens, vocab, width = (2, 8, 1000, 64) if tiny else (32, 64, 250_054, 1024)
     pad = 1
     matrix = normal(0, vocab, width, scale=width**-0.5, dtype=jnp.float32)

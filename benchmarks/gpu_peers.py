@@ -1,6 +1,6 @@
 """Cases of `gpu.py`: peers in torch, with timm and transformers.
 
-They run eagerly, in bfloat16 by autocast, with fused attention and fused AdamW.
+They run in eager mode, in bfloat16 autocast, with fused attention and fused AdamW.
 """
 
 from collections.abc import Callable
@@ -25,8 +25,8 @@ def start_torch() -> tuple[Any, str, Callable[[Any], None], str]:
 
 
 def measure_moe(tiny: bool) -> None:
-    """The products of a mixture of experts and the GELU between them: no routing, gathers, biases
-    or sums."""
+    """Only the matrix products of a mixture of experts and the GELU between them: no routing,
+    gathers, biases or sums."""
     with named("moe_torch"):
         torch, device, block, card = start_torch()
         sizes = moe_sizes(tiny)
@@ -83,7 +83,7 @@ def measure_vitl(tiny: bool) -> None:
             return loss
 
         times = chained(step, sync=block)
-        # Of ViT-Large alone: its matrices and its attention, a multiply-add as two.
+        # FLOPs of ViT-Large only: matrices and attention, with a multiply-add counted as two.
         tokens, width, blocks = 197, 1024, 24
         flops = 6 * batch * tokens * (304e6 + blocks * 2 * tokens * width)
         memory = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
@@ -92,7 +92,7 @@ def measure_vitl(tiny: bool) -> None:
 
 
 def make_mbart(torch: Any, tiny: bool) -> tuple[Any, str]:
-    """mBART of transformers with random weights, and the version."""
+    """mBART from transformers with random weights, and a note with the versions."""
     import transformers
 
     sizes = mbart_sizes(tiny)
@@ -113,7 +113,7 @@ def make_mbart(torch: Any, tiny: bool) -> tuple[Any, str]:
 
 
 def measure_mbart(tiny: bool) -> None:
-    """Steps of `mbart_step`'s size, without a prefix."""
+    """A step of the same size as `mbart_step`, without a prefix."""
     with named("mbart_torch"):
         torch, device, block, _ = start_torch()
         network, note = make_mbart(torch, tiny)
@@ -137,7 +137,7 @@ def measure_mbart(tiny: bool) -> None:
 
 
 def measure_decode(tiny: bool) -> None:
-    """`generate` in bfloat16, of the sentences of `decode`."""
+    """`generate` in bfloat16, on the sentences of `decode`."""
     with named("decode_torch"):
         torch, device, block, _ = start_torch()
         network, note = make_mbart(torch, tiny)

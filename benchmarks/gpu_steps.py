@@ -35,14 +35,14 @@ from m2mkd_jax.phases.pipeline import describe
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 IMAGENET, MULTI30K = 1_281_167, 29_000  # training examples
-TOKENS = 64  # of a sentence
+TOKENS = 64  # per sentence
 
 Fields = Mapping[str, Any]
 C = TypeVar("C")
 
 
 def load(cls: type[C], file: str, fields: Fields) -> C:
-    """The config of FILE.py:ARGUMENTS in bfloat16, with fields set by their paths."""
+    """The config of FILE.py:ARGUMENTS in bfloat16, with `fields` set by path."""
     config = read_config_file(f"{CONFIGS / file}")
     config.update_from_flattened_dict({"precision": "bfloat16", **fields})
     return freeze(cls, config)
@@ -51,7 +51,8 @@ def load(cls: type[C], file: str, fields: Fields) -> C:
 def random_batch(
     task: Task, optim: OptimConfig, numbers: Mapping[str, tuple[int, int]]
 ) -> dict[str, np.ndarray]:
-    """All micro-batches of a step: integers from a range by the array's name, or normal numbers."""
+    """All micro-batches of a step: integers from the range that `numbers` gives an array, else
+    normal draws."""
     draw, batch = np.random.default_rng(0), {}
     for name, leaf in task.batch.items():
         shape = optim.accumulate * leaf.shape[0], *leaf.shape[1:]
@@ -69,7 +70,7 @@ def measure_step(
     flops: float,
     note: str,
 ) -> None:
-    """The step of a run, with random weights, and the losses of its first three."""
+    """Times the step of a run with random weights; reports the losses of the first three steps."""
     step = Training(task, optim, batch)
     losses = [float(step()) for _ in range(3)]
     times = chained(step)
@@ -107,7 +108,7 @@ def measure_phase(
     note: str = "",
     patch: AbstractContextManager | None = None,
 ) -> None:
-    """The step of a phase; its operations are counted without the `patch`."""
+    """Times the step of a phase under `patch`; FLOPs are counted without it."""
     config = load(m2mkd.Config, file, fields)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     training = describe(config, mesh)
@@ -119,7 +120,7 @@ def measure_phase(
 
 
 def measure_vitl(tiny: bool) -> None:
-    """ViT-Large, all blocks."""
+    """ViT-Large, all blocks trained."""
     fields = below("teacher", TINY_VIT) if tiny else {"teacher.scan_layers": True}
     fields |= {"optim.batch": 4 if tiny else 128}
     attention = "attention by cuDNN where there is a GPU, else by XLA"
@@ -131,13 +132,13 @@ def vmoe_fields(tiny: bool) -> dict[str, Any]:
 
 
 def measure_vmoe_triton(tiny: bool) -> None:
-    """Dropless, as runs compute it."""
+    """Dropless dispatch, as runs compute it."""
     note = "the block loop, as on any CPU" if tiny else "Pallas-Triton kernels"
     measure_phase("vmoe_triton_step", VMOE, vmoe_fields(tiny), note)
 
 
 def measure_vmoe_dropless(tiny: bool) -> None:
-    """Dropless by the block loop, which GPUs without Triton and odd widths get."""
+    """Dropless dispatch by the block loop, the fallback for GPUs without Triton and odd widths."""
 
     def loop(x, weight, experts, rows):
         return grouped.grouped_mlp(x, weight, experts, rows, grouped.BLOCKWISE)
@@ -145,19 +146,19 @@ def measure_vmoe_dropless(tiny: bool) -> None:
     def block(pairs, experts, **_):
         return grouped.block_size(pairs, experts, jax.default_backend())
 
-    # The length of the loop is data, so that operations cannot be counted in it.
+    # The length of this loop is data, so FLOPs in it cannot be counted.
     patch = mock.patch.multiple(dispatch, grouped_mlp=loop, block_for_target=block)
     measure_phase("vmoe_dropless_step", VMOE, vmoe_fields(tiny), "the block loop", patch)
 
 
 def measure_vmoe_capacity(tiny: bool) -> None:
-    """With a capacity, which drops pairs."""
+    """Capacity dispatch, which drops pairs."""
     fields = vmoe_fields(tiny) | {"model.moe.dispatch": "capacity"}
     measure_phase("vmoe_capacity_step", VMOE, fields, "drops pairs")
 
 
 def measure_nac(case: str, attention: str, tiny: bool) -> None:
-    """The NAC for ImageNet, end to end."""
+    """The NAC for ImageNet, trained end to end."""
     if tiny and attention == "cudnn":
         say(case, error="left out: cuDNN needs a GPU")
         return
@@ -172,7 +173,7 @@ def measure_nac(case: str, attention: str, tiny: bool) -> None:
 
 
 def mbart_sizes(tiny: bool) -> MBartConfig:
-    """mBART-large, or a small one."""
+    """mBART-large, or a small one if `tiny`."""
     if not tiny:
         return MBartConfig()
     return MBartConfig(
@@ -182,14 +183,14 @@ def mbart_sizes(tiny: bool) -> MBartConfig:
 
 
 def measure_mbart(tiny: bool) -> None:
-    """mBART-large that translates, with a prefix."""
+    """mBART-large in stage "translate", with a prefix."""
     sizes = dataclasses.replace(mbart_sizes(tiny), scan_layers=not tiny)
     fields = below("model.mbart", dataclasses.asdict(sizes))
     config = load(cliptrans.Config, "cliptrans/multi30k.py:stage=translate", fields)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     make_task = functools.partial(translation.describe, mesh=mesh, examples=MULTI30K, tokens=TOKENS)
     optim, task = config.apply_parity().optim, make_task(config)
-    # The length of a loop over chunks of labels is data; in one chunk operations can be counted.
+    # The length of a loop over chunks of labels is data; with one chunk, FLOPs can be counted.
     whole = dataclasses.replace(config, label_chunk=optim.batch * TOKENS)
     flops = step_flops(make_task(whole), optim).model
     words = FIRST_WORD, sizes.vocab
@@ -200,7 +201,7 @@ def measure_mbart(tiny: bool) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Sentences:
-    """Sentences to translate: how many, their tokens, and those of their translations."""
+    """Sentences to translate: their number, their tokens, and the tokens of their translations."""
 
     count: int
     source: int
@@ -220,7 +221,7 @@ def measure_decode(tiny: bool) -> None:
     source = draw.integers(FIRST_WORD, sizes.vocab, (work.count, work.source)).astype(np.int32)
     language = np.full(work.count, LANGUAGE, np.int32)
     for beams in (5, 1):
-        # One loop and one size of batch: random weights end no sentence early.
+        # One loop and one batch size, since random weights end no sentence early.
         config = DecodeConfig(beams=beams, max_new_tokens=work.new, growth=1, halvings=0)
         start = time.perf_counter()
         run = jax.jit(Search(translator, config).run)

@@ -1,14 +1,14 @@
-"""Shared parts of the cases of `gpu.py`: time, comparison, and the lines that a case reports.
+"""Shared parts of the cases of `gpu.py`: timing, comparison, and the lines that a case prints.
 
 A result is printed as soon as it is known:
 
     case         its name
-    ms           median milliseconds per call; low, high: the least and the most
-    tflops, mfu  useful operations per second, and their share of the card's published peak
+    ms           median milliseconds per call; low, high: minimum and maximum
+    tflops, mfu  useful TFLOP/s, and their share of the card's published peak
     compile_s    seconds to compile
-    errors       of values and gradients, each relative to the norm of the right one
+    errors       of values and gradients, each relative to the norm of its reference
     temp_gb      memory of temporaries; peak_gb: of the whole process
-    error        the reason why there is nothing else
+    error        why there is no measurement
 """
 
 import argparse
@@ -26,11 +26,11 @@ from jax import numpy as jnp
 
 from common_jax.commands.plan.gpus import CARDS
 
-MOST_SECONDS = 2.0  # of the calls that are dispatched at once
+MOST_SECONDS = 2.0  # limit on calls dispatched before blocking
 
 
 def run_case(cases: Mapping[str, Callable[[bool], None]]) -> None:
-    """The command line of a file of cases: the name of one, and --tiny."""
+    """Runs the command line of a file of cases: the name of a case, and --tiny."""
     parser = argparse.ArgumentParser()
     parser.add_argument("case", choices=cases)
     parser.add_argument("--tiny", action="store_true")
@@ -61,11 +61,13 @@ def chained(
     repeats: int = 3,
     sync: Callable[[Any], Any] = jax.block_until_ready,
 ) -> dict[str, float]:
-    """Milliseconds per call, if up to `count` calls are dispatched before blocking: the time of the
-    device, without gaps in which it waits for the host.
+    """Milliseconds per call when up to `count` calls are dispatched before blocking: device time,
+    without gaps in which the device waits for the host.
 
     Args:
-      repeats: times that this is done.
+      function: makes one call.
+      count: maximum number of calls to dispatch.
+      repeats: number of measurements.
       sync: blocks until a result is ready.
     """
     sync(function())
@@ -83,12 +85,12 @@ def chained(
 
 
 def peak(kind: str) -> float | None:
-    """Published operations per second in bfloat16 of a card, if it is a known one."""
+    """A card's published peak FLOP/s in bfloat16; None for an unknown card."""
     return next((card.flops for name, card in CARDS.items() if name.upper() in kind), None)
 
 
 def rate(times: Mapping[str, float], flops: float, kind: str = "") -> dict[str, float | None]:
-    """The useful operations per second; `kind` of the card is JAX's device's if not given."""
+    """Useful TFLOP/s, and MFU; the card's `kind` is that of JAX's device by default."""
     per_second = 1e3 * flops / times["ms"]
     most = peak(kind or jax.devices()[0].device_kind)
     return {"tflops": per_second / 1e12, "mfu": most and per_second / most}
@@ -96,14 +98,14 @@ def rate(times: Mapping[str, float], flops: float, kind: str = "") -> dict[str, 
 
 @jax.jit
 def distances(got: Any, right: Any) -> list[jax.Array]:
-    """The norm of got - right over that of `right`, leaf by leaf; NaN where `got` has one."""
+    """norm(got - right) / norm(right), leaf by leaf; NaN if `got` has one."""
     leaves = (map(jnp.float32, jax.tree.leaves(tree)) for tree in (got, right))
     pairs = zip(*leaves, strict=True)
     return [jnp.linalg.norm(jnp.ravel(a - b)) / jnp.linalg.norm(jnp.ravel(b)) for a, b in pairs]
 
 
 def with_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
-    """(dy, *arguments) -> y and the gradients of sum(y * dy) by all arguments."""
+    """(dy, *arguments) -> y, and the gradients of sum(y * dy) with respect to all arguments."""
 
     def run(dy: jax.Array, *arguments: Any) -> tuple:
         y, back = jax.vjp(function, *arguments)
@@ -113,7 +115,7 @@ def with_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def precisely(function: Callable[..., Any], *arguments: Any) -> Any:
-    """function(*arguments), arrays of floats, in float32 with exact products."""
+    """function(*arguments), all arrays of floats, in float32 with full-precision products."""
     with jax.default_matmul_precision("highest"):
         return jax.jit(function)(*jax.tree.map(jnp.float32, arguments))
 
@@ -126,10 +128,10 @@ def measure(
     right: Any = None,
     note: str = "",
 ) -> Any:
-    """Compiles, runs and times function(*arguments), and compares its result with `right`.
+    """Compiles, runs and times function(*arguments), and compares the result with `right`.
 
     Returns:
-      The result, or None if it failed, which is reported.
+      The result; None after a failure, which is reported.
     """
     result = None
     with named(case):

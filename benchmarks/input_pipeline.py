@@ -1,20 +1,21 @@
 """The input pipeline against plain PIL: images per second of the full DeiT training transform.
 
-Ours is `train_batches` of a folder of JPEGs as a run uses it: files read, decoded, cropped and
-resized to `--side`, flipped, RandAugment, stacked to batches. The baseline is a loop over the same
-files with the same operations of PIL, written out below, that discards the result. Both run in
-`--workers` processes, by the clock, and in one thread, by processor seconds; timm's transform too
-if timm is installed. All cases take turns, so that a busy machine slows all of them alike. Images
-that our processes have read ahead are consumed before a turn, and the next ones awaited after it.
+Ours is `train_batches` on a folder of JPEGs as a run uses it: files are read, decoded, cropped and
+resized to `--side`, flipped, augmented by RandAugment and stacked to batches. The baseline, written
+out below, is a loop over the same files with the same PIL operations that discards the result. Both
+run in `--workers` processes, in wall-clock time, and in one thread, in CPU time; so does timm's
+transform, in processes only, if timm is installed. All cases take turns, so that a busy machine
+slows all of them alike. Images that our processes have prefetched are consumed before a turn, and
+the next ones are awaited after it.
 
-DIR holds SPLIT/CLASS/*.jpg, of which the first split is read; without it, JPEGs of about 500 x 375
-pixels and 100 KB, as ImageNet's, are made: smooth random fields and fine texture.
+--folder holds SPLIT/CLASS/*.jpg, and its first split is read. Without it, JPEGs of about 500 x 375
+pixels and 100 KB, like ImageNet's, are made: smooth random fields with fine texture.
 
     python benchmarks/input_pipeline.py
     python benchmarks/input_pipeline.py --folder /data/imagenet --workers 16 --images 4096
 
-Rates per core count the cores that the processes can use. Small images in memory and the training
-step of DeiT-Tiny, which consumes the images, are timed too.
+Rates per core are over the cores that the processes can use. Small images in memory and the
+training step of DeiT-Tiny, which consumes the images, are timed too.
 """
 
 import argparse
@@ -56,12 +57,12 @@ PIECE = 8  # files per task of the loops in processes
 
 def parse_sizes() -> argparse.Namespace:
     parser = timing.parser(__doc__, repeats=9)
-    parser.add_argument("--folder", help="SPLIT/CLASS/*.jpg; made if it is not given")
+    parser.add_argument("--folder", help="folder with SPLIT/CLASS/*.jpg; made if not given")
     parser.add_argument("--images", type=int, default=1024, help="images per turn")
     parser.add_argument("--side", type=int, default=224)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--small", type=int, default=50_000, help="32-pixel images in memory")
+    parser.add_argument("--small", type=int, default=50_000, help="number of 32-pixel images")
     return parser.parse_args()
 
 
@@ -112,7 +113,7 @@ def posterize(image: Image.Image, bits: int) -> Image.Image:
     return ImageOps.posterize(image, bits) if bits else image.point([0] * 768)
 
 
-# (image, share of the largest strength, sign) -> image
+# (image, fraction of the maximum strength, sign) -> image
 OPERATIONS: tuple[Callable[[Image.Image, float, int], Image.Image], ...] = (
     lambda image, m, sign: ImageOps.autocontrast(image),
     lambda image, m, sign: ImageOps.equalize(image),
@@ -160,7 +161,7 @@ def loop_timm(paths: Sequence[str], side: int) -> None:
 
 
 def timm_transform(side: int, cache: dict[int, Callable] = {}) -> Callable:  # noqa: B006
-    """timm's transform up to uint8 pixels, as ours; created once per process."""
+    """timm's transform up to uint8 pixels, like ours; created once per process."""
     if side not in cache:
         import torch
         from timm.data import create_transform
@@ -174,7 +175,7 @@ def timm_transform(side: int, cache: dict[int, Callable] = {}) -> Callable:  # n
 def in_processes(
     pool: concurrent.futures.Executor, loop: Callable, paths: Sequence[str], side: int
 ) -> float:
-    """Images per second of a loop over all paths, divided among processes."""
+    """Images per second of a loop over all paths, split among processes."""
     pieces = [paths[first : first + PIECE] for first in range(0, len(paths), PIECE)]
     start = time.perf_counter()
     list(pool.map(loop, pieces, [side] * len(pieces)))
@@ -182,7 +183,7 @@ def in_processes(
 
 
 def in_thread(loop: Callable, *arguments: Any, count: int) -> float:
-    """Images per processor second of this process, which other processes do not affect."""
+    """Images per CPU second of this process, which other processes do not affect."""
     start = time.process_time()
     loop(*arguments)
     return count / (time.process_time() - start)
@@ -194,7 +195,7 @@ def consume(batches: Iterator[dict[str, np.ndarray]], count: int) -> None:
 
 
 def ours(batches: Iterator, batch: int, images: int, *, ahead: int) -> float:
-    """Images per second in the steady state, without images that were read ahead."""
+    """Images per second in steady state, not counting prefetched images."""
     count = max(1, images // batch)
     if not ahead:
         return in_thread(consume, batches, count, count=count * batch)
@@ -207,7 +208,7 @@ def ours(batches: Iterator, batch: int, images: int, *, ahead: int) -> float:
 
 
 def in_memory(count: int) -> float:
-    """Examples per second of 32-pixel images in memory, in batches of 128, without a transform."""
+    """32-pixel images per second from memory, in batches of 128, without a transform."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
     labels = rng.integers(0, 10, count).astype(np.int32)
@@ -271,7 +272,7 @@ def measure(sizes: argparse.Namespace, folder: pathlib.Path) -> None:
         if all(map(importlib.util.find_spec, ("timm", "torchvision"))):
             cases["timm"] = lambda: in_processes(pool, loop_timm, *shared)
         else:
-            print("timm is not installed and left out (pip install timm torch torchvision)\n")
+            print("skipping timm, which is not installed (pip install timm torch torchvision)\n")
         config, side = vit.variant(STEP)
         interface = Interface(side, 3, 1000)
         images = vit_step.make_batch(interface, STEP_BATCH)
@@ -285,17 +286,17 @@ def measure(sizes: argparse.Namespace, folder: pathlib.Path) -> None:
 def in_turns(
     cases: Mapping[str, Callable[[], float]], turns: int, *, fragile: Collection[str] = ("timm",)
 ) -> dict[str, list[float]]:
-    """Rates by case, of one turn after another. A `fragile` case that fails is named and left
-    out: timm 1.0.22 asks Pillow 13 now and then to keep no bits, which Pillow refuses."""
+    """Rates by case, measured in turns. A `fragile` case that fails is named and skipped: now and
+    then timm 1.0.22 asks Pillow 13 to posterize to 0 bits, which is an error."""
     rates: dict[str, list[float]] = {name: [] for name in cases}
-    for turn in range(-1, turns):  # in the first, processes start and files come into memory
+    for turn in range(-1, turns):  # the first starts the processes and fills the page cache
         for name in list(rates):
             try:
                 rate = cases[name]()
             except Exception as error:
                 if name not in fragile:
                     raise
-                print(f"{name} is left out: {type(error).__name__}: {error}\n")
+                print(f"skipping {name}: {type(error).__name__}: {error}\n")
                 del rates[name]
                 continue
             if turn >= 0:
@@ -310,7 +311,7 @@ def report(sizes: argparse.Namespace, rates: dict[str, list[float]], cores: int)
         spread = f"({min(rate):.0f} to {max(rate):.0f})"
         print(f"{name:20s}{middle[name]:7.0f} img/s  {spread}, {middle[name] / used:.0f} per core")
     seconds = {name: 1 / np.asarray(rate)[:, None] for name, rate in rates.items()}
-    # One clock each: the wall's, or the processor's for what runs in one thread.
+    # Each rate has one clock: wall-clock time, or CPU time for cases in one thread.
     times = {name: np.repeat(turns, 2, axis=1) for name, turns in seconds.items()}
     decoding = float(np.median(times["PIL, decoding alone"] / times["PIL, one thread"]))
     print(f"\ndecoding takes {decoding:.0%} of the plain loop")

@@ -1,10 +1,10 @@
-"""A training step with memory that glibc keeps between steps against one with its defaults.
+"""A training step in which glibc keeps freed memory, against one with glibc's defaults.
 
-On a CPU, XLA allocates and frees a step's buffers in every step. By default glibc gives large ones
-back to the kernel, which maps and clears their pages again in the next step. With the
-environment variable `GLIBC_TUNABLES` that runs of demos get (`common_jax/commands/sweep/jobs.py`)
-it keeps them, in pages of 2 MB where Linux has transparent huge pages. Two processes that differ in
-this variable alone take turns, step by step. Their losses must be equal.
+On a CPU, XLA allocates and frees a step's buffers in every step. By default, glibc returns large
+ones to the kernel, which maps and clears their pages again in the next step. With the environment
+variable `GLIBC_TUNABLES` that the demos set for their runs (`common_jax/commands/sweep/jobs.py`),
+glibc keeps them, in pages of 2 MB where Linux has transparent huge pages. Two processes that differ
+only in this variable take turns, step by step. Their losses must be equal.
 
     python benchmarks/kept_memory.py
 """
@@ -45,7 +45,7 @@ def parse_flags() -> argparse.Namespace:
 
 
 def serve(case: str, batch: int) -> None:
-    """Takes a step for each line of standard input; prints its loss and seconds."""
+    """Takes one step per line of standard input; prints its loss and seconds."""
     config = freeze(Config, read_config_file(str(ROOT / CASES[case])))
     optim = dataclasses.replace(config.optim, batch=batch)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -70,8 +70,8 @@ class Peer:
         self.losses: list[float] = []
 
     def __call__(self) -> np.ndarray:
-        """Wall-clock and processor seconds of a step."""
-        with contextlib.suppress(BrokenPipeError):  # if it has ended, it gives no answer
+        """Wall-clock and CPU seconds of a step."""
+        with contextlib.suppress(BrokenPipeError):  # if it has exited, there is no answer below
             print(file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline().split()
         if not answer:

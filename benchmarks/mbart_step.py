@@ -1,12 +1,13 @@
-"""A training step of mBART against that of transformers, on the same weights and sentences.
+"""A training step of mBART against transformers, on the same weights and sentences.
 
-Forward pass, cross entropy over the labels that are no pads, backward pass and AdamW, in float32.
-Ours is the step of a run, `cliptrans_jax` without a prefix; the peer is torch's
-`MBartForConditionalGeneration` with fused attention and fused AdamW. Sentences have 8 to 24 tokens,
-and the longest has 24, so that both pad to 24. In a run ours pads to 16, 24, 32, 48 or 64 tokens,
-each compiled once, and torch to the longest sentence: the additional tokens for sentences of 8 to
-40 tokens, sorted by length within a window, are counted and printed. Losses of the first three
-steps without dropout are compared first; then both are timed without and with dropout.
+Forward pass, cross entropy over labels other than pads, backward pass and AdamW, in float32. Ours
+is the step of a run of `cliptrans_jax` without a prefix. The peer is
+`MBartForConditionalGeneration` in torch, with fused attention and fused AdamW. Sentences have 8 to
+24 tokens, and the longest has 24, so that both pad to 24. In a run, ours pads to 16, 24, 32, 48 or
+64 tokens, each compiled once, and torch to the longest sentence. What this costs in tokens, for
+sentences of 8 to 40 tokens sorted by length within a window, is counted and printed. The losses of
+the first three steps without dropout are compared first; then both are timed without and with
+dropout.
 
     pip install torch "transformers>=5.23"
     python benchmarks/mbart_step.py
@@ -29,7 +30,7 @@ OPTIM = OptimConfig(steps=1000, schedule="constant", lr=1e-4, lr_per=None, decay
 LONGEST = 24
 BATCHING = BatchingConfig(bucket=16, half_steps=True)
 TOLERANCE = 1e-3
-IGNORED = -100  # transformers' label of a pad
+IGNORED = -100  # transformers' label for pads
 
 
 def parse_sizes() -> argparse.Namespace:
@@ -37,14 +38,14 @@ def parse_sizes() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32, help="sentences")
     parser.add_argument("--vocab", type=int, default=10_010)
     parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=3, help="of the encoder and of the decoder")
+    parser.add_argument("--layers", type=int, default=3, help="layers of encoder and decoder each")
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--dropout", type=float, default=0.1)
     return parser.parse_args()
 
 
 def make_batch(sizes: argparse.Namespace, config: MBartConfig) -> dict[str, np.ndarray]:
-    """Sources, and labels of the same lengths in another order."""
+    """Sources, and labels with the same lengths in another order."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(8, LONGEST + 1, sizes.batch)
     lengths[0] = LONGEST
@@ -67,7 +68,7 @@ def padding_cost(config: MBartConfig, batch: int) -> float:
 def training_step(
     translator: Translator, params: dict, batch: dict[str, np.ndarray], dropout: float
 ) -> timing.Training:
-    """The step of a run that trains the translator alone."""
+    """The step of a run that trains only the translator."""
     mbart = dataclasses.replace(translator.config.mbart, dropout=dropout)
     model = Translator(dataclasses.replace(translator.config, mbart=mbart))
     loss, rules = make_loss(model, None, label_smoothing=0.0), partition_rules(model.config)
@@ -109,11 +110,11 @@ def main() -> None:
     }
     tokens = int(mask.sum())
     print(
-        f"{sizes.batch} sentences, {tokens} of {mask.numel()} tokens are no pads; width "
+        f"{sizes.batch} sentences, {tokens} of {mask.numel()} tokens are not pads; width "
         f"{sizes.width}, {sizes.layers} + {sizes.layers} layers"
     )
     cost = padding_cost(plain, sizes.batch)
-    print(f"in a run ours has {cost:.2f} times the tokens of padding to the longest sentence")
+    print(f"in a run, ours has {cost:.2f} times the tokens of padding to the longest sentence")
     times = timing.take_turns(cases, sizes.repeats)
     claims = [
         timing.compare(

@@ -1,11 +1,11 @@
 """Text features of M-CLIP: ours against transformers' XLM-R with the same projection and weights.
 
 Ours is the program of `TextTower.encode`, which computes the features of a run: sentences are
-sorted by length, in batches of 256 padded to a multiple of 8 tokens. The peer is torch's
-`XLMRobertaModel` with fused attention, the same masked mean and projection, on batches of 256 in
-the original order, padded to their longest sentence. Random weights, float32, forward pass only,
-compiled once per length; the features are compared first. Sentences have 8 to 40 tokens, and are
-sorted by length or not.
+sorted by length, in batches of 256 padded to a multiple of 8 tokens. The peer is `XLMRobertaModel`
+in torch with fused attention and the same masked mean and projection, on batches of 256 in the
+original order, padded to their longest sentence. Random weights, float32, forward pass only,
+compiled once per length; the features are compared first. Sentences have 8 to 40 tokens, and come
+in any order or sorted by length.
 
     pip install torch "transformers>=5.23"
     python benchmarks/mclip_features.py
@@ -67,7 +67,7 @@ def make_ours(tower: TextTower, params) -> Callable:
 
 
 def make_theirs(torch, transformers, config: MClipConfig, params) -> Callable:
-    """features(sentences) of torch."""
+    """features(sentences) in torch."""
     theirs = transformers.XLMRobertaConfig(
         vocab_size=config.vocab,
         hidden_size=config.width,

@@ -1,7 +1,7 @@
 """The mixture-of-experts layer against a dense MLP that does the same useful work.
 
 Every token goes to `--chosen` experts, so the peer is a dense MLP of one expert's size on
-`tokens * chosen` rows. Both are timed in turns, forward and backward, with gradients by input and
+`tokens * chosen` rows. Both are timed in turns, forward and backward, with gradients of input and
 parameters. The layers include the router. The target is at most 1.5 times the dense MLP's time on
 CPU, a ratio of 0.67.
 
@@ -39,7 +39,8 @@ def parse_sizes() -> argparse.Namespace:
 
 
 def with_gradients(function: Callable[..., Array], *arguments: object) -> tuple[Callable, tuple]:
-    """Compiles y and the gradients of sum(y * dy) by all arguments; returns program and input."""
+    """Compiles y and the gradients of sum(y * dy) with respect to all arguments; returns the
+    program and its input."""
     dy = jax.random.normal(jax.random.key(9), jax.eval_shape(function, *arguments).shape)
 
     def run(arguments: tuple) -> tuple:
@@ -97,14 +98,14 @@ def main() -> None:
         "ragged_dot": with_gradients(ragged, x.reshape(-1, sizes.width), weight, experts),
     }
 
-    # Six products of 2 D F operations per row: two forward, four backward.
+    # Six products of 2 D F FLOPs per row: two forward, four backward.
     row = 12 * sizes.width * sizes.hidden
     slots = configs["capacity"].slots(tokens) * sizes.experts
     in_rows = int(jnp.sum(layout.sizes))
     flops = {name: compiled.cost_analysis()["flops"] for name, (compiled, _) in cases.items()}
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {sizes.dtype}")
     print(f"{pairs} pairs of {tokens} tokens, {sizes.experts} experts, blocks of {block} rows\n")
-    print(f"{'':12s}{'FLOPs / ideal, by XLA':>24s}{'of the products, counted':>28s}")
+    print(f"{'':12s}{'FLOPs / ideal, by XLA':>24s}{'products, by hand':>28s}")
     row_counts = {"dense MLP": pairs, "dropless": in_rows, "capacity": slots}
     for name, count in flops.items():
         by_hand = (
@@ -113,11 +114,11 @@ def main() -> None:
             else ""
         )
         print(f"{name:12s}{count / (row * pairs):24.2f}{by_hand:>28s}")
-    print("XLA counts the body of a loop once, not per iteration: for dropless the count by hand")
-    print(f"holds, from the {in_rows // block} blocks in use.\n")
+    print("XLA counts a loop body once, not once per iteration: for dropless, use the count by")
+    print(f"hand, from the {in_rows // block} blocks in use.\n")
 
     calls = {name: partial(compiled, *arguments) for name, (compiled, arguments) in cases.items()}
-    # ragged_dot separately: its masked copies displace the memory of the others.
+    # ragged_dot is timed separately: its masked copies evict the memory of the others.
     alone = {"ragged_dot": calls.pop("ragged_dot")}
     times = timing.take_turns(calls, sizes.repeats) | timing.take_turns(alone, sizes.repeats)
     for name, measured in times.items():

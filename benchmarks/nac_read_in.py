@@ -1,9 +1,9 @@
 """NAC's read-in attention, rearranged, against the plain form with keys and values per receiver.
 
-Both are timed in turns, forward and backward, with gradients by all arguments, and the peak
-temporary memory that XLA plans is printed. The rearranged form is also compiled, but not run, at
-the size of `--large` (by default ImageNet's: 32 images, 192 receivers, 784 tokens), where the plain
-form would need two arrays of the printed size.
+Both are timed in turns, forward and backward, with gradients of all arguments, and the temporary
+memory that XLA plans is printed. The rearranged form is also compiled, but not run, at the size of
+`--large` (by default ImageNet's: 32 images, 192 receivers, 784 tokens), where the plain form would
+need two arrays of the printed size.
 
     python benchmarks/nac_read_in.py
 """
@@ -52,7 +52,7 @@ def shapes(sizes, batch: int, receivers: int, tokens: int) -> dict[str, tuple[in
 
 
 def compile_with_gradients(function, arguments):
-    """A program for the result and the gradients of <result, dy> by all arguments."""
+    """A program for the result, and the gradients of <result, dy> with respect to all arguments."""
 
     def run(arguments, dy):
         y, vjp = jax.vjp(function, *arguments)

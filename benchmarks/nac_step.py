@@ -1,15 +1,15 @@
-"""A training step of a published NAC: time, memory, parameters and operations.
+"""A training step of a published NAC: time, memory, parameters and FLOPs.
 
-The step is that of training without augmentation: with all noise, AdamW and a donated state. It is
+The step is a training step without augmentation: with all noise, AdamW and a donated state. It is
 timed in turns with a step that uses the plain read-in of tests/naive.py, with keys and values for
-every receiver. Operations are counted from the sizes, a multiply-add as two, and by XLA.
+every receiver. FLOPs are counted from the sizes, with a multiply-add as two, and by XLA.
 
-If torch is installed, two more steps take part that are written in it (`nac_torch.py`), eager, with
-fused AdamW: "torch" computes as the original does, which has the plain read-in, and "torch,
-rearranged" the sums that ours computes, so that the two tell what the algebra brings and what the
-compiler. These and a further step of ours, "ours, noise given", have the same weights, images and
-random numbers, drawn once before: all noise is added, but drawing it is not timed. Their losses of
-the first three steps are compared first. They are in float32.
+If torch is installed, two torch steps (`nac_torch.py`) are timed too, in eager mode with fused
+AdamW. "torch" computes what the original does, with the plain read-in, and "torch, rearranged" the
+same sums as ours, so that the gains from the algebra and from the compiler can be told apart. These
+and another step of ours, "ours, noise given", have the same weights, images and random draws. The
+draws are made once in advance, so all noise is added but drawing it is not timed. The losses of the
+first three steps are compared first. All of these are in float32.
 
     pip install torch
     python benchmarks/nac_step.py --preset tinyimagenet --batch 8
@@ -38,7 +38,7 @@ from m2mkd_jax.nac.tokenizer import PRESETS
 sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "tests"))
 import naive
 
-# Everything decays, as published.
+# Weight decay on all parameters, as published.
 OPTIM = OptimConfig(steps=1000, schedule="constant", lr=1e-4, lr_per=None, decay_all=True)
 DROP_PATH = 0.1
 TOLERANCE, TORCH_TOLERANCE = 1e-3, 1e-4
@@ -56,10 +56,10 @@ def parse_sizes() -> argparse.Namespace:
 
 
 def forward_flops(config: model.NacConfig, interface: Interface, batch: int) -> dict[str, int]:
-    """Operations of the matrix products and convolutions in a forward pass, by part.
+    """FLOPs of the matrix products and convolutions in a forward pass, by part.
 
-    A step has either "read_in" or "plain_read_in". Scales and initial states are computed from the
-    codes, "codes", once for all examples.
+    A step has either "read_in" or "plain_read_in". The part "codes" is the scales and initial
+    states, which are computed from the codes once for all examples.
     """
     inner = config.heads * config.head_width
     hidden, width = round(config.ffn_factor * config.width), config.width
@@ -107,7 +107,7 @@ def forward_flops(config: model.NacConfig, interface: Interface, batch: int) -> 
 
 
 def make_noise(config: model.NacConfig, batch: int) -> dict[str, np.ndarray]:
-    """All random numbers of a step, by the paths at which `nac.layers.draw` finds them."""
+    """All random draws of a step, keyed by the paths at which `nac.layers.draw` looks them up."""
     rng, codes = np.random.default_rng(1), config.code_width
     sets = {"input": config.inputs, "mediator": config.mediators, "output": config.outputs}
     senders = config.inputs + config.mediators
@@ -137,14 +137,14 @@ def make_peers(
     batch: Mapping[str, np.ndarray],
     noise: Mapping[str, np.ndarray],
 ) -> dict[str, Callable[[], float]]:
-    """Steps in torch by name; where there can be none, prints why."""
+    """Torch steps by name; if there are none, prints why."""
     if sizes.dtype != "float32":
-        print(f"torch is left out: its steps are in float32, and ours in {sizes.dtype}")
+        print(f"skipping torch: its steps are in float32, and ours in {sizes.dtype}")
         return {}
     try:
         import torch
     except ImportError as error:
-        print(f"torch is left out: {error}")
+        print(f"skipping torch: {error}")
         return {}
     torch.set_num_threads(sizes.threads)
     print(f"torch {torch.__version__}")
@@ -182,7 +182,7 @@ def main() -> None:
     }
 
     def compile_step(noise: Mapping) -> timing.Training:
-        """The step with this noise; what is missing in it is drawn."""
+        """The step with this noise; noise that is missing is drawn."""
         init = lambda key: {"student": network.init(key)}  # noqa: E731
         task = timing.make_task(loss, init, model.PARTITION_RULES, batch, streams=STREAMS)
         task = dataclasses.replace(task, helpers=noise)

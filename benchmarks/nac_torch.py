@@ -1,10 +1,10 @@
 """The training loss of a published NAC in torch, for `nac_step.py`.
 
-It is computed as in the original: keys and values of every token for every receiver, and in every
-iteration distances, and affinities that are normalised under a softmax. The rearranged form has the
-same result, as ours computes it: no keys and values of tokens, distances once a step, and no
-normalisation, which the softmax cancels. Parameters have the original's names. Random numbers are
-given, by the paths at which `m2mkd_jax.nac.layers.draw` finds them.
+The plain form computes it like the original: keys and values of every token for every receiver and,
+in every iteration, distances and affinities that are normalised before a softmax. The rearranged
+form computes the same result like ours: no keys and values of tokens, distances once per step, and
+no normalisation, which the softmax cancels. Parameters have the original's names. Random draws are
+passed in, keyed by the paths at which `m2mkd_jax.nac.layers.draw` looks them up.
 """
 
 import math
@@ -29,7 +29,7 @@ def make_loss(
     drop_path: float,
     rearranged: bool,
 ) -> tuple[Callable, list]:
-    """loss(images, targets, noise) of images with channels last, and its parameters."""
+    """loss(images, targets, noise) for channels-last images, and its parameters."""
     f = torch.nn.functional
     p = {name: torch.tensor(x).requires_grad_() for name, x in weights.items()}
     root = math.sqrt(config.head_width)
@@ -46,7 +46,7 @@ def make_loss(
         return 1 + p[f"{name}.scale_gain"] * f.layer_norm(x, x.shape[-1:])
 
     def coded(x: Any, codes: Any, name: str) -> Any:
-        """A code-conditioned layer; those of queries, keys and values have no bias."""
+        """A code-conditioned layer; those for queries, keys and values have no bias."""
         bias = p.get(f"{name}.native_bias")
         return f.linear(x * scales(codes, name), p[f"{name}.native_weight"], bias)
 
@@ -90,10 +90,10 @@ def make_loss(
         branch = coded(pooled.flatten(2), codes, f"{name}.exit_layer")
         return p[f"{name}.layer_scale.gamma"] * branch
 
-    # The read-in's attention, of queries to tokens.
+    # The read-in's attention, from queries to tokens.
 
     def pool_plainly(query: Any, tokens: Any, codes: Any, key: str, value: str) -> Any:
-        """Every receiver has keys and values of its own."""
+        """Every receiver has its own keys and values."""
         keys, values = (split(coded(tokens[:, :, None], codes, name)) for name in (key, value))
         weights = (torch.einsum("bthk,bsthk->bhts", query, keys) / root).softmax(-1)
         return torch.einsum("bhts,bsthk->bthk", weights, values)
@@ -123,7 +123,7 @@ def make_loss(
         return 1 - f.normalize(receivers, dim=-1) @ f.normalize(senders, dim=-1).T
 
     def sample(distance: Any, bandwidth: Any, u: Any) -> Any:
-        """Logarithms of sampled edges; one that is cut has the smallest probability."""
+        """Logarithms of sampled edges; an edge that is cut has the smallest probability."""
         scaled, kernel = distance / bandwidth, config.kernel
         cut = scaled > kernel.truncation / bandwidth.detach()
         edges = torch.exp(-scaled).masked_fill(cut, 0.0)
@@ -131,7 +131,7 @@ def make_loss(
         return f.logsigmoid(logits).clamp(math.log(TINY), math.log1p(-EPS))
 
     def attend(states: Any, codes: Any, senders: Any, sent: Any, logs: Any, name: str) -> Any:
-        """Under the affinities `logs`, from senders with the codes `sent`; adds no residual."""
+        """Attention to senders with codes `sent`, under log affinities `logs`, without residual."""
         if not rearranged:
             logs = logs - logs.logsumexp(-1, keepdim=True)
         own, other = f"{name}.receiver_layernorm", f"{name}.sender_layernorm"

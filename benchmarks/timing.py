@@ -1,13 +1,18 @@
 """Shared parts of the benchmarks: timing in turns, reports, and the training step of a run.
 
-A benchmark prints for people and, as its last line, JSON:
+A benchmark prints a readable report and, as its last line, JSON:
 
     {"benchmark": NAME, "claims": [CLAIM, ...], "seconds": {CASE: MEDIAN}, details}
 
-where CLAIM has `claim` and `peer` in words, `ratio` of the peer's seconds to ours (above 1: ours is
-faster), the median over turns, `low` and `high`, the smallest and the largest of these ratios,
-`processor`, the median in processor seconds, which depend less on other work on the machine, or
-null, `repeats`, the number of turns, and `target`, the expected ratio, or null.
+where CLAIM has
+
+- `claim` and `peer`, in words;
+- `ratio` of the peer's wall-clock time to ours, the median over turns (above 1, ours is faster);
+- `low` and `high`, the minimum and maximum of that ratio;
+- `processor`, the median ratio in CPU time, which depends less on other work on the machine, or
+  null;
+- `repeats`, the number of turns;
+- `target`, the expected ratio, or null.
 """
 
 import argparse
@@ -28,12 +33,12 @@ from common_jax.optim import OptimConfig
 from common_jax.step import Loss
 from common_jax.task import Task, abstract_state, create_program, step_program
 
-Times = dict[str, np.ndarray]  # by case, [turns, 2]: seconds of the clock and of processors
+Times = dict[str, np.ndarray]  # case -> [turns, 2]: wall-clock seconds and CPU seconds
 Claim = dict[str, Any]
 
-LEAST = 5  # turns
-# Parameters of glibc's mallopt by their numbers in malloc.h, with a value that keeps memory and the
-# default: M_MMAP_MAX (large buffers come from the heap), M_TRIM_THRESHOLD (the heap never shrinks),
+LEAST = 5  # minimum number of turns
+# Parameters of glibc's mallopt, by number in malloc.h -> (value that keeps memory, default):
+# M_MMAP_MAX (large buffers come from the heap), M_TRIM_THRESHOLD (the heap never shrinks),
 # M_ARENA_MAX (all threads share one heap).
 MEMORY = {-4: (0, 65536), -1: (-1, 128 * 1024), -8: (1, 0)}
 
@@ -44,18 +49,18 @@ def parser(doc: str, *, repeats: int = 7) -> argparse.ArgumentParser:
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flags.add_argument("--repeats", type=int, default=repeats, help=f"turns, at least {LEAST}")
-    flags.add_argument("--threads", type=int, default=2, help="of everything that is timed")
+    flags.add_argument("--threads", type=int, default=2, help="threads of all that is timed")
     return flags
 
 
 def start(threads: int, *, keep_memory: bool = False) -> None:
-    """Prepares the process for timing. Call it before XLA, which starts one thread per core.
+    """Prepares the process for timing. Call it before XLA starts, with one thread per core.
 
     Args:
-      threads: cores that the process may use.
+      threads: number of cores that the process may use.
       keep_memory: whether glibc keeps freed memory on a CPU, for all cases. XLA allocates and frees
-        all buffers in every step, and requesting a gigabyte of pages each time takes a fifth of it.
-        Of runs only those of demos and of tools/compare_m2mkd.py do this (`jobs.KEPT_MEMORY`),
+        all buffers in every step, and getting a gigabyte of pages each time takes a fifth of the
+        step. Only runs of the demos and of tools/compare_m2mkd.py do this (`jobs.KEPT_MEMORY`),
         since other processes may need the memory.
     """
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
@@ -70,7 +75,7 @@ def _keep_memory() -> None:
     for parameter, (keep, _) in MEMORY.items():
         mallopt(parameter, keep)
     # A thread keeps its first heap, and the first query of devices starts all of XLA's threads. So
-    # this is set first, and reset if there is an accelerator.
+    # the parameters are set before that query, and reset if there is an accelerator.
     if start_backend() != "cpu":
         for parameter, (_, usual) in MEMORY.items():
             mallopt(parameter, usual)
@@ -93,14 +98,14 @@ def import_torch(threads: int) -> tuple[Any, Any]:
 
 
 def seconds_of(function: Callable[..., Any], *arguments: Any) -> np.ndarray:
-    """Seconds until the result is ready: of the clock, and of processors."""
+    """Wall-clock and CPU seconds until the result is ready."""
     start = clocks()
     jax.block_until_ready(function(*arguments))
     return clocks() - start
 
 
 def clocks() -> np.ndarray:
-    """Seconds of the clock, and of processors: this process's, and those of children that it has
+    """Wall-clock time and CPU time in seconds; the latter includes children that this process has
     waited for."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     processors = time.process_time() + ended.ru_utime + ended.ru_stime
@@ -119,7 +124,7 @@ def take_turns(cases: Mapping[str, Callable[[], Any]], repeats: int) -> Times:
 
 
 def compare(times: Times, ours: str, peer: str, *, claim: str, target: float | None) -> Claim:
-    """A claim on the ratio of the peer's time to ours, turn by turn."""
+    """A claim about the ratio of the peer's time to ours, turn by turn."""
     ratios, processor = (times[peer] / times[ours]).T
     return {
         "claim": claim,
@@ -134,7 +139,7 @@ def compare(times: Times, ours: str, peer: str, *, claim: str, target: float | N
 
 
 def describe(seconds: np.ndarray) -> str:
-    """Median and range of clock time in milliseconds."""
+    """Median and range of the wall-clock time in milliseconds."""
     clock = 1e3 * seconds[:, 0]
     return f"{np.median(clock):9.1f} ms  ({clock.min():.1f} to {clock.max():.1f})"
 
@@ -142,7 +147,7 @@ def describe(seconds: np.ndarray) -> str:
 def report(
     benchmark: str, claims: list[Claim], *, times: Times | None = None, **details: Any
 ) -> None:
-    """Prints times, claims and the line of JSON with further `details`."""
+    """Prints times and claims, and the line of JSON, which also has `details`."""
     times = times or {}
     width = max(map(len, times), default=0) + 2
     for name, seconds in times.items():
@@ -153,7 +158,7 @@ def report(
         print(
             f"{claim['claim']}: {claim['peer']} / ours {claim['ratio']:.2f} "
             f"({claim['low']:.2f} to {claim['high']:.2f}, {claim['repeats']} turns{target})"
-            f"{processor and f'; by processor seconds {processor}'}"
+            f"{processor and f'; in CPU time {processor}'}"
         )
     seconds = {name: float(np.median(turns[:, 0])) for name, turns in times.items()}
     print(json.dumps({"benchmark": benchmark, "claims": claims, "seconds": seconds} | details))
@@ -167,7 +172,7 @@ def make_task(
     *,
     streams: tuple[str, ...] = (),
 ) -> Task:
-    """A task that trains all parameters of `init` on batches like `batch`."""
+    """A task that trains all parameters from `init` on batches like `batch`."""
     return Task(
         title="benchmark",
         init=init,
@@ -181,7 +186,7 @@ def make_task(
 
 
 def random_batch(task: Task) -> dict[str, np.ndarray]:
-    """Inputs and labels of a step, below 10."""
+    """Random inputs and labels of a step: integers below 10."""
     rng = np.random.default_rng(0)
     return {
         part: rng.integers(10, size=shape.shape).astype(shape.dtype)
@@ -193,9 +198,9 @@ class Training:
     """A run's training step on one device, compiled as the loop does it.
 
     Args:
-      task: to train.
-      optim: of the run.
-      batch: numpy arrays.
+      task: the task to train.
+      optim: the optimizer's settings.
+      batch: the step's batch, as numpy arrays.
       helpers: the parameters that `task.helpers` describes.
     """
 
@@ -218,7 +223,7 @@ class Training:
             self.compile_seconds = time.perf_counter() - start
 
     def __call__(self) -> jax.Array:
-        """One step; returns the loss before it."""
+        """Takes one step; returns the loss before it."""
         self.state, metrics = self.compiled(self.state, self.helpers, self.batch, self.seed)
         return metrics["loss"]
 
@@ -226,7 +231,7 @@ class Training:
 def torch_step(
     torch: Any, optim: OptimConfig, loss: Callable, parameters: list, *batch: Any
 ) -> Callable[[], float]:
-    """A training step of torch on loss(*batch), with fused AdamW and decay of all parameters."""
+    """A torch training step on loss(*batch), with fused AdamW that decays all parameters."""
     optimizer = torch.optim.AdamW(
         parameters,
         lr=optim.lr,
@@ -247,8 +252,8 @@ def torch_step(
 
 
 def check_losses(cases: Mapping[str, Callable[[], Any]], tolerance: float) -> float:
-    """Runs three steps of each case, and returns the largest difference between the losses of the
-    first one and the others; fails if that is above `tolerance`."""
+    """Runs three steps of each case; returns the largest difference between the losses of the first
+    case and the others, and fails if it is above `tolerance`."""
     losses = {name: np.asarray([float(case()) for _ in range(3)]) for name, case in cases.items()}
     width = max(map(len, losses)) + 2
     for name, values in losses.items():

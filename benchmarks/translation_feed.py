@@ -1,9 +1,9 @@
-"""Batches of CLIPTrans against the original's dataset and loader in torch.
+"""CLIPTrans' batches, against the original's dataset and loader in torch.
 
-The peer takes the original's steps: an item is token ids of source and target from lists, their
-masks and the feature of the sentence, made into tensors; in captioning, tokens of the source are
-dropped by draws of the item, all of them by default; a batch is padded to its longest sentences.
-Sentences are already tokenized and features computed, on both sides. A turn is an epoch of 29,000
+The peer takes the original's steps. An item is the token ids of source and target, from lists,
+their masks and the sentence's feature, made into tensors. In captioning, tokens of the source are
+dropped at random, by default all of them. A batch is padded to its longest sentences. On both
+sides, sentences are already tokenized and features already computed. A turn is an epoch of 29,000
 pairs, as in Multi30k, of 8 to 40 tokens. The sentences of an epoch are compared first.
 
     pip install torch "transformers>=5.23"
@@ -25,7 +25,7 @@ from cliptrans_jax.stages import STAGES
 from common_jax.inputs.ragged import Ragged
 
 PAD, WIDTH, SHORTEST, LONGEST = 1, 512, 8, 40
-# Stage and probability of dropping a token.
+# Case -> (stage, probability of dropping a token).
 CASES = {"translate": ("translate", 1.0), "caption": ("caption", 1.0)}
 CASES |= {"caption, half dropped": ("caption", 0.5)}
 
@@ -38,7 +38,7 @@ def parse_sizes() -> argparse.Namespace:
 
 
 def make_tokens(count: int) -> dict[str, Ragged]:
-    """Ids of `count` sentences in two languages."""
+    """Token ids of `count` sentences in two languages."""
     rng = np.random.default_rng(0)
     lengths = {code: rng.integers(SHORTEST, LONGEST + 1, count) for code in ("en", "de")}
     return {
@@ -92,7 +92,7 @@ def loader_of(
 
 
 def check_labels(feed: TrainFeed, loader: Any) -> None:
-    """Fails unless both give every sentence at most once, and nearly all."""
+    """Fails unless both yield nearly all sentences, and each of them at most once."""
     ours = itertools.islice(feed.batches(0), feed.steps_per_epoch)
     counts = []
     for batches in (ours, loader):
@@ -100,7 +100,7 @@ def check_labels(feed: TrainFeed, loader: Any) -> None:
         counts.append(collections.Counter(tuple(row[row != PAD].tolist()) for row in rows))
     found, wanted = counts
     assert found.total() == wanted.total() and max(found.values()) == max(wanted.values()) == 1
-    # Each leaves out another rest of the epoch.
+    # Each drops a different remainder of the epoch.
     assert len(found.keys() - wanted.keys()) < feed.batch
 
 

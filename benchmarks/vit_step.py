@@ -1,11 +1,11 @@
 """A training step of a dense ViT against three in torch: plain, compiled, and with transformers.
 
-Forward pass, cross entropy, backward pass and AdamW in float32, without stochastic depth; the same
-weights, images and settings. Ours is the step of a run, which also computes the gradient's norm,
-checks for numbers that are not finite and sums metrics. The plain one is written out below, with
-torch's fused attention and fused AdamW; another is the same by `torch.compile`, which needs a C++
-compiler; and one is `ViTForImageClassification` with the same two. The losses of the first three
-steps are compared first.
+Forward pass, cross entropy, backward pass and AdamW in float32, without stochastic depth, with the
+same weights, images and settings. Ours is the step of a run, which also computes the gradient norm,
+checks for non-finite values and sums metrics. The plain step is written out below, with torch's
+fused attention and fused AdamW. The compiled one is the same under `torch.compile`, which needs a
+C++ compiler. The third is `ViTForImageClassification`, also with fused attention and fused AdamW.
+The losses of the first three steps are compared first.
 
     pip install torch "transformers>=5.23"
     python benchmarks/vit_step.py
@@ -83,7 +83,7 @@ NAMES = {
 def published(
     transformers: Any, torch: Any, config: vit.ViTConfig, interface: Interface, weights: Mapping
 ) -> Callable:
-    """The same for `ViTForImageClassification`."""
+    """The same for transformers' `ViTForImageClassification`."""
     theirs = transformers.ViTConfig(
         hidden_size=config.width,
         num_hidden_layers=sum(config.depths),

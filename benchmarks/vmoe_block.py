@@ -1,11 +1,11 @@
 """A V-MoE block against one with the textbook mixture of experts, on the same weights.
 
-The textbook layer is that of GShard and of the code of V-MoE: with one-hot masks [G, N, E, C] of
-the tokens in each expert's slots, one einsum moves tokens to slots and another one weights and
-returns the results. Router, priority and number of slots are those of our `capacity` layer, with
-which all outputs and gradients are compared first. `dropless` also computes the tokens that the two
-drop. Block: norm, attention, norm, experts, with residuals; forward and backward pass, gradients by
-input and parameters, float32. The layers are also timed alone.
+The textbook layer is that of GShard and of V-MoE's own code: given one-hot masks [G, N, E, C] of
+the tokens in each expert's slots, one einsum dispatches tokens to slots, and another combines the
+weighted results. Router, priority and number of slots are those of our `capacity` layer, whose
+outputs and gradients are compared with the textbook layer's first. `dropless` also computes the
+tokens that these two drop. Block: norm, attention, norm, experts, with residuals; forward and
+backward pass, gradients of input and parameters, float32. The layers are also timed alone.
 
 google-research/vmoe is not on PyPI, so its layer is written out here.
 
@@ -68,7 +68,7 @@ def parse_sizes() -> argparse.Namespace:
 
 
 def textbook(x: Array, routes: Routes, experts: Experts, slots: int) -> tuple[Array, Array]:
-    """`m2mkd_jax.moe.dispatch.capacity` by masks."""
+    """`m2mkd_jax.moe.dispatch.capacity`, computed with masks."""
     count, groups = experts.up.shape[0], x.shape[0]
     rank, _ = jax.vmap(lambda expert: rank_in_expert(expert, count))(routes.expert)
     order = jnp.argsort(routes.token, axis=1, stable=True)
@@ -77,7 +77,7 @@ def textbook(x: Array, routes: Routes, experts: Experts, slots: int) -> tuple[Ar
         return jnp.take_along_axis(pairs, order, axis=1).reshape(groups, x.shape[1], -1)
 
     expert = jax.nn.one_hot(of_tokens(routes.expert), count)
-    slot = jax.nn.one_hot(of_tokens(rank), slots)  # all zeros beyond the last
+    slot = jax.nn.one_hot(of_tokens(rank), slots)  # all zeros for ranks beyond the last slot
     send = jnp.einsum("GNAE,GNAC->GNEC", expert, slot)
     combine = jnp.einsum("GNA,GNAE,GNAC->GNEC", of_tokens(routes.weight), expert, slot)
     rows = jnp.einsum("GNEC,GND->EGCD", send, x)
@@ -88,7 +88,7 @@ def textbook(x: Array, routes: Routes, experts: Experts, slots: int) -> tuple[Ar
 
 
 def compile_case(apply: Callable, params: dict, x: Array, dispatcher: str) -> Callable[[], tuple]:
-    """y and the gradients of sum(y * dy) by parameters and input."""
+    """y, and the gradients of sum(y * dy) with respect to parameters and input."""
     dy = jax.random.normal(jax.random.key(9), x.shape)
 
     def run(params: dict, x: Array) -> tuple:

@@ -1,10 +1,10 @@
-"""A V-MoE block of m2mKD against the same in plain torch, on the same weights.
+"""m2mKD's V-MoE block against the same block in plain torch, on the same weights.
 
-The original's mixture is fastmoe's, whose kernels need a GPU; the peer takes its steps in torch's
-own operations: the two largest gate logits of a token, a softmax over these, tokens sorted by
-expert, each expert's products on its tokens, and the weighted sum. No token is dropped. Block:
-norm, attention, norm, experts, with residuals; forward and backward pass, gradients by input and
-parameters, float32. All outputs and gradients are compared first.
+The original's mixture of experts is fastmoe's, whose kernels need a GPU. The peer does the same
+with torch's own ops: a token's two largest gate logits, a softmax over these, tokens sorted by
+expert, each expert's matrix products on its tokens, and the weighted sum. No token is dropped.
+Block: norm, attention, norm, experts, with residuals; forward and backward pass, gradients of input
+and parameters, float32. All outputs and gradients are compared first.
 
     pip install torch "transformers>=5.23"
     python benchmarks/vmoe_torch.py
@@ -52,7 +52,7 @@ def plain(torch: Any, p: Mapping[str, Any], heads: int, chosen: int) -> Callable
         counts = torch.bincount(experts.reshape(-1), minlength=logits.shape[1]).tolist()
         parts = rows[order // chosen].split(counts)
         answers = torch.cat([expert(part, e) for e, part in enumerate(parts)])
-        # Back from the order of experts to that of tokens.
+        # From expert order back to token order.
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
         answers = answers[back].view(len(rows), chosen, -1)
         return torch.bmm(torch.softmax(values, -1)[:, None], answers).view(x.shape)
@@ -72,10 +72,10 @@ def main() -> None:
     network = make_block(sizes, moe)
     x, dy = jax.random.normal(jax.random.key(0), (2, sizes.examples, sizes.tokens, sizes.width))
     params = network.init(jax.random.key(1), x, True)["params"]
-    # Initial gates are nearly even; larger ones choose experts as differently as trained ones do.
+    # Initial gates are nearly uniform; scaled up, they vary between tokens like trained gates.
     params["moe"]["router"]["kernel"] *= 50
 
-    # Both return the output and the gradients by their names.
+    # Both return the output and the gradients by name.
     @jax.jit
     def ours(params: Any, x: jax.Array) -> dict[str, jax.Array]:
         y, vjp = jax.vjp(lambda p, x: network.apply({"params": p}, x, True), params, x)

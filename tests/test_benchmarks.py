@@ -65,7 +65,7 @@ def test_without_torch_the_peers_of_a_nac_are_left_out(load, monkeypatch, capsys
     monkeypatch.setitem(sys.modules, "torch", None)
     sizes = argparse.Namespace(dtype="float32", threads=1)
     assert load("nac_step").make_peers(sizes, model.NacConfig(), {}, {}, {}) == {}
-    assert capsys.readouterr().out.startswith("torch is left out: import of torch halted")
+    assert capsys.readouterr().out.startswith("skipping torch: import of torch halted")
 
 
 def test_untrained_sources_of_a_distillation_are_found(load, tmp_path):
@@ -102,7 +102,7 @@ def test_without_a_gpu_nothing_is_measured(load, monkeypatch, tmp_path):
     gpu, out = load("gpu"), tmp_path / "out"
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setattr(sys, "argv", ["gpu.py", f"--out={out}"])
-    with pytest.raises(SystemExit, match=r"no NVIDIA GPU here, its device is 'cpu'.*add --tiny"):
+    with pytest.raises(SystemExit, match=r"no NVIDIA GPU; its device is 'cpu'.*add --tiny"):
         gpu.main()
     assert not out.exists()
 
@@ -139,7 +139,7 @@ def test_a_peer_that_fails_is_named_and_left_out(load, capsys):
 
     rates = in_turns({"ours": lambda: 2.0, "timm": timm}, 4)
     assert rates == {"ours": [2.0] * 4} and len(turns) == 3
-    assert "timm is left out: ValueError: no bits" in capsys.readouterr().out
+    assert "skipping timm: ValueError: no bits" in capsys.readouterr().out
     with pytest.raises(ZeroDivisionError):
         in_turns({"ours": lambda: 1 / 0}, 1)
 
