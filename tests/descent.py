@@ -1,4 +1,4 @@
-"""A run that takes milliseconds: a noisy descent of three epochs of four steps."""
+"""A run that takes milliseconds: noisy gradient descent for three epochs of four steps."""
 
 import functools
 import itertools
@@ -25,7 +25,7 @@ OPTIM = OptimConfig(
 
 
 def run_config(**changes: Any) -> loop.RunConfig:
-    """Saves every epoch, and keeps two."""
+    """A config that saves every epoch and keeps two checkpoints."""
     return loop.RunConfig(
         **{"log_every": 1, "best": None, "keep": 2, "compilation_cache": None} | changes
     )
@@ -33,7 +33,7 @@ def run_config(**changes: Any) -> loop.RunConfig:
 
 @functools.cache
 def shared_programs(optim: OptimConfig, log_every: int) -> Programs:
-    """Of all runs that differ in other things, so that each is compiled once."""
+    """Programs shared by all runs with these settings, so that each is compiled once."""
     return Programs()
 
 
@@ -46,7 +46,7 @@ def descend(
     programs: Programs | None = None,
     **changes: Any,
 ) -> dict:
-    """Trains, or resumes; the result."""
+    """Trains or resumes a run; returns the result."""
     if task is None and programs is None:
         programs = shared_programs(optim, changes.get("log_every", 1))
     return loop.train(
@@ -64,7 +64,7 @@ def descend(
 
 
 def numbers(step: int) -> np.ndarray:
-    """The batch of a step, which counts from 0."""
+    """The batch of a step; steps count from 0."""
     return np.random.default_rng(step).normal(size=8).astype(np.float32)
 
 

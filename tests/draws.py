@@ -1,4 +1,4 @@
-"""What tests of random draws share."""
+"""Helpers for tests of random draws."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from m2mkd_jax.data import augment
 
 
 def correlation(*draws: Any) -> float:
-    """The largest between any two of the draws [n], in absolute value."""
+    """The largest absolute correlation between any two of the draws [n]."""
     table = np.corrcoef([np.asarray(draw, float) for draw in draws])
     return np.abs(table - np.eye(len(draws))).max()
 
@@ -35,7 +35,7 @@ def keys_drawn_from(
     for name in ("bernoulli", "normal", "randint", "uniform"):
         watch(name)
 
-    def draw_beta(key, alpha):  # one draw, whatever it draws in turn
+    def draw_beta(key, alpha):  # counts as one draw, whatever it draws internally
         drawn.append(key)
         return 0.5
 
@@ -49,7 +49,7 @@ def keys_drawn_from(
 
 
 class Scripted:
-    """A generator that gives the values it was given, and keeps what it was asked for."""
+    """A generator that returns the given values, and records what it was asked for."""
 
     def __init__(self, *values: Any):
         self.values = list(values)

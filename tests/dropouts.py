@@ -1,4 +1,4 @@
-"""Where networks drop out."""
+"""Intercepts dropout layers."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -12,11 +12,11 @@ from jax import numpy as jnp
 def dropouts(
     zero: Callable[[tuple[str, ...]], bool] = lambda path: True,
 ) -> Iterator[list[tuple[tuple[str, ...], float, tuple[int, ...]]]]:
-    """Within it a dropout of training gives zeros, if `zero` holds for the path of its module.
+    """In this context, a dropout layer in training returns zeros if `zero` holds for its path.
 
     Yields:
-      A list to which every call of such a dropout adds its path, its rate and the shape of what it
-      drops out of. Calls outside training are not among them.
+      A list to which every call of a dropout layer in training adds its path, its rate and the
+      shape of its input.
     """
     calls = []
 

@@ -1,4 +1,4 @@
-"""Where faults are injected, and how their rows are counted."""
+"""Where faults are injected, and how the rows of the table are counted."""
 
 import contextlib
 import dataclasses
@@ -25,12 +25,12 @@ class Row:
     """A line of the table.
 
     Attributes:
-      fault: what was done to runs.
-      injected: how often.
-      survived: how often the run ended as an undisturbed one.
-      lost: steps computed again, of all of them.
+      fault: what was done to the runs.
+      injected: how often it was done.
+      survived: how often the run ended like an undisturbed one.
+      lost: total number of recomputed steps.
       note: why it was not injected, or what went wrong.
-      failed: whether something went wrong besides the files.
+      failed: whether anything went wrong other than differing files.
     """
 
     fault: str
@@ -41,11 +41,11 @@ class Row:
     failed: bool = False
 
     def fail(self, note: str) -> None:
-        """Notes what went wrong besides the files: the fault then counts as not survived."""
+        """Records a failure other than differing files: the fault then counts as not survived."""
         self.note, self.failed = note, True
 
     def count(self, workdir: pathlib.Path, undisturbed: pathlib.Path, lost: int = 0) -> None:
-        """Enters an injected fault after which the run was finished."""
+        """Counts an injected fault, after the run has been finished."""
         self.injected += 1
         self.lost += lost
         differing = [
@@ -62,9 +62,9 @@ class Bench:
     """Where the faults are injected.
 
     Attributes:
-      folder: of all runs.
-      kills: how many.
-      random: of the moments.
+      folder: parent of all workdirs.
+      kills: number of kills.
+      random: generator of the moments.
     """
 
     folder: pathlib.Path
@@ -72,11 +72,11 @@ class Bench:
     random: random.Random
 
     def new(self) -> pathlib.Path:
-        """The workdir of another run."""
+        """Returns a new workdir."""
         return pathlib.Path(tempfile.mkdtemp(dir=self.folder)) / "run"
 
     def undisturbed(self, run: tuple[str, ...] = DIGITS, *, two: bool = False) -> pathlib.Path:
-        """An undisturbed run of one process or two."""
+        """Runs one or two processes undisturbed; returns the workdir."""
         workdir = self.new()
         if two:
             finish_pair(workdir, OFTEN, run=run)
@@ -86,7 +86,7 @@ class Bench:
 
 
 def moments() -> dict[str, Callable[[pathlib.Path, Started], bool]]:
-    """Moments of a run's life, each as a question to its workdir and process."""
+    """Moments in a run's life, each a predicate of its workdir and process."""
     return {
         "in the first compilation": lambda w, _: (w / "config.json").exists(),
         "in training": lambda w, _: says(w / "metrics.jsonl", '"step": 15'),
@@ -96,7 +96,7 @@ def moments() -> dict[str, Callable[[pathlib.Path, Started], bool]]:
 
 
 def lost_steps(workdir: pathlib.Path) -> int:
-    """Steps that are in the log and in no checkpoint."""
+    """The number of steps that are in the log but in no checkpoint."""
     log = workdir / "metrics.jsonl"
     logged = [line["step"] for line in read_metrics(log)] if log.exists() else []
     return max(0, max(logged, default=0) - max(finished_steps(workdir / "checkpoints"), default=0))
@@ -112,7 +112,7 @@ def _content(path: pathlib.Path) -> bytes | None:
 
 @contextlib.contextmanager
 def small_disk(bench: Bench, row: Row) -> Iterator[pathlib.Path | None]:
-    """A file system of its own; None, which the row notes, where it may not be mounted."""
+    """A separate file system; None, with a note in the row, where it cannot be mounted."""
     if os.geteuid() != 0:
         row.note = "not injected: only root may mount a small file system"
         yield None
@@ -127,7 +127,7 @@ def small_disk(bench: Bench, row: Row) -> Iterator[pathlib.Path | None]:
 
 
 def fill(filler: pathlib.Path, *, left: int = 0) -> None:
-    """Leaves `left` bytes of the disk that the file is on."""
+    """Fills the disk that the file is on, except for `left` bytes."""
     free = shutil.disk_usage(filler.parent).free
     filler.write_bytes(b"\0" * (free - left))
 
@@ -135,8 +135,8 @@ def fill(filler: pathlib.Path, *, left: int = 0) -> None:
 def fill_while_running(
     bench: Bench, row: Row, run: tuple[str, ...], *, policy: str, left: int, said: str
 ) -> None:
-    """Fills the disk of a run at step 15, until it ends or, with policy "go_on", says `said`;
-    then makes room and finishes it."""
+    """Fills a run's disk at step 15 until the run ends or, with policy "go_on", logs `said`; then
+    frees space and finishes the run."""
     with small_disk(bench, row) as disk:
         if disk is None:
             return

@@ -1,12 +1,12 @@
-"""What runs survive: kills, requests to stop, damaged files, a full disk, a host that dies.
+"""What runs survive: kills, requests to stop, corrupted files, a full disk, a host that dies.
 
     make test-faults
     PYTHONPATH=.:tests:tools python tests/faults.py [--kills 20] [--seed 0] [--only kills full_disk]
 
-Every fault is injected for real into processes of their own, and the run is started again until it
-is finished. It has survived when metrics.jsonl and result.json (and CLIPTrans' translations) are
-then the same, byte for byte, as those of an undisturbed run. Steps are lost when they had to be
-computed again: those between the newest whole checkpoint and the last line of the log.
+Every fault is injected for real into separate processes, and the run is restarted until it
+finishes. It has survived if metrics.jsonl and result.json (and CLIPTrans' translations) are then
+identical, byte for byte, to those of an undisturbed run. Lost steps are those that had to be
+recomputed: the ones between the newest complete checkpoint and the last line of the log.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from common_jax.commands.sweep.jobs import show
 from common_jax.report import Table
 from common_jax.signals import ends_quietly
 
-# Wider, so that a checkpoint is large beside the log and events of a run.
+# Wider, so that a checkpoint is large compared with a run's log and events.
 WIDE = (*DIGITS, "--config.model.width=96", OFTEN)
 
 
@@ -72,14 +72,14 @@ def main() -> None:
 
 
 def kills(bench: Bench) -> Iterator[Row]:
-    """kill -9 at random moments of a run's life, every fourth in the middle of a save."""
-    undisturbed = bench.undisturbed()  # which fills the cache of compiled programs, too
+    """kill -9 at random moments in a run's life, every fourth in the middle of a save."""
+    undisturbed = bench.undisturbed()  # also fills the compilation cache
     began = time.monotonic()
     bench.undisturbed()
     life = time.monotonic() - began
     anywhere, saving = Row("kill -9 at a random moment"), Row("kill -9 in the middle of a save")
     workdir, due = bench.new(), [anywhere, anywhere, anywhere, saving] * bench.kills
-    struck: list[tuple[Row, int]] = []  # of this run
+    struck: list[tuple[Row, int]] = []  # faults in the current run
     for row in due[: bench.kills]:
         process, lost = start(workdir, OFTEN), None
         if row is saving:
@@ -98,7 +98,8 @@ def kills(bench: Bench) -> Iterator[Row]:
 
 
 def _settle(bench, workdir, undisturbed, struck):
-    """Finishes a run that was killed several times, and counts these; a new workdir and list."""
+    """Finishes a run that was killed several times, and counts the kills; returns a new workdir and
+    an empty list."""
     start(workdir, OFTEN).finish()
     for row, lost in struck:
         row.count(workdir, undisturbed, lost)
@@ -120,7 +121,7 @@ def requests(bench: Bench) -> Iterator[Row]:
 
 
 def damaged_files(bench: Bench) -> Iterator[Row]:
-    """Files of the newest checkpoint cut short or deleted, one kind at a time."""
+    """Files of the newest checkpoint truncated or deleted, one kind at a time."""
     undisturbed, stopped = bench.undisturbed(), bench.new()
     process = start(stopped, OFTEN)
     process.kill(lambda: says(stopped / "metrics.jsonl", '"step": 40'))
@@ -141,7 +142,7 @@ def damaged_files(bench: Bench) -> Iterator[Row]:
         damage(workdir / "checkpoints" / str(newest) / path)
         return workdir, start(workdir, OFTEN).finish()
 
-    # Two at a time: nothing here depends on the moment.
+    # Two at a time: nothing here depends on timing.
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         for (row, *_), (workdir, output) in zip(cases, pool.map(suffer, cases), strict=True):
             unreadable = f"checkpoints/{newest} cannot be read" in output
@@ -151,7 +152,7 @@ def damaged_files(bench: Bench) -> Iterator[Row]:
 
 
 def full_disk(bench: Bench) -> Iterator[Row]:
-    """A disk on which the log still fits and a checkpoint no more."""
+    """A disk with room for the log but not for another checkpoint."""
     said = "could not be written"
     for policy in ("stop", "go_on"):
         row = Row(f"disk full in a save, on_failed_save={policy}")
@@ -160,7 +161,7 @@ def full_disk(bench: Bench) -> Iterator[Row]:
 
 
 def two_processes(bench: Bench) -> Iterator[Row]:
-    """SIGTERM to one of two processes, and one that dies."""
+    """SIGTERM to one of two processes, and one process that dies."""
     undisturbed = bench.undisturbed(two=True)
     for where, moment in moments().items():
         workdir, row = bench.new(), Row(f"SIGTERM to one of two processes, {where}")
@@ -186,7 +187,7 @@ def two_processes(bench: Bench) -> Iterator[Row]:
 
 
 def decoding(bench: Bench) -> Iterator[Row]:
-    """SIGTERM to one of two processes that translate."""
+    """SIGTERM to one of two processes while they translate."""
     corpus = tiny_cliptrans.write_corpus(bench.folder / "corpus")
     path = bench.folder / "translate.py"
     path.write_text(
@@ -232,7 +233,7 @@ FAULTS = (
 
 
 def _kill_when(process: Started, workdir: pathlib.Path, moment: Callable[[], bool]) -> int | None:
-    """Kills the process then; the steps lost. None where it has ended before."""
+    """Kills the process at that moment; returns the lost steps, or None if it has ended before."""
     while not moment():
         if not process.running():
             assert process.end() == 0, process.output()
@@ -244,8 +245,8 @@ def _kill_when(process: Started, workdir: pathlib.Path, moment: Callable[[], boo
 
 
 def _one_of_each(files: list[pathlib.Path]) -> list[pathlib.Path]:
-    """A file of each kind: in the same folder of its item, and of the same name unless that is a
-    hash. Items that hold arrays have the same kinds, and take turns."""
+    """One file of each kind. Files are of one kind if they are in the same folder of their item and
+    have the same name, hashes aside. Items that hold arrays have the same kinds, and take turns."""
     kinds: dict[tuple[str, ...], list[pathlib.Path]] = {}
     for path in files:
         item, *inner = path.parts

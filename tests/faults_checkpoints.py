@@ -1,7 +1,7 @@
-"""Faults of where checkpoints lie: another run's, copied and renamed ones, a folder's name that
-stands for others, a workdir that is deleted.
+"""Faults around checkpoints: another run's, copied or renamed ones; a folder name that means other
+folders; a workdir that is deleted.
 
-`tests/faults.py` injects them with the rest.
+`tests/faults.py` injects them along with the others.
 """
 
 import pathlib
@@ -13,10 +13,10 @@ from processes import says, start
 
 from common_jax.checkpoint import finished_steps
 
-LAST = 44  # the step that DIGITS ends at
+LAST = 44  # the last step of DIGITS
 
-# What is copied into the checkpoints of a stopped run, from a finished run of another seed or from
-# itself, under what name, and what the log must say of it.
+# What is copied into a stopped run's checkpoints -> (whether it is from a finished run of another
+# seed, not from the run itself; its name there; what the log must say about it).
 STRANGE: dict[str, tuple[bool, str, str]] = {
     "a checkpoint of another run": (True, "33", "it belongs to a run with another config"),
     "a copied checkpoint": (False, "33", "it holds "),
@@ -25,7 +25,7 @@ STRANGE: dict[str, tuple[bool, str, str]] = {
 
 
 def strange_checkpoints(bench: Bench) -> Iterator[Row]:
-    """Checkpoints that are not the run's, in its workdir and as the newest."""
+    """The newest checkpoints in a run's workdir are not the run's own."""
     undisturbed, other = bench.undisturbed(), bench.new()
     start(other, OFTEN, "--config.seed=1").finish()
     stopped = bench.new()
@@ -50,7 +50,7 @@ def strange_checkpoints(bench: Bench) -> Iterator[Row]:
 
 
 def strange_folders(bench: Bench) -> Iterator[Row]:
-    """A workdir whose name stands for others, and one that is deleted while the run is on."""
+    """A workdir whose name means other folders, and one that is deleted while the run is going."""
     undisturbed = bench.undisturbed()
     line, workdir = Row("a workdir with brackets in its name"), bench.new()
     bracketed = workdir.parent / "lr=[1e-3]"
@@ -81,14 +81,14 @@ def strange_folders(bench: Bench) -> Iterator[Row]:
 
 
 def _forget(workdir: pathlib.Path) -> None:
-    """As an earlier version leaves a run: without ids."""
+    """Removes ids, as in a run of an earlier version."""
     (workdir / "run.json").unlink()
     for step in (workdir / "checkpoints").iterdir():
         shutil.rmtree(step / "run", ignore_errors=True)
 
 
 def _delete(folder: pathlib.Path) -> None:
-    """Deletes a folder into which a process writes."""
+    """Deletes a folder that a process is writing to."""
     for _ in range(100):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():

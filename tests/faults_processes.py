@@ -1,5 +1,5 @@
-"""Faults of processes and disks: one workdir for two starts, signals of a terminal, a disk that is
-full in the log, the report or a picture, or that takes no writing any more."""
+"""Faults of processes and disks: two starts in one workdir, signals from a terminal, a disk that
+fills up while writing the log, the report or a picture, and one that becomes read-only."""
 
 import signal
 import subprocess
@@ -22,7 +22,7 @@ from common_jax.report import is_picture
 
 
 def one_workdir(bench: Bench) -> Iterator[Row]:
-    """Two starts of one command, 0, 2 and 30 s apart. The run is long enough for the third."""
+    """Starts one command twice, 0, 2 and 30 s apart. The run is long enough for the last."""
     longer = ("--config.optim.steps=2200", "--config.run.log_every=50")
     longer += ("--config.run.eval_every=10", "--config.run.checkpoint_every=10")
     undisturbed = bench.new()
@@ -47,9 +47,9 @@ def one_workdir(bench: Bench) -> Iterator[Row]:
 
 
 def terminal(bench: Bench) -> Iterator[Row]:
-    """SIGINT and SIGHUP, to one process and to one of two."""
+    """SIGINT and SIGHUP, to a single process and to one of two."""
     for number in (signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_IGN:  # in the background; runs would inherit it
+        if signal.getsignal(number) == signal.SIG_IGN:  # in the background; inherited by runs
             signal.signal(number, signal.SIG_DFL)
     undisturbed = bench.undisturbed()
     for number, status in ((signal.SIGINT, 130), (signal.SIGHUP, 129)):
@@ -80,8 +80,8 @@ def terminal(bench: Bench) -> Iterator[Row]:
 
 
 def full_files(bench: Bench) -> Iterator[Row]:
-    """A disk without room for a line of the log; and one without room for report and picture, of
-    which the first attempt left files of no bytes."""
+    """A disk without room for a line of the log, and one without room for report and picture, which
+    the first attempt left as empty files."""
     said = "its lines are kept"
     for policy in ("stop", "go_on"):
         row = Row(f"disk full in a line of the log, on_failed_save={policy}")
@@ -110,7 +110,7 @@ def full_files(bench: Bench) -> Iterator[Row]:
 
 
 def read_only(bench: Bench) -> Iterator[Row]:
-    """A finished run, started again on a disk that takes no writing."""
+    """A finished run, started again on a read-only disk."""
     row, undisturbed = Row("a finished run started again on a read-only disk"), bench.undisturbed()
     with small_disk(bench, row) as disk:
         if disk is not None:

@@ -1,13 +1,13 @@
-"""Wrong values in every field of both configs: each is refused with its whole key, or meant to be
-allowed.
+"""Tries wrong values in every field of both configs: each is refused with its full key, or allowed
+on purpose.
 
     make test-flags
 
-Every field of both systems, in the sections of every config file, gets every value of VALUES. What
-`freeze` takes must stand in ALLOWED, with a reason; all else must be refused by a ValueError whose
-message begins with the key and the value. What the table allows and `freeze` refuses is a miss too,
-as is a row that allows nothing. A sample goes through the command line, which must end with exit
-status 2 and write nothing.
+Every field of both systems, in the sections of every config file, gets every value in VALUES. What
+`freeze` accepts must be in ALLOWED, with a reason. Everything else must be refused by a ValueError
+whose message starts with the key and the value. It is also a miss if the table allows a value that
+`freeze` refuses, or if a row of it allows nothing. A sample is run through the command line, which
+must exit with status 2 and write nothing.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from common_jax.config import freeze, unfreeze
 from m2mkd_jax.nac.model import NacConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
-LONGEST = 2000  # characters of a message
+LONGEST = 2000  # maximum characters of a message
 
 VALUES = (
     *(-1, 0, 1.5, 1e20, 10**20, 10**5000, math.nan, math.inf, -math.inf, True, None),
@@ -41,8 +41,8 @@ VALUES = (
 TEXTS = ("", "x", "(", "x" * 5000)
 TEXT = TEXTS[1:]
 
-# Keys (a regex; without "config.", and of a recipe without "recipes.NAME."), values, and why they
-# are allowed.
+# (regex of keys, values, why they are allowed). Keys are without "config.", and those in a recipe
+# without "recipes.NAME.".
 ALLOWED = (
     (
         r"augment\.(flip|randaugment)|few_shot\.test_on_train|optim\.decay_all|data\.emoji_flags"
@@ -143,7 +143,7 @@ ALLOWED = (
     ),
     (r"data\.further_tests", ((), ("x",)), "no further splits, or one, as test_split"),
 )
-# The same for configs whose name the first regex matches.
+# The same, for configs whose name the first regex matches.
 SOME = (
     ("m2mkd", r"augment\.shift", (1.5,), "pixels there, and a share of the side in cliptrans"),
     ("m2mkd( nac|/digits.*)?$", r"data\.mean", ((-1,),), "a mean of either sign, of one channel"),
@@ -162,7 +162,7 @@ SOME = (
         "a workdir; a phase that does not read it refuses it before anything is compiled",
     ),
 )
-# Fields whose refusal depends on other sections, so that theirs alone takes more.
+# Fields whose refusal depends on other sections: their own section, taken alone, accepts more.
 ABOVE = (
     r"init\.upcycle|distill\.teachers|run\.best|data\.(source|target)_language"
     r"|model\.moe\.balance\.load|clip\.lock_text|mesh\.\w+"
@@ -183,7 +183,7 @@ def key_in_table(key: str) -> str:
 
 @functools.cache
 def rows_of(config: str, key: str) -> tuple[int, ...]:
-    """Numbers of the rows of both tables that speak of a key."""
+    """Indices of the rows of both tables that match a key."""
     rows = [(".*", *row) for row in ALLOWED] + list(SOME)
     return tuple(
         number
@@ -193,7 +193,7 @@ def rows_of(config: str, key: str) -> tuple[int, ...]:
 
 
 def allowing(config: str, key: str, value: Any) -> list[int]:
-    """The rows that allow a value of a key."""
+    """The rows that allow a value for a key."""
     values = [row[1] for row in ALLOWED] + [row[2] for row in SOME]
     return [
         number
@@ -210,7 +210,7 @@ def describe(value: Any) -> str:
 
 
 def is_named(message: str, key: str, value: Any) -> bool:
-    """Whether a refusal begins with the key and the value, or with the first element of it."""
+    """Whether a refusal starts with the key and the value, or the value's first element."""
     beginnings = [f"{key}={describe(value)}"]
     if isinstance(value, tuple) and value:
         beginnings.append(f"{key}[0]={describe(value[0])}")
@@ -222,7 +222,7 @@ def is_named(message: str, key: str, value: Any) -> bool:
 
 
 def replaced(config: Any, path: list[str], value: Any) -> Any:
-    """The nested mapping with another value; sections beside the path stay what they are."""
+    """The nested mapping with one value replaced; other sections stay the same objects."""
     name, *rest = path
     return {**config, name: replaced(config[name], rest, value) if rest else value}
 
@@ -240,7 +240,7 @@ def defaults() -> dict[str, tuple[type, dict[str, Any]]]:
 
 
 def shipped() -> dict[str, tuple[type, dict[str, Any]]]:
-    """Every config file as a pipeline, or as the phase it has, by name."""
+    """Every config file, as a pipeline or for the phase it has, by name."""
     found = {}
     for path in sorted((ROOT / "configs").rglob("*.py")):
         if "def get_config(" not in path.read_text():
@@ -260,7 +260,7 @@ def shipped() -> dict[str, tuple[type, dict[str, Any]]]:
 
 @dataclasses.dataclass
 class Counts:
-    """What became of the values of one config."""
+    """What happened to the values tried on one config."""
 
     fields: int = 0
     tried: int = 0
@@ -283,7 +283,7 @@ def try_all(
         count = counts[name] = Counts()
         for key in leaves(plain):
             path = key.split(".")
-            # Other sections are frozen already, which takes most of the time.
+            # The other sections are frozen already, since freezing takes most of the time.
             mixed = {**whole, path[0]: plain[path[0]]}
             count.fields += 1
             for value in VALUES:
@@ -302,7 +302,7 @@ def try_all(
 
 
 def judge(cls: type, config: dict[str, Any], key: str, value: Any, rows: list[int]) -> str | None:
-    """What is wrong with how `freeze` takes a config that has `value` under `key`."""
+    """What is wrong with how `freeze` treats a config that has `value` under `key`."""
     try:
         freeze(cls, config)
     except ValueError as error:
@@ -317,8 +317,8 @@ def judge(cls: type, config: dict[str, Any], key: str, value: Any, rows: list[in
 
 
 def judge_section(config: Any, path: list[str], value: Any, rows: list[int]) -> str | None:
-    """The same where a dataclass is made in Python, whose messages begin with the field's name;
-    values of another type are for type checkers there."""
+    """The same for a dataclass constructed in Python, whose messages start with the field's name;
+    values of another type are left to type checkers."""
     section = functools.reduce(
         lambda at, name: at[name] if isinstance(at, dict) else getattr(at, name), path[:-1], config
     )
@@ -337,7 +337,7 @@ def judge_section(config: Any, path: list[str], value: Any, rows: list[int]) -> 
     return f"{type(section).__name__}({path[-1]}={describe(value)}) passes"
 
 
-# Command lines: config file with arguments, flag, and how the message begins.
+# Command lines: config file with arguments, flag, and how the message starts.
 DIGITS, NAC, EMOJI = (
     f"{ROOT}/configs/{name}.py" for name in ("m2mkd/digits", "m2mkd/digits_nac", "cliptrans/emoji")
 )
@@ -395,7 +395,7 @@ COMMANDS = (
 
 
 def run_command(config: str, flag: str, workdir: pathlib.Path) -> tuple[Any, str]:
-    """Exit status and standard error of a command that is not to get far."""
+    """Exit status and standard error of a command that should be refused early."""
     package = m2mkd_jax if "/m2mkd/" in config else cliptrans_jax
     argv = ["main", f"--config={config}", f"--workdir={workdir}", f"--config.{flag}"]
     output = io.StringIO()
@@ -429,7 +429,7 @@ def table(counts: Mapping[str, Counts], commands: int) -> str:
 
 
 def main() -> int:
-    """Prints the table and every miss; the exit status is 1 where there is one."""
+    """Prints the table and every miss; returns 1 if there is one."""
     counts, misses, used = try_all(defaults() | shipped())
     rows = [row[-3:] for row in (*ALLOWED, *SOME)]
     misses += [f"row {rows[i]} allows nothing" for i in range(len(rows)) if i not in used]

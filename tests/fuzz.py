@@ -1,14 +1,14 @@
-"""Files that are damaged or forged, in every format that strangers give us: each must be read
-rightly or refused clearly.
+"""Corrupted and forged files, in every format that may come from an untrusted source: each must be
+read correctly or refused clearly.
 
     make fuzz
     PYTHONPATH=. python tests/fuzz.py --format='PyTorch archive' --count=200 --seed=1
     PYTHONPATH=. python tests/fuzz.py --format=image --only=17 --keep=FOLDER
 
-A mutant is a function of format, seed and number. Wrong is any exception but the documented ones,
-a message without the file's name or of more than 2,000 characters, more than 256 MB or 5 s of
-processor time, a process that dies, and data that differ from the sample's and from an independent
-reading of the same bytes.
+A mutant is a function of format, seed and number. Each of these is wrong: an undocumented
+exception; a message without the file's name or longer than 2,000 characters; more than 256 MB or
+5 s of CPU time; a process that dies; and data that differ both from the sample's and from an
+independent reading of the same bytes.
 """
 
 import argparse
@@ -34,19 +34,19 @@ from fuzz_format import Format, limited
 from fuzz_formats import FORMATS
 from fuzz_weights import SHARDS
 
-MEMORY = 256 << 20  # bytes beyond what a worker has when it is ready
+MEMORY = 256 << 20  # bytes that a worker may use beyond what it has when it is ready
 SECONDS = 5
-PATIENCE = 60  # seconds without a word from a worker, after which it hangs
-START = 600  # seconds before its first word, in which it imports and compiles
-LONGEST = 2000  # characters of a message
+PATIENCE = 60  # seconds without output, after which a worker counts as hanging
+START = 600  # seconds until a worker's first output, while it imports and compiles
+LONGEST = 2000  # maximum characters of a message
 OUTCOMES = ("refused", "right", "wrong")
 REFUSALS = (ValueError, OSError)
-CHUNK = 250  # mutants of one process
+CHUNK = 250  # mutants per process
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What became of a mutant: one of OUTCOMES, and in which words."""
+    """What happened to a mutant: one of OUTCOMES, and the details."""
 
     number: int
     outcome: str
@@ -54,7 +54,8 @@ class Result:
 
 
 def make_mutant(form: Format, seed: int, number: int) -> tuple[int, bytes, bool]:
-    """Which sample was taken, the mutant, and whether it is forged with right checksums."""
+    """The index of the sample that was taken, the mutant, and whether it is forged with valid
+    checksums."""
     rng = random.Random(f"{form.name} {seed} {number}")
     sample = rng.randrange(len(form.samples))
     data, forged = form.samples[sample], False
@@ -66,7 +67,7 @@ def make_mutant(form: Format, seed: int, number: int) -> tuple[int, bytes, bool]
 
 
 def try_mutant(form: Format, folder: pathlib.Path, seed: int, number: int) -> Result:
-    """Reads one mutant, and judges."""
+    """Reads one mutant and judges the outcome."""
     sample, data, forged = make_mutant(form, seed, number)
     path = folder / form.file
     path.write_bytes(data)
@@ -102,7 +103,7 @@ def _wrong_message(message: str, name: str) -> str:
 
 
 def _wrong_value(form: Format, path, sample: bytes, data: bytes, value, *, forged: bool) -> str:
-    """How what was read differs from what is right, or ""."""
+    """How the value that was read differs from the right one, or ""."""
     if form.agree(value, form.plain(path, sample)):
         return ""
     if form.checked and not forged:
@@ -118,12 +119,12 @@ def _wrong_value(form: Format, path, sample: bytes, data: bytes, value, *, forge
 
 
 def work(name: str, seed: int, numbers: range) -> None:
-    """A worker: prints one line of JSON a mutant."""
+    """Runs a worker, which prints one line of JSON per mutant."""
     form = FORMATS[name]()
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
         form.prepare(folder)
-        for sample in form.samples:  # all is imported and compiled once
+        for sample in form.samples:  # so that everything is imported and compiled
             (folder / form.file).write_bytes(sample)
             form.read(folder / form.file)
         limit_memory()
@@ -134,14 +135,14 @@ def work(name: str, seed: int, numbers: range) -> None:
 
 
 def limit_memory() -> None:
-    """Leaves this process MEMORY more than it has."""
+    """Limits this process to MEMORY more than it has now."""
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def run_worker(name: str, seed: int, numbers: range) -> Iterator[Result]:
-    """The results of a range of mutants; a worker that dies or hangs is replaced."""
+    """The results of a range of mutants; replaces workers that die or hang."""
     while numbers:
         command = [sys.executable, __file__, f"--format={name}", f"--seed={seed}"]
         command += [f"--worker={numbers.start}:{numbers.stop}"]
@@ -150,7 +151,7 @@ def run_worker(name: str, seed: int, numbers: range) -> Iterator[Result]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "MALLOC_ARENA_MAX": "1"},  # others reserve memory and leave it
+            env={**os.environ, "MALLOC_ARENA_MAX": "1"},  # other arenas only reserve memory
         )
         patience = START
         while numbers:
@@ -174,7 +175,7 @@ def run_worker(name: str, seed: int, numbers: range) -> Iterator[Result]:
 
 
 def run(names: list[str], *, count: int, seed: int, jobs: int) -> dict[str, list[Result]]:
-    """The results of all formats, by their names."""
+    """The results of all formats, by name."""
     chunks: queue.Queue = queue.Queue()
     for start in range(0, count, CHUNK):
         for name in names:
@@ -198,7 +199,7 @@ def run(names: list[str], *, count: int, seed: int, jobs: int) -> dict[str, list
 
 
 def table(results: dict[str, list[Result]]) -> str:
-    """One row a format."""
+    """A table with one row per format."""
     lines = ["format          | tried | refused clearly | read rightly | wrong"]
     for name, found in results.items():
         counts = collections.Counter(result.outcome for result in found)
@@ -210,7 +211,7 @@ def table(results: dict[str, list[Result]]) -> str:
 
 
 def main() -> int:
-    """The command; returns its exit status."""
+    """Runs the command; returns its exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""What a format of files is to `make fuzz`, and when two readings are the same."""
+"""Describes a file format for `make fuzz`, and says when two readings are equal."""
 
 import contextlib
 import dataclasses
@@ -17,15 +17,15 @@ class Format:
     """A kind of file.
 
     Attributes:
-      name: in the table.
-      file: its name on disk.
-      samples: whole files of it.
-      edits: forgeries that know its structure, and give whatever checksums it has.
+      name: name in the table.
+      file: file name on disk.
+      samples: contents of intact files.
+      edits: forgeries that know the format's structure, and fix its checksums, if any.
       read: our reading of a path; ValueError and OSError are documented.
-      plain: an independent reading, of the path and the bytes in it; raises where it cannot.
-      checked: whether checksums cover the data, so that bytes changed without them must not show.
-      prepare: writes what must lie beside the file into a folder.
-      agree: whether what we read is what an independent reading gives, or the sample.
+      plain: an independent reading, of the path and its bytes; raises if it fails.
+      checked: whether checksums cover the data, so that changed bytes must never be returned.
+      prepare: writes what must be next to the file into a folder.
+      agree: whether our reading equals an independent one, or the sample.
     """
 
     name: str
@@ -54,7 +54,8 @@ def same(a: Any, b: Any) -> bool:
 
 @contextlib.contextmanager
 def limited(seconds: int):
-    """Raises TimeoutError where the independent reading, which has no bounds, takes too long."""
+    """Raises TimeoutError if the independent reading, which has no limits of its own, takes too
+    long."""
 
     def stop(*_):
         raise TimeoutError

@@ -1,4 +1,5 @@
-"""The formats of files that strangers give us, by their names in the table of `make fuzz`."""
+"""The file formats that may come from untrusted sources, by their names in the table of `make
+fuzz`."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Pictures and zips of them: samples, both systems' reading, and PIL's own."""
+"""Pictures, and zips of them: samples, both systems' reading, and PIL's own."""
 
 import io
 import random
@@ -28,7 +28,7 @@ def _pictures() -> tuple[bytes, ...]:
 
 
 def _other_kind(rng: random.Random, data: bytes) -> bytes:
-    """Another format than the name says, some of which start a program where they are opened."""
+    """Content in another format than the name says; opening some of these starts a program."""
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
     kinds = (
         eps,
@@ -40,7 +40,7 @@ def _other_kind(rng: random.Random, data: bytes) -> bytes:
 
 
 def _png_size(rng: random.Random, data: bytes) -> bytes:
-    """Another size in a PNG's header, with its checksum."""
+    """Another size in a PNG's header, with a valid checksum."""
     if not data.startswith(b"\x89PNG"):
         return mutations.extreme(rng, data[:64]) + data[64:]
     sizes = b"".join(
@@ -68,7 +68,7 @@ def _read_picture(path: Path) -> np.ndarray:
 def _plain_picture(path: Path, content: bytes) -> np.ndarray:
     formats = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
     with Image.open(io.BytesIO(content), formats=formats) as image:
-        if image.mode in ("I", "F", "I;16", "I;16B"):  # whose range is not 0 to 255
+        if image.mode in ("I", "F", "I;16", "I;16B"):  # their range is not 0 to 255
             return _read_picture(path)
         return np.asarray(image.convert("RGB"))
 
@@ -100,13 +100,13 @@ def _plain_image_zip(path: Path, content: bytes) -> dict[str, np.ndarray]:
 
 
 def _is_part(found: Any, whole: Any) -> bool:
-    """Whether pictures are among others: a zip's list of its entries has no checksum, and one that
-    it does not list is not there."""
+    """Whether the found pictures are among all of them. A zip's list of entries has no checksum,
+    and an entry that it does not list is not there."""
     return all(name in whole and same(picture, whole[name]) for name, picture in found.items())
 
 
 def pictures() -> Format:
-    """Small pictures of every format that is read."""
+    """Small pictures in every format that is read."""
     return Format(
         "image",
         "picture.jpg",
@@ -119,7 +119,7 @@ def pictures() -> Format:
 
 
 def picture_zips() -> Format:
-    """A zip of two classes."""
+    """A zip with two classes."""
     return Format(
         "image zip",
         "images.zip",

@@ -1,4 +1,4 @@
-"""What runs keep, caches and their own files: samples, our reading, and numpy's and json's own."""
+"""Files that runs write, caches and their own: samples, our reading, and that of numpy and json."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,7 @@ import mutations
 import numpy as np
 from fuzz_format import Format, same
 
-# ----- caches, which are made again where they are broken -----
+# ----- caches, which are rebuilt if they are broken -----
 
 FEATURES = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
 PRINT = "f00d"
@@ -22,7 +22,7 @@ PRINT = "f00d"
 
 @contextlib.contextmanager
 def _logged():
-    """The records that are logged within, from INFO up."""
+    """The records logged in this context, from INFO up."""
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = records.append
@@ -38,7 +38,7 @@ def _logged():
 
 
 def _require_one_warning(records: list[logging.LogRecord], again: str) -> None:
-    """Raises what the one warning of a broken file says, as ValueError."""
+    """Raises the one warning about a broken file as a ValueError."""
     warnings = [r.getMessage() for r in records if r.levelno >= logging.WARNING]
     other = [r.getMessage() for r in records if "was made from other" in r.getMessage()]
     if len(warnings) + len(other) != 1:
@@ -96,7 +96,7 @@ def _read_prior(path: Path) -> dict[str, Any]:
     if path.read_bytes() != before:
         assert same(found, _prepare_prior(None))
         warned = any(record.levelno >= logging.WARNING for record in records)
-        if not warned:  # of other settings
+        if not warned:  # the cache is of other settings
             raise ValueError(f"{path} is of other settings")
         _require_one_warning(records, "made again")
     return found
@@ -123,7 +123,7 @@ def _metrics_sample() -> bytes:
 
 
 def _lines(rng: random.Random, data: bytes) -> bytes:
-    """A line changed, lost, doubled or swapped."""
+    """A line changed, removed, doubled or swapped."""
     lines = data.split(b"\n")
     place = rng.randrange(len(lines))
     lines[place] = rng.choice((mutations.json_text, mutations.digits, mutations.flip))(
@@ -160,7 +160,7 @@ def _config_sample() -> bytes:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """The fields of the config that a run's folder keeps."""
+    """The fields of the config stored in a run's folder."""
     from common_jax.config import flatten
     from common_jax.workdir import freeze_stored, plain, read_json
     from m2mkd_jax.config import Config
@@ -175,7 +175,8 @@ def _plain_config(path: Path, content: bytes) -> dict[str, Any]:
 
 
 def _agrees(found: dict[str, Any], stored: dict[str, Any]) -> bool:
-    """Whether a config has what the file says. Fields of other versions may be on one side only."""
+    """Whether a config has what the file says. Fields from other versions may be on one side
+    only."""
     if not isinstance(found, dict):
         return False
     return all(_listed(found[key]) == _listed(stored[key]) for key in found.keys() & stored.keys())
@@ -193,7 +194,7 @@ _NPZ_EDITS = (
 
 
 def feature_caches() -> Format:
-    """What cliptrans_jax keeps of an encoder."""
+    """Encoder features that cliptrans_jax caches."""
     return Format(
         "features npz",
         "train.npz",
@@ -206,7 +207,7 @@ def feature_caches() -> Format:
 
 
 def prior_caches() -> Format:
-    """What m2mkd_jax keeps of a graph prior."""
+    """Graph priors that m2mkd_jax caches."""
     return Format(
         "prior npz",
         "prior.npz",
@@ -219,7 +220,7 @@ def prior_caches() -> Format:
 
 
 def metrics_files() -> Format:
-    """A run's lines."""
+    """A run's metrics.jsonl."""
     return Format(
         "metrics.jsonl",
         "metrics.jsonl",
@@ -232,7 +233,7 @@ def metrics_files() -> Format:
 
 
 def config_files() -> Format:
-    """A run's config."""
+    """A run's config.json."""
     return Format(
         "config.json",
         "config.json",

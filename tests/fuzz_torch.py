@@ -1,4 +1,5 @@
-"""PyTorch's archives: samples, our reading, and Python's own with nothing imported."""
+"""PyTorch's archives: samples, our reading, and that of Python's unpickler with nothing
+imported."""
 
 import contextlib
 import io
@@ -60,7 +61,7 @@ def _read_torch(path: Path) -> tuple[Tensors, dict[str, Any]]:
 
 
 class _Any:
-    """Takes everything and does nothing."""
+    """Accepts everything and does nothing."""
 
     def __new__(cls, *arguments, **names):
         return object.__new__(cls)
@@ -81,7 +82,7 @@ class _Any:
 
 
 class _Pickle(pickle.Unpickler):
-    """Python's own, with nothing imported."""
+    """Python's unpickler, with nothing imported."""
 
     def find_class(self, module, name):
         if name.startswith("_rebuild_tensor"):
@@ -121,7 +122,7 @@ def _plain_torch(path: Path, content: bytes) -> tuple[Tensors, dict[str, Any]]:
         def is_tensor(value) -> bool:
             return isinstance(value, tuple) and value[:1] == ("tensor",)
 
-        if isinstance(top, _Any):  # TorchScript, of one module
+        if isinstance(top, _Any):  # TorchScript with one module
             code = f"{root}code/__torch__.py"
             declared = archive.read(code) if code in archive.namelist() else b""
             if not re.search(rb"Net.*\n  __parameters__ = \[.*\]\n  __buffers__ = \[", declared):
@@ -142,7 +143,7 @@ def _plain_torch(path: Path, content: bytes) -> tuple[Tensors, dict[str, Any]]:
 
 
 def torch_archives() -> Format:
-    """State dicts, a training file and TorchScript."""
+    """State dicts, a training checkpoint and TorchScript."""
     return Format(
         "PyTorch archive",
         "weights.pth",

@@ -1,4 +1,4 @@
-"""Safetensors and indices of shards: samples, our reading, and that of the safetensors library."""
+"""Safetensors and shard indices: samples, our reading, and that of the safetensors library."""
 
 import json
 import random
@@ -34,7 +34,7 @@ def _with_header(header: bytes, numbers: bytes) -> bytes:
 
 
 def _header(rng: random.Random, data: bytes) -> bytes:
-    """The header changed, and its length with it."""
+    """The header changed, with a matching length."""
     size = int.from_bytes(data[:8], "little")
     header, numbers = data[8 : 8 + size], data[8 + size :]
     change = rng.choice((mutations.json_text, mutations.json_text, mutations.digits))
@@ -89,7 +89,7 @@ def _plain_index(path: Path, content: bytes) -> Tensors:
 
 
 def safetensors_files() -> Format:
-    """Files of one tensor and of many, of narrow types too."""
+    """Files with one tensor and with many, also of narrow types."""
     return Format(
         "safetensors",
         "model.safetensors",

@@ -1,4 +1,4 @@
-"""A small tokenizer.json in Gemma's form, for tests."""
+"""A small tokenizer.json in Gemma's format, for tests."""
 
 CONTROLS = ["<pad>", "<eos>", "<bos>", "<unk>"]
 BYTES = [f"<0x{value:02X}>" for value in range(256)]

@@ -1,4 +1,4 @@
-"""Small models of Hugging Face with random numbers, which ours are compared with."""
+"""Small Hugging Face models with random parameters, as references for ours."""
 
 import pytest
 
@@ -6,13 +6,13 @@ NO_TORCH = "the reference is computed by torch and transformers, which are not i
 
 
 def random_translator(kind, sizes, *, spread):
-    """A `{kind}ForConditionalGeneration` with a random number in every place; skips the test where
+    """A `{kind}ForConditionalGeneration` with random numbers in all parameters; skips the test if
     torch or transformers is not installed.
 
     Args:
-      kind: such as "MBart".
+      kind: prefix of the class name, such as "MBart".
       sizes: the content of its config.json.
-      spread: standard deviation of the numbers.
+      spread: standard deviation of the random numbers.
     """
     torch = pytest.importorskip("torch", reason=NO_TORCH)
     transformers = pytest.importorskip("transformers", reason=NO_TORCH)

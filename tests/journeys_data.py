@@ -30,7 +30,7 @@ SIZES = {"small": "liten", "large": "stor", "": ""}
 
 
 def write_digits(folder: pathlib.Path) -> None:
-    """Pictures of three digits, a folder for each."""
+    """Writes pictures of three digits, with a folder per digit."""
     digits = load_digits()
     for label, name in enumerate(NAMES):
         (folder / name).mkdir(parents=True)
@@ -40,7 +40,7 @@ def write_digits(folder: pathlib.Path) -> None:
 
 
 def write_shop(folder: pathlib.Path) -> None:
-    """A table of names in two languages and drawings of them."""
+    """Writes a table of names in two languages, and drawings of them."""
     folder.mkdir()
     rows = ["split\ten\tsv\tpicture"]
     for size, size_sv in SIZES.items():
@@ -65,7 +65,7 @@ def draw(colour: str, shape: str, radius: int) -> Image.Image:
 
 
 def load_in_timm(exported: str, run: str, picture: str) -> None:
-    """Raises AssertionError unless timm's probabilities are those of `m2mkd_jax.load_model`."""
+    """Raises AssertionError unless timm's probabilities equal those of `m2mkd_jax.load_model`."""
     import timm
     import torch
 

@@ -11,17 +11,17 @@ from common_jax.mesh import MeshConfig, Rules, make_mesh
 
 
 def one_device() -> Mesh:
-    """The first of the eight devices alone."""
+    """A mesh of only the first of the eight devices."""
     return make_mesh(MeshConfig(data=1), jax.devices()[:1])
 
 
 def split_mesh() -> Mesh:
-    """All eight devices, two along each axis."""
+    """A mesh of all eight devices, two along each axis."""
     return make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
 
 
 def idle_rules(rules: Rules, *trees: Any) -> list[str]:
-    """The regexes of `rules` that are the first to match no parameter of any of the `trees`."""
+    """The regexes in `rules` that are never the first to match a parameter of the `trees`."""
     paths = [path for tree in trees for path in traverse_util.flatten_dict(tree, sep="/")]
     first = {
         next((regex for regex, _ in rules if re.search(regex, "/" + path)), None) for path in paths

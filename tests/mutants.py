@@ -1,10 +1,10 @@
-"""Makes the mistakes of `tests/mistakes` one at a time in copies of the code, and runs the tests
-that have to notice each.
+"""Makes the mistakes in `tests/mistakes` one at a time in copies of the code, and runs the tests
+that should catch each.
 
-Prints `file | mistake | noticed by` for each and the rate at the end. What was tried before is not
-tried again while the mistake, its file and its tests are the same. Exits with 1 if fewer than 95 %
-are noticed, if one that is not noticed has no reason in `equivalent`, if the tests of a mistake
-fail without it, or if a text is no longer in its file.
+Prints `file | mistake | noticed by` for each, and the rate at the end. A mistake is not tried again
+while it, its file and its tests are unchanged. Exits with 1 if fewer than 95 % are noticed, if an
+unnoticed one has no reason in `equivalent`, if the tests of a mistake fail without it, or if its
+text is no longer in the file.
 """
 
 import argparse
@@ -29,17 +29,17 @@ from mistakes.mistake import Mistake
 
 ROOT = pathlib.Path(__file__).parents[1]
 LEAST = 0.95
-SECONDS = 600  # for the tests of one mistake; a mistake may make them wait forever
+SECONDS = 600  # time limit for the tests of one mistake, which may make them wait forever
 FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Of one run of tests.
+    """The outcome of one run of tests.
 
     Args:
-      kind: "noticed", "passed", or "broken" where no test ran.
-      detail: the test that failed first, or what was said instead.
+      kind: "noticed", "passed", or "broken" if no test ran.
+      detail: the first test that failed, or the output instead.
     """
 
     kind: str
@@ -47,7 +47,7 @@ class Outcome:
 
 
 class Copy:
-    """A copy of the repository's files in which mistakes are made."""
+    """A copy of the repository's files, in which mistakes are made."""
 
     def __init__(self, root: pathlib.Path, folder: pathlib.Path, cache: pathlib.Path) -> None:
         for name in listed(root):
@@ -55,7 +55,7 @@ class Copy:
             shutil.copyfile(root / name, folder / name)
         self.folder = folder
         self._environment = os.environ | {
-            "PYTHONPATH": str(folder),  # before an installed copy of the packages
+            "PYTHONPATH": str(folder),  # takes precedence over an installed copy of the packages
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         }
@@ -83,7 +83,7 @@ class Copy:
         return Outcome("broken", f"pytest ends with {process.returncode}: {' '.join(said[-3:])}")
 
     def run_with(self, mistake: Mistake) -> Outcome:
-        """Runs the mistake's tests with the mistake made; it is taken back afterwards."""
+        """Runs the tests of a mistake with the mistake made, and undoes it."""
         path = self.folder / mistake.file
         before = path.read_text()
         try:
@@ -94,12 +94,12 @@ class Copy:
 
     def _write(self, path: pathlib.Path, text: str) -> None:
         path.write_text(text)
-        # A module of the same size and second would be taken for the one that was compiled.
+        # Python would take a module of the same size and mtime for the one it has compiled.
         pathlib.Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
 
 
 def listed(root: pathlib.Path) -> list[str]:
-    """Files of the working tree that git tracks or would add."""
+    """Files in the working tree that git tracks or would add."""
     command = ("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
     names = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout
     return sorted(name for name in names.split("\0") if name and (root / name).is_file())
@@ -123,7 +123,7 @@ def fault(mistake: Mistake, root: pathlib.Path) -> str:
 
 
 def key_of(tests: str, root: pathlib.Path, mistake: Mistake | None = None) -> str:
-    """What an outcome depends on, as a hash: the mistake, its file and the files of the tests."""
+    """A hash of what an outcome depends on: the mistake, its file and its test files."""
     files = [mistake.file] if mistake else []
     files += sorted({test.partition("::")[0] for test in tests.split()})
     said = [repr(mistake), tests, *((root / file).read_text() for file in files)]
@@ -131,7 +131,7 @@ def key_of(tests: str, root: pathlib.Path, mistake: Mistake | None = None) -> st
 
 
 class Results:
-    """Outcomes by key, kept in a file from which the next start resumes."""
+    """Outcomes by key, stored in a file so that the next start resumes from it."""
 
     def __init__(self, path: pathlib.Path) -> None:
         self._path = path
@@ -153,9 +153,9 @@ class Results:
 def try_all(
     mistakes: Sequence[Mistake], root: pathlib.Path, results: Results, jobs: int
 ) -> Iterator[tuple[Mistake, Outcome]]:
-    """Each mistake and what its tests made of it, in the order in which they end.
+    """Each mistake and the outcome of its tests, in the order in which they finish.
 
-    Tests that fail without any mistake make all of theirs "broken".
+    If tests fail without any mistake, the outcome of all their mistakes is "broken".
     """
     with tempfile.TemporaryDirectory(prefix="mutants-") as scratch:
         places = pathlib.Path(scratch)
@@ -176,7 +176,7 @@ def try_all(
             return outcome
 
         def judge(mistake: Mistake) -> Outcome:
-            with clean[mistake.tests]:  # whichever comes first tries the tests alone
+            with clean[mistake.tests]:  # the first thread runs the tests without a mistake
                 found = run(mistake.tests)
             if found.kind == "passed":
                 return run(mistake.tests, mistake)
@@ -190,7 +190,7 @@ def try_all(
 
 
 def summary(outcomes: Iterable[tuple[Mistake, Outcome]]) -> tuple[str, bool]:
-    """The last line, and whether all is well."""
+    """The last line of the output, and whether all is well."""
     outcomes = list(outcomes)
     noticed = sum(outcome.kind == "noticed" for _, outcome in outcomes)
     unexplained = [x for x, outcome in outcomes if outcome.kind == "passed" and not x.equivalent]

@@ -1,5 +1,5 @@
-"""Ways in which files are damaged and forged: of bytes, of JSON, of zip archives, of pickles and of
-npy headers. All are functions of a random generator, so that a seed and a number name a mutant."""
+"""Ways of corrupting and forging files: bytes, JSON, zip archives, pickles and npy headers. All are
+functions of a random generator, so that a seed and a number identify a mutant."""
 
 import copy
 import io
@@ -20,7 +20,7 @@ EXTREMES += ((1 << 32) - 1, 1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 1)
 
 
 def flip(rng: random.Random, data: bytes) -> bytes:
-    """Changes some bits."""
+    """Flips some bits."""
     changed = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 8))):
         if changed:
@@ -29,38 +29,38 @@ def flip(rng: random.Random, data: bytes) -> bytes:
 
 
 def cut(rng: random.Random, data: bytes) -> bytes:
-    """Ends early."""
+    """Truncates the data."""
     return data[: rng.randrange(len(data) + 1)]
 
 
 def drop(rng: random.Random, data: bytes) -> bytes:
-    """Lacks a piece."""
+    """Removes a piece."""
     start = rng.randrange(len(data) + 1)
     return data[:start] + data[start + rng.choice((1, 4, 64, 512)) :]
 
 
 def insert(rng: random.Random, data: bytes) -> bytes:
-    """Has a piece too much."""
+    """Inserts a piece."""
     start = rng.randrange(len(data) + 1)
     return data[:start] + rng.randbytes(rng.choice((1, 4, 64))) + data[start:]
 
 
 def splice(rng: random.Random, data: bytes) -> bytes:
-    """Has a piece of itself in another place."""
+    """Copies a piece of the data to another place."""
     size = rng.choice((4, 30, 200))
     source, target = rng.randrange(len(data) + 1), rng.randrange(len(data) + 1)
     return data[:target] + data[source : source + size] + data[target + size * rng.randrange(2) :]
 
 
 def overwrite(rng: random.Random, data: bytes) -> bytes:
-    """Has a piece of one byte, or of noise."""
+    """Overwrites a piece with a repeated byte or with noise."""
     start, size = rng.randrange(len(data) + 1), rng.choice((1, 8, 100))
     piece = rng.choice((bytes(size), b"\xff" * size, rng.randbytes(size), b"(" * size))
     return data[:start] + piece + data[start + size :]
 
 
 def extreme(rng: random.Random, data: bytes) -> bytes:
-    """Has an extreme number somewhere, as lengths and places are written."""
+    """Writes an extreme number somewhere, in the encoding of lengths and offsets."""
     width = rng.choice((1, 2, 4, 8))
     number = rng.choice(EXTREMES) % (1 << 8 * width)
     start = rng.randrange(len(data) + 1)
@@ -70,7 +70,7 @@ def extreme(rng: random.Random, data: bytes) -> bytes:
 
 
 def digits(rng: random.Random, data: bytes) -> bytes:
-    """Has another number where one is written out."""
+    """Replaces a number that is written out in digits."""
     found = [*re.finditer(rb"\d+", data)]
     if not found:
         return flip(rng, data)
@@ -81,7 +81,7 @@ def digits(rng: random.Random, data: bytes) -> bytes:
 
 
 def replace_all(rng: random.Random, data: bytes) -> bytes:
-    """Is something else as a whole."""
+    """Replaces the whole content."""
     others = (b"", b"{}", b"[]", b"null", b"PK\x05\x06" + bytes(18), b"\x80\x02}.", b"\x00" * 300)
     deep = (b"[" * 50_000, b'{"a":' * 50_000, b"version https://git-lfs.github.com/spec/v1\n")
     return rng.choice((*others, *deep, b"\xef\xbb\xbf" + data, data + data, data[::-1]))
@@ -99,7 +99,7 @@ ODD_JSON = (
 
 
 def edit_json(rng: random.Random, value):
-    """Changes one place of a JSON value, in place where it can."""
+    """Changes one place in a JSON value, in place if possible."""
     spots = []
 
     def visit(holder):
@@ -129,7 +129,7 @@ def edit_json(rng: random.Random, value):
 
 
 def json_text(rng: random.Random, text: bytes) -> bytes:
-    """JSON with places changed, keys given twice, or other spelling."""
+    """JSON with changed values, duplicate keys, or other spelling."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -152,7 +152,7 @@ def read_zip(data: bytes) -> dict[str, bytes]:
 
 
 def write_zip(entries, *, compressed: bool = False) -> bytes:
-    """An archive of (name, content) pairs, with right sizes and checksums."""
+    """An archive of (name, content) pairs, with valid sizes and checksums."""
     file = io.BytesIO()
     kind = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
     with zipfile.ZipFile(file, "w", kind) as archive:
@@ -162,7 +162,7 @@ def write_zip(entries, *, compressed: bool = False) -> bytes:
 
 
 def zip_fields(rng: random.Random, data: bytes) -> bytes:
-    """Has an extreme number in a field of the zip format."""
+    """Writes an extreme number to a field of the zip format."""
     found = [m.start() for m in re.finditer(rb"PK(\x01\x02|\x03\x04|\x05\x06)", data)]
     if not found:
         return extreme(rng, data)
@@ -173,11 +173,11 @@ def zip_fields(rng: random.Random, data: bytes) -> bytes:
 
 
 def zip_entries(inner: Mutate | None = None, *, only: str = "") -> Mutate:
-    """An archive with an entry changed, lost, doubled, renamed, packed or made huge.
+    """An archive with an entry changed, removed, doubled, renamed, compressed or made huge.
 
     Args:
-      inner: what changes an entry.
-      only: part of the names of the entries that it changes.
+      inner: changes the content of an entry.
+      only: changes only entries whose names contain this.
     """
 
     def mutate(rng: random.Random, data: bytes) -> bytes:
@@ -214,19 +214,19 @@ def zip_entries(inner: Mutate | None = None, *, only: str = "") -> Mutate:
 
 
 def doubled_lists(depth: int) -> bytes:
-    """Opcodes of a list of lists, each of which holds the one before twice."""
+    """Opcodes for nested lists, each of which holds the one before twice."""
     lists = (b"](h%ch%ceq%c0" % (i, i, i + 1) for i in range(depth))
     return b"]q\x000" + b"".join(lists) + b"h%c" % depth
 
 
 def doubled_tuples(depth: int) -> bytes:
-    """The same of tuples, which can be hashed."""
+    """The same with tuples, which can be hashed."""
     pairs = (b"h%ch%c\x86q%c0" % (i, i, i + 1) for i in range(depth))
     return b")q\x000" + b"".join(pairs) + b"h%c" % depth
 
 
 def _bomb(rng: random.Random) -> bytes:
-    """Opcodes that take much memory or time from whoever does as they say."""
+    """Opcodes that take much memory or time when executed."""
     depth = rng.choice((40, 60))
     tuples = doubled_tuples(depth)
     return rng.choice(
@@ -251,7 +251,7 @@ def _bomb(rng: random.Random) -> bytes:
 
 
 def pickled(rng: random.Random, data: bytes) -> bytes:
-    """A pickle with opcodes changed, lost, doubled, swapped or added."""
+    """A pickle with opcodes changed, removed, doubled, swapped or added."""
     try:
         starts = [place for _, _, place in pickletools.genops(data)] + [len(data)]
     except Exception:
@@ -309,7 +309,7 @@ def pickled(rng: random.Random, data: bytes) -> bytes:
 
 
 def npy(rng: random.Random, data: bytes) -> bytes:
-    """An npy file with another header, of the right length."""
+    """An npy file with another header, of a valid length."""
     if not data.startswith(b"\x93NUMPY") or len(data) < 10:
         return flip(rng, data)
     length = int.from_bytes(data[8:10], "little")

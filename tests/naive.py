@@ -1,6 +1,6 @@
-"""NAC's read-in as it reads in the paper's code: keys and values of every token for every receiver.
+"""NAC's read-in as in the paper's code: keys and values of every token for every receiver.
 
-The reference for `m2mkd_jax.nac.read_in.pool_tokens`, which makes neither.
+The reference for `m2mkd_jax.nac.read_in.pool_tokens`, which computes neither.
 """
 
 import math
@@ -10,7 +10,7 @@ from jax import numpy as jnp
 
 
 def pool_tokens(query, tokens, key_scales, value_scales, key_kernel, value_kernel):
-    """As the function of that name, with two arrays of shape (B, T, S, H, K)."""
+    """Like the function of the same name, with two arrays of shape (B, T, S, H, K)."""
     scaled = tokens[:, None, :, :] * key_scales[:, None, :]
     keys = jnp.einsum("BTSU,UHK->BTSHK", scaled, key_kernel)
     scaled = tokens[:, None, :, :] * value_scales[:, None, :]

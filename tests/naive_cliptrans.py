@@ -1,7 +1,7 @@
-"""CLIPTrans' networks in numpy and float64, one example and one head at a time, by the names that
-their tensors are published under.
+"""CLIPTrans' networks in numpy and float64, one example and one head at a time, using the published
+tensor names.
 
-The reference for `cliptrans_jax.models`, whose layouts and shortcuts it has none of.
+The reference for `cliptrans_jax.models`, with none of its layouts and shortcuts.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """The tensors below a prefix."""
+    """The tensors under a name prefix."""
 
     tensors: Mapping[str, np.ndarray]
     prefix: str = ""
@@ -27,7 +27,7 @@ class Weights:
         return dataclasses.replace(self, prefix=self.prefix + prefix)
 
     def layers(self, prefix: str) -> Iterator["Weights"]:
-        """Those of layer 0, 1, ..."""
+        """The weights of layers 0, 1, ..."""
         numbered = re.compile(re.escape(self.prefix + prefix) + r"\.(\d+)\.")
         found = {int(match[1]) for name in self.tensors if (match := numbered.match(name))}
         return (self.below(f"{prefix}.{i}.") for i in sorted(found))
@@ -41,7 +41,7 @@ class Weights:
         return unit * self[f"{name}.weight"] + self[f"{name}.bias"]
 
     def attention(self, names, x, context, visible, heads) -> np.ndarray:
-        """Attention of x over `context`; names of the layers of queries, keys, values and
+        """Attention from x to `context`; `names` are the layers of queries, keys, values and
         outputs."""
         query, key, value, out = names
         found = attend(
@@ -114,7 +114,7 @@ def mbart_decoder(model: Weights, x, visible, states, mask, heads) -> np.ndarray
 
 
 def cliptrans_logits(tensors, vectors, source, labels, *, heads, pad=1) -> np.ndarray:
-    """Of one example's labels, which end in `</s>` and pads; `vectors` are its prefix."""
+    """Logits of one example's labels, which end in `</s>` and pads; `vectors` are its prefix."""
     mbart, count = Weights(tensors, "mbart."), len(vectors)
     model = mbart.below("model.")
     real = [label for label in labels if label != pad]
@@ -136,7 +136,7 @@ def prelu(weights: Weights, name: str, x: np.ndarray) -> np.ndarray:
 
 
 def prefix(weights: Weights, kind: str, feature, count: int) -> np.ndarray:
-    """What a mapping network makes of one feature."""
+    """The output of a mapping network for one feature."""
     if kind == "mlp":
         return prelu(weights, "hidden.1", weights.linear("hidden.0", feature)).reshape(count, -1)
     if kind == "hidden_mlp":
@@ -198,7 +198,7 @@ def clip_text(weights: Weights, ids, mask, *, heads, activation=quick_gelu) -> n
 
 
 def patches(model: Weights, image) -> list[np.ndarray]:
-    """The projected patches of an image [3, I, J], without its last pixels if they fill none."""
+    """The projected patches of an image [3, I, J], without remaining pixels that fill no patch."""
     kernel = model["embeddings.patch_embedding.weight"]
     side = kernel.shape[-1]
     return [
@@ -244,7 +244,7 @@ def siglip_vision(weights: Weights, image, *, heads) -> np.ndarray:
 
 
 def convolution(x, kernel, stride) -> np.ndarray:
-    """A torch convolution of x [C, I, J] with kernel [out, C, side, side], place by place."""
+    """A torch convolution of x [C, I, J] with kernel [out, C, side, side], position by position."""
     side = kernel.shape[-1]
     x = np.pad(x, ((0, 0), (side // 2,) * 2, (side // 2,) * 2))
     rows, columns = ((size - side) // stride + 1 for size in x.shape[1:])
@@ -280,7 +280,7 @@ def bottleneck(block: Weights, x, stride, first) -> np.ndarray:
 
 
 def resnet(weights: Weights, image) -> np.ndarray:
-    """The feature of one image [3, I, J] by OpenAI's ResNet."""
+    """The feature of one image [3, I, J] in OpenAI's ResNet."""
     weights, x = weights.below("visual."), image
     for i, stride in ((1, 2), (2, 1), (3, 1)):
         x = np.maximum(conv_norm(weights, f"conv{i}", f"bn{i}", x, stride), 0)

@@ -1,6 +1,6 @@
-"""m2mKD's ViT and V-MoE in plain numpy, from a state dict under the original's names.
+"""m2mKD's ViT and V-MoE in plain numpy, from a state dict with the original's names.
 
-The reference for the networks and for the converter at once: it shares no code with either.
+The reference for both the networks and the converter: it shares no code with either.
 """
 
 from collections.abc import Mapping
@@ -8,14 +8,14 @@ from collections.abc import Mapping
 import numpy as np
 from scipy.special import erf, softmax
 
-STITCH_EPS = 1e-5  # the default of the original's framework, whatever the encoder has
+STITCH_EPS = 1e-5  # the default of the original's framework, regardless of the encoder's epsilon
 CHOSEN = 2
 
 State = Mapping[str, np.ndarray]
 
 
 def run(state: State, x: np.ndarray, *, heads: int, eps: float) -> tuple[np.ndarray, list]:
-    """What a network or a stage makes of images (B, I, J, channels) or tokens (B, T, D), and the
+    """The output of a network or stage for images (B, I, J, channels) or tokens (B, T, D), and the
     tokens after each block."""
     if "cls_token" in state:
         x = embed(state, x)
@@ -84,7 +84,7 @@ def mlp(state: State, first: str, second: str, x: np.ndarray) -> np.ndarray:
 
 
 def mix(state: State, x: np.ndarray) -> np.ndarray:
-    """Token by token: its largest logits, softmax over these alone, those experts' answers."""
+    """For each token: its largest logits, a softmax over only these, those experts' outputs."""
     y, logits = np.zeros(x.shape), linear(state, "moe.gate.gate", x)
     for place in np.ndindex(*x.shape[:2]):
         best = np.argsort(-logits[place])[:CHOSEN]

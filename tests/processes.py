@@ -1,4 +1,5 @@
-"""Runs in processes of their own, alone or as two processes that are one run, to be disturbed."""
+"""Starts runs in their own processes, either one process or two that form one run, so that tests
+can disturb them."""
 
 import atexit
 import contextlib
@@ -15,8 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 
 ROOT = pathlib.Path(__file__).parents[1]
-DEADLINE = 300  # seconds that anything waited for may take
-# 44 updates in 4 epochs of the digits, with random augmentation, dropping and averaging.
+DEADLINE = 300  # maximum seconds to wait for anything
+# 44 updates in 4 epochs of the digits, with random augmentation, drop path and averaging.
 DIGITS = (
     "m2mkd_jax.main",
     "--config=configs/m2mkd/digits.py:phase=end_to_end",
@@ -36,7 +37,7 @@ DIGITS = (
     "--config.run.checkpoint_every=1",
     "--config.run.compilation_cache=None",
 )
-# Later versions of XLA have no other way to compile fusions.
+# Later versions of XLA cannot compile fusions in any other way.
 FUSIONS_BY_LLVM = jax.__version_info__ < (0, 11)
 QUICKLY = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if FUSIONS_BY_LLVM:
@@ -57,16 +58,16 @@ class Started:
         return self.process.poll() is None
 
     def end(self) -> int:
-        """Waits for it, and gives its exit status."""
+        """Waits for the process to end; returns its exit status."""
         return self.process.wait(timeout=DEADLINE)
 
     def finish(self) -> str:
-        """Its output, once it has ended as it should."""
+        """Waits for the process to end successfully; returns its output."""
         assert self.end() == 0, self.output()
         return self.output()
 
     def send(self, number: int, when: Callable[[], bool] = lambda: True) -> None:
-        """Sends a signal at the moment the condition holds, which must be before it ends."""
+        """Sends a signal once the condition holds, which must be before the process ends."""
         deadline = time.monotonic() + DEADLINE
         while not when():
             assert self.running(), self.output()
@@ -75,7 +76,7 @@ class Started:
         self.process.send_signal(number)
 
     def kill(self, when: Callable[[], bool]) -> None:
-        """Kills it at such a moment."""
+        """Kills the process once the condition holds."""
         self.send(signal.SIGKILL, when)
         self.process.wait()
 
@@ -87,7 +88,7 @@ def start(
     devices: int = 1,
     log: pathlib.Path | None = None,
 ) -> Started:
-    """A run in one process, its output in a file beside the workdir unless another is given."""
+    """Starts a run in one process, with its output in a file next to the workdir by default."""
     return _start(workdir, (*run, *more), devices, log=log or workdir.with_suffix(".log"))
 
 
@@ -95,7 +96,7 @@ def start(
 def pair(
     workdir: pathlib.Path, *more: str, run: tuple[str, ...] = DIGITS, devices: int = 4
 ) -> Iterator[list[Started]]:
-    """A run in two processes; those that are left at the end of the block are killed."""
+    """Starts a run in two processes; kills those that are left at the end of the block."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -120,14 +121,15 @@ def pair(
 def finish_pair(
     workdir: pathlib.Path, *more: str, run: tuple[str, ...] = DIGITS, devices: int = 4
 ) -> list[str]:
-    """The outputs of two processes of a run that is not disturbed."""
+    """Runs two processes of one run undisturbed; returns their outputs."""
     with pair(workdir, *more, run=run, devices=devices) as processes:
         return finish_all(processes)
 
 
 def finish_all(processes: Sequence[Started]) -> list[str]:
-    """The outputs of the processes of a run, once they have ended as they should. If one fails or
-    hangs, the error has all: the first often says only that another one is missing."""
+    """Waits until the processes of a run end successfully; returns their outputs. If one fails or
+    hangs, the error has all outputs, since the first often says only that another process is
+    missing."""
     for process in processes:
         try:
             ended = process.end() == 0
@@ -138,7 +140,7 @@ def finish_all(processes: Sequence[Started]) -> list[str]:
 
 
 def says(path: pathlib.Path, text: str) -> bool:
-    """Whether a file is there and has the text."""
+    """Whether a file exists and contains the text."""
     return path.exists() and text in path.read_text()
 
 
@@ -155,5 +157,5 @@ def _start(workdir, arguments, devices: int, *, log: pathlib.Path) -> Started:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
         )
-    atexit.register(process.kill)  # which leaves those alone that have ended
+    atexit.register(process.kill)  # has no effect on a process that has ended
     return Started(process, log)

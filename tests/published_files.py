@@ -1,5 +1,5 @@
-"""Small published networks for tests of CLIPTrans: their configs, parameters with a number of its
-own in every place, and the files that they are published as."""
+"""Small published networks for CLIPTrans' tests: configs, parameters with distinct numbers, and the
+files that they are published as."""
 
 import dataclasses
 import functools
@@ -41,7 +41,7 @@ def shapes_of(marker, config):
 
 
 def make_params(layout, config, *, seed=0):
-    """A number of its own in every place."""
+    """Parameters with a distinct number in every place."""
     return random_like(shapes_of(layout.marker, config), seed=seed)
 
 

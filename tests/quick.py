@@ -1,9 +1,9 @@
-"""The tests that `make test-quick` leaves out: whole files, by what they do."""
+"""The test files that `make test-quick` skips."""
 
 import pathlib
 
 FOLDER = pathlib.Path(__file__).parent
-# These compile much, start processes, train, or try very many inputs.
+# These compile a lot, start processes, train, or try very many inputs.
 SLOW = (
     "cliptrans_jax/test_command.py",
     "cliptrans_jax/test_commands.py",
@@ -87,5 +87,5 @@ SLOW = (
 
 
 def is_slow(path: pathlib.Path) -> bool:
-    """Whether the quick tests leave a file out."""
+    """Whether the quick tests skip a file."""
     return path in {FOLDER / name for name in SLOW}

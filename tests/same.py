@@ -1,4 +1,4 @@
-"""What tests that compare arrays share."""
+"""Helpers for tests that compare arrays."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,7 +9,8 @@ from flax import traverse_util
 
 
 def assert_same(found: Mapping[str, Any], want: Mapping[str, Any]) -> None:
-    """The same names, and of each the same type and values; of nested dicts as well."""
+    """Requires the same names, and the same type and values under each name, in nested dicts
+    too."""
     found, want = (traverse_util.flatten_dict(dict(tree), sep="/") for tree in (found, want))
     assert found.keys() == want.keys()
     for name, array in want.items():
@@ -18,12 +19,13 @@ def assert_same(found: Mapping[str, Any], want: Mapping[str, Any]) -> None:
 
 
 def assert_all_same(found: Iterable[Mapping], want: Iterable[Mapping]) -> None:
-    """As many, and each the same."""
+    """Requires equally many dicts, each equal to its counterpart."""
     for one, other in zip(found, want, strict=True):
         assert_same(one, other)
 
 
 def assert_close(found: Any, want: Any, tolerance: float = 1e-10) -> None:
-    """Trees of as many leaves, which differ by no more than `tolerance`, absolute and relative."""
+    """Requires trees with equally many leaves, which differ by at most `tolerance`, absolute and
+    relative."""
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)

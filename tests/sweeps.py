@@ -1,4 +1,4 @@
-"""Sweeps whose runs are stand-ins, which take no time and do as they are told."""
+"""Sweeps whose runs are stand-ins that take no time and do as they are told."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ EMOJI = f"{ROOT}/configs/cliptrans/emoji.py"
 WHOLE = f"{DIGITS}:phase=end_to_end"
 GRID = "baseline.alpha=0.3,0.5"
 
-# Stands in for python: notes that it was called and does what a file says that names the run.
+# Stands in for python: records the call and does what a file named after the run says.
 STAND_IN = """#!{python} -ES
 import json, os, pathlib, signal, sys, time
 flags = dict(flag.partition("=")[::2] for flag in sys.argv if flag.startswith("--"))
@@ -42,8 +42,8 @@ accuracy = float(alpha) + 0.01 * int(seed)
 
 
 def replace_python(folder, monkeypatch):
-    """Puts the stand-in in place of python; returns two functions: one gives orders by run, the
-    other takes the names of the runs that were called since the last time."""
+    """Replaces python by the stand-in. Returns two functions: one sets what a run does, the other
+    returns the names of the runs called since the last time."""
     script, called = folder / "python", folder / "called"
     script.write_text(STAND_IN.format(python=sys.executable, folder=str(folder)))
     script.chmod(0o755)

@@ -1,4 +1,4 @@
-"""The house keeps its shape: who imports whom, how long a file is, which letters an einsum uses."""
+"""The architecture holds: who imports whom, how long files are, which letters an einsum uses."""
 
 import ast
 import pathlib
@@ -16,7 +16,7 @@ from m2mkd_jax.phases import PHASES
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = [p for p in ("common_jax", "m2mkd_jax", "cliptrans_jax") if (ROOT / p).exists()]
 
-# Top to bottom: a module imports from its own line and from lines below, never from above.
+# Top to bottom: a module imports from its own line and lines below, never from lines above.
 LAYERS = {
     "m2mkd_jax": (
         ("__main__",),
@@ -75,14 +75,14 @@ LAYERS = {
     ),
 }
 FOREIGN = {"torch", "torchvision", "tensorflow", "tensorflow_datasets", "tf_keras", "clu"}
-# What imports without TensorFlow may be used where it is needed, inside a function.
+# Modules that need no TensorFlow to be imported may be used inside a function where needed.
 OPTIONAL = {"m2mkd_jax.data.records": {"tensorflow_datasets"}}
-# Words of the two papers, of their code and of what they train.
+# Words of the two papers, their code and their tasks.
 PAPERS = re.compile(
     r"\b(?i:m2mkd|nacs?|v?-?moe|cliptrans|m-?clip|m?bart|bleu|chrf|meteor|originals?|teachers?"
     r"|students?|distill\w*|captioning|routers?)(?:_jax)?\b|\bCLIP\b"
 )
-# The table of each door, and the file that it stands in.
+# Door -> its table, and the file that has it.
 DOORS = {
     "m2mkd_jax/phases/__init__.py": PHASES,
     "m2mkd_jax/families/__init__.py": FAMILIES,
@@ -96,7 +96,7 @@ def modules():
 
 
 def imports(path):
-    """Absolute names of everything a file imports, wherever in the file."""
+    """Absolute names of everything a file imports, anywhere in the file."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -106,7 +106,7 @@ def imports(path):
 
 
 def layer(package, name):
-    """How far down `name` = package.a.b stands; None for the package itself."""
+    """How far down `name` = package.a.b is; None for the package itself."""
     parts = name.split(".")
     if len(parts) < 2:
         return None
@@ -144,7 +144,8 @@ def test_files_and_folders_are_of_a_size_to_read():
 
 
 def test_common_names_no_paper():
-    """In code, docstrings and comments. Readers of published files say whose files they read."""
+    """Neither in code, docstrings nor comments. Readers of published files may name whose files
+    they read."""
     paths = [path for path in modules() if path.is_relative_to(ROOT / "common_jax")]
     read = [path for path in paths if "weights" not in path.parts]
     assert len(read) > 40
@@ -160,7 +161,8 @@ def test_einsum_letters_come_from_the_table():
         for equation in re.findall(r"einsum\(\s*\"([^\"]+)\"", path.read_text()):
             letters = set(re.findall(r"[A-Za-z]", equation))
             lower = {letter for letter in letters if letter.islower()}
-            # Small letters are for host-side numpy arithmetic on tables, never for activations.
+            # Lower-case letters are for host-side numpy arithmetic on tables, never for
+            # activations.
             assert not lower or path.name == "positions.py", f"{path}: {equation}"
             assert letters - lower <= set(AXES), f"{path}: {equation}"
             found += 1
@@ -172,7 +174,7 @@ def test_public_functions_have_docstrings_and_types():
         for node in ast.parse(path.read_text()).body:
             if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
                 continue
-            if len(node.body) > 1:  # a line of code says what it does
+            if len(node.body) > 1:  # a line of code explains itself
                 assert ast.get_docstring(node), f"{path}: {node.name} has no docstring"
             if isinstance(node, ast.FunctionDef):
                 arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
@@ -190,7 +192,7 @@ def test_nothing_happens_at_import():
 
 
 def config_classes(node):
-    """Names of configs' classes within an expression; a ConfigDict is none."""
+    """Names of config classes in an expression; ConfigDict does not count."""
     for part in ast.walk(node):
         name = getattr(part, "id", getattr(part, "attr", ""))
         if name.endswith(("Config", "CONFIG")):
@@ -198,7 +200,7 @@ def config_classes(node):
 
 
 def asked_classes(tree):
-    """Configs' classes in calls of `isinstance` and in comparisons, with their lines."""
+    """Config classes in calls of `isinstance` and in comparisons, with their lines."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "type"):
             asked = node.args[1:]
@@ -251,7 +253,7 @@ def test_names_of_phases_stand_in_the_phases_and_the_config_s_tuple_alone():
 
 
 def names_listed(tree):
-    """The strings in each literal tuple, list and set of at least two, and the keys of tables."""
+    """The strings in each literal tuple, list and set with at least two, and the keys of tables."""
     for node in ast.walk(tree):
         entries = getattr(node, "keys" if isinstance(node, ast.Dict) else "elts", ())
         if isinstance(node, ast.Dict) or len(entries) > 1:
@@ -263,7 +265,7 @@ def test_a_door_has_one_table(door):
     names, tables = set(DOORS[door]), []
     for path in (ROOT / "m2mkd_jax").rglob("*.py"):
         file = str(path.relative_to(ROOT))
-        # Of the phases alone the config has a tuple, since it stands below them.
+        # Only for phases, the config has its own tuple, since it is below them.
         if DOORS[door] is PHASES and file == "m2mkd_jax/config.py":
             continue
         listed = names_listed(ast.parse(path.read_text()))

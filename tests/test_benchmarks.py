@@ -1,6 +1,6 @@
-"""Benchmarks still fit the code that they time: they are built at tiny sizes, and not timed.
+"""Benchmarks still fit the code that they time: they are built at tiny sizes, without timing.
 
-`make bench` runs them all, but takes half an hour and PyTorch.
+`make bench` runs them all, but needs half an hour and PyTorch.
 """
 
 import argparse
@@ -23,7 +23,7 @@ BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 
 @pytest.fixture
 def load(monkeypatch):
-    """Imports a benchmark as its folder's other files import it."""
+    """Imports a benchmark the way the other files in its folder do."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module
 
@@ -53,7 +53,7 @@ def test_a_step_of_a_nac_is_given_all_its_random_numbers(load):
     noise = traverse_util.unflatten_dict(nac_step.make_noise(config, 2), sep="/")
 
     def logits(images, noise):
-        # Without keys, numbers that are missing or of another shape are an error.
+        # Without keys, draws that are missing or have the wrong shape raise an error.
         params = network.init(jax.random.key(0))
         return network.apply(params, images, train=True, noise=noise)[0]
 

@@ -1,4 +1,4 @@
-"""The command that says what is missing before a run starts: tools/check_data.py."""
+"""tools/check_data.py: the command that says what is missing before a run starts."""
 
 import itertools
 import pathlib
@@ -18,7 +18,7 @@ LINES = {"en": ("a dog", "a cat", "a red car"), "de": ("ein Hund", "eine Katze",
 
 
 def check(capsys, *flags):
-    """(exit status, what was printed, the problems)."""
+    """(exit status, output, problems)."""
     with pytest.raises(SystemExit) as end:
         check_data.main(["check_data.py", *map(str, flags)])
     printed = capsys.readouterr().out
@@ -196,7 +196,7 @@ def test_further_tests_are_looked_at_too(tmp_path, capsys):
 
 
 def pasted(printed):
-    """The flags that the command prints to train with."""
+    """The flags that the command prints for training."""
     _, found, flags = printed.partition("flags that train on ")
     assert found
     flags = flags.partition(":\n")[2].replace("\\\n", " ")

@@ -1,5 +1,4 @@
-"""The command that compiles for a pod: tools/compile_for_pod.py, and the descriptions of runs that
-it compiles."""
+"""tools/compile_for_pod.py: the command that compiles for a pod, and the runs it describes."""
 
 import dataclasses
 import json
@@ -38,7 +37,7 @@ VMOE = f"--config={ROOT}/configs/m2mkd/vmoe_base.py:phase=end_to_end"
 
 
 class Reached(Exception):
-    """The loop would start."""
+    """Raised where the loop would start."""
 
 
 def mesh_of_two():
@@ -46,7 +45,7 @@ def mesh_of_two():
 
 
 def task_of(monkeypatch, run, *arguments):
-    """The task that a run hands to the loop."""
+    """The task that a run passes to the loop."""
     tasks = []
 
     def train(task, *_, **__):
@@ -65,7 +64,7 @@ def text(task, optim, mesh):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """The workdir of a run for every role, with parameters of all that phases read."""
+    """The workdir of a run for every role, with all parameters that the phases read."""
     root, config = tmp_path_factory.mktemp("weights"), tiny_config("distill", stages=2)
     networks = {"meta": meta_network(config), "teacher": teacher_network(config)}
     params = {name: fill(network.init) for name, network in networks.items()}
@@ -169,7 +168,7 @@ def command(capsys, *flags):
 
 @pytest.fixture
 def eight_devices(monkeypatch):
-    """Devices that are there, in the place of described ones."""
+    """Uses the actual devices in place of described ones."""
     monkeypatch.setattr(program, "describe_devices", lambda *_, **__: jax.devices())
 
 
@@ -242,7 +241,7 @@ def test_it_gets_it_however_the_flag_is_written():
 
 @dataclasses.dataclass
 class Compiled:
-    """What the compiler gives, of a size of choice."""
+    """A compilation result with sizes of choice."""
 
     size: int
 
@@ -257,12 +256,12 @@ class Compiled:
 
 @dataclasses.dataclass
 class Lowered:
-    """A program whose compilation gives `result`, or raises it."""
+    """A program whose compilation returns `result`, or raises it."""
 
     result: object
 
     def compile(self, options):
-        assert options is None  # of TPUs
+        assert options is None  # options are only for TPUs
         if isinstance(self.result, Exception):
             raise self.result
         return self.result
@@ -273,7 +272,7 @@ XLA = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: (52.66G) exceeds available
 
 @pytest.fixture(scope="module")
 def small_step():
-    """What there is to compile of a small network."""
+    """What to compile for a small network."""
     config = tiny_config("end_to_end", moe=dataclasses.replace(MOE, dispatch="capacity", groups=8))
     return m2mkd_plan.make_step(config, make_mesh(MeshConfig(expert=4)), program.Options())
 

@@ -1,4 +1,5 @@
-"""Every shipped config can be run: all phases freeze, build and fit together, without a step."""
+"""Every shipped config can run: all phases freeze, build and fit together, without taking a
+step."""
 
 import dataclasses
 import functools
@@ -31,7 +32,7 @@ FILES = {
     for path in sorted((pathlib.Path(__file__).parents[1] / "configs" / "m2mkd").glob("*.py"))
     if "def get_config(" in path.read_text()
 }
-# Files that do not have every phase.
+# Files that have only some phases.
 SOME = {"nac_tinyimagenet": ("end_to_end", "few_shot")}
 RUNS = [(name, phase) for name in FILES for phase in SOME.get(name, (*PHASE_NAMES, "pipeline"))]
 WHOLE = [name for name in FILES if name not in SOME]

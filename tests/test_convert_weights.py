@@ -1,5 +1,5 @@
-"""The command that converts weights: every kind comes back equal, the phases take what it makes,
-and what does not fit is named before anything is written."""
+"""The command that converts weights: every kind survives a round trip, phases accept the results,
+and misfits are named before anything is written."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def convert(*arguments):
 
 
 def refusal(capsys, *arguments) -> str:
-    """What the command says when it refuses: exit status 2 and one message."""
+    """The command's message when it refuses, with exit status 2."""
     with pytest.raises(SystemExit) as stop:
         convert(*arguments)
     assert stop.value.code == 2
@@ -109,7 +109,8 @@ def test_a_module_comes_back(tmp_path, config_file, kind, stage):
 
 
 def test_a_module_is_cut_out_of_the_hybrid_that_trained_it(tmp_path, config_file, capsys):
-    """What phase MT of the original saves: module 0 in the meta model, by stage as well."""
+    """What the original's phase MT saves: module 0 inside the meta model, also under stage
+    names."""
     state = make_state("teacher", config_of(config_file))
     save_checkpoint(tmp_path / "in.pth", listed_by_stage(state, (2, 1, 1)))
     flags = [f"--config={config_file}", "--kind=module", "--config.module=0"]
@@ -149,7 +150,7 @@ def golden(case):
 
 
 def test_the_original_s_module_files_become_one_teacher(tmp_path, config_file):
-    """Names, keys and boundaries of a teacher that the original split."""
+    """Names, keys and boundaries of a teacher that the original has split."""
     about, params = golden("m2mkd/split_teacher")
     starts, folder = (0, 2, 3), tmp_path / "FT_tiny"
     folder.mkdir()
@@ -186,8 +187,8 @@ def test_timm_s_deit_teaches_modules_and_as_a_whole(tmp_path, capsys, suffix):
     assert "config.teacher.depths" not in shown
     saved = freeze(Config, checkpoint.load_config(tmp_path / "teacher"))
     assert saved.data.image_size == 32 and saved.teacher.depths == (1, 1)
-    # The phases ask for what they use: distill for a stage, the baseline for all of them, here at
-    # a larger image side.
+    # The phases ask for what they use: distill for one stage, the baseline for all stages, here
+    # with larger images.
     larger = dataclasses.replace(
         saved,
         data=dataclasses.replace(saved.data, image_size=48),

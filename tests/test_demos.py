@@ -1,4 +1,4 @@
-"""The demos: their runs, several in a process, and the commands that they end with."""
+"""The demos: their runs, several runs in one process, and the commands that they end with."""
 
 import argparse
 import pathlib
@@ -32,7 +32,7 @@ def flags(folder, *more, seeds=2):
 
 
 def configs(monkeypatch, kind, lines):
-    """The frozen configs of command lines, by the folder of the run."""
+    """The frozen configs of command lines, by run folder."""
     found = {}
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(app.logging, "basicConfig", lambda **_: None)
@@ -60,7 +60,7 @@ def test_the_runs_on_digits_are_understood_and_use_the_teacher_of_their_seed(tmp
         assert config.phase == ("pipeline" if "m2mkd" in name else "end_to_end")
         teacher = str(tmp_path / "a b" / f"vmoe_m2mkd_{config.seed}" / "teacher")
         assert config.sources.teacher == (teacher if "nac_m2mkd" in name else "")
-    # A NAC starts after the V-MoE that has its teacher.
+    # A NAC starts after the V-MoE whose teacher it uses.
     assert {name: job.needs for name, job in jobs.items() if job.needs} == {"seed_1": "first"}
     teacher = tmp_path / "a b" / "vmoe_m2mkd_0" / "teacher" / "result.json"
     assert {name: job.file for name, job in jobs.items() if job.file} == {"first_nac": teacher}
@@ -132,7 +132,7 @@ def test_the_runs_on_emoji_are_understood_and_share_an_m_clip(tmp_path, monkeypa
         assert config.seed == (0 if name == "clip" else int(name[-1]))
         shares = name.startswith(("cliptrans", "no_captioning"))
         assert config.sources.clip == (str(tmp_path / "clip") if shares else "")
-        if name not in ("clip", "cliptrans_0"):  # which one process runs in this order
+        if name not in ("clip", "cliptrans_0"):  # these two run in this order in one process
             assert jobs[name].file == (tmp_path / "clip" / "result.json" if shares else None)
 
 

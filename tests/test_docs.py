@@ -1,4 +1,4 @@
-"""What the documentation names is there: commands, flags, links, functions, tests and figures."""
+"""What the documentation refers to exists: commands, flags, links, functions, tests and figures."""
 
 import ast
 import dataclasses
@@ -29,7 +29,7 @@ CONFIGS = sorted(
     path for path in (ROOT / "configs").rglob("*.py") if "def get_config(" in path.read_text()
 )
 
-# Paths of one machine have no place in a repository. Spelt so that this file does not find itself.
+# Paths of one machine do not belong in a repository. Split so that this file does not match itself.
 FOREIGN = ("/" + "work/", "../" + "shared")
 
 
@@ -38,10 +38,10 @@ class System:
     """One of the two systems.
 
     Attributes:
-      command: its module with DESCRIPTION.
+      command: its module, which has DESCRIPTION.
       config: the dataclass of its config.
-      words: what a heading says that is about it alone.
-      samples: configs that flags are tried on; one must take them.
+      words: words that mark a heading as about this system only.
+      samples: configs that flags are tried on; one of them must accept the flags.
     """
 
     command: types.ModuleType
@@ -80,19 +80,19 @@ COMMAND = re.compile(r"(?:-m (\w+)\.main|(?:^|\s)(m2mkd|cliptrans) train)\b(.*)"
 
 
 def texts() -> dict[str, str]:
-    """Everything that quotes commands."""
+    """All texts that quote commands."""
     found = {name(page): page.read_text() for page in PAGES}
     found |= {name(path): ast.get_docstring(ast.parse(path.read_text())) for path in CONFIGS}
     return found | {f"{key} --help": system.command.DESCRIPTION for key, system in SYSTEMS.items()}
 
 
 def joined(text: str) -> str:
-    """The text with lines put together that a backslash continues."""
+    """The text with backslash-continued lines joined."""
     return re.sub(r"\\\n\s*", "", text)
 
 
 def commands() -> list[tuple[str, str, list[str]]]:
-    """(where it stands, the package, the flags) of all commands of the two systems."""
+    """(place, package, flags) of all quoted commands of the two systems."""
     found = []
     for place, text in texts().items():
         for line in joined(text).splitlines():
@@ -104,8 +104,8 @@ def commands() -> list[tuple[str, str, list[str]]]:
 
 
 def parsed(monkeypatch, package: str, arguments: list[str]):
-    """The frozen config of a command line, as the command reads it; raises what a user would see
-    as text."""
+    """The frozen config of a command line, as the command reads it; raises the error a user would
+    see as text."""
     system, received = SYSTEMS[package], []
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(app.logging, "basicConfig", lambda **_: None)
@@ -137,7 +137,7 @@ def test_quoted_commands_are_understood(monkeypatch, place, package, arguments):
 
 
 def sweeps() -> list[tuple[str, list[str]]]:
-    """(where it stands, the flags) of all commands of tools/sweep.py."""
+    """(place, flags) of all quoted commands of tools/sweep.py."""
     found = []
     for place, text in (texts() | {"tools/sweep.py --help": sweep.__doc__}).items():
         for line in joined(text).splitlines():
@@ -178,14 +178,14 @@ def test_make_has_what_is_mentioned():
 
 
 def prose(page: pathlib.Path) -> str:
-    """The page with spaces in the place of its code blocks."""
+    """The page with its code blocks blanked out."""
     blank = functools.partial(re.sub, r"[^\n]", " ")
     return re.sub(r"^```.*?^```", lambda m: blank(m[0]), page.read_text(), flags=re.M | re.S)
 
 
 def subjects(text: str, place: int) -> tuple[str, ...]:
-    """The systems that the text is about at a place: what the innermost of the headings above it
-    says that names any; else both."""
+    """The systems that the text is about at a position: those named in the innermost heading above
+    it that names any; else both."""
     titles = {}
     for match in re.finditer(r"^(#+) (.*)", text[:place], re.M):
         level = len(match[1])
@@ -198,7 +198,7 @@ def subjects(text: str, place: int) -> tuple[str, ...]:
 
 
 def spans(pattern: str) -> list[tuple[str, str, tuple[str, ...]]]:
-    """(page, what stands in backquotes, the systems it may be of) outside code blocks."""
+    """(page, text in backquotes, systems it may refer to), outside code blocks."""
     found = []
     for page in PAGES:
         text = prose(page)
@@ -222,7 +222,7 @@ def test_mentioned_flags_are_fields(monkeypatch, place, span, systems):
                     monkeypatch, package, [f"--config={sample}", "--workdir=x", *shlex.split(span)]
                 )
                 return
-            except Exception as error:  # the flags' library has exceptions of its own
+            except Exception as error:  # the flag library raises its own exceptions
                 problems.append(f"{sample}: {error}")
     pytest.fail(f"{place}: {span}\n" + "\n".join(problems))
 
@@ -235,7 +235,7 @@ def test_mentioned_fields_are_there():
 
 
 def paths(value, path: str):
-    """The dotted paths of a dataclass's fields, sections included."""
+    """The dotted paths of a dataclass's fields, including sections."""
     yield path
     for key, entry in getattr(value, "__dict__", {}).items():
         yield from paths(entry, f"{path}.{key}")
@@ -268,7 +268,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_mentioned_files_are_there(page):
-    """Files of the repository in backquotes, from its root or from a package."""
+    """Files of the repository in backquotes, relative to its root or to a package."""
     roots = (ROOT, *(ROOT / package for package in ("common_jax", *SYSTEMS)))
     folders = {path.name for root in roots for path in root.iterdir() if path.is_dir()}
     for target in re.findall(r"`(\w+/[\w./]+)`", page.read_text()):
@@ -287,7 +287,7 @@ def test_mentioned_names_are_there():
 
 @functools.cache
 def definitions(path: pathlib.Path) -> frozenset[str]:
-    """Names a file defines: functions, classes, their methods as Class.method, and tables."""
+    """Names a file defines: functions, classes, methods as Class.method, and tables."""
     names = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -348,7 +348,7 @@ def test_every_loss_has_an_equation():
         assert f"`{file}:{function}`" in text, function
 
 
-# What a page looks like.
+# Layout of a page.
 
 
 @pytest.mark.parametrize("table", ["demo", "emoji"])
@@ -378,6 +378,6 @@ def test_no_tracked_file_names_a_place_outside_the_repository():
         path = ROOT / file
         if file.startswith(".ci/") or path.suffix in (".npz", ".png") or not path.is_file():
             continue
-        text = path.read_text(errors="replace")  # kept checkpoints among them
+        text = path.read_text(errors="replace")  # also of the stored checkpoints
         for word in FOREIGN:
             assert word not in text, f"{file} mentions {word}"

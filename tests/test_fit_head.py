@@ -1,4 +1,4 @@
-"""A ViT without a classifier gets one for digits, at their size."""
+"""A ViT without a classifier gets one for digits, at their image size."""
 
 import json
 import re
@@ -25,7 +25,7 @@ IMAGES = {"mean": [0.4], "std": [0.3]}
 
 @pytest.fixture
 def folder(tmp_path):
-    """A DeiT-Tiny of two blocks and random weights, for grey images of 32 pixels."""
+    """A DeiT-Tiny with two blocks and random weights, for grey images of 32 pixels."""
     tensors = {name: 0.05 * x for name, x in deit().items() if not name.startswith("head")}
     tensors[fit_head.KERNEL] = tensors[fit_head.KERNEL][:, :1]
     about = {"architecture": "deit_tiny_patch16_224", "num_classes": 0, "pretrained_cfg": IMAGES}
@@ -49,7 +49,7 @@ def test_the_head_is_part_of_a_vit_that_is_read_as_a_teacher(folder, tmp_path, c
     images = normalise(images, mean=config.data.mean, std=config.data.std)
     logits, _ = jax.jit(whole_network(config, "teacher").apply)(params, images)
     right = 100 * np.mean(np.argmax(logits, axis=1) == labels)
-    assert right == pytest.approx(said, abs=0.06) and right > 50  # 10 by chance
+    assert right == pytest.approx(said, abs=0.06) and right > 50  # chance is 10
 
 
 def test_small_patches_are_read_as_the_old_kernel_reads_them_enlarged():

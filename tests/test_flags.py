@@ -1,4 +1,4 @@
-"""Every field of both configs states what it takes; the whole table is `make test-flags`."""
+"""Every field of both configs declares what it accepts; the full table is `make test-flags`."""
 
 import dataclasses
 import types
@@ -13,7 +13,7 @@ from m2mkd_jax.config import Config as M2mkdConfig
 
 
 def sections(cls):
-    """All dataclasses of a config's type, itself first."""
+    """All dataclasses in a config's type, itself first."""
     yield cls
     for hint in typing.get_type_hints(cls).values():
         for part in (hint, *typing.get_args(hint)):
@@ -22,7 +22,7 @@ def sections(cls):
 
 
 def hints(cls):
-    """Name and type of all fields and of tuples' elements, with their ranges, without None."""
+    """Name and type of all fields and of tuple elements, with their ranges, without None."""
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
         if typing.get_origin(hint) in (typing.Union, types.UnionType):
             hint = typing.get_args(hint)[0]

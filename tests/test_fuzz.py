@@ -1,4 +1,4 @@
-"""A sample of what `make fuzz` tries: damaged and forged files are read rightly or refused."""
+"""A sample of what `make fuzz` tries: corrupted and forged files are read correctly or refused."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ import pytest
 from fuzz_formats import FORMATS
 
 COUNT = 100
-COSTLY = {"prior npz": 10}  # each broken one is made again
+COSTLY = {"prior npz": 10}  # every broken cache is rebuilt
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name", "ignore:Corrupt EXIF", "ignore:Truncated File")
@@ -31,7 +31,7 @@ def test_a_seed_and_a_number_name_a_mutant():
 
 
 def careless(read):
-    """A format whose reading is the given one."""
+    """A format with the given reading function."""
     return dataclasses.replace(FORMATS["config.json"](), read=read)
 
 

@@ -1,4 +1,4 @@
-"""Programs compiled for GPUs that are not there, with JAX's wheels for CUDA: make test-gpu-plan."""
+"""Programs compiled for GPUs without having one, using JAX's CUDA wheels: make test-gpu-plan."""
 
 import importlib.util
 import json
@@ -39,7 +39,7 @@ def compiled(function, *arguments, **options):
 
 
 def analysis(text: str) -> tuple:
-    """All that is counted in a program for one card."""
+    """All that is counted in a program for one GPU."""
     program = read_program(text, on_chip=False)
     counts = find_products(program), count_launches(program), program.open_loops
     return *counts, hbm_bytes(program), sorted(program.runs.values())
@@ -87,7 +87,7 @@ def test_collectives_are_counted_within_hosts_and_between_them():
     program = read_program(text, on_chip=False)
     found = {one.kind: one for one in find_collectives(program, devices=16, slices=2)}
     # The halves of w are gathered, and its gradient is summed and split, within a host; the sums
-    # are then added over the hosts.
+    # are then added across hosts.
     assert set(found) == {"all-gather", "reduce-scatter", "all-reduce"}
     for kind in ("all-gather", "reduce-scatter"):
         assert (found[kind].group, found[kind].crosses) == (2, False)
@@ -122,4 +122,4 @@ def test_a_run_s_step_is_planned_for_eight_cards(capsys, tmp_path):
     found = json.loads(found.read_text())
     assert found["fits"] and found["products"]["calls"]["cuBLAS"] > 0
     assert found["launches"]["kernels"] > 100 and found["roofline_seconds"]["nvlink"] > 0
-    assert found["open_loops"]  # of the experts' blocks
+    assert found["open_loops"]  # over the experts' blocks

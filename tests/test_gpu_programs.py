@@ -1,7 +1,7 @@
-"""Plans for GPUs, without their compiler: cards, topologies, and the text of a compiled program.
+"""Plans for GPUs, without a GPU compiler: cards, topologies, and the text of a compiled program.
 
-`gpu_program.txt` is what XLA makes of `stepped` of test_gpu_plan.py for one H100, without metadata
-and with only that part of every `backend_config` that is read.
+`gpu_program.txt` is `stepped` from test_gpu_plan.py, compiled by XLA for one H100, without metadata
+and with only those parts of `backend_config` that are read.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from common_jax.commands.plan.topology import Topology, read_topology
 from common_jax.commands.plan.traffic import hbm_bytes
 
 STORED = pathlib.Path(__file__).parent / "gpu_program.txt"
-TURNS = 8  # the loop takes 32 of 256 rows per turn
+TURNS = 8  # the loop handles 32 of 256 rows per iteration
 LOOP = """
 %body.1 (p: (s32[], f32[64,16])) -> (s32[], f32[64,16]) {
   %p = (s32[], f32[64,16]{1,0}) parameter(0)
@@ -125,13 +125,13 @@ def test_a_loop_of_unknown_length_has_as_many_turns_as_it_can_take_slices():
 
 
 def test_launches_are_counted_with_loops_and_without_what_only_names_arrays():
-    # A turn: a slice, a product, its place in the table, the counter, and the condition. Outside:
-    # the counter's start and end, the doubled rows, ones and zeros, attention there and back, the
-    # sum of its gradients, and the scatter.
+    # Per iteration: a slice, a product, its write to the table, the counter, and the condition.
+    # Outside: the counter's start and end, the doubled rows, ones and zeros, attention forward and
+    # backward, the sum of its gradients, and the scatter.
     assert count_launches(stored()) == Launches(kernels=5 * TURNS + 9, waits=TURNS)
     once = LOOP.replace("BODY", "%s = f32[64,16]{1,0} add(%all, %all)")
     assert count_launches(read_program(once)) == Launches(kernels=2, waits=1)
-    # The host counts the turns of a known number itself, without the condition.
+    # With a known trip count, the host counts the iterations itself, without the condition.
     known = once.removesuffix("\n}") + ', backend_config={"known_trip_count":{"n":"3"}}\n}'
     assert count_launches(read_program(known)) == Launches(kernels=3, waits=0)
 
@@ -139,10 +139,10 @@ def test_launches_are_counted_with_loops_and_without_what_only_names_arrays():
 def test_slices_and_scatters_in_place_count_what_they_move():
     q, rows, kernel = 2 * 64 * 8 * 64 * 2, 256 * 64, 64 * 64 * 2
     statistics = 2 * 8 * 64 * 4
-    # Attention reads three and writes one; backward it reads five and writes three, whose sum is
-    # one. It starts from ones.
+    # Attention reads three arrays and writes one. Its backward pass reads five and writes three,
+    # whose sum is one. It starts from ones.
     attention = (4 + 8 + 4 + 1) * q + 2 * statistics
-    # A turn reads and writes 32 rows, by itself, in the product and in the table.
+    # An iteration reads and writes 32 rows three times: in the slice, the product and the table.
     turn = 3 * 2 * (32 * 64 * 2) + kernel
     numbers = TURNS * (2 * 4 + 8 + 9) + 16  # positions, counter, condition
     zeros = 1000 * 64 * 4
@@ -198,7 +198,7 @@ def sizing(**changes):
 
 def test_products_on_float32_take_longer_and_launches_take_time():
     seconds = sizing().seconds
-    # Of 989e12 operations per card the half that is on float32 takes twice as long.
+    # Of 989e12 FLOP/s per card, the half that is in float32 takes twice as long.
     expected = {"compute": 495 / 989 + 1, "hbm": 0.5, "nvlink": 0, "launches": 0.15 + 0.0866}
     assert seconds == pytest.approx(expected, rel=1e-3)
     assert sizing(products=None).seconds["compute"] == pytest.approx(1)

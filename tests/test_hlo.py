@@ -1,6 +1,6 @@
-"""The text of a compiled program, read in full: a stored one, and the same one compiled here.
+"""Parsing the text of a compiled program in full: a stored one, and the same one compiled here.
 
-`tpu_program.txt` is what libtpu makes of `looped` for a v5e:2x2, without `backend_config`.
+`tpu_program.txt` is `looped`, compiled by libtpu for a v5e:2x2, without `backend_config`.
 """
 
 import ast
@@ -24,8 +24,8 @@ from common_jax.mesh import MeshConfig, make_mesh
 
 ROOT = pathlib.Path(__file__).parents[1]
 STORED = ROOT / "tests" / "tpu_program.txt"
-# A line per instruction: kind, bytes of each array of the result @ memory <- operands; ROOT is the
-# computation's result.
+# One line per instruction: kind, bytes of each array of the result @ memory <- operands; ROOT marks
+# the computation's result.
 PARSED = """\
 fused_computation.3.clone.1:
 param_0.11: parameter 524288@0
@@ -94,7 +94,7 @@ all-reduce: ROOT all-reduce 2@0 <- reduce.1 to_apply region_2.3.clone
 
 
 def written(program: Program) -> str:
-    """The program as in PARSED."""
+    """The program in the format of PARSED."""
     lines = []
     for name, computation in program.computations.items():
         lines.append(f"{name}:")
@@ -109,7 +109,7 @@ def written(program: Program) -> str:
 
 
 def looped(kernels, x):
-    """Two layers in a loop, and a sum."""
+    """A loop over two layers, and a sum."""
     y, _ = lax.scan(lambda x, kernel: (jnp.tanh(x @ kernel), None), x, kernels)
     return jnp.sum(y)
 
@@ -124,9 +124,9 @@ def test_every_instruction_of_the_stored_program_is_read():
     program = read_program(STORED.read_text())
     assert written(program) == PARSED
     assert program.entry == "main.4_spmd"
-    # The body gathers a kernel, half of 512 x 512 numbers of two bytes, for each of two layers.
+    # The body gathers a kernel, half of 512 x 512 two-byte numbers, for each of two layers.
     gathered, summed = 2 * 512 * 512 * 2 / 2, 2 * 2 * 3 / 4
-    # It reads x once and its half of a kernel for each layer; the rest are single numbers.
+    # It reads x once, and its half of a kernel per layer; the rest are scalars.
     read = 3 * 256 * 512 * 2 + 66
     assert analysis(program) == (
         [

@@ -1,4 +1,4 @@
-"""The list of mistakes fits the code, and what makes them judges rightly."""
+"""The list of mistakes fits the code, and the tool that makes them judges correctly."""
 
 import ast
 import dataclasses
@@ -20,7 +20,7 @@ LENGTH = Mistake(
 
 @pytest.fixture
 def project(tmp_path):
-    """A repository of one function and two tests, one of which asks nothing."""
+    """A repository with one function and two tests, one of which asserts nothing."""
     root = tmp_path / "project"
     root.mkdir()
     (root / "lengths.py").write_text("def measure(text):\n    return len(text)\n")

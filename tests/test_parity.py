@@ -1,6 +1,6 @@
-"""Our code computes what the original computed: every golden case, and the tool that says so.
+"""Our code computes what the original computed: every golden case, and the tool that reports it.
 
-GOLDEN_DIR names another folder of cases than the ones kept here.
+GOLDEN_DIR is a folder of cases to use instead of the stored ones.
 """
 
 import json
@@ -22,7 +22,7 @@ SMALL = KEPT / "m2mkd" / "drop_path.json"
 
 @pytest.fixture
 def copied(tmp_path):
-    """A folder with one small case; gives the paths of its json and npz."""
+    """A folder with one small case; yields the paths of its json and npz."""
     folder = tmp_path / "m2mkd"
     folder.mkdir()
     for path in (SMALL, SMALL.with_suffix(".npz")):

@@ -1,4 +1,4 @@
-"""What is said of a program without running it: chips, operations, collectives, traffic."""
+"""What a plan says about a program without running it: chips, FLOPs, collectives, traffic."""
 
 import dataclasses
 import functools
@@ -56,7 +56,7 @@ def test_a_missing_libtpu_is_said_with_the_way_out(monkeypatch):
         describe_chips("v5e:4x4", slices=1)
 
 
-# Operations.
+# FLOPs.
 
 
 def test_products_are_counted_with_the_length_of_their_loops():
@@ -95,7 +95,7 @@ def test_products_of_batches_and_convolutions_of_groups_are_counted_by_hand():
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )  # fmt: skip
     found = count_flops(grouped, FLOAT((2, 6, 4, 6)), FLOAT((2, 3, 2, 9)))
-    # Outputs of 3 x 2 places and 9 channels, each of 2 x 3 places of 2 of the 6 channels.
+    # Outputs have 3 x 2 places and 9 channels, each from 2 x 3 places of 2 of the 6 channels.
     assert found == Flops(2 * (2 * 3 * 2 * 9) * (2 * 3 * 2), 0)
 
 
@@ -106,7 +106,7 @@ def test_ragged_products_count_all_rows_whichever_axis_is_ragged():
     def loss(x, w, sizes):
         return jnp.sum(lax.ragged_dot(x, w, sizes))
 
-    # Forward, and backward by the rows and by the weights: each 4 rows of 8 by 3.
+    # Forward, and backward with respect to rows and to weights: each 4 rows of 8 by 3.
     both = jax.value_and_grad(loss, (0, 1))
     assert count_flops(both, x, w, sizes).model == 3 * 2 * 4 * 8 * 3
 
@@ -118,7 +118,7 @@ def test_what_is_computed_again_is_counted_apart():
         return jnp.sum(jnp.sin(jax.checkpoint(lambda x: jnp.sin(x @ w) @ w)(x)))
 
     once, twice = 2 * 4 * 8 * 8, 2 * 2 * 4 * 8 * 8
-    # Forward two products, backward one for each by x; the first is made again.
+    # Forward two products, backward one for each with respect to x; the first is recomputed.
     assert count_flops(jax.grad(loss), x, w) == Flops(2 * twice, once)
     assert count_flops(jax.grad(loss), x, w).executed == 5 * once
     assert Flops(2, 3) + Flops(10, 20) == Flops(12, 23)
@@ -130,7 +130,7 @@ def test_a_program_of_all_devices_counts_for_each():
     each = jax.shard_map(
         lambda x, w: x @ w, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data")
     )
-    # Half of the 6 rows on each of 8 devices, of which four compute the same.
+    # Half of the 6 rows on each of 8 devices, four of which compute the same.
     assert count_flops(each, FLOAT((6, 4)), FLOAT((4, 5))).model == 8 * 2 * 3 * 4 * 5
 
 
@@ -165,9 +165,9 @@ def test_a_small_vit_has_the_operations_counted_by_hand(remat):
     up = down = 2 * tokens * width * hidden
     block = projections + attention + up + down
     patches, head = 2 * 4 * (4 * 4) * width, 2 * width * labels
-    # Backward, every product has two: by its input and by its weights. Images have no gradient.
+    # Backward, every product has two: for its input and for its weights. Images have no gradient.
     model = batch * (3 * blocks * block + 2 * patches + 3 * head)
-    # A block is computed again but for its last product, whose result nothing needs.
+    # A block is recomputed except for its last product, whose result is not needed.
     again = batch * blocks * (block - down) if remat else 0
     task = training_of(config).task(steps_per_epoch=10)
     assert step_flops(task, config.optim) == Flops(model, again)
@@ -183,15 +183,15 @@ def test_experts_count_their_slots_and_frozen_networks_no_gradients():
     mlp = 2 * 2 * tokens * width * hidden
     attention = 2 * tokens * width * 4 * width + 2 * 2 * tokens * tokens * width
     patches, head = 2 * 4 * (4 * 4) * width, 2 * width * 10
-    # A group of 40 tokens has 20 slots for each of 4 experts: two a token, each an MLP.
+    # A group of 40 tokens has 20 slots for each of 4 experts: two per token, each an MLP.
     expert_block = attention + 2 * mlp + 2 * tokens * width * 4
     student = expert_block + 2 * (2 * tokens * width * width)  # between its two stitches
     dense = attention + mlp
     shared = patches + dense  # the meta model's first stage, without gradients
-    behind = dense + head  # its last one passes the student's gradient on to its input
+    behind = dense + head  # its last stage passes the student's gradient on to its input
     teacher = dense + behind
     expected = shared + teacher + 3 * student + 2 * behind
-    # Attention has two products of activations alone; frozen, a gradient by either.
+    # Attention has two products of activations only; frozen, each has a gradient for either factor.
     expected += 2 * 2 * tokens * tokens * width
     task = training_of(config).task(steps_per_epoch=10)
     assert step_flops(task, config.optim) == Flops(batch * expected, 0)
@@ -313,7 +313,7 @@ ENTRY %main (p: f32[4,8], q: f32[8]) -> f32[2] {
     found = {one.kind: (one.count, one.bytes) for one in find_collectives(program, devices=8)}
     gathered, scattered = 16 * 8 * 4, 2 * 4
     assert found == {"all-gather": (1, gathered * 3 / 4), "reduce-scatter": (1, scattered * 3)}
-    # The gather reads a part and writes the whole; beside it 8 numbers are read and written.
+    # The gather reads a part and writes the whole; besides, 8 numbers are read and written.
     assert hbm_bytes(program) == 4 * 8 * 4 + gathered + 2 * 32 + 32 + scattered
 
 
@@ -342,7 +342,7 @@ ENTRY %main (p: f32[64,16]) -> f32[64,16] {
 }"""
     program, size = read_program(text), 64 * 16 * 4
     assert program.runs["body.1"] == 10
-    comparisons = 10 * (4 + 4 + 1)  # the loop's counter, its bound and the answer
+    comparisons = 10 * (4 + 4 + 1)  # the loop's counter, its bound and the result
     assert hbm_bytes(program) - comparisons == size + 2 * size + 10 * (2 * 64 + 8)
 
 
@@ -398,12 +398,12 @@ def test_one_device_sends_nothing_and_experts_are_sent_all_to_all():
     assert found[1] == []
     exchange = [one for one in found[8] if one.kind == "all-to-all"]
     assert [(one.group, one.count) for one in exchange] == [(4, 2)]  # there and back
-    # Two groups of 5 tokens a device, 2.5 slots, rounded up, of 4 experts, 16 numbers of 4 bytes.
+    # Two groups of 5 tokens per device; 4 experts, 2.5 slots (rounded up), 16 numbers of 4 bytes.
     slots = MOE.slots(10) * 4 * 1
     assert exchange[0].bytes == 2 * slots * 16 * 4 * 3 / 4
 
 
-# Described TPUs; one program is compiled for them.
+# TPU descriptions; one program is compiled for them.
 
 
 @needs_libtpu

@@ -1,4 +1,5 @@
-"""Tux Paint's stamps as a table: sentences, pictures, and splits that keep a thing together."""
+"""Tux Paint's stamps as a table: sentences, pictures, and splits that keep all stamps of a thing
+together."""
 
 import numpy as np
 import prepare_stamps
@@ -110,7 +111,7 @@ def test_emoji_are_trained_on_unless_they_name_what_is_held_out(stamps, tmp_path
 
 
 class Pictures(list):
-    """Pictures of a corpus."""
+    """The pictures of a corpus."""
 
     def name(self, index):
         return str(index)

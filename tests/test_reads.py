@@ -1,4 +1,4 @@
-"""What each kind of run reads of its config, as the tables say."""
+"""What each kind of run reads from its config, according to the tables."""
 
 import pytest
 
@@ -30,7 +30,7 @@ def test_every_kind_of_run_reads_fields_that_there_are(name):
         assert len(set(paths)) == len(paths)
         assert all(path in find_paths(config, path) for path in paths)
     every = [path for paths in table.values() for path in paths]
-    assert unread(config, every) == []  # each section is there for some run
+    assert unread(config, every) == []  # some run reads every section
 
 
 @pytest.mark.parametrize(

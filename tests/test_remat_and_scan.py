@@ -1,5 +1,5 @@
-"""Networks that compute again instead of keeping, or run their layers as one loop: the same
-parameters, losses and gradients, to float64's rounding."""
+"""Networks that recompute activations, or run their layers as one loop: the same parameters, losses
+and gradients, up to float64 rounding."""
 
 import dataclasses
 from functools import partial
@@ -67,8 +67,8 @@ LOOPED = ("vit", "vmoe", "mbart")
 
 
 def compare(name, rate, *variants):
-    """Requires the same loss and gradients with and without the switches of each variant; returns
-    what is counted of the plain model and of each."""
+    """Requires the same loss and gradients with and without each variant's switches; returns what
+    is counted in the plain model and in each variant."""
     build, logits = MODELS[name]
     with jax.enable_x64(True):
         rngs = {stream: jax.random.key(i) for i, stream in enumerate(STREAMS)}
@@ -110,7 +110,7 @@ def test_a_loop_over_layers_changes_no_loss_and_no_gradient(name):
 
 
 def test_in_a_loop_every_block_drops_paths_at_its_own_rate(monkeypatch):
-    # A branch is dropped where its rate is above one half, whatever would be drawn.
+    # A branch is dropped if its rate is above one half, regardless of the draw.
     monkeypatch.setattr(
         encoder, "drop_path", lambda x, u, rate, drop=encoder.drop_path: drop(x, 0 * u + 0.5, rate)
     )
@@ -145,7 +145,7 @@ def test_every_layer_s_gate_draws_its_own_noise():
         _, records = run(params, images, rngs={"gate": jax.random.key(seed)})
         draws += [x for x in jax.tree.leaves(records) if x.shape[-1] == 3]  # the logits
     assert len(draws) == 6
-    noise = np.stack(draws)  # parameters are 0, and so are logits without noise
+    noise = np.stack(draws)  # parameters are 0, and so are the noiseless logits
     assert len(np.unique(noise)) == noise.size
     np.testing.assert_allclose(noise.std(), 0.5, rtol=0.1)
 

@@ -1,4 +1,4 @@
-"""Numbers in README.md and docs/results.md are those of the runs that they report."""
+"""The numbers in README.md and docs/results.md are those of the runs that they report."""
 
 import functools
 import json
@@ -12,7 +12,7 @@ import table_data
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = (ROOT / "README.md", DOCS / "results.md")
-# The values of a table, by the first title in its header.
+# Data of a table, by the first title in its header.
 DATA = {
     "accuracy on digits": "digits.json",
     "a NAC, 500 images a class": "cifar10_nac.json",
@@ -22,7 +22,7 @@ DATA = {
     "two small teachers, a and b": "cifar10_two_teachers.json",
     "text tower": "emoji_text_tower.json",
 }
-# Tables whose runs are gone, which move to DATA when they are measured again, and those that
+# Tables whose runs are gone, which move to DATA once they are measured again, and those that
 # tools/parity.py prints.
 WITHOUT_DATA = (
     "CIFAR-10, all images",
@@ -55,7 +55,7 @@ def title(table: Table) -> str:
 
 
 def results(page: pathlib.Path) -> list[Table]:
-    """The tables of a page with a number in some cell, whatever follows it."""
+    """A page's tables with a number in some cell, whatever follows the number."""
     return [
         table
         for table in tables(page)
@@ -65,7 +65,8 @@ def results(page: pathlib.Path) -> list[Table]:
 
 
 def differences(table: Table, data: dict) -> list[str]:
-    """The cells of a table that are not the mean, and the deviation of several, of its data."""
+    """The cells of a table that are not the mean (with the deviation, if there are several values)
+    of its data."""
     titles = [column["title"] for column in data["columns"]]
     if table[0][1:] != titles:
         return [f"the columns are {table[0][1:]} and not {titles}"]
@@ -170,7 +171,7 @@ def test_the_tool_reads_the_values_of_runs(tmp_path):
 
 
 def section(link: str) -> str:
-    """The text of the section that a link in docs/results.md leads to."""
+    """The text of the section that a link in docs/results.md points to."""
     file, _, anchor = link.partition("#")
     text = (DOCS / (file or "results.md")).read_text()
     parts = re.split(r"(?m)^#+ ", text)

@@ -1,6 +1,6 @@
-"""A sweep: its cells and their checks; what is run, skipped and tried again.
+"""A sweep: its cells and their checks; what is run, skipped and retried.
 
-Runs are stand-ins, but in one test.
+Runs are stand-ins, except in one test.
 """
 
 import contextlib
@@ -311,7 +311,7 @@ main()
 
 
 def test_a_demo_waits_for_its_runs_after_sigterm(tmp_path):
-    running = tmp_path / "run.pid"  # as long as the run lives
+    running = tmp_path / "run.pid"  # exists as long as the run lives
     with subprocess.Popen([sys.executable, "-c", DEMO, tmp_path]) as demo:
         until(running.exists)
         demo.terminate()
@@ -341,7 +341,7 @@ def test_a_demo_s_runs_wait_for_what_they_need_and_end_at_a_failure(tmp_path, ca
     )
     ends = re.findall(r"s  (\w+) done\nafter (\w+)", capsys.readouterr().out)
     assert ends == [("first", "first"), ("second", "second")]
-    # Where a file is enough, that is waited for.
+    # If the job needs only a file, the sweep waits for that.
     made = tmp_path / "made"
     others = {"third": jobs.Job(flags, file=made), "first": jobs.Job(flags)}
     jobs.run_all(others, tmp_path / "runs", at_a_time=1, after_each=lambda _: made.touch())
@@ -355,7 +355,7 @@ def test_a_demo_s_runs_wait_for_what_they_need_and_end_at_a_failure(tmp_path, ca
 
 
 def test_a_run_that_was_killed_goes_on(tmp_path, monkeypatch, capsys):
-    """The one cell of a meta model of one block is killed after a checkpoint."""
+    """The sweep's only cell, a meta model of one block, is killed after a checkpoint."""
     monkeypatch.setenv("XLA_FLAGS", QUICKLY)
     settings = {
         "meta.depths": "(1,)",
@@ -376,7 +376,7 @@ def test_a_run_that_was_killed_goes_on(tmp_path, monkeypatch, capsys):
         saved = lambda: checkpoint.finished_steps(workdir / first / "checkpoints")  # noqa: E731
         until(saved, seconds=DEADLINE)
         for command in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):  # others come and go
+            with contextlib.suppress(OSError):  # other processes come and go
                 if f"--workdir={workdir / first}".encode() in command.read_bytes().split(b"\0"):
                     os.kill(int(command.parent.name), signal.SIGKILL)
 

@@ -1,4 +1,4 @@
-"""What a sweep gives: its table and plot, and scripts for others to start its runs."""
+"""The output of a sweep: its table and plot, and scripts that start its runs elsewhere."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def stand_in(tmp_path, monkeypatch):
 
 
 def rows(values):
-    """Rows of a sweep of (experts, router), with accuracies a seed."""
+    """Rows of a sweep over (experts, router), with an accuracy per seed."""
     return [
         sweep_table.Row(
             {"model.moe.experts": experts, ":router": router},
@@ -123,7 +123,7 @@ def test_a_metric_that_no_run_has_is_said(tmp_path, capsys, stand_in):
     assert list(read_csv(tmp_path / "s")[0])[1::3] == ["test/accuracy mean", "steps mean"]
 
 
-# What others start.
+# Scripts that start the runs elsewhere.
 
 
 def emitted(capsys, workdir, form, *flags):
@@ -149,7 +149,7 @@ def test_commands_that_are_printed_are_those_that_would_be_run(tmp_path, capsys,
     workdir = tmp_path / "a sweep"
     assert start(workdir) == 0 and len(take()) == 2
     lines = emitted(capsys, workdir, "commands").splitlines()
-    assert len(lines) == 2 and not take()  # the finished ones left out
+    assert len(lines) == 2 and not take()  # without the finished ones
     for line in lines:
         assert bash(line, tmp_path) == 0
     assert take() == ["alpha=0.3,seed=1", "alpha=0.5,seed=1"]
@@ -207,7 +207,7 @@ def test_xpk_gets_a_workload_a_run(tmp_path, capsys, stand_in):
 
 
 def test_cells_that_are_equal_to_the_last_digit_are_marked(tmp_path):
-    """One swept field moves no number; the other does."""
+    """One swept field changes no number; the other does."""
     same = [{"test/accuracy": 0.5, "test/loss": 1.25}, {"test/accuracy": 0.75, "test/loss": 0.5}]
     near = [{"test/accuracy": 0.5, "test/loss": 1.2500000000000002}, same[1]]
     rows = [

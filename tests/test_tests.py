@@ -1,4 +1,4 @@
-"""Every test asks something."""
+"""Every test asserts something."""
 
 import ast
 import functools
@@ -18,14 +18,14 @@ CHECKERS = ("np.testing.assert_", "pytest.raises", "pytest.warns", "pytest.fail"
 
 @functools.cache
 def functions(path: pathlib.Path) -> dict[str, ast.FunctionDef]:
-    """The functions of a file, those within others and in classes too."""
+    """All functions of a file, including nested ones and methods."""
     nodes = ast.walk(ast.parse(path.read_text()))
     return {node.name: node for node in nodes if isinstance(node, ast.FunctionDef)}
 
 
 @functools.cache
 def imported(path: pathlib.Path) -> dict[str, tuple[pathlib.Path, str]]:
-    """Names that a file takes from helpers of the tests -> the file and the name there."""
+    """Names that a file imports from test helpers -> helper file and name there."""
     found = {}
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (FOLDER / f"{node.module}.py").exists():
@@ -40,7 +40,7 @@ def imported(path: pathlib.Path) -> dict[str, tuple[pathlib.Path, str]]:
 
 
 def asks(path: pathlib.Path, name: str) -> bool:
-    """Whether a function has an assertion, expects an error, or uses one that does."""
+    """Whether a function asserts, expects an error, or uses a function that does."""
     todo, seen = [(path, name)], set()
     while todo:
         place = todo.pop()
@@ -96,7 +96,7 @@ def test_a_test_that_asks_nothing_is_found(tmp_path):
 
 
 def commands() -> dict[str, str]:
-    """The commands of the Makefile that run a file of tests/ -> their PYTHONPATH."""
+    """The Makefile's commands that run a file of tests/ -> their PYTHONPATH."""
     lines = (FOLDER.parent / "Makefile").read_text().splitlines()
     found = (re.fullmatch(r"\tPYTHONPATH=(\S+) .* tests/(\w+)\.py", line) for line in lines)
     return {match[2]: match[1] for match in found if match}
@@ -104,7 +104,8 @@ def commands() -> dict[str, str]:
 
 @pytest.mark.parametrize("name", commands())
 def test_a_command_of_the_makefile_finds_its_modules(name):
-    """Though tests/ has folders with the packages' names, which an editable install comes after."""
+    """Although tests/ has folders named like the packages, and an editable install comes after
+    them."""
     environment = os.environ | {"PYTHONPATH": commands()[name]}
     load = f"import runpy, sys; sys.path[0] = 'tests'; runpy.run_path('tests/{name}.py')"
     command = (sys.executable, "-c", load)

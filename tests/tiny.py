@@ -47,7 +47,7 @@ AUGMENT = AugmentConfig(mixup=0.2, cutmix=1.0, smoothing=0.1, padding=1)
 def tiny_config(
     phase: str, *, moe: MoeConfig = MOE, optim: OptimConfig = OPTIM, stages: int = 3
 ) -> Config:
-    """A run of few stages that logs and saves often."""
+    """A config with few stages that logs and saves often."""
     depths = (1,) * stages
     vit = ViTConfig(depths=depths, **SIZES)
     return Config(
@@ -64,7 +64,7 @@ def tiny_config(
 
 
 def tiny_pipeline(*, stages: int = 3) -> Config:
-    """The same with a recipe for every phase."""
+    """The same, with a recipe for every phase."""
     config = tiny_config("pipeline", stages=stages)
     recipe = Recipe(config.optim, config.augment, config.drop_path)
     few_shot = dataclasses.replace(
@@ -76,18 +76,18 @@ def tiny_pipeline(*, stages: int = 3) -> Config:
 
 
 def feed_of(config: Config, workdir) -> Feed:
-    """The data of a run of one phase."""
+    """The data of a single-phase run."""
     return config_feed(PHASES[config.phase].describe(config, one_device()), workdir)
 
 
 def random_like(shapes, *, seed=0):
-    """A number of its own in every place, in numpy."""
+    """numpy arrays with a distinct number in every place."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)
 
 
 def fill(init, *arguments):
-    """Parameters of the shapes that `init(key, *arguments)` gives: normal numbers, 1 for gains."""
+    """Parameters with the shapes that `init(key, *arguments)` gives: normal draws, 1 for gains."""
     rng, shapes = np.random.default_rng(0), jax.eval_shape(init, jax.random.key(0), *arguments)
     return jax.tree.map(
         lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape) if leaf.shape else 1.0, "f4"),
@@ -96,7 +96,8 @@ def fill(init, *arguments):
 
 
 def count_parameters(build, config) -> int:
-    """Parameters of the network `build(config)`; since its blocks are alike, one is traced."""
+    """Number of parameters of the network `build(config)`; since its blocks are alike, one is
+    traced."""
     network = build(dataclasses.replace(config, depths=(1,)))
     (shapes,) = jax.eval_shape(network.init, jax.random.key(0)).values()
     one, block = (

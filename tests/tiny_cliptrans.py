@@ -1,5 +1,5 @@
-"""Runs of CLIPTrans small enough for tests: coloured shapes, laid out as Multi30k is, and networks
-of width 16."""
+"""CLIPTrans runs small enough for tests: coloured shapes in Multi30k's layout, and networks of
+width 16."""
 
 import dataclasses
 import functools
@@ -37,7 +37,7 @@ SHAPES = {"square": "Quadrat", "circle": "Rund", "cross": "Kreuz", "bar": "Band"
 PLACES = {"": "", " above": " oben"}
 TEST = "test_2016_flickr"
 SPLITS = {"train": 24, "val": 6, TEST: 5}
-SIDE = 20  # pixels of a picture
+SIDE = 20  # side of a picture in pixels
 
 VOCAB, FEATURES, PREFIX = 300, 8, 4
 OPTIM = OptimConfig(
@@ -61,7 +61,7 @@ MBART = MBartConfig(
     decoder_hidden=32,
     positions=32,
 )
-# No two sizes alike that a layout of weights could mix up.
+# All sizes differ, so that no weight layout can mix them up.
 UNEVEN = MBartConfig(
     vocab=40,
     width=16,
@@ -76,7 +76,7 @@ UNEVEN = MBartConfig(
 
 
 def write_corpus(root: pathlib.Path) -> pathlib.Path:
-    """A folder as Multi30k's, with English, German and pictures."""
+    """Writes a folder like Multi30k's, with English, German and pictures."""
     examples = [
         (f"a {colour} {shape}{place}", f"ein {COLOURS[colour]} {SHAPES[shape]}{PLACES[place]}")
         for place in PLACES
@@ -118,7 +118,7 @@ def draw(english: str) -> Image.Image:
 
 
 def read_split(root: pathlib.Path, split: str) -> tuple[list[str], list[str], list[np.ndarray]]:
-    """Its English, German and pictures."""
+    """A split's English, German and pictures."""
     english, german = (
         (root / "raw" / f"{split}.{code}").read_text().splitlines() for code in ("en", "de")
     )
@@ -126,8 +126,7 @@ def read_split(root: pathlib.Path, split: str) -> tuple[list[str], list[str], li
 
 
 def tiny_config(stage: str, root: pathlib.Path | None) -> Config:
-    """A run of two epochs that is logged, evaluated and saved after each; without a folder, of the
-    emoji."""
+    """A run of two epochs that logs, evaluates and saves after each; without `root`, on emoji."""
     source = {"source": "multi30k", "path": str(root), "test_split": TEST}
     return Config(
         stage=stage,
@@ -157,15 +156,15 @@ def tiny_config(stage: str, root: pathlib.Path | None) -> Config:
 
 
 def tiny_pipeline(root: pathlib.Path) -> Config:
-    """Stages "clip", "caption" and "translate" of it."""
+    """Stages "clip", "caption" and "translate" of such a run."""
     config = tiny_config("pipeline", root)
     stages = ("clip", "caption", "translate")
     return dataclasses.replace(config, recipes=dict.fromkeys(stages, Recipe(config.optim)))
 
 
 def write_run(workdir: epath.Path, config: Config) -> None:
-    """A workdir as a run leaves it after its first step, with a number of its own in every place of
-    its parameters."""
+    """A workdir as a run leaves it after its first step, with distinct numbers in all
+    parameters."""
     settings = unfreeze(config).to_dict()
     save_tokenizer(train_tokenizer(config, workdir)[1], workdir)
     write_json(workdir / "config.json", settings)
@@ -174,14 +173,14 @@ def write_run(workdir: epath.Path, config: Config) -> None:
 
     def state(params):
         made = init_state(params, config.optim, trainable=".*", metrics={})
-        return made.replace(step=made.step + 1)  # as the folder that it is saved in says
+        return made.replace(step=made.step + 1)  # as in the name of the folder it is saved in
 
     checkpoints = Checkpoints(workdir, keep=1, best=None)
     checkpoints.save(jax.jit(state)(fill(init)), step=1, config=settings, metrics=None)
     checkpoints.close()
 
 
-ENGLISH, GERMAN = 57, 58  # of number_tokenizer
+ENGLISH, GERMAN = 57, 58  # language codes of number_tokenizer
 
 
 def number_tokenizer(*, limit: int) -> FramedTokenizer:

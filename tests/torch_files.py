@@ -1,6 +1,6 @@
-"""PyTorch's zip archives written by hand, so that reading them is tested where PyTorch is absent.
+"""PyTorch's zip archives written by hand, so that reading them is tested without PyTorch.
 
-A pickle is put together from its opcodes: what it names need not exist here.
+A pickle is assembled from opcodes, so that what it refers to need not exist here.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Global:
-    """Something that is named by its module."""
+    """Something that a pickle refers to by module and name."""
 
     module: str
     name: str
@@ -51,14 +51,14 @@ class New:
 
 @dataclasses.dataclass(frozen=True)
 class Persistent:
-    """What lies outside the pickle."""
+    """An object outside the pickle."""
 
     key: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Raw:
-    """Opcodes as they are."""
+    """Raw opcodes."""
 
     opcodes: bytes
 
@@ -101,19 +101,19 @@ def storage(kind: str, key: str, count: int) -> Persistent:
 
 
 def tensor(held: Any, shape: tuple, strides: tuple, *, offset: int = 0, more: tuple = ()) -> Call:
-    """A view of a storage; `more` are further arguments of PyTorch's function."""
+    """A view of a storage; `more` holds further arguments of PyTorch's function."""
     hooks = Call(Global("collections", "OrderedDict"), ())
     arguments = (held, offset, shape, strides, False, hooks, *more)
     return Call(Global("torch._utils", "_rebuild_tensor_v2"), arguments)
 
 
 def steps(shape: tuple) -> tuple:
-    """Strides of an array that lies row by row."""
+    """Strides of a row-major array."""
     return tuple(int(np.prod(shape[i + 1 :], dtype=int)) for i in range(len(shape)))
 
 
 def write_archive(path, value: Any, storages: dict, *, extra: dict | None = None) -> None:
-    """A zip archive of a pickled value, and storages by their keys."""
+    """Writes a zip archive with a pickled value, and storages by key."""
     files = {"data.pkl": b"\x80\x02" + encode(value) + b".", "version": b"3\n"}
     files |= {f"data/{key}": np.asarray(array).tobytes() for key, array in storages.items()}
     with zipfile.ZipFile(path, "w") as archive:
@@ -122,8 +122,8 @@ def write_archive(path, value: Any, storages: dict, *, extra: dict | None = None
 
 
 def state_dict(tensors: dict, storages: dict) -> Call | dict:
-    """Arrays as a pickled dictionary of tensors; their numbers go to `storages`, and equal objects
-    share them."""
+    """A pickled dictionary of tensors for the arrays; their numbers go to `storages`, which equal
+    objects share."""
     entries, known = {}, {}
     for name, array in tensors.items():
         if id(array) not in known:

@@ -1,5 +1,5 @@
-"""Small ViTs with what pretrained ones have beside the plain one: registers, layer scale, no class
-token, other poolings."""
+"""Small ViTs with the extras of pretrained ones: registers, layer scale, no class token, other
+pooling."""
 
 import functools
 
@@ -11,9 +11,9 @@ from tiny import SIZES
 from m2mkd_jax.models import encoder, vit
 
 IMAGES = encoder.Interface(image_size=8, channels=3, labels=5)
-EPS = 1e-3  # so large that a forgotten epsilon shows
+EPS = 1e-3  # large, so that a missing epsilon shows
 
-# Our fields, and timm's arguments.
+# Our fields -> timm's arguments.
 VARIANTS = {
     "plain": ({}, {}),
     "deit_iii": (
@@ -55,7 +55,7 @@ VARIANTS = {
         {"patch_bias": False, "norm_pre": True, "activation": "quick_gelu"},
         {"pre_norm": True, "act_layer": "quick_gelu"},
     ),
-    # Of Hugging Face, which timm has no counterpart for.
+    # From Hugging Face; timm has no counterpart.
     "linear_classifier": (
         {"registers": 3, "positions": "class", "pool": "class_and_mean", "layer_scale": 0.1},
         None,
@@ -81,7 +81,7 @@ def images(count=2):
 
 
 def apply(network, params, x, record=("intermediates",)):
-    """Logits, and what the last stage recorded."""
+    """Logits, and what the last stage records."""
     run = jax.jit(functools.partial(network.apply, record=record))
     logits, records = run(params, x)
     return np.asarray(logits), records[f"stage_{len(network) - 1}"].get("intermediates")

@@ -1,5 +1,5 @@
-"""Small networks' weights as the originals' files, for tests: made without PyTorch, under the names
-that each kind has."""
+"""Small networks' weights in the originals' formats, written without PyTorch under each kind's
+names."""
 
 import pathlib
 
@@ -9,7 +9,7 @@ import torch_files
 from common_jax.weights.table import expected_tensors
 from m2mkd_jax import pretrained
 
-# What configs are made of here: a file with this content, given as --config.
+# Content of the config files here, which are passed as --config.
 CONFIG = """
 import dataclasses
 
@@ -54,8 +54,8 @@ _EXPECTED = {}
 
 
 def make_state(kind, config, stage=None, *, seed=0):
-    """Tensors of a kind with a number of its own in every place; what iterations of a NAC share is
-    the same in each."""
+    """Tensors of a kind with distinct numbers in every place; what a NAC's iterations share is the
+    same in each."""
     rng, key = np.random.default_rng(seed), (kind, stage, config.model.kind)
     names = pretrained.KINDS[kind]
     if key not in _EXPECTED:
@@ -69,7 +69,7 @@ def make_state(kind, config, stage=None, *, seed=0):
 
 
 def listed_by_stage(state, depths):
-    """The state with its tensors once more under `stages.<i>.`, as the original's modules list
+    """The state with its tensors repeated under `stages.<i>.`, where the original's modules list
     them."""
     starts = np.cumsum((0, *depths))
     listed = dict(state)
@@ -85,7 +85,7 @@ def listed_by_stage(state, depths):
 
 
 def save_checkpoint(path, tensors, *, key="model", **beside):
-    """A file {key: tensors, **beside} with an optimizer's state that nobody should read."""
+    """A file {key: tensors, **beside} with an optimizer's state that should never be read."""
     storages = {}
     value = {**beside, key: torch_files.state_dict(tensors, storages)}
     moments = torch_files.tensor(torch_files.storage("FloatStorage", "x", 1), (1,), (1,))
@@ -94,7 +94,7 @@ def save_checkpoint(path, tensors, *, key="model", **beside):
 
 
 def deit(width=192, side=32, labels=7, blocks=2):
-    """timm's names of a DeiT-Tiny, of fewer blocks and smaller images."""
+    """A DeiT-Tiny under timm's names, with fewer blocks and smaller images."""
     shapes = {
         "cls_token": (1, 1, width),
         "pos_embed": (1, (side // 16) ** 2 + 1, width),
