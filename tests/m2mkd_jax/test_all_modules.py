@@ -1,4 +1,4 @@
-"""Several modules in one program: each computes, learns and leaves what it would alone."""
+"""Several modules in one program: each computes, learns and saves what it would alone."""
 
 import dataclasses
 import json
@@ -28,12 +28,12 @@ from m2mkd_jax.main import results_table
 from m2mkd_jax.phases.networks import meta_network, teacher_network
 from m2mkd_jax.phases.pipeline import describe, run_phase
 
-# Depths of networks whose meta model has that of FLAT.
+# Depths of networks whose meta model has the depths FLAT.
 FLAT, EVEN, RAGGED = (1, 1, 1), (2, 2, 2), (2, 1, 1)
 
 
 def modular(phase: str, *, student="vmoe", depths=FLAT, **changes) -> Config:
-    """A run of all three modules."""
+    """A run of all three modules together."""
     config = tiny_config(phase)
     vmoe = dataclasses.replace(config.model, depths=depths)
     return dataclasses.replace(
@@ -54,7 +54,7 @@ def make_task(config: Config, *, mesh=None):
 
 
 def numbers(shapes):
-    """Normal numbers for parameters, the same under the same path."""
+    """Normal draws for parameters, the same for the same path."""
     flat = traverse_util.flatten_dict(shapes, sep="/")
     rngs = {path: np.random.default_rng(zlib.crc32(path.encode())) for path in flat}
     values = {path: 0.3 * rngs[path].normal(size=leaf.shape) for path, leaf in flat.items()}
@@ -68,7 +68,7 @@ def attend(query, key, value, mask):
 
 
 def first_step(config: Config, *, mesh=None):
-    """A run's loss function and its arguments of the first step."""
+    """A run's loss function, and its arguments in the first step."""
     task, rng = make_task(config, mesh=mesh), np.random.default_rng(0)
     batch = {
         name: rng.integers(10, size=part.shape).astype(part.dtype)
@@ -86,7 +86,7 @@ def first_step(config: Config, *, mesh=None):
 
 
 def differentiate(config: Config, *, mesh=None):
-    """Loss, metrics and gradients by path of a run's first step."""
+    """Loss, metrics and gradients by path in a run's first step."""
     loss, arguments = first_step(config, mesh=mesh)
     (value, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(*arguments)
     flat = traverse_util.flatten_dict(gradient, sep="/")
@@ -103,7 +103,7 @@ def differentiate(config: Config, *, mesh=None):
 )
 def test_gradients_are_those_of_each_module_alone(phase, student, depths, monkeypatch):
     monkeypatch.setitem(PRECISIONS, "float64", np.float64)
-    # The library's has logits in float32 whatever comes in.
+    # jax's own attention computes logits in float32 for any input.
     monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
     config = modular(phase, student=student, depths=depths)
     config = dataclasses.replace(config, precision="float64", augment=AugmentConfig(smoothing=0.1))
@@ -132,13 +132,13 @@ def test_the_meta_model_sees_the_images_once(phase):
     shapes = jax.eval_shape(meta.init, jax.random.key(0))
     images = jax.ShapeDtypeStruct((config.optim.micro_batch, 8, 8, 1), np.float32)
     first = count_flops(lambda params, x: meta.apply(params, x, stop=1)[0], shapes, images).model
-    # Both module 1 and module 2 need the first stage, and of them alone more than one.
+    # Modules 1 and 2 both need the first stage; no other stage is needed more than once.
     assert sum(map(flops, alone(config))) - flops(config) == first
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """Workdirs of a meta model and a teacher, untrained."""
+    """Workdirs of an untrained meta model and teacher."""
     folder, config = tmp_path_factory.mktemp("taught"), modular("distill")
     for role, network in (("meta", meta_network(config)), ("teacher", teacher_network(config))):
         params = {role: numbers(jax.eval_shape(network.init, jax.random.key(0)))}
@@ -152,7 +152,7 @@ def sources(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def together(sources, tmp_path_factory):
-    """The folder of a run of all students, clipped hard, and its config."""
+    """The folder and config of a run of all students, strongly clipped."""
     config = modular("distill", sources=sources)
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, clip=1e-3))
     workdir = tmp_path_factory.mktemp("together")
@@ -163,7 +163,7 @@ def together(sources, tmp_path_factory):
 def test_a_run_leaves_what_runs_of_single_modules_leave(together, tmp_path):
     workdir, config = together
     lines = read_metrics(workdir / "metrics.jsonl")
-    for stage in (0, 2):  # of the one between, its gradient is compared above
+    for stage in (0, 2):  # the gradient of the one in between is compared above
         one = alone(config)[stage]
         folder, name = tmp_path / str(stage), f"student/stage_{stage}"
         run_phase(one, folder, one_device())

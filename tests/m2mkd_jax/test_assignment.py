@@ -1,5 +1,5 @@
-"""Rows shared out among blocks, by hand and where only chains of moves help; against scipy's in
-test_regularizers.py."""
+"""Rows assigned to blocks, by hand and where only chains of moves help; test_regularizers.py
+compares with scipy."""
 
 import itertools
 
@@ -14,7 +14,7 @@ assign_blocks = jax.jit(assignment.assign_blocks)
 
 
 def least(cost):
-    """The least sum over all ways of giving each block as many rows."""
+    """The minimum cost over all ways of giving each block equally many rows."""
     rows, blocks = cost.shape
     labels = np.repeat(np.arange(blocks), rows // blocks)
     ways = set(itertools.permutations(labels.tolist()))
@@ -22,15 +22,15 @@ def least(cost):
 
 
 def test_the_row_that_loses_least_moves():
-    # All prefer block 0, which has room for two; the second and the fourth lose least elsewhere.
+    # All prefer block 0, which has room for two; rows 1 and 3 lose least elsewhere.
     cost = jnp.asarray([[0.0, 5.0], [0.0, 1.0], [0.0, 4.0], [0.0, 2.0]])
     np.testing.assert_array_equal(assign_blocks(cost), [0, 1, 0, 1])
 
 
 @pytest.mark.parametrize("blocks", [3, 9])
 def test_a_chain_through_all_blocks_is_found(blocks):
-    """Row i stands in block i, all but the last, which is empty; one more row wants block 0 and
-    nothing else. So every row must move on by one."""
+    """Row i is in block i, except the last block, which is empty. One more row wants only block 0,
+    so every row must move on by one."""
     cost = np.full((blocks, blocks), 100.0)
     cost[0, 0] = 0.0
     for row in range(1, blocks):
@@ -42,7 +42,7 @@ def test_a_chain_through_all_blocks_is_found(blocks):
 def test_small_sums_are_the_least_of_all_ways():
     rng = np.random.default_rng(0)
     for shape in ((6, 3), (5, 5)):
-        # Whole numbers, below 0 too, of which many are equal.
+        # Integers, some of them negative and many of them equal.
         costs = rng.integers(-3, 3, (20, *shape)).astype(np.float32)
         for cost, labels in zip(costs, np.asarray(assign_blocks(jnp.asarray(costs))), strict=True):
             np.testing.assert_array_equal(np.bincount(labels), shape[0] // shape[1])

@@ -1,4 +1,4 @@
-"""Device-side augmentation: what moves, what is erased, and what stays exactly as it was."""
+"""Augmentation on the device: what moves, what is erased, and what stays exactly the same."""
 
 import functools
 
@@ -103,11 +103,11 @@ def test_no_two_draws_share_a_key(monkeypatch):
     config = AugmentConfig(padding=1, flip=True, erasing=0.5, **moves)
     run = functools.partial(augment.augment, images, config=config, **GREY)
     keys = keys_drawn_from(monkeypatch, run)
-    assert len(keys) == 8 == len(set(keys))  # one each to move, crop and flip, five to erase
+    assert len(keys) == 8 == len(set(keys))  # one each to move, crop and flip; five to erase
 
 
 def test_geometry_moves_pixels_and_noise_fills_normalised_images():
-    """Black that comes in is normalised with the rest; noise is not normalised again."""
+    """Black pixels that move in are normalised with the rest; noise is not normalised again."""
     config = AugmentConfig(padding=2, flip=True, erasing=0.5)
     images = jnp.full((400, 8, 8, 1), 255, jnp.uint8)
     run = jax.jit(lambda key: augment.augment(images, key, config=config, mean=(0.5,), std=(0.01,)))
@@ -202,12 +202,12 @@ def test_moved_integers_are_rounded():
         np.testing.assert_array_equal(np.ravel(moved), want)  # 0, 2.5, 10.75; 0, 7.5, 12.25
 
 
-# A pixel of these images says where it stands, which bilinear interpolation keeps exactly.
+# A pixel of these images encodes its own position, which bilinear interpolation preserves exactly.
 PLACES = jnp.stack(jnp.meshgrid(jnp.arange(9.0), jnp.arange(9.0), indexing="ij"), axis=-1)
 
 
 def movement(moved):
-    """(angle, size, down, right), each [B], that made `moved` of PLACES."""
+    """(angle, size, down, right), each [B], of the transform that made `moved` from PLACES."""
     moved = np.asarray(moved, float)
     source = moved[:, 4, 4] - 4
     to_row = np.stack(
@@ -256,12 +256,12 @@ def test_erasing_leaves_one_rectangle_of_noise():
         assert 0.01 < tall * wide / 480 < 0.38
     noise = erased[touched]
     assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
-    assert len(np.unique(noise)) > 0.99 * noise.size  # by pixel, channel and image
+    assert len(np.unique(noise)) > 0.99 * noise.size  # noise differs per pixel, channel and image
     same(augment.random_erasing(images, KEY, probability=0.0), images)
 
 
 def rectangles(images):
-    """(which images, top, left, height, width) of what differs from 100."""
+    """(which images, top, left, height, width) of the regions that differ from 100."""
     touched = (np.asarray(images) != 100).any(axis=-1)
     hit = touched.any(axis=(1, 2))
     rows, columns = touched[hit].any(axis=2), touched[hit].any(axis=1)
@@ -301,7 +301,7 @@ def sides_by_trying(rng, height, width):
 
 
 def test_both_sides_are_of_the_first_of_ten_tries_that_fits():
-    """In this strip every other try is too tall."""
+    """In this strip, every other try is too tall."""
     images = jnp.full((1600, 12, 64, 1), 100.0)
     run = jax.jit(lambda key: augment.random_erasing(images, key, probability=1.0))
     hit, _, _, tall, wide = rectangles(run(KEY))

@@ -1,4 +1,4 @@
-"""Tokens of one layout in the place of another's, by hand."""
+"""Tokens of one layout converted to another, by hand."""
 
 import jax
 import numpy as np

@@ -1,5 +1,5 @@
-"""What a whole NAC needs beside its network: first signatures, the course of a regularizer's weight
-over the epochs, the picture."""
+"""What a whole NAC needs besides its network: initial signatures, the schedule of a regularizer's
+weight over the epochs, the picture."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ def config_of(model=NAC, **changes):
 
 
 def start_of(config):
-    """Model and seed, from which a circuit starts."""
+    """The model and seed that a circuit starts from."""
     return config.model, config.seed
 
 
@@ -108,13 +108,13 @@ def params_of(signatures):
     ("optim", "epochs"),
     [
         (OptimConfig(steps=20), 4),
-        (OptimConfig(steps=23), 4),  # the last three steps are of no whole epoch
+        (OptimConfig(steps=23), 4),  # the last three steps belong to no whole epoch
         (OptimConfig(epochs=4), 4),
         (OptimConfig(steps=3), 1),
     ],
 )
 def test_a_weight_moves_epoch_by_epoch(optim, epochs):
-    """(1 - p) 2 + p 6, p the share of the epochs that are over."""
+    """(1 - p) 2 + p 6, where p is the fraction of epochs that are over."""
     terms = RegularizersConfig(hinge=HingeConfig(weight=2.0, weight_end=6.0, hinge=1.5))
     config = config_of(regularizers=terms, optim=optim)
     signatures = draw_signatures(*start_of(config))
@@ -145,7 +145,7 @@ def test_every_iteration_has_the_kernel_of_its_own(monkeypatch):
 
 
 class Drawn:
-    """Stands in for the drawing, and keeps what it is to draw."""
+    """Stands in for the drawing function, and keeps its arguments."""
 
     def __init__(self, monkeypatch, learned):
         self.calls, self.loaded = [], []
@@ -181,7 +181,7 @@ def test_the_picture_without_prior_and_truncation(monkeypatch, tmp_path):
     draw_circuit(model, Circuit({"mediator": before}, None), tmp_path)
     ((_, _, groups, settings),) = drawn.calls
     assert not np.any(groups) and len(groups) == 8
-    assert settings["truncation"] == 2.0  # the largest distance there is: all are connected
+    assert settings["truncation"] == 2.0  # the largest possible distance: all are connected
 
 
 def test_a_picture_that_is_there_stays(monkeypatch, tmp_path):

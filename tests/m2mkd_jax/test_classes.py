@@ -1,4 +1,5 @@
-"""Which classes a set has and which label each image gets: names decide, whatever lies beside."""
+"""Which classes a set has, and which label each image gets: names decide, whatever else is in the
+folder."""
 
 import dataclasses
 import os
@@ -23,7 +24,8 @@ def draw(path, value=0):
 
 
 def make(root, **splits):
-    """A folder of `splits`, each {class: number of images}; an image's pixels say its class."""
+    """A folder with `splits`, each {class: number of images}; an image's pixels encode its
+    class."""
     for split, classes in splits.items():
         for name, count in classes.items():
             for number in range(count):
@@ -43,7 +45,7 @@ def config_of(path, labels, **settings):
 
 
 def labels_by_class(feed):
-    """First letter of the class that the pixels show -> labels."""
+    """First letter of the class encoded in the pixels -> labels."""
     found = {}
     for batch in feed.evaluation():
         real = batch["_mask"] > 0
@@ -90,7 +92,7 @@ def test_class_numbers_without_names_are_refused_beside_names(tmp_path):
 
 
 def test_numbers_are_names_where_both_sets_have_them(tmp_path):
-    """Sorted as text, 10 comes before 2; a test set without 10 must not shift the others."""
+    """Sorted as text, 10 comes before 2; a test set without 10 must not shift the other labels."""
     root = make(tmp_path / "set", train={"1": 1, "10": 1, "2": 1}, test={"1": 1, "2": 1})
     _, test = load_splits(config_of(root, 3))
     assert test.labels.tolist() == [0, 2]
@@ -162,7 +164,7 @@ def test_a_folder_linked_twice_within_its_class_counts_once(tmp_path):
     draw(root / "train/ant/z/b.png")
     (root / "train/ant/a").symlink_to("z", target_is_directory=True)
     source = load_source(data_of(root, 1, in_memory="never"), "train")
-    # A real folder goes before links to it, and of two links the first by name.
+    # A real folder takes precedence over links to it, and of two links, the first by name.
     assert source.files.names == ("train/ant/0.png", "train/ant/x/a.png", "train/ant/z/b.png")
 
 
@@ -195,7 +197,7 @@ def test_names_that_are_not_utf8(tmp_path):
     source = load_source(data_of(root, 1), "train")
     with pytest.raises(BadExample, match=r"x\\udcff\.png: Unident") as error:
         source[1]
-    str(error.value).encode()  # can be printed and written
+    str(error.value).encode()  # can be printed and written to a file
     (root / "train" / os.fsdecode(b"b\xe4r")).mkdir()
     with pytest.raises(ValueError, match=r"not UTF-8: b\\udce4r; rename"):
         load_source(data_of(root, 1), "train")

@@ -1,4 +1,4 @@
-"""Accuracy and cross entropy by hand where logits are equal or not finite; heads in float32."""
+"""Accuracy and cross entropy by hand, with ties and non-finite logits; heads in float32."""
 
 import dataclasses
 
@@ -32,7 +32,7 @@ def test_what_is_not_finite_is_never_a_hit():
     for value in (NAN, np.inf, -np.inf):
         found = sums(np.full((10, 10), value), range(10))
         assert (found["accuracy"], found["accuracy_top5"]) == (0, 0)
-    # The label's own logit is the largest number, yet argmax gives the NaN.
+    # The label's logit is the largest number, yet argmax returns the NaN.
     found = sums([[1.0, 9.0, NAN, 0.0, 0.0, 0.0]], [1])
     assert (found["accuracy"], found["accuracy_top5"]) == (0, 1)
     assert np.isnan(found["loss"])
@@ -85,4 +85,4 @@ def test_logits_of_a_bfloat16_network_are_not_rounded_to_bfloat16(name):
     logits = jax.jit(lambda params, images: network.apply(params, images)[0])(params, images)
     assert logits.dtype == jnp.float32
     rounded = logits.astype(jnp.bfloat16).astype(jnp.float32)
-    assert np.mean(np.asarray(logits != rounded)) > 0.9  # by chance one of 65,536 is equal
+    assert np.mean(np.asarray(logits != rounded)) > 0.9  # by chance, one in 65,536 is equal

@@ -1,4 +1,4 @@
-"""The command as a user meets it: errors in one line, nothing written; a folder of images; a
+"""The command as a user sees it: one-line errors with nothing written; a folder of images; a
 trace."""
 
 import json
@@ -36,7 +36,7 @@ SMALL = (
 
 
 def refusal(capsys, *flags) -> str:
-    """What the command says when it refuses: exit status 2 and one message."""
+    """The command's message when it refuses, with exit status 2."""
     with pytest.raises(SystemExit) as stop:
         app.run(main, DESCRIPTION, ["m2mkd", *flags])
     assert stop.value.code == 2
@@ -130,7 +130,7 @@ def test_a_run_of_nans_stops_and_keeps_its_checkpoint(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder of images: 2 classes of 12 and 4, with one file that is no image."""
+    """A folder of images: two classes with 12 and 4 images, and one file that is not an image."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 4)):
         for name in ("cat", "dog"):

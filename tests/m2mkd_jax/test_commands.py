@@ -33,7 +33,7 @@ NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A meta model, two modules in it, and a whole student, with numbers that nobody trained."""
+    """A meta model, two modules in it, and a whole student, all untrained."""
     folder = tmp_path_factory.mktemp("runs")
     for name, config in configs(folder).items():
         params = fill(PHASES[config.phase].describe(config, one_device()).init)
@@ -54,7 +54,7 @@ def configs(folder):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Three digits as files: one of their own size, one enlarged, and one damaged."""
+    """Three digits as files: one in its own size, one enlarged, and one corrupted."""
     folder = tmp_path_factory.mktemp("pictures")
     images, _ = digits.load_split("test")
     Image.fromarray(images[0, ..., 0]).save(folder / "a.png")
@@ -71,7 +71,7 @@ def call(capsys, *argv):
     return status, printed.out, printed.err
 
 
-# Names of classes.
+# Class names.
 
 
 def test_names_are_the_run_s_or_those_of_its_training_set(runs):
@@ -117,7 +117,7 @@ def test_a_folder_s_pictures_are_classified_whatever_their_size(runs, pictures, 
         capsys, "predict", runs / "modules", "--module=2", pictures, "--csv", "--top=2"
     )
     rows = list(csv.DictReader(io.StringIO(out)))
-    assert status == 1  # of the damaged one
+    assert status == 1  # because of the corrupted file
     assert [row["picture"].removeprefix(f"{pictures}/") for row in rows] == [
         *("a.png", "a.png", "below/b.png", "below/b.png")
     ]
@@ -195,7 +195,7 @@ def test_an_evaluation_repeats_that_of_training(run, flags, prefix, runs, capsys
 
 def test_another_set_is_named_by_flags(runs, tmp_path, capsys):
     images, labels = digits.load_split("test")
-    for label in (3, 8):  # the others have no image, and the folders no number of their own
+    for label in (3, 8):  # the other classes have no image, and labels go by name
         (tmp_path / "val" / str(label)).mkdir(parents=True)
         for i in np.flatnonzero(labels == label)[:5]:
             Image.fromarray(images[i, ..., 0]).save(tmp_path / "val" / str(label) / f"{i}.png")
@@ -238,7 +238,7 @@ def test_maps_have_the_image_s_rows_and_columns(runs, pictures, tmp_path, capsys
     with np.load(out) as arrays:
         assert arrays["names"].tolist() == [str(pictures / "a.png"), str(pictures / "below/b.png")]
         assert arrays["pooled"].shape == (2, 16)
-        # The head on what it reads gives the logits.
+        # The head applied to its recorded input gives the logits.
         apply, params = m2mkd_jax.load_model(runs / "student")
         head = params["stage_2"]["head"]
         images, _ = digits.load_split("test")

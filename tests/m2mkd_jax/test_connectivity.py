@@ -31,7 +31,7 @@ def test_a_picture_of_any_size(nodes, tmp_path):
 
 
 def quarters(pixels):
-    """Red less blue, and the share of dark pixels, of the four pictures: (2, 2) each."""
+    """Red minus blue, and the fraction of dark pixels, of the four pictures: (2, 2) each."""
     height, width = (size // 2 for size in pixels.shape[:2])
     parts = [
         [pixels[i * height : (i + 1) * height, j * width : (j + 1) * width] for j in range(2)]
@@ -43,7 +43,7 @@ def quarters(pixels):
 
 
 def test_near_mediators_are_red_and_joined_on_their_own_side(tmp_path):
-    # All at distance 1, beyond the truncation; and all at distance 0.
+    # All at distance 1, beyond the truncation, and all at distance 0.
     none, every = np.eye(9, dtype=np.float32), np.ones((9, 9), np.float32)
     red, dark = quarters(draw(none, every, np.zeros(9, int), tmp_path / "connectivity.png"))
     assert red[0, 0] < -10 and red[0, 1] > 10
@@ -51,7 +51,7 @@ def test_near_mediators_are_red_and_joined_on_their_own_side(tmp_path):
 
 
 def test_the_order_of_the_mediators_does_not_matter(tmp_path):
-    # Each community is one point, so sorting by community puts all back in place.
+    # Each community is a single point, so sorting by community restores the order.
     communities = np.repeat(np.arange(3), 4)
     signatures = circle(communities * 2.0)
     shuffle = RNG.permutation(12)
@@ -68,7 +68,7 @@ def test_edges_are_the_pairs_within_the_truncation():
 
 
 def test_every_mediator_s_nearest_come_first():
-    # Of two tight groups and a lone node, the lone one keeps an edge among the first few.
+    # With two tight groups and a lone node, the lone one keeps an edge among the first few.
     points = np.concatenate([RNG.normal(0, 0.01, 20), RNG.normal(1, 0.01, 20), [2.0]])
     distance = np.abs(points[:, None] - points)
     edges = connectivity._edges(distance, 1.5)
@@ -99,8 +99,8 @@ def test_an_edge_at_the_truncation_is_there_and_none_beyond_it():
 
 
 def test_the_order_of_edges_by_hand():
-    # On a line at 0, 1, 3, 7: nearest 0-1 (of both), 1-2 (of 2), 2-3 (of 3); then the second
-    # nearest, 0-2 (of 0) and 1-3 (of 3); then 0-3, the third of both.
+    # On a line at 0, 1, 3, 7. Nearest: 0-1 (for both), 1-2 (for 2), 2-3 (for 3). Then the second
+    # nearest: 0-2 (for 0) and 1-3 (for 3). Then 0-3, the third for both.
     places = np.array([0.0, 1.0, 3.0, 7.0])
     distance = np.abs(places[:, None] - places)
     want = [[0, 1], [1, 2], [2, 3], [0, 2], [1, 3], [0, 3]]
@@ -118,7 +118,7 @@ def test_every_community_has_a_colour_of_its_own(communities):
     groups = np.arange(80) % communities
     places = RNG.normal(size=(80, 2))
     axes = axes_of(connectivity._draw_graph, np.zeros((0, 2), int), groups, places)
-    axes.figure.canvas.draw()  # maps numbers to colours
+    axes.figure.canvas.draw()  # maps values to colours
     _, nodes = axes.collections
     colours = nodes.get_facecolors()
     assert len(colours) == 80
@@ -149,7 +149,7 @@ def test_borders_stand_between_communities_where_they_are_few(communities, borde
 
 
 def spied(monkeypatch):
-    """What the two kinds of pictures are given, before and after training; no file is made."""
+    """The arguments of both kinds of pictures, before and after training; no file is written."""
     monkeypatch.setattr(connectivity.FigureCanvasAgg, "print_png", lambda self, file: None)
     given = {"_draw_distances": [], "_draw_graph": []}
     for name, calls in given.items():

@@ -1,4 +1,4 @@
-"""Panels of a report of m2mKD."""
+"""Panels of an m2mKD report."""
 
 from common_jax.report import panels
 from m2mkd_jax.curves import CURVES

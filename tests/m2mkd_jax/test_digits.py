@@ -1,4 +1,4 @@
-"""The digits that come with scikit-learn, and their renditions, by pixels worked out by hand."""
+"""scikit-learn's digits and their renditions, against pixels worked out by hand."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def test_values_are_stretched_to_bytes_and_the_last_images_are_for_tests():
 
 
 def bar():
-    """An upright stroke, two pixels wide."""
+    """A vertical stroke, two pixels wide."""
     image = np.zeros((8, 8), np.uint8)
     image[:, 3:5] = 255
     return image
@@ -33,7 +33,7 @@ def centre(row):
 @pytest.mark.parametrize(("name", "sign"), [("turned left", -1), ("turned right", 1)])
 def test_turning_left_moves_the_top_to_the_left(name, sign):
     turned = digits.RENDITIONS[name](bar())
-    lean = (centre(turned[1]) - centre(turned[6])) / 5  # of 25 degrees
+    lean = (centre(turned[1]) - centre(turned[6])) / 5  # should be 25 degrees
     assert sign * lean == pytest.approx(np.tan(np.radians(25)), abs=0.08)
 
 

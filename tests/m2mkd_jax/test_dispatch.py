@@ -40,7 +40,7 @@ def make_inputs(expert=None, dtype=np.float64):
 
 
 def plain(x, routes, experts):
-    """One expert after another, each on every token, weighted by what the token's pairs say."""
+    """One expert after another on all tokens, weighted by the token's pairs."""
     y = 0.0
     group = jnp.arange(x.shape[0])[:, None]
     for e in range(experts.up.shape[0]):
@@ -54,7 +54,7 @@ def plain(x, routes, experts):
 
 @partial(jax.jit, static_argnums=0)
 def with_gradients(function, x, routes, experts):
-    """y, and gradients of sum(sin(y)) by x, the weights and the experts."""
+    """y, and the gradients of sum(sin(y)) with respect to x, weights and experts."""
 
     def total(x, weight, experts):
         y = function(x, routes._replace(weight=weight), experts)
@@ -82,7 +82,7 @@ def dispatch(name, slots, x, routes, experts):
     return DISPATCHERS[name].run(x, routes, experts, slots)[0]
 
 
-# Two slots an expert and group drop a good part of the pairs (6 tokens, 8 experts, 2 choices).
+# Two slots per expert and group drop many of the pairs (6 tokens, 8 experts, 2 choices).
 WAYS = {
     "blockwise": partial(by_rows, grouped.BY_PLATFORM),
     "ragged": partial(by_rows, grouped.RAGGED),
@@ -194,7 +194,7 @@ def test_there_is_a_row_for_every_pair_however_they_fall(pairs, experts):
         assert sorted(row_pair[held]) == [*range(pairs)]
         np.testing.assert_array_equal(rows.token[i][held], token[row_pair[held]])
         np.testing.assert_array_equal(np.repeat(rows.expert[i], 8)[held], expert[i][row_pair[held]])
-        # Rows without a pair are told apart, and belong to no token.
+        # Rows without a pair are distinct, and belong to no token.
         assert len(np.unique(rows.token[i][~held])) == np.sum(~held)
         assert np.all(rows.token[i][~held] >= 40)
 
@@ -278,8 +278,8 @@ def test_a_mesh_with_other_axes_is_refused():
 
 
 def served(routes, slots, experts=2, tokens=4):
-    """Weight with which each token came back, (token, expert), and the dropped share."""
-    # Expert e answers 1 in place e whatever it is asked.
+    """The weight with which each token comes back, (token, expert), and the fraction dropped."""
+    # Expert e returns 1 at index e for any input.
     answers = Experts(
         jnp.zeros((experts, experts, 1)),
         jnp.zeros((experts, 1)),
@@ -328,8 +328,8 @@ def test_bfloat16(way):
 
 @pytest.mark.parametrize("way", ["blockwise", "ragged", "capacity with room for all"])
 def test_bfloat16_is_summed_in_float32(way):
-    # In bfloat16 256 + 1 is 256. So are the answers of the experts to a token, and then the slopes
-    # of an expert's tokens: one of 256, one of 2, and else 1.
+    # In bfloat16, 256 + 1 is 256. These are the experts' outputs for a token, and then the
+    # gradients of an expert's tokens: one of 256, one of 2, and 1 otherwise.
     half = jnp.bfloat16
     answers = jnp.ones((E, D), half).at[0].set(256).at[-1].set(2)
     zero = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, half), make_experts(dtype=np.float32))

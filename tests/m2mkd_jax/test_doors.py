@@ -1,4 +1,5 @@
-"""Another phase, family or evaluator is one record: the rest of the code finds it in the table."""
+"""Adding a phase, family or evaluator takes one record: the rest of the code finds it in the
+table."""
 
 import dataclasses
 import pathlib
@@ -58,7 +59,7 @@ def test_the_teacher_is_a_source_of_a_student_that_is_taught_its_logits():
 
 
 def test_another_phase_is_planned_and_read_by_its_record_alone(monkeypatch):
-    """It stands in for few_shot, whose name the config knows."""
+    """It replaces few_shot, whose name the config knows."""
     probe = Phase(
         describe=PHASES["few_shot"].describe,
         run=PHASES["few_shot"].run,
@@ -104,7 +105,7 @@ def test_a_section_takes_every_family_of_its_role():
 
 def test_another_family_joins_the_type_of_its_section(monkeypatch):
     class OtherConfig(VMoEConfig):
-        """Of a family that there is not."""
+        """The config of a family that does not exist."""
 
     other = dataclasses.replace(FAMILIES["vmoe"], config=OtherConfig, roles=("model", "meta"))
     monkeypatch.setattr(families, "FAMILIES", dict(FAMILIES, other=other))
@@ -126,7 +127,7 @@ def test_a_context_is_the_run_s():
     assert context.interface == config.interface and context.meta_tokens() == 5
 
 
-# Kinds of files, which the records of phases and families make.
+# Kinds of files, derived from the records of phases and families.
 
 KIND_OF = {
     "pretrain_meta": "meta",

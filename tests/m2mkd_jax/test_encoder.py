@@ -1,4 +1,4 @@
-"""What the encoder computes, against its equations; its initial values; stochastic depth."""
+"""The encoder against its equations; its initial values; stochastic depth."""
 
 import re
 from functools import partial
@@ -42,7 +42,7 @@ def test_a_network_computes_what_its_equations_say():
 
 
 def test_stitches_have_an_epsilon_of_their_own():
-    # Numbers of variance 1e-6, which an epsilon of 1e-5 leaves small and one of 1e-6 does not.
+    # With a variance of 1e-6, outputs stay small with an epsilon of 1e-5, but not with one of 1e-6.
     stitch = Stitch(12, jnp.float32)
     x = jnp.asarray(np.random.default_rng(1).normal(0, 1e-3, (2, 5, 8)), jnp.float32)
     params = fill(stitch.init, x)
@@ -88,21 +88,21 @@ def test_every_parameter_starts_as_the_original_s():
             assert_normal(leaf, 0.02, path)
         drawn.append(leaf)
     assert len(drawn) == 22
-    # Each is drawn by itself, and so are those of single experts.
+    # Each is drawn independently, and so are single experts.
     experts = params["stage_1"]["block_0"]["moe"]
     drawn += [one for name in ("up", "down") for one in experts[name][1:]]
     assert len({leaf.ravel()[0] for leaf in drawn}) == 26
 
 
 def assert_uniform(leaf, bound, name):
-    """Numbers drawn evenly from -bound to bound, four standard errors allowed."""
+    """Requires uniform draws from -bound to bound, within four standard errors."""
     assert 0.8 * bound < leaf.max() <= bound and -bound <= leaf.min() < -0.8 * bound, name
     assert abs(leaf.mean()) < 4 * bound / (3 * leaf.size) ** 0.5, name
     assert abs(leaf.std() * 3**0.5 / bound - 1) < 4 * (0.2 / leaf.size) ** 0.5, name
 
 
 def assert_normal(leaf, std, name):
-    """Normal numbers, not cut off, four standard errors allowed."""
+    """Requires normal draws, not truncated, within four standard errors."""
     assert abs(leaf.std() / std - 1) < 4 / (2 * leaf.size) ** 0.5, name
     assert abs(leaf.mean()) < 4 * std / leaf.size**0.5, name
     assert leaf.size < 1000 or np.abs(leaf).max() > 2.5 * std, name
@@ -143,7 +143,7 @@ def test_a_branch_is_dropped_where_the_draw_is_below_the_rate():
 def kept_branches(network, keys, *, batch=400):
     """(keys, B, branches): whether an example keeps each attention and MLP, block after block.
 
-    The branches add 1, 2, 4 and so on, so that the sum tells which there were.
+    The branches add 1, 2, 4 and so on, so that the sum tells which were kept.
     """
     shapes = jax.eval_shape(network.init, jax.random.key(0))
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
@@ -176,10 +176,10 @@ def test_each_example_draws_for_each_branch(scan_layers):
     network = vit.build(config, IMAGES, drop_path=0.5)
     kept = np.hstack(kept_branches(network, jax.random.split(jax.random.key(0), 2)))
     assert kept.shape == (400, 12)
-    # 0.1 is four standard errors of a share of 400 draws.
+    # 0.1 is four standard errors of a fraction of 400 draws.
     rates = np.tile(np.repeat([0, 0.25, 0.5], 2), 2)
     np.testing.assert_allclose(kept.mean(axis=0), 1 - rates, atol=0.1)
     assert kept[:, rates == 0].all()
-    # And no branch, of this key or of the other, goes with another.
+    # No branch, for this key or the other, is correlated with another.
     together = np.corrcoef(kept[:, rates > 0].T)
     assert np.abs(together - np.eye(8)).max() < 0.2

@@ -1,4 +1,4 @@
-"""What an evaluation draws, and what a phase adds to its loss: on a linear classifier of digits."""
+"""What an evaluation draws, and what a phase adds to its loss, on a linear classifier of digits."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from m2mkd_jax.phases.objective import EVALUATION_STREAMS, Outputs, make_loss, m
 from m2mkd_jax.phases.phase import Training
 from m2mkd_jax.phases.training import train_phase, with_feed
 
-# 1,437 images make three steps an epoch; 360 to test make two batches, the last one padded.
+# 1,437 images make three steps per epoch; 360 test images make two batches, the last one padded.
 OPTIM = OptimConfig(steps=9, batch=400, lr=1e-2, lr_per=None, warmup_epochs=0)
 
 
@@ -37,7 +37,7 @@ def init(key):
 
 
 def forward(params, helpers, images, train, rngs):
-    """Logits, with a draw of each evaluation stream on top where there are keys."""
+    """Logits, plus a draw from each evaluation stream that has keys."""
     logits = images.reshape(len(images), 64) @ params["net"]["kernel"]
     if rngs is not None and not train:
         for name in EVALUATION_STREAMS:
@@ -57,7 +57,7 @@ def training_of(config, **settings):
 
 
 def evaluator(config, tmp_path, mesh):
-    """The evaluation of the test set that a run of `config` has."""
+    """The test-set evaluation of a run with `config`."""
     task = with_feed(training_of(config), feed_of(config, tmp_path), mesh)
     return task.evaluators["test"]
 
@@ -107,13 +107,13 @@ def test_draws_depend_on_the_seed_of_the_run(tmp_path, noise):
 
 
 def test_a_set_of_other_classes_is_scored_among_these(tmp_path):
-    """A model that is right among all ten, whose digits 6 and 9 no rendition shows."""
+    """A model that is right among all ten; no rendition shows the digits 6 and 9."""
     config = config_of("mean", ood=OodConfig(source="digits_r"))
     feed = feed_of(config, tmp_path)
     evaluators = with_feed(training_of(config), feed, one_device()).evaluators
     assert list(evaluators) == ["test", "ood"]
     favoured = {"net": {"kernel": jnp.zeros((64, 10)).at[:, 6].set(100.0)}}
-    # 6 wins wherever it counts; among the others all are equal, and the first class is taken.
+    # 6 wins wherever it counts; the others are all equal, and the first class is taken.
     found = evaluators["ood"](favoured, {}, 0)
     labels = np.concatenate([b["label"][b["_mask"] > 0] for b in feed.ood()])
     assert found["loss"] == pytest.approx(np.log(8), rel=1e-5)

@@ -1,5 +1,5 @@
-"""Students and the network that they are merged into: exactly the parameters that they do not share
-are left or start from scratch."""
+"""Students and the network that they are merged into: only the parameters that they do not share
+are dropped or start from scratch."""
 
 import dataclasses
 import re

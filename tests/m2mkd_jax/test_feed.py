@@ -1,4 +1,5 @@
-"""A run's feed: whose images, how many at a time, from which step on; and what the device adds."""
+"""A run's feed: which images, how many at a time, starting at which step, and what is added on the
+device."""
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ NAMES = tuple("0123456789")
 
 
 def numbers(size, *, first=0, bad=()):
-    """Image i is first + i everywhere; `bad` of them cannot be read."""
+    """Image i is first + i everywhere; those in `bad` cannot be read."""
     values = np.arange(first, first + size, dtype=np.uint8)[:, None, None, None]
     images, labels = np.tile(values, (1, 8, 8, 1)), np.arange(size, dtype=np.int32) % 10
     if not bad:
@@ -40,7 +41,7 @@ def values(batches, count):
 
 
 def test_training_batches_by_hand(tmp_path):
-    """The first order of seed 0 is frozen, see tests/common_jax/test_inputs.py."""
+    """The first order for seed 0 is frozen, see tests/common_jax/test_inputs.py."""
     feed = feed_of(tmp_path, train=numbers(8), batch=4)
     assert values(feed.batches(0), 2) == [[6, 3, 5, 0], [7, 2, 1, 4]]
     assert values(feed.batches(1), 1) == [[7, 2, 1, 4]]
@@ -58,7 +59,7 @@ def test_batches_follow_seed_and_step(tmp_path):
 
 def test_evaluation_takes_the_test_set_by_micro_batches(tmp_path):
     feed = feed_of(tmp_path, augment=AugmentConfig(repeats=3, randaugment=True))
-    for _ in range(2):  # each call is a new pass
+    for _ in range(2):  # each call makes a new pass
         batches = list(feed.evaluation())
         assert [batch["image"].shape for batch in batches] == [(4, 8, 8, 1)] * 3
         shown = np.concatenate([batch["image"][:, 3, 3, 0] for batch in batches])
@@ -116,7 +117,7 @@ def test_an_ood_set_is_evaluated_like_the_test_set(tmp_path):
 
 
 def test_an_ood_set_of_another_kind_must_fit_as_well(tmp_path):
-    """Digits need no look at their size, but files do that are tested on beside them."""
+    """Digits need no check of their size, but files that are also tested on do."""
     folder = tmp_path / "set/test/3"
     folder.mkdir(parents=True)
     Image.new("L", (9, 9)).save(folder / "0.png")
@@ -138,7 +139,7 @@ def streams(augment=0, mix=0):
 
 
 def preparing(config):
-    """Seeds of the two streams -> images and targets."""
+    """(seed of each stream) -> images and targets."""
     run = jax.jit(lambda rngs: prepare_training(BATCH, rngs, COLOURED, config))
     return lambda **seeds: map(np.asarray, run(streams(**seeds)))
 

@@ -1,4 +1,4 @@
-"""Few-shot episodes and repeated augmentation: which examples are chosen, and runs of several
+"""Few-shot episodes and repeated augmentation: which examples are chosen, and runs with several
 episodes."""
 
 import dataclasses
@@ -39,7 +39,7 @@ def test_an_episode_holds_shots_of_each_class_under_new_labels():
     np.testing.assert_array_equal(chosen.labels, [ranks[LABELS[i]] for i in chosen.indices])
     np.testing.assert_array_equal(np.bincount(chosen.labels), [4] * 5)
     assert chosen.labels.dtype == np.int32
-    assert (np.diff(chosen.labels) != 0).sum() > 4  # shuffled, not class by class
+    assert (np.diff(chosen.labels) != 0).sum() > 4  # shuffled, not grouped by class
 
 
 def test_seeds_choose_and_zero_is_a_seed():
@@ -51,7 +51,7 @@ def test_seeds_choose_and_zero_is_a_seed():
 
 
 def test_known_choice():
-    # random.Random(1).sample(range(100), 8), which python has kept since 3.2.
+    # random.Random(1).sample(range(100), 8), which has been stable since Python 3.2.
     labels = np.repeat(np.arange(100), 5)
     chosen = choose_episode(labels, ways=8, shots=5, seed=1, labels_count=100)
     assert chosen.classes == (17, 72, 97, 8, 32, 15, 63, 57)
@@ -66,26 +66,26 @@ def test_examples_are_numpy_s_permutations_in_the_drawn_order_of_the_classes(see
 
 
 def test_known_examples_and_labels():
-    """The generators are those whose numbers neither python nor numpy changes. The classes' places
-    are permuted one after the other, three of each are kept, and then all are permuted."""
+    """These generators' numbers are frozen in Python and numpy. The rows of each class are permuted
+    in turn, three of each class are kept, and then all of them are permuted."""
     labels = np.array([2, 0, 1, 3] * 5)
     chosen = choose_episode(labels, ways=2, shots=3, seed=0, labels_count=4)
     assert chosen.classes == (3, 1)
     assert chosen.indices.tolist() == [3, 2, 10, 11, 7, 6]
-    assert chosen.labels.tolist() == [1, 0, 0, 1, 1, 0]  # of 3 and 1: by rank, not as drawn
+    assert chosen.labels.tolist() == [1, 0, 0, 1, 1, 0]  # of classes 3 and 1, by rank
 
 
 def test_classes_and_examples_both_follow_the_seed():
     whole = [episode(ways=20, seed=seed) for seed in (1, 2)]
     assert whole[0].classes != whole[1].classes
     first, second = (set(one.indices.tolist()) for one in whole)
-    assert 0 < len(first & second) < 40  # of 80 each, if chosen apart about 11
+    assert 0 < len(first & second) < 40  # of 80 each; about 11 if chosen independently
 
 
 def test_classes_stay_and_examples_grow_with_the_shots():
     few, more = episode(shots=4), episode(shots=9)
     assert few.classes == more.classes and set(few.indices) < set(more.indices)
-    every = episode(shots=30)  # as many as there are
+    every = episode(shots=30)  # all there are
     np.testing.assert_array_equal(
         np.sort(every.indices), np.flatnonzero(np.isin(LABELS, every.classes))
     )
@@ -164,7 +164,7 @@ def test_copies_of_an_image_land_on_neighbours(count, world):
 
 def test_other_numbers_of_copies_by_hand():
     settings = {"repeats": 2, "rounding": 4, "world": 2}
-    order = np.array([5, 3, 8, 0, 9, 1, 2, 4, 6, 7, 10])  # of which 8 samples are kept: 4 for each
+    order = np.array([5, 3, 8, 0, 9, 1, 2, 4, 6, 7, 10])  # 8 of these samples are kept: 4 for each
     for rank in range(2):
         assert repeated_indices(order, rank=rank, **settings).tolist() == [5, 3, 8, 0]
     settings["world"] = 3  # 8 // 3 for each; ranks 0 to 2 take turns at 5 5 3 3 8 8
@@ -206,7 +206,7 @@ def test_the_summary_is_a_mean_with_the_interval_of_student_s_distribution():
     assert (merged["steps"], merged["skipped"], merged["episodes"]) == (5, 4, 4)
     assert merged["phase"] == "few_shot"
     assert merged["test/accuracy"] == pytest.approx(0.55)
-    # t of 3 degrees of freedom, from a printed table; s = sqrt(0.05 / 3).
+    # t with 3 degrees of freedom, from a table; s = sqrt(0.05 / 3).
     half = 3.182446 * np.sqrt(0.05 / 3) / 2
     assert merged["test/accuracy_ci95"] == pytest.approx(half, rel=1e-6)
 
@@ -228,7 +228,7 @@ def test_every_metric_of_the_test_set_has_a_mean_of_its_own():
         *("test/accuracy", "test/accuracy_ci95", "test/loss", "test/loss_ci95"),
     ]
     assert merged["skipped"] == 3
-    # t of 1 degree of freedom is 12.7062, and s = 1 / sqrt(2).
+    # t with 1 degree of freedom is 12.7062, and s = 1 / sqrt(2).
     assert merged["test/loss"] == 1.5
     assert merged["test/loss_ci95"] == pytest.approx(12.7062 / 2, rel=1e-5)
     assert merged["test/accuracy_ci95"] == pytest.approx(1.27062 / 2, rel=1e-5)
@@ -264,7 +264,7 @@ def config_of(**episode):
 
 
 def examples(feed):
-    """Training and test examples of an episode's feed: (image bytes, label) each."""
+    """Training and test examples in an episode's feed: (image bytes, label) each."""
     (batch,) = [next(feed.batches(0))]
     train = zip(batch["image"], batch["label"], strict=True)
     test = [
@@ -279,7 +279,7 @@ def examples(feed):
 
 
 def digits_of(split):
-    """The class of every image of a split, by its bytes."""
+    """The class of every image in a split, by its bytes."""
     images, labels = digits.load_split(split)
     return {image.tobytes(): int(label) for image, label in zip(images, labels, strict=True)}
 
@@ -335,7 +335,7 @@ def test_episodes_compile_once_and_are_not_run_again(tmp_path, monkeypatch):
     episodes = FewShotConfig(ways=4, shots=2, test_shots=3, seed=5, episodes=2)
     config = dataclasses.replace(
         config,
-        augment=AugmentConfig(),  # mixing takes long to compile
+        augment=AugmentConfig(),  # mixing is slow to compile
         few_shot=episodes,
         sources=SourcesConfig(network=str(tmp_path / "network")),
     )

@@ -1,5 +1,5 @@
-"""ViTs that people have: timm's folders, training files, wrapped names, and networks that m2mKD's
-ViT is not."""
+"""ViTs from elsewhere: timm's folders, training checkpoints, wrapped names, and networks that
+m2mKD's ViT does not support."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ TIMM = {
 
 
 def timm_folder(folder, about=TIMM, tensors=None, *, file="config.json"):
-    """What timm's push_to_hf_hub makes."""
+    """A folder like the ones timm's push_to_hf_hub writes."""
     folder.mkdir()
     write_tensors(folder / "model.safetensors", tensors or deit())
     (folder / file).write_text(json.dumps(about))
@@ -46,7 +46,7 @@ def timm_folder(folder, about=TIMM, tensors=None, *, file="config.json"):
 
 
 def read(path, *, weights="", kind=None, **given):
-    """As the command reads a file without --config."""
+    """Reads a file like the command does without --config."""
     files = pretrained.read_files(path, weights=weights)
     source = pretrained.find_source(files, kind)
     inferred = pretrained.infer_config(source, given)
@@ -121,7 +121,7 @@ def test_heads_that_timm_says_are_taken(tmp_path):
 
 
 def training_file(path, **weights):
-    """What DeiT's main.py writes."""
+    """A checkpoint like DeiT's main.py writes."""
     storages = {}
     args = New(Global("argparse", "Namespace"), {"lr": 5e-4, "model": "deit_tiny_patch16_224"})
     value = {"optimizer": {"state": {}}, "epoch": 299, "args": args, "scaler": {"scale": 65536.0}}

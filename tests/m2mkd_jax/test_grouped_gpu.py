@@ -1,4 +1,4 @@
-"""The kernels for GPUs, interpreted on a CPU, against one dense expert after another."""
+"""The GPU kernels, interpreted on a CPU, against one dense expert after another."""
 
 import types
 from functools import partial
@@ -16,13 +16,13 @@ from m2mkd_jax.moe import dispatch, grouped, grouped_gpu
 from m2mkd_jax.moe.grouped import Experts
 from m2mkd_jax.moe.routers import Routes
 
-N, E, D, F = 300, 4, 64, 192  # three tiles of 64 columns
+N, E, D, F = 300, 4, 64, 192  # F is three tiles of 64 columns
 H100 = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
 
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Kernels run by the interpreter, which fills with NaN what they leave undefined."""
+    """Runs kernels in the interpreter, which fills undefined values with NaN."""
     monkeypatch.setattr(pl, "pallas_call", partial(pl.pallas_call, interpret=True))
 
 
@@ -39,10 +39,10 @@ def make_inputs(dtype=np.float32, tokens=N):
 
 
 def route(shares, second=1.0):
-    """Tokens, experts and weights of two pairs per token; an expert E is none of the E experts.
+    """Tokens, experts and weights of two pairs per token; expert E means no expert.
 
     shares: how often each expert is chosen.
-    second: share of the second choices that are served.
+    second: fraction of the second choices that are served.
     """
     draw = np.random.default_rng(1)
     expert = np.stack([draw.choice(E, 2, replace=False, p=shares) for _ in range(N)], axis=1)
@@ -52,7 +52,7 @@ def route(shares, second=1.0):
     return jnp.int32(token), jnp.int32(expert.reshape(-1)), jnp.float32(weight)
 
 
-# All of one shape, since programs take long to compile.
+# All have one shape, since programs are slow to compile.
 ROUTINGS = {
     "even": route([0.25, 0.25, 0.25, 0.25]),
     "skewed, one expert empty": route([0.9, 0.08, 0, 0.02]),
@@ -74,7 +74,7 @@ def by_kernels(x, dy, experts, token, expert, weight):
 
 @jax.jit
 def by_plain_experts(x, dy, experts, token, expert, weight):
-    """In float32, but for the activations, which are rounded as the kernels round them."""
+    """In float32, except for the activations, which are rounded like in the kernels."""
     dtype = x.dtype
     x, dy, experts = jax.tree.map(jnp.float32, (x, dy, experts))
 
@@ -93,7 +93,7 @@ def by_plain_experts(x, dy, experts, token, expert, weight):
 
 
 def distances(found, want):
-    """Of each leaf, relative to the norm of the right one; NaN where one is NaN."""
+    """Relative distance of each leaf to the reference; NaN where a value is NaN."""
     found, want = (map(np.float64, jax.tree.leaves(tree)) for tree in (found, want))
     pairs = zip(found, want, strict=True)
     return [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs]
@@ -106,7 +106,7 @@ def test_float32_values_and_gradients(routing, interpreted):
     want = by_plain_experts(x, dy, experts, *ROUTINGS[routing])
     assert len(distances(found, want)) == 7
     assert np.max(distances(found, want)) < 2e-6
-    # Pairs without a row get no gradient, and experts without a row exactly none.
+    # Pairs without a row get zero gradient, and experts without a row exactly zero.
     idle = np.setdiff1d(np.arange(E), ROUTINGS[routing][1])
     assert np.all(found[2][ROUTINGS[routing][1] == E] == 0)
     assert all(np.all(leaf[idle] == 0) for leaf in found[3])
@@ -120,12 +120,12 @@ def test_bfloat16_values_and_gradients(routing, interpreted):
     assert found[0].dtype == found[1].dtype == found[3].up.dtype == jnp.bfloat16
     assert found[2].dtype == jnp.float32
     assert np.max(distances(found, (y, dx, dweight, gradient))) < 4e-3
-    # Rounded before the GELU, hidden values would put y at 3.7e-3.
+    # If hidden values were rounded before the GELU, y would be off by 3.7e-3.
     assert distances(found[0], y)[0] < 1e-3
 
 
 def test_what_is_summed_is_not_rounded(interpreted):
-    # In bfloat16 256 + 1 is 256: as the answers of a token's experts, and as an expert's slopes.
+    # In bfloat16, 256 + 1 is 256: as outputs of a token's experts, and as an expert's gradients.
     half = jnp.bfloat16
     x, dy, experts = jax.tree.map(jnp.zeros_like, make_inputs(half))
     experts = experts._replace(down_bias=jnp.ones((E, D), half).at[0].set(256))
@@ -144,7 +144,7 @@ def test_over_the_expert_axis_of_a_mesh(interpreted, monkeypatch):
     monkeypatch.setattr(dispatch, "block_for_target", lambda *_, **__: grouped_gpu.TILE)
     x, dy, experts = make_inputs()
     token, expert, weight = ROUTINGS["skewed, one expert empty"]
-    # Two groups of half the tokens; a pair's token is counted within its group.
+    # Two groups of half the tokens; a pair's token is numbered within its group.
     half = N // 2
     order = np.argsort(np.asarray(token) >= half, kind="stable")
     given = [leaf[order].reshape(2, -1) for leaf in (token % half, expert, weight)]
@@ -186,7 +186,7 @@ def test_every_tile_has_one_program(size):
 
 
 def lowered(width, hidden, dtype=np.float32):
-    """The dropless layer and its gradients, as lowered for an H100."""
+    """The dropless layer and its gradients, lowered for an H100."""
     shape = partial(jax.ShapeDtypeStruct, dtype=dtype)
     pairs = [jax.ShapeDtypeStruct((2, 64), kind) for kind in (np.int32, np.int32, np.float32)]
     experts = Experts(
@@ -208,7 +208,7 @@ def lowered(width, hidden, dtype=np.float32):
 
 def test_a_gpu_runs_kernels_and_no_loop():
     text = lowered(64, 128)
-    # Two products forward, four backward, of which jax lowers equal ones once.
+    # Two products forward, four backward; jax lowers equal ones once.
     assert 5 <= text.count("xla.gpu.triton") <= 6
     assert "stablehlo.while" not in text
     assert "flops" in text
@@ -242,7 +242,7 @@ def test_blocks_are_as_large_as_the_device_needs(device, width, block):
     size = partial(grouped.block_for_target, 50_432, 8, dtype=np.dtype(np.float32), hidden=3072)
     with jax.sharding.use_abstract_mesh(mesh):
         assert size(width=width) == block
-    assert size(width=width) == 256  # without a mesh, for this process's CPU
+    assert size(width=width) == 256  # without a mesh: for this process's CPU
 
 
 @pytest.mark.parametrize(("capability", "block"), [("7.5", 2048), ("8.6", 128)])

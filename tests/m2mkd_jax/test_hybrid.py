@@ -1,4 +1,5 @@
-"""Modules within a meta model of toy stages: who runs, who is in training, where gradients go."""
+"""Modules in a meta model of toy stages: which stages run, which are in training mode, where
+gradients go."""
 
 import dataclasses
 
@@ -17,8 +18,8 @@ RNGS = {"noise": jax.random.key(7)}
 
 
 class Layer(nn.Module):
-    """factor tanh(x kernel), in training times normal numbers; of so many tokens at most. The last
-    gives their mean, as logits."""
+    """factor tanh(x kernel), times normal draws in training; at most `tokens` tokens. The last
+    layer returns their mean as logits."""
 
     tokens: int = T
     factor: float = 1.0
@@ -39,21 +40,21 @@ class Layer(nn.Module):
 
 LAST = Layer(last=True)
 ALIKE = Network((Layer(), Layer(), LAST))
-# The first student gives a single token, as a NAC's does.
+# The first student returns a single token, as a NAC's does.
 PAIR = Pair(ALIKE, ALIKE, Network((Layer(tokens=1), Layer(), LAST)))
 PARAMS = {
     role: getattr(PAIR, role).init(jax.random.key(number))
     for number, role in enumerate(("meta", "teacher", "student"))
 }
-# One pixel per token, so that a layer takes images as it takes tokens.
+# One pixel per token, so that a layer takes images just like tokens.
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(4, T, 1, WIDTH)), jnp.float32)
 # Which modules are run together.
 TOGETHER = [(0,), (1,), (2,), (0, 2), (0, 1, 2)]
 
 
 def run_stages(role, own, *, training=(), params=PARAMS, images=IMAGES):
-    """The meta model with stage `own` of `role`, one stage after another; those in `training` draw
-    with the stage's key."""
+    """The meta model with stage `own` of `role`, run stage by stage; the stages in `training` draw
+    from the stage's key."""
     x = images
     for stage in range(3):
         whose, name = role if stage == own else "meta", stage_name(stage)
@@ -97,7 +98,7 @@ def test_what_students_record_is_handed_back(stages):
 
 
 def kernels(tree):
-    """Whether the gradient of each stage is there."""
+    """Whether each stage has a gradient."""
     return [bool(np.any(tree[stage_name(stage)]["kernel"])) for stage in range(3)]
 
 
@@ -162,7 +163,7 @@ def test_tokens_before_a_module_are_the_meta_model_s_and_pass_no_gradient():
 
 
 def test_stages_that_differ_between_hybrids_are_not_shared():
-    """As those of hybrids whose stochastic depth ramps over other numbers of blocks."""
+    """For example, hybrids whose stochastic depth ramps over different numbers of blocks."""
     short = Network((Layer(tokens=1), Layer(), LAST))
     hidden = shared_tokens({1: PAIR.meta, 2: short}, PARAMS["meta"], IMAGES)
     assert hidden[1].shape == (4, T, 1, WIDTH) and hidden[2].shape == (4, 1, 1, WIDTH)

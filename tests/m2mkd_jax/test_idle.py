@@ -1,4 +1,4 @@
-"""Fields that are set and change nothing beside the others."""
+"""Fields that are set but have no effect given the others."""
 
 import dataclasses
 import logging
@@ -34,7 +34,7 @@ def test_small_images_alone_are_moved(side, randaugment, names):
 
 
 def test_fields_that_the_phase_does_not_read_are_not_listed():
-    """A flag for one of these has a warning of its own."""
+    """A flag for one of these has its own warning."""
     moe = MoeConfig(capacity_factor=3.0)
     model = dataclasses.replace(START.model, moe=moe)
     assert list(idle(dataclasses.replace(START, model=model))) == ["model.moe.capacity_factor"]

@@ -1,4 +1,4 @@
-"""Names of images: which are images, how lists of them are shown, and lists of classes."""
+"""Image names: which files are images, how lists of them are displayed, and lists of classes."""
 
 import logging
 
@@ -43,7 +43,8 @@ def test_images_are_told_by_their_names(name, is_one):
 
 
 def test_folders_are_followed_so_far_and_no_further(tmp_path):
-    """Images that lie DEEPEST folders below their class are found; beyond, the path is refused."""
+    """Images up to DEEPEST folders below their class are found; beyond that, the path is
+    refused."""
     folder = tmp_path / "train/ant" / "/".join("x" * DEEPEST)
     folder.mkdir(parents=True)
     Image.new("L", (4, 4)).save(folder / "0.png")

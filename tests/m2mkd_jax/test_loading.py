@@ -1,4 +1,4 @@
-"""`load_model` gives the network that the run of each phase trained, on images as they come."""
+"""`load_model` returns the network that each phase's run trained, for images as they come."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ IMAGES = encoder.Interface(image_size=8, channels=1, labels=10)
 
 
 def config_of(phase, **changes):
-    """A run whose networks all differ, on images of a mean and a deviation of their own."""
+    """A run whose networks all differ, with its own mean and std."""
     config = tiny_config(phase)
     data = dataclasses.replace(config.data, mean=(0.3,), std=(0.2,))
     meta = dataclasses.replace(config.meta, width=24, norm_eps=0.01)
@@ -28,7 +28,7 @@ def config_of(phase, **changes):
     return dataclasses.replace(config, data=data, meta=meta, model=model, **changes)
 
 
-# phase: where the parameters are, and the network and stages that they are of.
+# Phase -> where its parameters are, and which network and stages they belong to.
 RUNS = {
     "pretrain_meta": ("meta", lambda c: vit.build(c.meta, IMAGES), None),
     "train_module": ("module", lambda c: vit.build(c.teacher, IMAGES), 1),
@@ -52,7 +52,7 @@ def test_what_is_loaded_computes_what_was_trained(phase, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
 
     draw = np.random.default_rng(1)
-    if module:  # of tokens
+    if module:  # a module takes tokens
         x = given = draw.normal(size=(2, *network.stages[module].example(1).shape[1:]))
     else:
         x = draw.integers(0, 256, (2, 8, 8, 1)).astype(np.uint8)
@@ -103,7 +103,7 @@ def test_a_converted_network_without_its_head_is_named(tmp_path):
     params = fill(vit.build(config.teacher, IMAGES).init)
     whole, run = tmp_path / "whole", unfreeze(config).to_dict()
     checkpoint.write_params(whole, {"teacher": params}, run)
-    assert "head" in m2mkd_jax.load_model(whole)[1]["stage_2"]  # of a run that drew one
+    assert "head" in m2mkd_jax.load_model(whole)[1]["stage_2"]  # the head of a run that drew one
     del params["stage_2"]["head"]
     checkpoint.write_params(tmp_path / "headless", {"teacher": params}, run)
     with pytest.raises(

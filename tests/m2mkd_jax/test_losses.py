@@ -1,4 +1,4 @@
-"""The objectives against their formulas in float64, and against one another."""
+"""The objectives against their formulas in float64, and against each other."""
 
 import functools
 
@@ -97,7 +97,7 @@ DIVERGENCE = (-2 * LN2 - LN2) / 8 + 0.75 * LN3
 def test_each_kind_of_distillation_by_hand(kind, want):
     student, teacher = jnp.asarray(HALF, jnp.float32), jnp.asarray(EIGHTH, jnp.float32)
     assert losses.DISTILLATIONS[kind](student, teacher, 1.0) == pytest.approx(want, rel=1e-5)
-    if kind != "hard":  # twice the logits at twice the temperature are the same distributions
+    if kind != "hard":  # doubled logits at a doubled temperature give the same distributions
         hot = losses.DISTILLATIONS[kind](2 * student, 2 * teacher, 2.0)
         assert hot == pytest.approx(4 * want, rel=1e-5)
 
@@ -118,7 +118,7 @@ def test_label_losses_by_hand():
 
 
 def test_gradients_are_the_differences_of_the_distributions():
-    """d/dz of the label loss is (p - y) / B, of soft distillation tau (s - t) / (B L)."""
+    """d/dz of the label loss is (p - y) / B; of soft distillation, tau (s - t) / (B L)."""
     p, best = np.exp(log_softmax(STUDENT)), np.asarray(TEACHER.argmax(-1))
     gradient = jax.grad(losses.soft_cross_entropy)(STUDENT, TARGETS)
     np.testing.assert_allclose(gradient, (p - TARGETS) / B, rtol=1e-4, atol=1e-6)

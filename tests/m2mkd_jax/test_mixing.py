@@ -1,4 +1,4 @@
-"""Mixup and cutmix: which pixels and labels are mixed, how much, and what is drawn for it."""
+"""Mixup and CutMix: which pixels and labels are mixed, how much, and what is drawn for it."""
 
 import functools
 
@@ -58,7 +58,7 @@ def test_cutmix_lambda_is_the_share_that_stays(lam, centre):
 @pytest.mark.parametrize(
     ("lam", "centre", "box"),
     [
-        (0.75, (6, 5), (3, 9, 3, 7)),  # sides of 6 and 5, of which the odd one loses a pixel
+        (0.75, (6, 5), (3, 9, 3, 7)),  # sides of 6 and 5; the odd one loses a pixel
         (0.75, (0, 9), (0, 3, 7, 10)),
         (0.75, (11, 0), (8, 12, 0, 2)),
         (0.0, (6, 5), (0, 12, 0, 10)),
@@ -92,7 +92,7 @@ def test_no_mixing_smooths_the_labels_only():
     ],
 )
 def test_targets_follow_the_pixels(config):
-    # Image i is i + 1 everywhere, so its pixels say how much of which partner it holds.
+    # Image i is i + 1 everywhere, so its pixels tell how much of which partner it has.
     values = jnp.arange(1.0, 9.0)
     images = jnp.broadcast_to(values[:, None, None, None], (8, 12, 10, 1))
     labels = jnp.arange(8) % 2  # partners differ in label
@@ -119,11 +119,11 @@ def test_both_kinds_of_mixing_happen():
     copied = [
         (np.asarray(run(jax.random.key(seed))) == sources).any(axis=0).all() for seed in range(40)
     ]
-    assert 10 < sum(copied) < 30  # cutmix copies pixels, mixup blends them
+    assert 10 < sum(copied) < 30  # CutMix copies pixels, mixup blends them
 
 
 def drawn(monkeypatch, config, count=4000):
-    """Whether cutmix, row, column and lambda that `mix` draws for each of `count` keys."""
+    """Whether CutMix, row, column and lambda, as drawn by `mix` for each of `count` keys."""
     monkeypatch.setattr(augment, "mixup", lambda images, lam: jnp.zeros(3))
     monkeypatch.setattr(
         augment, "cutmix", lambda images, lam, centre: (jnp.array([1.0, *centre]), lam)

@@ -1,4 +1,5 @@
-"""The networks: sizes of the published variants, stages, where experts, stitches and shards are."""
+"""The networks: sizes of the published variants, stages, and which blocks and parameters have
+experts, stitches and shards."""
 
 import dataclasses
 import functools
@@ -18,7 +19,7 @@ from m2mkd_jax.models import encoder, vit, vmoe
 from m2mkd_jax.moe.config import MoeConfig
 from m2mkd_jax.stages import Network, Place, stage_name
 
-# Parameters at the usual depth with 1000 labels, as the original counts them.
+# Parameter counts at the usual depth with 1000 labels, as in the original.
 VIT_PARAMETERS = {
     "deit_tiny_patch16_224": 5_717_416,
     "deit_small_patch16_224": 22_050_664,
@@ -78,7 +79,7 @@ def test_a_whole_published_vit_has_its_parts_and_rules():
     config, image_size = vit.variant(name)
     shapes = shapes_of(vit.build(config, published(image_size)))
     assert count(shapes) == VIT_PARAMETERS[name]
-    # Raises for a parameter that no rule covers.
+    # Raises if no rule matches a parameter.
     match_rules(vit.PARTITION_RULES, shapes, ONE_DEVICE)
 
 
@@ -87,7 +88,7 @@ def test_published_vmoes_have_the_published_sizes(name):
     config, image_size = vmoe.variant(name)
     build = functools.partial(vmoe.build, interface=published(image_size), stitch_width=None)
     parameters = count_parameters(build, config)
-    # The trunk of the ViT with biased projections, and 8 experts and a gate for every MLP.
+    # The trunk of the ViT, with biased projections, and 8 experts and a gate in place of every MLP.
     sizes = {"patch": config.patch, "width": config.width, "heads": config.heads}
     build = functools.partial(vit.build, interface=published(image_size))
     trunk = count_parameters(build, vit.ViTConfig(depths=config.depths, **sizes))
@@ -150,7 +151,7 @@ def test_the_defaults_are_those_of_the_base_networks():
 
 
 def test_published_networks_have_the_published_heads():
-    # 16 of width 80 in the huge ones, 8 of width 96 in ViT-Small, else of width 64.
+    # 16 heads of width 80 in the huge ones, 8 of width 96 in ViT-Small, else heads of width 64.
     for module in (vit, vmoe):
         for name in module.VARIANTS:
             config, image_size = module.variant(name)
@@ -170,7 +171,7 @@ def test_the_hidden_width_is_rounded_down(width, ratio, hidden):
 
 
 def test_large_matrices_are_split_along_the_width_and_experts_over_their_axis():
-    # All sizes differ: the width is 8, of the tokens of the meta model 12.
+    # All sizes differ: the width is 8, and the meta model's tokens have width 12.
     config = vmoe.VMoEConfig(depths=(1, 2), moe=MoeConfig(experts=3), moe_blocks="1", **TINY)
     students = vmoe.build_students(config, encoder.Interface(8, 3, 5), meta_width=12)
     shapes = shapes_of(students)

@@ -1,4 +1,4 @@
-"""The layer as a whole: parameters, parity with the plain loop, bookkeeping, meshes, errors."""
+"""The whole layer: parameters, parity with the plain loop, bookkeeping, meshes, errors."""
 
 import dataclasses
 from functools import partial
@@ -36,7 +36,8 @@ def make(config, dtype=jnp.float32):
 
 @partial(jax.jit, static_argnums=0, static_argnames="train")
 def run(layer, params, x, *, train=False, seed=3):
-    """y, the two collections, and gradients of sum(sin(y)) + balance loss by params and x."""
+    """y, the two collections, and gradients of sum(sin(y)) + balance loss with respect to params
+    and x."""
 
     def total(params, x):
         rngs = {"gate": jax.random.key(seed)}
@@ -52,7 +53,7 @@ def run(layer, params, x, *, train=False, seed=3):
 
 @partial(jax.jit, static_argnums=0)
 def forward(layer, params, x):
-    """y and the collection of the bookkeeping."""
+    """y and the bookkeeping collection."""
     y, wrote = layer.apply({"params": params}, x, mutable=["moe"])
     return y, wrote["moe"]
 
@@ -101,7 +102,8 @@ def weighted_experts(params, x, weight):
 
 
 def fastmoe(params, x):
-    """Spec of the students: two largest logits, softmax over those two, every expert in a loop."""
+    """Specification of the students: the two largest logits, a softmax over those two, every expert
+    in a loop."""
     logits = x @ params["router"]["kernel"] + params["router"]["bias"]
     top, best = jax.lax.top_k(logits, A)
     score = jax.nn.softmax(top, axis=-1)
@@ -161,7 +163,7 @@ def test_routing_collection_holds_the_choices_in_token_order():
 
 @pytest.mark.parametrize(("order", "served"), [("token", [0, 1]), ("priority", [1, 3])])
 def test_slots_go_to_the_first_or_the_surest_tokens_of_each_group(order, served):
-    # Four tokens a group want expert 0, which has two slots and answers 1 to whatever it is asked.
+    # Four tokens per group want expert 0, which has two slots and returns 1 for any input.
     config = MoeConfig(
         experts=2, chosen=1, router="softmax_topk", order=order, dispatch="capacity", groups=2
     )
@@ -178,7 +180,8 @@ def test_slots_go_to_the_first_or_the_surest_tokens_of_each_group(order, served)
 
 
 class Blend(NamedTuple):
-    """A routing without pairs: token b,t gets the mean answer to it, scaled by its logit."""
+    """A routing without pairs: token b,t gets the mean expert output for it, scaled by its
+    logit."""
 
     logits: jax.Array
 
@@ -195,7 +198,7 @@ class Blend(NamedTuple):
 
 
 class FirstNumber(nn.Module):
-    """A gate of one parameter: it times the first number of a token."""
+    """A gate with one parameter, which is multiplied by a token's first number."""
 
     @nn.compact
     def __call__(self, x):
@@ -243,7 +246,7 @@ def test_expert_choice_is_balanced_within_every_group():
     y, wrote, _ = run(layer, params, x)
     np.testing.assert_allclose(wrote["moe"]["load"], np.full(E, 1 / E), rtol=1e-6)
     assert "routing" not in wrote
-    # Twenty tokens a group, two an average token: five slots an expert.
+    # Twenty tokens per group, two experts per token on average: five slots per expert.
     assert layer.config.slots(B * T // 2) == 5
     scores = softmax(gate(params, x), axis=-1).reshape(2, -1, E)
     fifth = np.sort(scores, axis=1)[:, -5, None]
@@ -275,7 +278,7 @@ def test_noise_is_drawn_in_training_only():
 def test_other_routers_draw_no_noise(config):
     layer, params, x = make(config)
     assert not config.noisy
-    # Which would raise for the want of a key.
+    # would raise if a key were needed
     y = jax.eval_shape(partial(layer.apply, train=True), {"params": params}, x)
     assert y.shape == x.shape
 
@@ -324,7 +327,7 @@ def test_balance_loss_is_the_weighted_sum():
     parts = {n: weights[n] * value for n, value in losses(wrote["routing"]["logits"]).items()}
     assert min(parts.values()) > 1e-4
     np.testing.assert_allclose(wrote["moe"]["balance_loss"], sum(parts.values()), rtol=1e-5)
-    # Without noise, in evaluation, the load loss has no meaning and is left out.
+    # Without noise, in evaluation, the load loss is undefined and left out.
     _, wrote, _ = run(layer, params, x)
     parts = {n: weights[n] * value for n, value in losses(clean).items() if n != "load"}
     np.testing.assert_allclose(wrote["moe"]["balance_loss"], sum(parts.values()), rtol=1e-5)
@@ -372,7 +375,7 @@ def test_the_gate_is_exact_whatever_the_type_of_tokens(router_bias):
     logits += params["router"].get("bias", 0)
     np.testing.assert_allclose(wrote["routing"]["logits"], logits, rtol=1e-5, atol=1e-5)
     text = jax.jit(apply).lower({"params": params}, x).as_text()
-    assert text.count("HIGHEST, HIGHEST") == 1  # which a TPU needs to be told
+    assert text.count("HIGHEST, HIGHEST") == 1  # a TPU must be told so
 
 
 def test_the_layer_refuses_a_batch_that_does_not_split_into_its_groups():

@@ -1,4 +1,4 @@
-"""The choices of a mixture of experts: defaults, slots, and what is refused."""
+"""The choices in a mixture of experts: defaults, slots, and what is refused."""
 
 import ast
 import dataclasses
@@ -30,7 +30,7 @@ def test_the_defaults_are_the_students():
         "router_bias": True,
         "expert_init": "fastmoe",
     }
-    # Fields that other routers bring are theirs to test.
+    # Fields specific to other routers are tested with them.
     assert {name: moe[name] for name in expected} == expected
 
 
@@ -137,7 +137,7 @@ def test_check_moe_passes_what_runs():
 
 
 def test_no_other_file_asks_for_a_router_s_name():
-    names = ROUTERS.keys() - DISTILLATIONS.keys()  # "soft" is a kind of distillation, too
+    names = ROUTERS.keys() - DISTILLATIONS.keys()  # "soft" is also a kind of distillation
     package = pathlib.Path(m2mkd_jax.__file__).parent
     asking = {
         str(path.relative_to(package))

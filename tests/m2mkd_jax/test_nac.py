@@ -78,7 +78,7 @@ def test_no_array_is_as_large_as_keys_of_every_receiver():
 
 
 def size_of(jaxpr):
-    """Sizes of all arrays that a program makes, those of its inner programs too."""
+    """Sizes of all arrays that a program makes, including its inner programs."""
     for equation in jaxpr.eqns:
         yield from (variable.aval.size for variable in equation.outvars)
         for inner in jax.extend.core.jaxprs_in_params(equation.params):
@@ -180,7 +180,7 @@ def test_cudnn_s_form_is_the_plain_one_with_gradients_of_edges(monkeypatch, empt
     plain, other = results(blocks._attend_plainly), results(blocks._attend_fused)
     nan = edges == "truncated" and empty_row == "nan"
     assert np.isnan(plain[0][:, 3]).all() == nan
-    # Where the original's are NaN, gradients are as well.
+    # Where the original's values are NaN, so are its gradients.
     for wanted, got in zip(plain[:1] if nan else plain, other, strict=not nan):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-6)
 

@@ -34,7 +34,7 @@ def normal(*shape: int, seed: int) -> np.ndarray:
 RECEIVERS, CODES = normal(BATCH, 3, WIDTH, seed=1), normal(3, CODE, seed=2)
 OTHERS, OTHER_CODES = normal(BATCH, 2, WIDTH, seed=3), normal(2, CODE, seed=4)
 TOKENS = normal(BATCH, 4, TOKEN, seed=5)
-# Of receivers to the others and to themselves; 0.9 is the truncation.
+# Distances from receivers to the others and to themselves; 0.9 is the truncation.
 DISTANCE = np.array(
     [[0.2, 1.1, 0.0, 0.5, 0.8], [0.7, 0.3, 0.5, 0.0, 1.5], [1.2, 0.6, 0.8, 1.5, 0.0]], np.float32
 )
@@ -54,7 +54,8 @@ def normed(x, params):
 
 
 def linear(x, codes, params):
-    """Of `x` (positions, in), modulated or weight-modulated by a code each."""
+    """A linear layer on `x` (positions, in), modulated or weight-modulated by one code per
+    position."""
     bias = params.get("bias", 0)
     if "code_bias" not in params:
         return (
@@ -77,7 +78,7 @@ def softmax(scores):
 
 
 def attention(config, params, receivers, codes, senders, sender_codes, logs, factors=1.0):
-    """Of one example; `logs` is added to the scores, `factors` scale the weights."""
+    """Attention on one example; `logs` is added to the scores, `factors` scale the weights."""
     query = linear(normed(receivers, params["receiver_norm"]), codes, params["query"])
     senders = normed(senders, params.get("sender_norm", params["receiver_norm"]))
     key, value = (linear(senders, sender_codes, params[name]) for name in ("key", "value"))
@@ -106,7 +107,7 @@ def mlp(config, params, x, codes):
 
 
 def propagate(config, params, receivers, codes, senders, sender_codes, logs, factors=1.0):
-    """A block on a batch."""
+    """The block on a batch."""
     states = []
     for batch in range(BATCH):
         arguments = receivers[batch], codes, senders[batch], sender_codes
@@ -132,7 +133,7 @@ def log_kernel(bandwidth: float, truncation: float = 0.9):
 
 
 def make(config, bandwidth: float = 0.6):
-    """A block and its parameters, its bandwidth and gains other than 1."""
+    """A block and its parameters, with bandwidth and gains other than 1."""
     block = Propagator(config, jnp.float32)
     params = fill(
         block.init, *on_device((RECEIVERS, CODES, (OTHERS, RECEIVERS), WITH_CODES, DISTANCE))
@@ -165,7 +166,7 @@ def test_a_block_is_the_plain_one(changes):
     logs = log_kernel(0.6) if config.mask else 0.0
     want = propagate(config, precise(params), RECEIVERS, CODES, SENDERS, WITH_CODES, logs)
     np.testing.assert_allclose(apply(block, params, *ALL), want, atol=2e-5)
-    # The same in two steps, the keys and values of the others first.
+    # The same in two steps, with the keys and values of the others first.
     keys, values = apply(block, params, (OTHERS,), OTHER_CODES, method="project")
     arguments = RECEIVERS, CODES, keys, values, DISTANCE
     np.testing.assert_allclose(apply(block, params, *arguments, method="extend"), want, atol=2e-5)
@@ -276,8 +277,8 @@ def test_a_threshold_in_evaluation_leaves_edges_of_a_half():
 
 
 def codes_by_layer(run) -> dict[str, np.ndarray]:
-    """The codes that each code-conditioned layer takes while `run()` runs, by its name; of groups
-    of senders, one below the other."""
+    """The codes that each code-conditioned layer gets while `run()` runs, by layer name; those of
+    several groups of senders are stacked."""
     seen: dict[str, list] = {}
 
     def watch(call, arguments, settings, context):
@@ -310,7 +311,7 @@ def test_noise_on_codes_is_the_senders_own_and_the_receivers_own():
 def test_paths_are_dropped_by_example_and_by_branch():
     block, params = make(change(drop_path=0.25))
     whole = precise(params)
-    # floor(3/4 + u): of the first example the attention is dropped, of the second the MLP.
+    # floor(3/4 + u): the first example's attention is dropped, and the second's MLP.
     u = {"attention": [0.2, 0.3], "ffn": [0.9, 0.1]}
     noise = {k: {"drop_path": jnp.array(v).reshape(BATCH, 1, 1)} for k, v in u.items()}
     found = apply(block, params | {NOISE: noise}, *ALL, train=True)
@@ -332,7 +333,7 @@ def test_a_path_cannot_be_dropped_without_a_residual():
 
 
 def read(config, params, receivers, codes, tokens):
-    """Of one example, keys and values of all tokens for each receiver."""
+    """The read-in on one example, with keys and values of all tokens for each receiver."""
     query = linear(normed(receivers, params["receiver_norm"]), codes, params["query"])
     tokens = normed(tokens, params["sender_norm"])
     pooled = []

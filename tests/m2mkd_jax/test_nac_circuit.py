@@ -1,4 +1,4 @@
-"""What a NAC's training starts from and holds on to: first signatures, regularisers by epoch, the
+"""What a NAC's training starts from and depends on: initial signatures, regularisers by epoch, the
 picture of the graph."""
 
 import dataclasses
@@ -26,11 +26,11 @@ def config_of(*, optim=OPTIM, seed: int = 0, **changes) -> Config:
 
 
 def start_of(config):
-    """Model and seed, from which a circuit starts."""
+    """The model and seed that a circuit starts from."""
     return config.model, config.seed
 
 
-# First signatures.
+# Initial signatures.
 
 
 def test_signatures_are_normal_and_of_their_set_and_seed():
@@ -75,7 +75,7 @@ def test_a_complete_graph_connects_all_sets(tmp_path):
 
 def test_a_prior_that_does_not_fit_is_refused_before_the_run():
     circuit.check_circuit(*start_of(config_of()))
-    circuit.check_circuit(*start_of(config_of(prior=PriorConfig(communities=7))))  # of no graph
+    circuit.check_circuit(*start_of(config_of(prior=PriorConfig(communities=7))))  # has no graph
     with pytest.raises(ValueError, match=r"config\.model\.prior\.graph"):
         circuit.check_circuit(*start_of(config_of(prior=PriorConfig("hypercube"))))
 
@@ -85,7 +85,7 @@ def test_a_prior_that_does_not_fit_is_refused_before_the_run():
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What the regulariser is made of and called with; it gives the progress back."""
+    """What the regulariser is constructed from and called with; it returns the progress."""
     calls = {}
 
     def make(config, signatures, *, kernels):
@@ -137,7 +137,7 @@ def test_regularisers_see_each_iterations_kernel(asked):
 
 @pytest.fixture
 def drawing(monkeypatch, tmp_path):
-    """Draws the circuit of a config; gives what was loaded and drawn."""
+    """Draws the circuit of a config; returns what was loaded and drawn."""
     calls = {}
 
     def load(workdir, *, subtree, average):

@@ -42,7 +42,7 @@ def test_distances_are_in_float32_at_least():
     np.testing.assert_allclose(found[0, 1], want, rtol=1e-4)
 
 
-# Of distances 1/4, 3/4 and 1 with a truncation of 3/4.
+# Distances of 1/4, 3/4 and 1, with a truncation of 3/4.
 DISTANCE = jnp.array([[0.25, 0.75, 1.0]])
 
 
@@ -57,7 +57,7 @@ def of(kind: str, straight: bool = True) -> KernelConfig:
         (of("direct", False), 0.5, [-0.5, -1.5, -INF]),
         (of("masked"), 0.5, [-0.5, -INF, -INF]),
         (KernelConfig(truncation=None), 0.5, [-0.5, -1.5, -2.0]),
-        # A negative bandwidth turns the order round, where it is compared after division.
+        # A negative bandwidth reverses the order if it is compared after the division.
         (of("direct"), -0.5, [-INF, 1.5, 2.0]),
         (of("masked"), -0.5, [0.5, -INF, -INF]),
     ],
@@ -72,7 +72,7 @@ def test_kernels_by_hand(config, bandwidth, want):
 @pytest.mark.parametrize(
     ("form", "config", "want"),
     [
-        # -1 / beta of an edge that is there; with straight_through of one that is cut, too.
+        # -1 / beta for an existing edge; with straight_through, for a cut one too.
         ("log", of("direct"), [-2, -2, -2]),
         ("log", of("direct", False), [-2, -2, 0]),
         ("exp", of("masked"), [-2 * math.exp(-0.5), -2 * math.exp(-1.5), -2 * math.exp(-2)]),
@@ -85,7 +85,7 @@ def test_gradients_by_hand(form, config, want):
     _, pullback = jax.vjp(lambda d, b: function(d, b, config), DISTANCE, jnp.float32(0.5))
     by_distance, by_bandwidth = pullback(jnp.ones((1, 3)))
     np.testing.assert_allclose(by_distance[0], want, rtol=1e-5)
-    # The derivative by the bandwidth is -d / beta times that by the distance.
+    # The derivative with respect to the bandwidth is -d / beta times the one for the distance.
     along = -np.asarray(DISTANCE[0]) / 0.5
     np.testing.assert_allclose(by_bandwidth, np.sum(along * np.array(want)), rtol=1e-5)
 
@@ -121,7 +121,7 @@ def test_samples_stay_within_float32():
 def test_numbers_at_their_ends_count_as_an_epsilon_away():
     logs, uniform = jnp.array([[0.0, jnp.log(0.5), -INF]]), jnp.array([[0.0, 0.0, 1.0]])
     found = kernel.sample_log(logs, uniform, temperature=0.5)[0]
-    # Of the first and the last, one end weighs up the other.
+    # For the first and the last, the two extremes cancel.
     np.testing.assert_allclose(found, [-math.log(2), -46 * math.log(2), -math.log(2)], rtol=1e-4)
 
 
@@ -134,7 +134,7 @@ def test_gradients_of_samples_by_hand():
     logs, uniform = jnp.array([[jnp.log(0.9), 0.0, -INF]]), jnp.full((1, 3), 0.5)
     _, pullback = jax.vjp(lambda x: kernel.sample_log(x, uniform, temperature=0.5), logs)
     (found,) = pullback(jnp.ones((1, 3)))
-    # (1 - y) / (temperature (1 - p)); none of an edge that is certain, nor of one that is cut.
+    # (1 - y) / (temperature (1 - p)); zero for an edge that is certain, or cut.
     np.testing.assert_allclose(found[0], [(0.01 / 0.82) / (0.5 * 0.1), 0, 0], rtol=1e-3)
 
 

@@ -1,5 +1,5 @@
-"""NAC's latents, their first states, and the pooling of the last: values by hand, where parameters
-start, what is drawn."""
+"""NAC's latents, their initial states, and the pooling of the last states: values by hand,
+initialisation, what is drawn."""
 
 import math
 
@@ -25,7 +25,7 @@ SETS = ("input", "mediator", "output")
 
 
 def graph_config(count: int = 2, layers: int | None = None, **changes) -> GraphConfig:
-    """As many latents in each set, so that nothing but their names tells the sets apart."""
+    """Equally many latents in each set, so that only their names tell the sets apart."""
     latents = {name: LatentConfig(count) for name in SETS}
     latents["mediator"] = LatentConfig(count, layers=layers)
     sizes = {"width": WIDTH, "signature_width": SIGNATURE, "code_width": CODE}
@@ -41,7 +41,7 @@ def keys(**seeds: int) -> dict[str, jax.Array]:
     return {name: jax.random.key(seed, impl="rbg") for name, seed in seeds.items()}
 
 
-# Where latents start.
+# Initialisation of latents.
 
 
 def draw_set(seed: int = 0, seeding: str = "noise", **changes):
@@ -98,11 +98,11 @@ def test_where_the_seeder_starts():
         assert np.abs(array).max() <= bound
 
 
-# First states.
+# Initial states.
 
 
 def seeded(params, codes):
-    """Means and deviations of the states of codes, in float64."""
+    """Means and deviations of the states for given codes, in float64."""
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params["params"]["seeder"])
     centred = codes - codes.mean(-1, keepdims=True)
     normed = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
@@ -112,7 +112,7 @@ def seeded(params, codes):
 
 
 def codes_of(params, name: str) -> np.ndarray:
-    """Those of layer 0."""
+    """The codes of layer 0."""
     codes = np.asarray(params["params"][name]["codes"], np.float64)
     return codes[0] if codes.ndim == 3 else codes
 
@@ -169,7 +169,7 @@ def test_training_puts_noise_on_the_codes_before_they_are_states():
         want, _ = seeded(params, codes + share * np.abs(codes))
         np.testing.assert_allclose(latents[name].states[0], want, atol=1e-5)
         np.testing.assert_allclose(still[name].states[0], seeded(params, codes)[0], atol=1e-5)
-        # The latents keep their codes: parts that take them add noise of their own.
+        # The latents keep their codes: the parts that use them add their own noise.
         np.testing.assert_array_equal(latents[name].codes, params["params"][name]["codes"])
 
 
@@ -193,7 +193,7 @@ def test_mediators_that_take_the_inputs_states_have_none():
     assert [latents[name].states is None for name in SETS] == [False, True, False]
 
 
-# Pooling. Confidence is a state's first number, and its second is what the head takes.
+# Pooling. A state's first number is its confidence, and the second is what the head reads.
 
 PARAMS = {
     "confidence": {"kernel": jnp.array([[1.0], [0.0]]), "bias": jnp.array([5.0])},
@@ -207,7 +207,7 @@ def pooling(kind: str, temperature: float, dtype=jnp.float32) -> ConfidencePooli
 
 
 def states_of(*confidences: float) -> jax.Array:
-    """A latent for each, whose values are 10, 20, ..."""
+    """One latent per confidence, with values 10, 20, ..."""
     return jnp.array([[[c, 10.0 * (i + 1)] for i, c in enumerate(confidences)]])
 
 
@@ -218,7 +218,7 @@ def test_pooling_by_hand(kind, temperature, weight):
     want = 10 + 10 * weight + 1
     found = pool.apply({"params": PARAMS}, states_of(0.0, LOG3), train=False)
     np.testing.assert_allclose(found, [[want]], rtol=1e-5)
-    # Noise adds to confidences, and the temperature divides both.
+    # Noise is added to confidences, and the temperature divides both.
     noise = {"gumbel": jnp.array([[0.0, LOG3]])}
     found = pool.apply({"params": PARAMS, NOISE: noise}, states_of(0.0, 0.0), train=True)
     np.testing.assert_allclose(found, [[16.0 if kind == "softmax" else want]], rtol=1e-5)
@@ -234,7 +234,7 @@ def test_hard_pooling_takes_the_best_and_has_the_soft_gradient():
     arguments = jnp.array([[0.0, LOG3]]), states_of(0.0, 0.0)
     np.testing.assert_allclose(pooled(*arguments), 21, rtol=1e-6)
     by_noise, by_states = jax.grad(pooled, argnums=(0, 1))(*arguments)
-    # Of 10 w_1 + 20 w_2 with w = (1/10, 9/10): (20 - 10) w_1 w_2 / temperature.
+    # For 10 w_1 + 20 w_2 with w = (1/10, 9/10): (20 - 10) w_1 w_2 / temperature.
     np.testing.assert_allclose(by_noise, [[-1.8, 1.8]], rtol=1e-4)
     # A latent's value counts with its weight, which is 0 or 1.
     np.testing.assert_allclose(by_states[0, :, 1], [0, 1], atol=1e-6)

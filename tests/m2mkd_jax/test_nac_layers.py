@@ -1,4 +1,4 @@
-"""NAC's layers: what they compute, worked out by hand, where parameters start, what is drawn."""
+"""NAC's layers: what they compute, by hand; their initialisation; what is drawn."""
 
 import functools
 import math
@@ -13,7 +13,7 @@ from tiny import fill
 from m2mkd_jax.nac import layers
 from m2mkd_jax.nac.layers import CodeLinear, Linear, LinearConfig
 
-# Normalisations.
+# Normalisation.
 
 
 def test_layer_normalisation_by_hand():
@@ -50,14 +50,14 @@ def test_norms_add_their_epsilon_and_take_two_passes():
     norm = layers.norm("norm", jnp.float32)
     found = norm.apply(norm.init(jax.random.key(0, impl="rbg"), x), x)
     small = 1e-3 / math.sqrt(1.1e-5)
-    # In one pass the second variance would be a difference of numbers near 9e6.
+    # In one pass, the second variance would be a difference of numbers near 9e6.
     np.testing.assert_allclose(found, [[small, -small], [1, -1]], rtol=1e-5)
 
 
 # Code-conditioned layers.
 
 X, CODE = jnp.array([[[2.0, 4.0]]]), jnp.array([[2.0]])
-# The code makes scales (6, 10), (-1, 1) when normalised, of which the gain leaves half.
+# The code gives scales (6, 10), or (-1, 1) normalised, which the gain halves.
 MODULATED = {
     "kernel": jnp.array([[1.0, 10.0], [100.0, 1000.0]]),
     "bias": jnp.array([7.0, 8.0]),
@@ -126,11 +126,11 @@ def test_only_maps_that_are_linear_say_so():
     assert not LinearConfig(activation="gelu").is_linear
 
 
-# First values.
+# Initial values.
 
 
 def check_uniform(array, bound: float) -> None:
-    """Numbers that fill [-bound, bound] evenly."""
+    """Requires numbers that fill [-bound, bound] evenly."""
     array = np.asarray(array)
     assert -bound <= array.min() < -0.95 * bound
     assert 0.95 * bound < array.max() <= bound
@@ -147,7 +147,7 @@ def test_where_a_code_conditioned_layer_starts(kind, gain):
     params = jax.jit(layer.init)(jax.random.key(0, impl="rbg"), x, code)["params"]
     check_uniform(params["kernel"], gain / 12)
     if kind == "plain":
-        check_uniform(params["bias"], 1 / 12)  # the gain is of the weights alone
+        check_uniform(params["bias"], 1 / 12)  # the gain applies only to weights
         return
     np.testing.assert_array_equal(params["bias"], np.zeros(200))
     check_uniform(params["code_kernel"], 1 / 3)
@@ -189,7 +189,7 @@ def test_noise_on_codes_fills_its_range_around_each():
         np.testing.assert_array_equal(noise[:, 1], 0)
         check_uniform(noise[:, 0], 0.2)
         check_uniform(noise[:, 2], 0.3)
-        assert len(np.unique(noise[:, 0])) > 990  # one draw a number
+        assert len(np.unique(noise[:, 0])) > 990  # a separate draw for each number
     assert not np.any(np.asarray(one == two)[:, [0, 2]].all(1))
 
 

@@ -20,7 +20,7 @@ from m2mkd_jax.nac.network import ReadInConfig, ReadOutConfig, Wiring
 from m2mkd_jax.nac.tokenizer import TokenizerConfig
 
 INTERFACE = Interface(16, 3, 7)
-# Every field that a part takes differs from its default, and numbers from each other.
+# Every field of a part differs from its default, and all numbers from each other.
 LINEAR = LinearConfig("plain", weight_gain=2.0)
 KERNEL = KernelConfig(truncation=0.4, temperature=0.3)
 CONFIG = NacConfig(
@@ -85,7 +85,7 @@ def change(**changes) -> NacConfig:
 
 # Defaults.
 
-# As the configs of the original for Tiny-ImageNet have them.
+# As in the original's configs for Tiny-ImageNet.
 PUBLISHED = {
     "inputs": 64,
     "mediators": 256,
@@ -175,7 +175,7 @@ def test_fields_reach_the_whole_network():
     assert [part.config for part in network.propagators] == [propagator] * 3
     read_in = dataclasses.replace(BLOCK, heads=3, kernel=None, residual=False)
     assert network.read_in.config == ReadInConfig(read_in, "projection", 0.6)
-    kernel = KernelConfig(truncation=None, stochastic=False)  # whatever the mediators' is
+    kernel = KernelConfig(truncation=None, stochastic=False)  # regardless of the mediators' kernel
     read_out = dataclasses.replace(BLOCK, heads=4, kernel=kernel)
     assert network.read_out.config == ReadOutConfig(read_out, "softmax", 0.8, 7, False)
     assert network.wiring == Wiring("first", False, False)

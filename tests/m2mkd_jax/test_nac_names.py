@@ -1,4 +1,4 @@
-"""Names of NACs' tensors: exact in both directions, one copy of what is shared, and clear about
+"""Names of NAC tensors: exact in both directions, one copy of what is shared, and clear errors for
 what does not fit."""
 
 import dataclasses
@@ -39,18 +39,18 @@ PLACES = (Place.FIRST, *[Place.MIDDLE] * ITERATIONS, Place.LAST)
 
 
 def fill(shapes):
-    """A number of its own in every place, in numpy."""
+    """numpy arrays with a distinct number in every place."""
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)
 
 
 def read(table, state, params):
-    """Parameters of the shapes of `params`."""
+    """Parameters in the shapes of `params`."""
     return tables.read(table, state, shapes=params, file="a.pth")[0]
 
 
 def random_network(**changes):
-    """Parameters of a whole NAC and the table of its names."""
+    """Parameters of a whole NAC, and the table of its names."""
     config = dataclasses.replace(SIZES, **changes)
     network = model.build(config, INTERFACE)
     params = fill(jax.eval_shape(network.init, jax.random.key(0)))
@@ -186,7 +186,7 @@ def test_what_has_no_place_is_refused_and_named():
         tables.write(table, {"stage_9": {"ffn": {"layer_scale": np.ones(1)}}})
 
 
-# The original's names, and where their tensors stand here; matrices are transposed.
+# The original's names -> where their tensors are here; matrices are transposed.
 ATTENTION = {
     "receiver_layernorm.weight": "receiver_norm/scale",
     "receiver_layernorm.bias": "receiver_norm/bias",

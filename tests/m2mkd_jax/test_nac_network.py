@@ -1,7 +1,7 @@
 """Whole NACs and their students: what each switch needs, sharing, wiring, what is drawn when.
 
-Nearly all of the time goes into compiling: networks run op by op, so that all of them share what is
-compiled, and numpy draws their parameters.
+Nearly all of the time goes into compiling. So networks run op by op, to share compiled ops, and
+their parameters are drawn in numpy.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ def build(**changes):
 
 @functools.cache
 def plain():
-    """The network of SIZES and its parameters."""
+    """The network with SIZES, and its parameters."""
     return build()
 
 
@@ -73,7 +73,7 @@ def run(network, params, images, **settings):
 
 
 def trained(network, params, images):
-    """Logits in training, of a program compiled as a whole."""
+    """Logits in training, from a program compiled as a whole."""
     forward = lambda params: run(network, params, images, train=True, rngs=rngs())  # noqa: E731
     return jax.jit(forward)(params)
 
@@ -91,7 +91,7 @@ def test_published_sizes(name, parameters):
 
 FIXED = KernelConfig(truncation_kind="masked", stochastic=False, learnable_bandwidth=False)
 
-# Changes, parameters that there are then, parameters that there are not.
+# Overrides, parameters that exist with them, parameters that do not.
 VARIANTS = {
     "shared MLPs, learned states": (
         {
@@ -308,7 +308,7 @@ def test_no_partition_rule_is_idle():
         replace(read_out_head=True),
         replace(seeding="learned", tokenizer=TokenizerConfig("nano", width=16), **every),
     )
-    interface = Interface(16, 3, 8)  # labels that divide, for a head that pooling comes behind
+    interface = Interface(16, 3, 8)  # the head, which precedes pooling, is split along labels
     networks = [model.build(config, interface) for config in configs]
     networks.append(model.build_students(SIZES, INTERFACE, meta_width=16, meta_tokens=5, seed=0))
     shapes = [jax.eval_shape(network.init, jax.random.key(0)) for network in networks]
@@ -343,7 +343,7 @@ def test_students_have_the_same_codes_and_states_in_every_call():
     np.testing.assert_array_equal(one, last(tokens)[0])
     other = model.build_students(SIZES, INTERFACE, meta_width=16, meta_tokens=5, seed=4)
     assert not np.allclose(one, other.apply(params, tokens, start=3, stop=4)[0])
-    # Every place of a batch has a state of its own, whatever is in the other places.
+    # Every position in a batch has its own state, regardless of the other positions.
     same = last(jnp.broadcast_to(tokens[0], tokens.shape))[0]
     np.testing.assert_allclose(same[0], one[0], atol=1e-6)
     assert not np.allclose(same[1], same[0])

@@ -1,4 +1,4 @@
-"""NAC's tokenizer: sizes, the order of tokens, the trunk against plain loops, where it starts."""
+"""NAC's tokenizer: sizes, the order of tokens, the trunk against plain loops, initialisation."""
 
 import dataclasses
 import math
@@ -84,7 +84,7 @@ def normed(x, params):
 
 
 def patches(x, params):
-    """A convolution whose stride is its side."""
+    """A convolution whose stride equals its kernel size."""
     side = params["kernel"].shape[0]
     rows, columns = x.shape[0] // side, x.shape[1] // side
     y = np.zeros((rows, columns, params["kernel"].shape[-1]))
@@ -96,7 +96,7 @@ def patches(x, params):
 
 
 def block(x, params):
-    """ConvNeXt's, its depthwise convolution of side 7 as a sum over shifts."""
+    """A ConvNeXt block, with its depthwise 7 x 7 convolution as a sum over shifts."""
     rows, columns, _ = x.shape
     padded = np.pad(x, ((3, 3), (3, 3), (0, 0)))
     y = np.zeros_like(x) + params["depthwise"]["bias"]
@@ -122,14 +122,14 @@ def test_the_trunk_is_the_plain_one():
 
 
 def test_norms_of_the_trunk_add_a_millionth():
-    # A stem of weight 1 hands on a patch of 2e-3 and of 0 in each of two channels.
+    # A stem of weight 1 passes on patches of 2e-3 and of 0 in each of two channels.
     config = TokenizerConfig("atto", stages=1, width=8, stem=1, grid_width=1)
     module = Tokenizer(config, 1, jnp.float32)
     params = fill(module.init, images(1, 1, 1, 2))
     params["params"]["stem"] = {"kernel": jnp.eye(2)[None, None], "bias": jnp.zeros(2)}
     params["params"]["stem_norm"] = {"scale": jnp.ones(2), "bias": jnp.zeros(2)}
     tokens = module.apply(params, jnp.array([[[[2e-3, 0.0]]]]))
-    half = math.sqrt(0.5)  # the variance is a millionth, too
+    half = math.sqrt(0.5)  # the variance is also 1e-6
     np.testing.assert_allclose(tokens[0, 0, :2], [half, -half], rtol=1e-3)
 
 
@@ -163,11 +163,11 @@ def test_a_grid_has_the_side_that_is_asked_for_and_is_fitted():
     grid = np.asarray(params["params"]["grid"])
     assert grid.shape == (5, 5, 3)
     tokens = module.apply(params, image)
-    # Two places a side, of rows 0 to 2 and 2 to 4.
+    # Two places per side, for rows 0 to 2 and 2 to 4.
     np.testing.assert_allclose(tokens[0, 1, 8:], grid[:3, 2:].mean((0, 1)), rtol=1e-5)
 
 
-# Where it starts.
+# Initialisation.
 
 
 def test_where_the_tokenizer_starts():
@@ -180,7 +180,7 @@ def test_where_the_tokenizer_starts():
         convolutions += [params[name][layer] for layer in ("depthwise", "up", "down")]
     for layer in convolutions:
         np.testing.assert_array_equal(layer["bias"], 0)
-        # Normal numbers: the original cuts them at 2, a hundred deviations away.
+        # Normal draws: the original truncates them at 2, a hundred deviations away.
         kernel = np.asarray(layer["kernel"])
         assert np.std(kernel) == pytest.approx(0.02, rel=0.1)
         assert np.abs(kernel).max() > 0.044

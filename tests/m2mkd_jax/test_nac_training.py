@@ -1,4 +1,5 @@
-"""Runs of a NAC: students taught and merged, whole networks trained, stopped, resumed and split."""
+"""Runs of a NAC: students distilled and merged, whole networks trained, stopped, resumed and
+sharded."""
 
 import dataclasses
 import json
@@ -34,7 +35,7 @@ STILL = dataclasses.replace(OPTIM, lr=0.0, min_lr=0.0, weight_decay=0.0, steps=2
 
 
 def nac_config(phase: str, **changes) -> Config:
-    """A run of three stages that logs and saves often."""
+    """A run with three stages that logs and saves often."""
     vit = ViTConfig(depths=(1, 1, 1), **SIZES)
     config = Config(
         phase=phase,
@@ -57,7 +58,7 @@ def nac_config(phase: str, **changes) -> Config:
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory):
-    """Workdirs that hold a meta model and a teacher, untrained."""
+    """Workdirs of an untrained meta model and teacher."""
     folder, config = tmp_path_factory.mktemp("taught"), nac_config("distill")
     for role, network in (("meta", meta_network(config)), ("teacher", teacher_network(config))):
         state = init_state({role: fill(network.init)}, OptimConfig(), trainable=".*", metrics={})
@@ -163,7 +164,7 @@ def test_networks_are_loaded_from_a_workdir(pipeline):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """A run on one device, of an epoch and four steps."""
+    """A run on one device, for an epoch and four steps."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
     config = nac_config("end_to_end", optim=dataclasses.replace(OPTIM, steps=26))
     end_to_end.run(config, workdir, one_device())

@@ -1,4 +1,4 @@
-"""Who attends to whom in a whole NAC, and the draws of each part; students as parts."""
+"""Who attends to whom in a whole NAC, and the draws in each part; students as parts."""
 
 import collections
 import dataclasses
@@ -51,7 +51,7 @@ def build(**changes):
 
 
 def rngs(**seeds: int) -> dict[str, jax.Array]:
-    """A key of its own for each stream, or of the seed that is given for it."""
+    """A separate key for each stream, or one from the seed given for it."""
     return {
         name: jax.random.key(seeds.get(name, number), impl="rbg")
         for number, name in enumerate(STREAMS)
@@ -68,7 +68,7 @@ def distance(receivers, *senders):
 
 
 def part_by_part(network, params, *, to_mediators, to_outputs, inputs_as_mediators):
-    """Logits in evaluation, written out; iterations have codes of their own."""
+    """Logits in evaluation, written out; every iteration has its own codes."""
 
     def run(part, module, *arguments, **settings):
         return module.apply({"params": params[part]}, *arguments, **settings)
@@ -117,7 +117,7 @@ def test_a_network_is_its_parts_one_after_the_other(changes, settings):
 def test_every_part_starts_from_a_key_of_its_own():
     network, paths = build(iterations=2)[0], ("attention/query/kernel", "pooling/head/kernel")
 
-    def init(key):  # what is not asked for is not computed
+    def init(key):  # what is not requested is not computed
         params = network.init(key)
         flat = traverse_util.flatten_dict(params, sep="/")
         chosen = [flat[f"stage_{i}/{paths[0]}"] for i in (1, 2, 3)]
@@ -163,7 +163,8 @@ class Draws:
         return [(stream, name, numbers.shape) for stream, name, numbers in self.seen]
 
     def numbers(self, run):
-        """A function of keys that gives the numbers that `run` draws and computes nothing else."""
+        """A function of keys that returns the numbers that `run` draws, and computes nothing
+        else."""
 
         def drawn(keys):
             self.seen.clear()
@@ -248,7 +249,7 @@ def test_every_layer_drops_scales_anew(drawn, train):
     found = collections.Counter(n.removesuffix("/dropout") for n in names if "dropout" in n)
     layers_of = {"attention": ("query", "key", "value", "exit"), "ffn": ("up", "down")}
     paths = [f"{part}/{layer}" for part, group in layers_of.items() for layer in group]
-    # Every iteration and the read-out; of keys and values, the inputs' and the mediators'.
+    # Every iteration and the read-out; for keys and values, those of inputs and of mediators.
     want = dict.fromkeys([f"read_in/{path}" for path in paths], 1)
     want |= dict.fromkeys(paths, ITERATIONS + 1)
     want |= dict.fromkeys(("attention/key", "attention/value"), 2 * (ITERATIONS + 1))
@@ -263,8 +264,8 @@ FIXED = {"codes": normal(1, 8, seed=1), "states": normal(BATCH, 1, 8, seed=2)}
 
 
 def run_student(student, x):
-    """What a student with the codes and states of FIXED gives, its parameters and how a stitch of
-    them maps."""
+    """The output of a student with the codes and states of FIXED, its parameters, and how its
+    stitch maps them."""
     params = fill(functools.partial(student.init, train=False), x)["params"]
     stitch = lambda x, name: x @ params[name]["kernel"] + params[name]["bias"]  # noqa: E731
     return student.apply({"params": params, NOISE: FIXED}, x, train=False), params, stitch
@@ -323,7 +324,7 @@ def test_students_in_training_draw_and_in_evaluation_do_not(drawn):
 
 
 class Drawn(nn.Module):
-    """A student's codes and states, many numbers of each."""
+    """A student's codes and states, with many numbers of each."""
 
     seed: int
 
@@ -338,7 +339,7 @@ def test_codes_and_states_of_students_are_normal_and_of_their_seed():
         codes, states = Drawn(seed).apply({})
         assert codes.shape == (1, 500) and states.shape == (3, 1, 500)
         draws += [codes[0], *states[:, 0]]
-    draws = np.stack(draws)  # by seed: codes, then states of three places
+    draws = np.stack(draws)  # by seed: codes, then states of three positions
     np.testing.assert_allclose(draws.std(1), 1, atol=0.12)
     np.testing.assert_allclose(draws.mean(1), 0, atol=0.15)
     assert len(np.unique(draws)) > 0.99 * draws.size

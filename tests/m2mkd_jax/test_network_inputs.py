@@ -1,4 +1,4 @@
-"""What a loaded network takes, and what it says of anything else."""
+"""What a loaded network accepts, and what it says about anything else."""
 
 import jax
 import numpy as np
@@ -62,7 +62,7 @@ def test_shapes_are_checked_while_a_function_is_traced():
         check_images(x, SHAPE)
         return x
 
-    call(jnp.asarray(BYTES, jnp.float32) / 255)  # of which no pixel is known then
+    call(jnp.asarray(BYTES, jnp.float32) / 255)  # traced, so that no pixel is known
     with pytest.raises(ValueError, match="single image"):
         call(BYTES[0])
 

@@ -1,4 +1,4 @@
-"""The loss and the evaluation of every phase, worked out by hand from logits that are given."""
+"""The loss and evaluation of every phase, worked out by hand from given logits."""
 
 import dataclasses
 
@@ -33,7 +33,7 @@ def label_loss(logits, *, smoothing=0.0):
 
 
 def divergence(student, teacher, tau):
-    """tau^2 sum_l t_l (log t_l - log s_l), one number an example."""
+    """tau^2 sum_l t_l (log t_l - log s_l), per example."""
     log_s, log_t = log_softmax(student / tau), log_softmax(teacher / tau)
     return tau**2 * np.sum(np.exp(log_t) * (log_t - log_s), axis=-1)
 
@@ -48,7 +48,7 @@ DISTILLATIONS = {
 
 
 def loss_of(outputs, distill=NONE, *, config=CONFIG, **settings):
-    """Loss and metrics of a forward pass that gives `outputs`."""
+    """Loss and metrics of a forward pass that returns `outputs`."""
     outputs = jax.tree.map(jnp.asarray, outputs)
     loss = make_loss(lambda *_: outputs, config, distill, **settings)
     value, metrics = loss({}, {}, BATCH, RNGS, jnp.int32(3))
@@ -170,7 +170,7 @@ def test_the_forward_pass_is_given_normalised_images_in_training_and_all_keys():
 
 @dataclasses.dataclass
 class Spy:
-    """Stands in for a network, and keeps what it was called with."""
+    """Stands in for a network, and records its arguments."""
 
     calls: list = dataclasses.field(default_factory=list)
 
@@ -199,8 +199,8 @@ def sums_of(outputs, mask, **settings):
 def test_totals_of_one_network():
     logits = np.zeros((B, L), np.float32)
     logits[0, 3] = 1  # a hit
-    logits[1, 1:7] = 1  # below six others
-    logits[2, :4], logits[2, 9] = 2, 1  # the fifth
+    logits[1, 1:7] = 1  # lower than six others
+    logits[2, :4], logits[2, 9] = 2, 1  # fifth
     logits[3, 3] = 9
     found = sums_of({"net": Outputs(logits, None, {})}, [1, 1, 1, 0])
     losses = [-row[label] for row, label in zip(log_softmax(logits), LABELS, strict=True)]
@@ -226,6 +226,6 @@ def test_labels_of_other_classes_are_places_among_these():
     logits = np.zeros((B, 12), np.float32)
     classes = (11, 2, 7, 5, 0, 1, 3, 4, 6, 8)
     logits[0, 5], logits[1, 11], logits[2, 8] = 1, 1, 1  # of labels 3, 0 and 9
-    logits[:, 10] = 5  # of no class that counts
+    logits[:, 10] = 5  # a class that does not count
     found = sums_of({"net": Outputs(logits, None, {})}, [1] * B, classes=classes)
     assert found["accuracy"] == 3

@@ -1,4 +1,5 @@
-"""An OOD set of some classes: which logits count, which names fit, and the renditions of digits."""
+"""An OOD set with only some of the classes: which logits count, which names match, and the
+renditions of digits."""
 
 import dataclasses
 import functools
@@ -154,7 +155,7 @@ RGB = {"channels": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}
 
 
 def renditions(root, classes=WNIDS):
-    """A folder of each class with two images, as ImageNet-R comes."""
+    """Folders with two images per class, in ImageNet-R's layout."""
     make_folder(root.parent / f"{root.name}_splits", classes, side=80)
     (root.parent / f"{root.name}_splits" / "test").rename(root)
     return root
@@ -226,7 +227,7 @@ def test_per_class_limits_the_training_and_the_test_set_alone(tmp_path, split):
 
 
 def test_a_class_list_is_for_the_set_that_it_is_given_for(tmp_path):
-    """Of three classes the first and the last, which moves the last one's label."""
+    """The first and last of three classes, which changes the last one's label."""
     root, names = renditions(tmp_path / "r", ("n01", "n02", "n03")), tmp_path / "classes.txt"
     names.write_text("n01\nn03\n")
     data = DataConfig(image_size=64, labels=4, **RGB)

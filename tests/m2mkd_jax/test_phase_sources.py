@@ -1,5 +1,5 @@
-"""Which weights each phase starts from, and what it hands to the loop: every source holds numbers
-of its own."""
+"""Which weights each phase starts from, and what it passes to the loop: every source holds distinct
+numbers."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ ROLES = ("meta", "teacher", "module", "student")
 
 
 def number(workdir: str, role: str, stage: int) -> int:
-    """What all parameters of a stage of a source are."""
+    """The value of all parameters in a stage of a source."""
     return 100 * "ab".index(workdir) + 10 * ROLES.index(role) + stage
 
 
@@ -39,7 +39,7 @@ def filled(shapes, value):
 
 @pytest.fixture(scope="module")
 def held(tmp_path_factory):
-    """Two workdirs of all roles, and one of a whole student."""
+    """Two workdirs with all roles, and one with a whole student."""
     root, config = tmp_path_factory.mktemp("held"), tiny_config("distill")
     modular = {
         "meta": meta_network(config),
@@ -62,12 +62,12 @@ def held(tmp_path_factory):
 
 
 class Reached(Exception):
-    """The loop would start."""
+    """Raised where the loop would start."""
 
 
 @pytest.fixture
 def started(monkeypatch, tmp_path):
-    """started(config) -> the task that the run hands to the loop, and the settings beside it."""
+    """started(config) -> the task that the run passes to the loop, and the other settings."""
     given = []
 
     def train(task, *arguments, **settings):
@@ -85,7 +85,7 @@ def started(monkeypatch, tmp_path):
 
 
 def values(tree) -> dict[str, set[float]]:
-    """The numbers that stand in each stage, by role/stage."""
+    """The distinct values in each stage, by role/stage."""
     found = {}
     for path, leaf in traverse_util.flatten_dict(tree, sep="/").items():
         place = "/".join(path.split("/")[:2])
@@ -94,7 +94,7 @@ def values(tree) -> dict[str, set[float]]:
 
 
 def taken(task):
-    """What the warm start of a task gives for its parameters."""
+    """What a task's warm start gives its parameters."""
     params = jax.eval_shape(task.init, jax.random.key(0))
     return task.warm_start(with_shardings(params, match_rules(task.rules, params, MESH)))
 
@@ -187,7 +187,7 @@ def shapes_and_origins(config, held, role="teacher"):
 
 
 def test_position_tables_are_resized_to_the_images_of_the_run(held):
-    """A table of one number stays one, since a place's weights sum to 1."""
+    """A constant table stays constant, since the weights of each place sum to 1."""
     config = config_of("assemble", held)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=16))
     found = weights.take_weights(config, *shapes_and_origins(config, held))
@@ -200,7 +200,7 @@ def test_position_tables_are_resized_to_the_images_of_the_run(held):
 
 def test_position_tables_keep_as_many_leading_rows_as_their_network_has(held):
     config = config_of("assemble", held)
-    # A row for the register in place of one for the class token.
+    # A row for the register replaces that of the class token.
     teacher = dataclasses.replace(config.teacher, class_token=False, pool="mean", registers=1)
     data = dataclasses.replace(config.data, image_size=16)
     config = dataclasses.replace(config, data=data, teacher=teacher)
@@ -226,7 +226,7 @@ def test_what_the_config_lets_start_anew_or_leaves_is_on_record(held):
         "teacher/stage_2/head/bias",
     }
     assert {entry["reason"] for entry in account["left"]} == {"config.sources.leave"}
-    assert len(account["left"]) == 4  # of the teacher's blocks
+    assert len(account["left"]) == 4  # arrays of the teacher's blocks
     neither = dataclasses.replace(config, sources=SourcesConfig(fresh=r".*/head/.*"))
     with pytest.raises(ValueError, match=r"qkv/bias .* has no place"):
         weights.take_weights(neither, *shapes_and_origins(config, held))
@@ -242,10 +242,10 @@ def test_what_a_check_looks_at_is_not_read(held):
     ("made", "ours", "same"),
     [
         ([0.5], 0.5, True),
-        ([0.5], 0.50005, True),  # rounding
+        ([0.5], 0.50005, True),  # rounding error
         ([0.485], 0.4853, False),
         ([0.5], 0.6, False),
-        ([0.485, 0.456, 0.406], 0.5, True),  # another number of channels shows in the shapes
+        ([0.485, 0.456, 0.406], 0.5, True),  # a different number of channels shows in the shapes
     ],
 )
 def test_other_numbers_for_pixels_are_seen(monkeypatch, caplog, name, made, ours, same):

@@ -1,5 +1,5 @@
-"""What each phase computes: its networks against the whole hybrid, run in one go; stochastic depth,
-precision and sizes of each; and what reaches the loop."""
+"""What each phase computes: its networks against the whole hybrid run in one pass; their stochastic
+depth, precision and sizes; and what reaches the loop."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ WIDTHS = {"meta": 8, "teacher": 12, "model": 16}
 
 
 def config_of(phase: str, *, rate=0.3, widths=None, **changes) -> Config:
-    """A run of networks that differ in their depths and, where `widths` are given, in these."""
+    """A run whose networks differ in depth and, if `widths` are given, in width."""
     config = tiny_config(phase)
     sections = {
         name: dataclasses.replace(
@@ -37,7 +37,7 @@ def config_of(phase: str, *, rate=0.3, widths=None, **changes) -> Config:
         )
         for name, depths in DEPTHS.items()
     }
-    # Experts, in the last block alone, take long to compile.
+    # Experts are slow to compile, so only the last block has them.
     sections["model"] = dataclasses.replace(sections["model"], moe_blocks="last_1")
     return dataclasses.replace(
         config, augment=AugmentConfig(), drop_path=rate, **(sections | changes)
@@ -50,7 +50,7 @@ def params_of(config: Config):
         "teacher": teacher_network(config),
         "student": student_modules(config),
     }
-    # Every role has numbers of its own.
+    # Every role has distinct numbers.
     return {
         role: jax.tree.map(lambda leaf, s=sign: s * leaf, fill(network.init))
         for (role, network), sign in zip(networks.items(), (1.0, -1.0, 0.7), strict=True)
@@ -58,8 +58,8 @@ def params_of(config: Config):
 
 
 def hybrid_logits(config: Config, params, role, stage, *, train):
-    """The meta model with one stage of `role`, run in one go; in training the student's blocks ramp
-    by themselves, the teacher's with the meta model's."""
+    """The meta model with one stage of `role`, run in one pass. In training, stochastic depth ramps
+    over the student's own blocks, and over the teacher's together with the meta model's."""
     build = {"teacher": teacher_network, "student": student_modules}[role]
     rate = config.drop_path if role == "student" else 0.0
     network = replace_stage(meta_network(config), stage, build(config, drop_path=rate))
@@ -130,7 +130,8 @@ def test_the_baseline_s_teacher_is_whole_and_not_in_training(monkeypatch):
 
 
 def rates_of(config: Config, *, train=True, monkeypatch):
-    """Rates of stochastic depth in the order in which branches are dropped; nothing is computed."""
+    """Rates of stochastic depth, in the order in which branches are dropped; nothing is
+    computed."""
     rates = []
 
     def spy(branch, uniform, rate):
@@ -146,10 +147,10 @@ def rates_of(config: Config, *, train=True, monkeypatch):
     return rates
 
 
-# One number a block that drops: of depths (1, 1, 1), (1, 2, 1) and (1, 1, 3).
+# One number per block that drops, for depths (1, 1, 1), (1, 2, 1) and (1, 1, 3).
 RATES = {
     "pretrain_meta": [0.15, 0.3],
-    "train_module": [0.1, 0.2, 0.3],  # all of the hybrid with module 1 of the teacher
+    "train_module": [0.1, 0.2, 0.3],  # the whole hybrid with module 1 of the teacher
     "assemble": [0.1, 0.2, 0.3],
     "distill": [0.15, 0.3],  # within the student of module 2
     "end_to_end": [0.075, 0.15, 0.225, 0.3],
@@ -162,10 +163,10 @@ def test_every_phase_drops_paths_of_what_it_trains(phase, monkeypatch):
     module = {"train_module": "1", "distill": "2"}.get(phase, "all")
     baseline = DistillConfig("soft" if phase == "end_to_end" else "none")
     config = config_of(phase, module=module, baseline=baseline)
-    # Two branches a block.
+    # Two branches per block.
     found = rates_of(config, monkeypatch=monkeypatch)
     assert found == [rate for rate in RATES[phase] for _ in range(2)]
-    if module != "all":  # how a whole network is run is seen in test_objective.py
+    if module != "all":  # test_objective.py covers how a whole network is run
         assert rates_of(config, train=False, monkeypatch=monkeypatch) == []
 
 
@@ -239,7 +240,7 @@ def test_what_each_phase_trains_and_needs(phase, roles, helpers, distill):
     alphas = {"distill": (0.3, 2.0), "end_to_end": (0.7, 4.0)}
     if phase in alphas:
         assert (training.distill.alpha, training.distill.tau) == alphas[phase]
-    # Modules are clipped each by itself, "student/stage_1" being two keys deep.
+    # Each module is clipped separately; "student/stage_1" is two keys deep.
     assert training.clip_depth == (2 if phase in ("train_module", "distill") else 0)
     task = training.task(steps_per_epoch=5)
     assert (task.clip_depth, task.trainable) == (training.clip_depth, training.trainable)
@@ -252,7 +253,7 @@ def test_a_program_of_some_modules_holds_no_others():
     assert set(params["student"]) == set(training.helpers["teacher"]) == {"stage_0", "stage_2"}
     assert len(training.helpers["meta"]) == 3
     training = describe(config_of("train_module", module="0+2"), MESH)
-    assert len(training.helpers["meta"]) == 3  # each is needed around the other
+    assert len(training.helpers["meta"]) == 3  # each is needed around another module
     assert set(jax.eval_shape(training.init, jax.random.key(0))["module"]) == {"stage_0", "stage_2"}
 
 

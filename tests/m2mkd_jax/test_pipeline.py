@@ -1,5 +1,5 @@
-"""The whole method at its smallest, of two stages: every phase runs, hands its weights on, and is
-not run twice."""
+"""The whole method at its smallest, with two stages: every phase runs, passes on its weights, and
+is not run twice."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ tiny_pipeline = partial(tiny.tiny_pipeline, stages=2)
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The folder of a pipeline that has run."""
+    """The folder of a finished pipeline."""
     workdir = tmp_path_factory.mktemp("pipeline")
     result = run_phase(tiny_pipeline(), workdir, one_device())
     assert result == json.loads((workdir / "end_to_end" / "result.json").read_text())
@@ -137,7 +137,7 @@ def test_logit_distillation_uses_the_whole_teacher_and_stitches_can_be_kept(fini
     lines = read_metrics(tmp_path / "some" / "metrics.jsonl")
     lines = [line for line in lines if "train/loss" in line]
     assert len(lines) == 3
-    for line in lines:  # alpha is 1/2, and nothing else is in the loss
+    for line in lines:  # alpha is 1/2, and the loss has no other terms
         assert line["train/distillation"] > 0
         parts = line["train/label_loss"], line["train/distillation"]
         assert line["train/loss"] == pytest.approx(sum(parts) / 2, rel=1e-5)

@@ -1,4 +1,4 @@
-"""The runs of a pipeline: their order, the recipe of each, and the folders that they take from."""
+"""The runs of a pipeline: their order, each one's recipe, and the folders they read."""
 
 import dataclasses
 import json
@@ -27,14 +27,14 @@ RECIPES = {
 
 
 def config_of(*, recipes=RECIPES, **changes) -> Config:
-    """A pipeline whose own optim, augment and drop_path are no phase's."""
+    """A pipeline whose own optim, augment and drop_path differ from every phase's."""
     return dataclasses.replace(
         tiny_pipeline(), recipes=recipes, drop_path=0.9, augment=AugmentConfig(padding=9), **changes
     )
 
 
 def sources_of(config) -> dict[str, dict]:
-    """What each run takes, by its folder; empty sources left out."""
+    """The sources of each run, by its folder; without empty ones."""
     return {
         folder: {n: value for n, value in dataclasses.asdict(run.sources).items() if value}
         for folder, run in plan(config, ROOT)
@@ -118,7 +118,7 @@ def test_what_has_no_recipe_is_left_out_or_missed():
 
 
 def deep(pairs_at_once: int, stages: int = 12) -> Config:
-    """A pipeline of more stages than there are digits."""
+    """A pipeline with more than ten stages, whose numbers have two digits."""
     config = config_of(distill=PairsConfig(pairs_at_once=pairs_at_once))
     sections = {
         name: dataclasses.replace(getattr(config, name), depths=(1,) * stages)
@@ -176,7 +176,7 @@ def test_modules_of_several_programs_are_run_in_order(monkeypatch, tmp_path):
 
 @pytest.fixture
 def ran(monkeypatch):
-    """The folders of the runs that a pipeline starts; nothing is checked and nothing trains."""
+    """The folders of the runs that a pipeline starts; nothing is checked or trained."""
     folders = []
 
     def run(config, workdir, mesh):

@@ -1,4 +1,4 @@
-"""Position tables on another grid of patches."""
+"""Position tables resized to another grid of patches."""
 
 import numpy as np
 import pytest
@@ -13,11 +13,11 @@ def test_positions_on_the_same_grid_stay_as_they_are():
 
 
 def test_positions_of_half_as_many_places_by_hand():
-    # Half a place from the centre a tap weighs 0.59375, one and a half away -0.09375; those that
-    # lie outside weigh on the border. Nothing is smoothed before.
+    # Half a place from the centre, a tap weighs 0.59375; one and a half away, -0.09375. Taps
+    # outside the grid count towards the border. There is no antialiasing.
     halved = [[0.5, 0.59375, -0.09375, 0], [0, -0.09375, 0.59375, 0.5]]
     np.testing.assert_allclose(resize_weights(4, 2), halved, rtol=1e-12)
-    # Twice as many lie a quarter or three quarters of a place beside the old ones.
+    # Doubled, new places lie a quarter or three quarters between old ones.
     doubled = [[1.10546875, -0.10546875], [0.7734375, 0.2265625]]
     np.testing.assert_allclose(resize_weights(2, 4)[:2], doubled, rtol=1e-12)
     np.testing.assert_allclose(resize_weights(2, 4)[2:], np.flip(doubled), rtol=1e-12)

@@ -1,4 +1,4 @@
-"""Graph priors: every graph, the fit, and what is kept of it."""
+"""Graph priors: every graph, the fit, and what is cached."""
 
 import dataclasses
 import logging
@@ -13,7 +13,7 @@ from m2mkd_jax.nac import graphs, priors
 from m2mkd_jax.nac.graphs import PriorConfig
 
 NODES, WIDTH = 16, 12
-# A config of every graph that has 16 nodes, but the tree with 15.
+# Configs of every graph with 16 nodes, except the tree, which has 15.
 FITTING = {
     "watts_strogatz": {"neighbours": 4},
     "planted_partition": {"communities": 4},
@@ -169,7 +169,7 @@ def test_new_nodes_of_a_scale_free_graph_bring_their_attachments():
 
 
 def ring(nodes, reach):
-    """Who stands at most `reach` places apart on a circle."""
+    """Who is at most `reach` places apart on a circle."""
     apart = np.abs(np.arange(nodes)[:, None] - np.arange(nodes))
     apart = np.minimum(apart, nodes - apart)
     return (apart > 0) & (apart <= reach)
@@ -177,7 +177,7 @@ def ring(nodes, reach):
 
 def test_small_worlds_are_rings_with_edges_moved():
     np.testing.assert_array_equal(graph_of("watts_strogatz", rewire=0.0), ring(NODES, 2))
-    tenth = graph_of("watts_strogatz", nodes=38, neighbours=0, rewire=0.0)  # 3.8, thus 4
+    tenth = graph_of("watts_strogatz", nodes=38, neighbours=0, rewire=0.0)  # 3.8, rounded to 4
     np.testing.assert_array_equal(tenth, ring(38, 2))
     moved = graph_of("watts_strogatz", rewire=1.0)
     assert moved.sum() == 4 * NODES
@@ -264,13 +264,13 @@ def test_losses_are_those_after_each_update():
     assert losses.shape == (4,)
     np.testing.assert_allclose(losses[0], naive_loss(init, adjacency, 0.8), rtol=1e-5)
     np.testing.assert_allclose(losses[3], naive_loss(signatures, adjacency, 0.8), rtol=1e-5)
-    # Adam's first step moves every number by the learning rate, whatever the gradient.
+    # Adam's first step changes every number by the learning rate, whatever the gradient.
     one, _ = priors.fit_signatures(adjacency, init, dataclasses.replace(config, steps=1))
     np.testing.assert_allclose(np.abs(one - init), config.learning_rate, rtol=0.02)
 
 
 def hinge_gradient(signatures, adjacency, truncation):
-    """That of `naive_loss`, by hand."""
+    """The gradient of `naive_loss`, by hand."""
     length = np.linalg.norm(signatures, axis=1, keepdims=True)
     unit = signatures / length
     distance = 1 - unit @ unit.T
@@ -315,7 +315,7 @@ def test_nodes_without_a_path_are_at_length_0():
 
 
 def test_errors_are_counted():
-    # Latents 0 and 1 are near, 2 is at a right angle.
+    # Latents 0 and 1 are close; 2 is at a right angle.
     signatures = np.array([[1, 0], [1, 0.1], [0, 1]], np.float32)
     adjacency = np.zeros((3, 3), bool)
     adjacency[0, 2] = adjacency[2, 0] = True
@@ -325,7 +325,7 @@ def test_errors_are_counted():
 
 @pytest.fixture
 def made(monkeypatch):
-    """Counts how often a prior is made."""
+    """Counts how often a prior is computed."""
     calls, make = [], priors._make
 
     def counting(*arguments):
@@ -360,7 +360,7 @@ def test_a_prior_of_other_settings_is_made_anew(made, tmp_path):
     assert len(made) == 3
 
 
-# Of a ring of cliques; where the graph does not take a field, its value counts none the less.
+# For a ring of cliques; a field that the graph does not use still counts.
 CHANGED = {
     "graph": "hypercube",
     "attachments": 3,

@@ -1,4 +1,4 @@
-"""The products of a NAC with forms for CPUs, against jax's own."""
+"""NAC's products that have special forms for CPUs, against jax's own."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""RandAugment: what each operation does to pixels, its arguments, and how often each is drawn."""
+"""RandAugment: the effect of each operation on pixels, its arguments, and how often it is drawn."""
 
 import itertools
 
@@ -43,7 +43,7 @@ def apply(name, argument, pixels):
         ("ContrastIncreasing", 0.0, [[0, 100, 200]], [[100, 100, 100]]),
         ("ContrastIncreasing", 1.5, [[0, 100, 200]], [[0, 100, 250]]),
         ("ColorIncreasing", 1.0, [[[9, 60, 200]]], [[[9, 60, 200]]]),
-        # Each row by twice its place and one more, which shears at a pixel's middle.
+        # Each row moves by twice its index plus one, sheared around a pixel's centre.
         ("ShearX", 2, [[1, 2, 3, 4], [5, 6, 7, 8]], [[2, 3, 4, 117], [8, 117, 117, 117]]),
         ("ShearY", 2, [[1, 2], [3, 4], [5, 6]], [[3, 117], [5, 117], [117, 117]]),
         ("TranslateXRel", 0.25, [[1, 2, 3, 4], [5, 6, 7, 8]], [[2, 3, 4, 117], [6, 7, 8, 117]]),
@@ -66,11 +66,11 @@ def test_sharpness_goes_both_ways():
     spot = [[50] * 5 for _ in range(5)]
     spot[2][2] = 100
     smooth, sharp = (apply("SharpnessIncreasing", by, spot)[2][2] for by in (0.0, 2.0))
-    assert smooth == 69 and sharp == 131  # (8 * 50 + 5 * 100) / 13, and as far on the other side
+    assert smooth == 69 and sharp == 131  # (8 * 50 + 5 * 100) / 13, and as far the other way
 
 
 def test_equalize_spreads_what_lies_close():
-    """Of four values as frequent as each other all but the first are a third apart."""
+    """Of four equally frequent values, all but the first are a third apart."""
     values = np.asarray(
         apply("Equalize", None, np.repeat(np.arange(100, 104), 255).reshape(30, 34))
     )
@@ -136,12 +136,12 @@ def test_randaugment_follows_its_generator_and_leaves_a_quarter_alone():
     image = picture(5, 24, 24)
     results = [randaugment(image, np.random.default_rng(seed)).tobytes() for seed in range(400)]
     assert results[7] == randaugment(image, np.random.default_rng(7)).tobytes()
-    # Neither of two operations runs with probability 1/4; few others leave the image as it was.
+    # Neither of two operations runs with probability 1/4; few others leave the image unchanged.
     assert 0.2 < results.count(image.tobytes()) / 400 < 0.4
 
 
 def drawn(monkeypatch, *, images=4000, **settings):
-    """(place in NAMES, magnitude, negative) of each operation that is applied, image by image."""
+    """(index in NAMES, magnitude, negative) of each operation that is applied, image by image."""
     said = []
 
     def note(name, magnitude, negative):

@@ -1,4 +1,4 @@
-"""Sets whose labels stand in records or lists: TFDS's ArrayRecords, Tiny-ImageNet, iNaturalist."""
+"""Sets whose labels are in records or lists: TFDS's ArrayRecords, Tiny-ImageNet, iNaturalist."""
 
 import dataclasses
 import io
@@ -30,8 +30,8 @@ def encoded(seed, *, side=12, form="PNG"):
 
 
 def prepared(root, *, labels=None, names=NAMES, version="1.0.0", file_format="array_record"):
-    """A set "pets" of ten images in two files, written without TensorFlow; image i is encoded(i)
-    and has label i % 3. Its masks, which nobody asks for, cannot be decoded."""
+    """A set "pets" with ten images in two files, written without TensorFlow. Image i is encoded(i)
+    and has label i % 3. Its masks, which are never read, cannot be decoded."""
     tfds = pytest.importorskip("tensorflow_datasets")
     from array_record.python import array_record_module
     from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
@@ -126,7 +126,7 @@ def test_labels_are_read_once_and_anew_for_other_records(tmp_path, monkeypatch, 
     assert f"pets/1.0.0 in {folder}: 3 classes" in printed
     assert "train: 10 images in 2 files, 3 to 4 a class; labels-train.npz" in printed
     with monkeypatch.context() as patch:
-        patch.setattr(records, "_read_labels", None)  # would fail if it were called
+        patch.setattr(records, "_read_labels", None)  # fails if it is called
         load_source(config_of(tmp_path), "train")
     other = prepared(tmp_path / "other", labels=[2] * 5 + [0, 1, 1, 1, 1])
     shutil.copy(folder / "labels-train.npz", other)
@@ -153,7 +153,7 @@ def test_labels_are_read_in_chunks_of_records(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("changed", [0, 9])
 def test_labels_are_read_anew_whichever_file_is_another(tmp_path, changed):
-    """In a set of as many bytes, only the first file differs, or only the last."""
+    """In a set with equally many bytes, only the first or the last file differs."""
     kept = prepared(tmp_path)
     load_source(config_of(tmp_path), "train")
     labels = [i % 3 for i in range(SIZE)]
@@ -284,7 +284,7 @@ def test_an_image_that_was_cut_off_is_named(tmp_path, monkeypatch):
 
 
 def test_preparing_without_tensorflow_says_what_to_install(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorflow", None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, "tensorflow", None)  # as if it were not installed
     assert prepare_data.main(["cifar10", "--data-dir", str(tmp_path)]) == 2
     assert "pip install -e '.[prepare]'" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
@@ -299,7 +299,7 @@ WNIDS = ("n03", "n01", "n02")  # wnids.txt is not sorted
 
 
 def tiny_imagenet(root):
-    """Three classes of two training images, and four for validation."""
+    """Three classes with two training images each, and four images for validation."""
     root.mkdir()
     (root / "wnids.txt").write_text("".join(f"{wnid}\n" for wnid in WNIDS))
     for number, wnid in enumerate(WNIDS):
@@ -374,7 +374,7 @@ def test_tiny_imagenet_with_wrong_lists_is_refused(tmp_path):
 
 
 def inaturalist(root, **changes):
-    """Three species of two images each in train2018.json."""
+    """Three species with two images each in train2018.json."""
     (root / "train_val2018/Birds").mkdir(parents=True)
     images, annotations = [], []
     for i in range(6):
@@ -398,7 +398,7 @@ def test_inaturalist_has_its_labels_from_the_json(tmp_path, split):
 
 
 def test_inaturalist_s_lists_may_be_in_any_order(tmp_path):
-    """Images are found by number, and stand by the names of their files."""
+    """Images are found by id, and sorted by file name."""
     inaturalist(tmp_path)
     path = tmp_path / "train2018.json"
     record = json.loads(path.read_text())

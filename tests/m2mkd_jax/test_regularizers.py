@@ -43,7 +43,7 @@ def make_params(bandwidths=BANDWIDTHS):
     params = {"graph": {k: {"signatures": jnp.asarray(v)} for k, v in SIGNATURES.items()}}
     for layer, bandwidth in enumerate(bandwidths):
         params[f"stage_{layer + 1}"] = {"attention": {"bandwidth": jnp.float32(bandwidth)}}
-    # The read-in has no kernel, and the read-out's does not count.
+    # The read-in has no kernel, and the read-out's kernel does not count.
     last = {f"stage_{len(KERNELS) + 1}": {"attention": {"bandwidth": jnp.float32(99)}}}
     return params | {"stage_0": {"attention": {}}} | last
 
@@ -54,7 +54,7 @@ def links_of(signatures, bandwidths=BANDWIDTHS, truncation=0.9):
 
 
 def naive_block_loss(links, clusters, within, between, clip=0.0):
-    """Rows permuted by scipy, a line for every latent."""
+    """Rows permuted by scipy, one line per latent."""
     block = np.arange(links.shape[-1]) // (links.shape[-1] // clusters)
     graphon = np.where(block[:, None] == block, within, between)
     total = 0.0
@@ -120,8 +120,8 @@ def test_one_component_is_the_normal_distribution_of_the_distances():
 
 
 def test_mixture_of_collapsed_latents_is_fitted():
-    # Communities of alike latents, as a fit to a dense planted partition makes them: components
-    # without any variance.
+    # Communities of equal latents, as from a fit to a dense planted partition, so that components
+    # have zero variance.
     collapsed = jnp.repeat(jnp.eye(4) + 0.1, 50, axis=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # there are fewer distinct distances than components
@@ -149,7 +149,7 @@ def test_block_loss(clusters, clip):
 def test_assignment_is_scipy_s(shape):
     rng = np.random.default_rng(shape[0])
     rows, blocks = shape
-    # With a skew all rows prefer the same blocks.
+    # With a skew, all rows prefer the same blocks.
     skew = np.repeat((0, 3), 20)[:, None, None]
     cost = (rng.random((40, *shape)) + skew * rng.random((40, 1, blocks))).astype(np.float32)
     assigned = np.asarray(jax.jit(assign_blocks)(cost))
@@ -232,7 +232,7 @@ def test_each_iteration_has_its_own_kernel():
         for t, b in zip((0.5, 1.1, 0.9), BANDWIDTHS, strict=True)
     )
     params = make_params()
-    for layer in range(len(kernels)):  # not learned: the config's bandwidths count
+    for layer in range(len(kernels)):  # not learned, so that the config's bandwidths count
         params[f"stage_{layer + 1}"] = {"attention": {}}
     config = RegularizersConfig(blocks=BlocksConfig(weight=1.0, clusters=4))
     got, _ = make_regularizer(config, SIGNATURES, kernels=kernels)(params, 0.0)
@@ -284,7 +284,7 @@ def test_the_defaults_are_the_published_ones():
     )
 
 
-# Distances of these: 1 of the first two, 1 - 3/5 and 1 - 4/5 of the third to them.
+# Their distances: 1 between the first two; 1 - 3/5 and 1 - 4/5 from the third to these.
 THREE = jnp.asarray([[2.0, 0.0], [0.0, 1.0], [0.3, 0.4]])
 
 

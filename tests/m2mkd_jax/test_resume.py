@@ -1,4 +1,5 @@
-"""Killed runs go on as if nothing had happened: the same lines of metrics.jsonl, byte for byte."""
+"""Killed runs continue as if nothing had happened: the same lines in metrics.jsonl, byte for
+byte."""
 
 import json
 
@@ -34,14 +35,15 @@ def test_the_lines_are_those_of_44_steps(undisturbed):
 def test_killed_in_a_save_and_between_two_and_a_damaged_checkpoint_is_passed_over(
     undisturbed, tmp_path
 ):
-    """One run through all three: most of a start's time goes into imports and compiling."""
+    """A single run for all three cases, since starts spend most of their time importing and
+    compiling."""
     workdir = tmp_path / "run"
     process, folder = start(workdir), workdir / "checkpoints"
     process.kill(when=lambda: finished_steps(folder) and unfinished_saves(workdir))
     assert unfinished_saves(workdir)
 
     process = start(workdir)
-    # past the next checkpoint, in the middle of a stretch of the log
+    # past the next checkpoint, between two lines of the log
     process.kill(when=lambda: says(workdir / "metrics.jsonl", '"step": 39'))
     assert "removing the unfinished checkpoint" in process.output()
     older, newest = finished_steps(folder)[-2:]

@@ -1,4 +1,4 @@
-"""Routers, their order of priority, and the balance losses against numbers worked out by hand."""
+"""Routers, their order of priority, and the balance losses, against numbers worked out by hand."""
 
 import math
 
@@ -139,7 +139,7 @@ def test_load_loss_by_hand():
 
 
 def test_load_loss_of_two_choices_by_hand():
-    # The second largest noisy logit is the bar: 0.7 and 0.6. The noise of a logit is N(0, 0.2^2).
+    # The second largest noisy logit is the threshold: 0.7 and 0.6. A logit's noise is N(0, 0.2^2).
     clean = np.array([[1.0, 0.8, 0.1], [0.2, 0.9, 0.5]])
     drawn = np.array([[1.1, 0.7, 0.2], [0.3, 0.85, 0.6]])
     bar = np.array([[0.7], [0.6]])
@@ -161,7 +161,7 @@ def test_losses_take_the_tokens_of_all_groups_together():
         }
 
     drawn = jax.random.normal(jax.random.key(3), (2, 3, 6, 4))
-    # Which token is in which group changes nothing.
+    # How tokens are grouped makes no difference.
     mixed = np.take(np.asarray(drawn).reshape(2, 18, 4), 7 * np.arange(18) % 18, axis=1)
     together, shuffled = losses(*drawn), losses(*mixed.reshape(2, 3, 6, 4))
     for name, expected in together.items():

@@ -1,4 +1,4 @@
-"""Eight devices compute what one computes, with everything that is large really split."""
+"""Eight devices compute what one does, with everything large actually sharded."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ def losses(workdir):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The same run on one device and on mesh 2 x 2 x 2, and the shardings of the state on the
+    """The same run on one device and on a 2 x 2 x 2 mesh, and the state's shardings on the
     latter."""
     config = tiny_config("end_to_end", optim=LONG, stages=2)
     folders = {name: tmp_path_factory.mktemp(name) for name in ("one", "eight")}

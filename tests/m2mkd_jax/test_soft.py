@@ -43,7 +43,7 @@ def make(config=SOFT, dtype=jnp.float32):
 
 @partial(jax.jit, static_argnums=0)
 def run(layer, params, x):
-    """y, what was recorded, and gradients of sum(sin(y)) by params and x."""
+    """y, what was recorded, and gradients of sum(sin(y)) with respect to params and x."""
 
     def total(params, x):
         y, wrote = layer.apply({"params": params}, x, train=True, mutable=["moe", "routing"])
@@ -74,12 +74,12 @@ def plain(params, image):
 
 
 def test_two_tokens_by_hand():
-    """Logits are log 2 times 3 and 4 of token 0, 0 and 5 of token 1: so dispatch is 8/9 and 1/9 to
-    expert 0, 1/3 and 2/3 to expert 1, and combine 1/3 and 2/3 of token 0, 1/33 and 32/33 of
-    token 1."""
+    """Logits are log 2 times 3 and 4 for token 0, and log 2 times 0 and 5 for token 1. So dispatch
+    weights are 8/9 and 1/9 for expert 0, 1/3 and 2/3 for expert 1; combine weights are 1/3 and 2/3
+    for token 0, 1/33 and 32/33 for token 1."""
     layer = MoeMlp(dataclasses.replace(SOFT, experts=2, slots_per_expert=1), hidden=2)
-    # Where its input is at least 0.06, an expert's gelu is the identity: expert e gives e + 1 times
-    # what it is given.
+    # If its input is at least 0.06, an expert's GELU is the identity: expert e returns e + 1 times
+    # its input.
     eye = np.eye(2, dtype=np.float32)
     params = {
         "router": {
@@ -114,7 +114,7 @@ def test_two_tokens_by_hand():
 @pytest.mark.parametrize("slots", [None, 3])
 def test_equals_a_loop_over_tokens_slots_and_experts(slots):
     layer, params, x = make(dataclasses.replace(SOFT, slots_per_expert=slots))
-    # Five tokens over four experts: two slots of each is the least that has room for all.
+    # Five tokens and four experts: two slots each is the minimum with room for all.
     assert params["router"]["phi"].shape == (D, E, slots or 2)
     y, _, _ = run(layer, params, x)
     expected = np.stack([plain(params, image) for image in x])
@@ -140,12 +140,12 @@ def test_a_vector_of_zeros_has_no_direction_and_no_gradient():
 
 def test_gradients_are_finite_and_reach_everything():
     layer, params, x = make()
-    x = x.at[0, 0].set(0)  # which has no direction
+    x = x.at[0, 0].set(0)  # has no direction
     _, _, gradients = run(layer, params, x)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
         assert np.all(np.isfinite(leaf)), path
     for name in ("up", "up_bias", "down", "down_bias"):
-        assert np.all(np.any(gradients[0][name], axis=-1)), name  # no expert starves
+        assert np.all(np.any(gradients[0][name], axis=-1)), name  # every expert gets a gradient
     router = gradients[0]["router"]
     assert np.all(np.any(router["phi"], axis=0)) and router["scale"] != 0
 

@@ -1,4 +1,4 @@
-"""Image sources and the host's transforms, on images drawn on the spot."""
+"""Image sources and the host's transforms, on images drawn here."""
 
 import itertools
 import pickle
@@ -26,7 +26,7 @@ def picture(seed, height=40, width=50):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two splits of three classes, five images each, of several types and sizes."""
+    """Two splits with three classes of five images each, in several types and sizes."""
     root = tmp_path / "set"
     for split, name in itertools.product(("train", "val"), CLASSES):
         (root / split / name).mkdir(parents=True)
@@ -44,7 +44,7 @@ def config_of(path, **settings):
 
 def zipped(folder, path, compression=zipfile.ZIP_STORED):
     with zipfile.ZipFile(path, "w", compression) as archive:
-        for file in sorted(folder.rglob("*"), reverse=True):  # an order that is not the sorted one
+        for file in sorted(folder.rglob("*"), reverse=True):  # not in sorted order
             archive.write(file, file.relative_to(folder))
     return path
 
@@ -186,7 +186,7 @@ def test_a_folder_of_a_zip_for_each_split(folder, tmp_path, inside):
 
 
 def make_small(root, sizes):
-    """Images of the given sides, by turns of two classes."""
+    """Images of the given sizes, in two classes alternately."""
     for i, side in enumerate(sizes):
         folder = root / "train" / CLASSES[i % 2]
         folder.mkdir(parents=True, exist_ok=True)
@@ -221,7 +221,7 @@ def test_small_sets_stay_decoded(tmp_path, sizes, mode, held):
 
 def test_chunks_of_images_are_decoded_into_their_places(tmp_path, monkeypatch):
     root = make_small(tmp_path, (20,) * 11)
-    (root / "train/cat/0.png").write_bytes(b"")  # the first, whose size is not known then
+    (root / "train/cat/0.png").write_bytes(b"")  # the first image, so that the size is unknown
     plain = load_source(config_of(root, labels=2, in_memory="never"), "train")
     monkeypatch.setattr("m2mkd_jax.data.sources.CHUNK", 3)
     source = load_source(config_of(root, labels=2), "train")
@@ -306,7 +306,7 @@ def test_evaluation_crops_the_centre(folder):
     np.testing.assert_array_equal(batches[1]["_mask"], [1] * 7 + [0])
     flat = Image.fromarray(np.full((60, 90, 3), 77, np.uint8))
     assert (np.asarray(transforms.resize_and_centre(flat, 36)) == 77).all()
-    # A wide image keeps its middle: columns rise evenly, so the centre's mean is the image's.
+    # A wide image keeps its middle. Columns rise evenly, so the crop has the image's mean.
     ramp = np.tile(np.arange(0, 202, 2, dtype=np.uint8), (40, 1))
     centre = np.asarray(transforms.resize_and_centre(Image.fromarray(ramp), 35))
     assert centre.shape == (35, 35) and abs(centre.mean() - ramp.mean()) < 0.5

@@ -1,5 +1,5 @@
-"""A network of toy stages: the key of every stage, what is run, what is handed back; and stitches
-by hand."""
+"""A network of toy stages: the key of every stage, what is run, what is returned; and stitches by
+hand."""
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ WIDTH = 3
 
 
 class Layer(nn.Module):
-    """x kernel; in training a draw of each stream on top, which is recorded."""
+    """x kernel; in training, plus a draw from each stream, which is recorded."""
 
     @nn.compact
     def __call__(self, x, *, train):
@@ -43,7 +43,7 @@ def test_a_stage_starts_from_the_key_and_its_own_name():
         want = Layer().init(fold_name(KEY, name), X, train=False)["params"]
         jax.tree.map(np.testing.assert_array_equal, PARAMS[name], want)
     kernels = [PARAMS[name]["kernel"] for name in PARAMS]
-    assert len(np.unique(np.round(kernels, 6))) == 3 * WIDTH**2  # no two are alike
+    assert len(np.unique(np.round(kernels, 6))) == 3 * WIDTH**2  # no two are equal
     other = NETWORK.init(jax.random.key(6))
     assert np.all(other["stage_1"]["kernel"] != PARAMS["stage_1"]["kernel"])
 
@@ -72,7 +72,7 @@ def test_every_stage_and_stream_draws_for_itself():
     for place, draw in draws.items():
         assert np.all(moved[place] == draw) == (place[1] == "a"), place
         assert np.any(moved[place] == draw) == (place[1] == "a"), place
-    # What a stage draws does not depend on the stages that are run beside it.
+    # A stage's draws do not depend on which other stages are run.
     alone = draws_of(rngs, start=1, stop=2)
     assert set(alone) == {("stage_1", "a"), ("stage_1", "b")}
     for place, draw in alone.items():
@@ -118,13 +118,13 @@ def test_what_is_recorded_is_handed_back_by_stage():
 
 
 def test_a_stitch_by_hand():
-    """(x - mean) / sqrt(var + 1e-5) by gain and bias, then a linear layer; no residual."""
+    """(x - mean) / sqrt(var + 1e-5), times gain plus bias, then a linear layer; no residual."""
     x = np.asarray([[[0.0, 0.02, 0.04], [1.0, -1.0, 3.0]]])
     params = {
         "norm": {"scale": np.asarray([1.0, 2.0, 0.5]), "bias": np.asarray([0.1, 0.0, -0.2])},
         "linear": {"kernel": np.asarray([[1.0, 0.0], [0.5, -1.0], [0.0, 2.0]]), "bias": np.ones(2)},
     }
-    # The first token has the variance 0.0008 / 3, so that 1e-6 in place of 1e-5 would show.
+    # The first token's variance is 0.0008 / 3, so that 1e-6 instead of 1e-5 would show.
     centred = np.asarray([[-0.02, 0.0, 0.02], [0.0, -2.0, 2.0]])
     deviation = np.sqrt(np.asarray([[0.0008 / 3], [8 / 3]]) + 1e-5)
     normed = centred / deviation * params["norm"]["scale"] + params["norm"]["bias"]

@@ -1,4 +1,4 @@
-"""Sets made of others: which examples they hold and under which labels."""
+"""Sets made from others: which examples they hold, and under which labels."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def test_the_first_of_each_class_stay_in_their_order():
 
 
 def test_labels_are_those_of_the_training_set_by_name():
-    """The order is one that differs from its own inverse."""
+    """The order differs from its own inverse."""
     source = numbers([0, 1, 2, 1], ("bee", "cat", "ant"))
     found = with_labels_of(source, ("ant", "bee", "cat"), at="the test set")
     assert found.labels.tolist() == [1, 2, 0, 2] and found.label_names == ("ant", "bee", "cat")

@@ -1,4 +1,4 @@
-"""Images in no class folder: tables, flat folders with a list; and sets split by a share."""
+"""Images outside class folders: tables, flat folders with a list; and sets split by fraction."""
 
 import logging
 
@@ -23,7 +23,7 @@ def data_of(path, source="table", **settings):
 
 
 def values(source):
-    """The red value of every image, which says its class, by label's name."""
+    """The red value of every image, which encodes its class, by label name."""
     found = {}
     for index in range(len(source)):
         example = source[index]
@@ -33,7 +33,7 @@ def values(source):
 
 
 def flat(root, each=4):
-    """`each` images of each class, in no class folders; returns their (path, class)."""
+    """`each` images per class, all in one folder; returns their (path, class)."""
     rows = []
     for number, name in enumerate(CLASSES):
         for copy in range(each):
@@ -185,7 +185,7 @@ def test_settings_are_found(tmp_path):
     folders(tmp_path / "whole", dict.fromkeys(CLASSES, 2))
     folders(tmp_path / "split/train", dict.fromkeys(CLASSES, 2))
     folders(tmp_path / "split/valid", dict.fromkeys(CLASSES, 1))
-    (tmp_path / "split/train.zip").write_bytes(b"")  # the folder was unpacked from it
+    (tmp_path / "split/train.zip").write_bytes(b"")  # the zip that the folder was unpacked from
     folders(tmp_path / "Kaggle/Training", dict.fromkeys(CLASSES, 2))
     folders(tmp_path / "Kaggle/Testing", dict.fromkeys(CLASSES, 1))
     folders(tmp_path / "alone/train", dict.fromkeys(CLASSES, 2))

@@ -1,5 +1,5 @@
-"""Students that several teachers teach: who teaches whom, what runs once, and what joins networks
-of other widths and patches."""
+"""Students with several teachers: who teaches whom, what is run only once, and what joins networks
+of different widths and patches."""
 
 import dataclasses
 import re
@@ -45,7 +45,7 @@ def section_of(name: str):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """The folder of an untrained meta model and of untrained teachers."""
+    """The folder of an untrained meta model and untrained teachers."""
     root = tmp_path_factory.mktemp("teachers")
     for seed, name in enumerate(("meta", *TEACHERS)):
         role = "meta" if name == "meta" else "teacher"
@@ -60,7 +60,7 @@ def root(tmp_path_factory):
 
 
 def taught(root, *names, table=(), phase="distill", **changes) -> Config:
-    """A run whose teachers are these."""
+    """A run with these teachers."""
     sources = SourcesConfig(
         meta=str(root / "meta"), teachers=tuple(str(root / name) for name in names)
     )
@@ -70,7 +70,7 @@ def taught(root, *names, table=(), phase="distill", **changes) -> Config:
 
 
 def taught_by_one(root) -> Config:
-    """The same with one teacher, as config.teacher."""
+    """The same with a single teacher, as config.teacher."""
     sources = SourcesConfig(meta=str(root / "meta"), teacher=str(root / "a"))
     return taught(root, sources=sources, teacher=section_of("a"))
 
@@ -80,7 +80,7 @@ def params_of(root, name):
 
 
 def arguments_of(config: Config, root):
-    """The training of a run, parameters for it, and the helpers of its sources."""
+    """A run's training, parameters for it, and the helpers from its sources."""
     training = describe(config, MESH)
     helpers = params_of(root, "meta") | load_teachers(config, training.helpers)[0]
     if "teacher" in training.helpers:
@@ -104,7 +104,7 @@ def targets_of(config: Config, root, by_hand):
 
 
 def loss_of(config: Config, root) -> float:
-    """The loss of a run's first step."""
+    """The loss in a run's first step."""
     training, params, helpers = arguments_of(config, root)
     task, rng = training.task(steps_per_epoch=10), np.random.default_rng(0)
     batch = {
@@ -116,7 +116,7 @@ def loss_of(config: Config, root) -> float:
 
 
 def module_logits(params, name, stage):
-    """By hand: the meta model with a stage of a teacher, between conversions of the tokens."""
+    """By hand: the meta model with one of a teacher's stages, between conversions of the tokens."""
     config = dataclasses.replace(PLAIN, teacher=section_of(name))
     meta, teacher = meta_network(config), teacher_network(config)
     section = config.teacher
@@ -213,7 +213,7 @@ def test_joining_trains_the_stitches_and_the_head_alone(root, joined):
     assert after["block_0/post_stitch/linear/kernel"].shape == (24, 16)
     assert len(stitches) == 2 * 4 and set(before) == set(after) - stitches
     assert all(np.array_equal(before[path], after[path]) for path in before)
-    assert np.any(after["block_0/pre_stitch/linear/bias"])  # which starts at 0
+    assert np.any(after["block_0/pre_stitch/linear/bias"])  # starts at 0
     training = describe(dataclasses.replace(joined, module="all"), MESH)
     paths = traverse_util.flatten_dict(jax.eval_shape(training.init, jax.random.key(0)), sep="/")
     trained = {path for path in paths if re.fullmatch(training.trainable, path)}
@@ -232,7 +232,7 @@ def test_joining_needs_the_section_of_the_network(root, joined, tmp_path):
 
 @pytest.fixture(scope="module")
 def run(root, joined, tmp_path_factory):
-    """A run of a student, taught by the joined module and another teacher's."""
+    """A run of a student taught by the joined module and by another teacher's."""
     del joined
     config, workdir = taught(root, "joined", "a", module="1"), tmp_path_factory.mktemp("run")
     optim = dataclasses.replace(config.optim, steps=24)  # an epoch has 22

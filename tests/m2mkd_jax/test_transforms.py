@@ -1,4 +1,4 @@
-"""The host's crops, flips and resizing: boxes by hand, and every place that a crop can have."""
+"""The host's crops, flips and resizing: boxes by hand, and every possible position of a crop."""
 
 import itertools
 
@@ -103,7 +103,7 @@ def test_random_crops_reach_every_edge_and_both_aspects():
 def test_a_crop_is_cut_out_before_it_is_resized():
     image = picture(0, 100, 110)
     rng = Scripted(np.array((0.0, 1.0, 0.5, 0.999)))
-    height, width = 26, 34  # of 880 pixels, 4 : 3
+    height, width = 26, 34  # 880 pixels, 4 : 3
     crop = np.asarray(image)[37 : 37 + height, 76 : 76 + width]
     want = Image.fromarray(crop).resize((40, 40), Image.Resampling.BICUBIC)
     found = transforms.random_resized_crop(image, rng, side=40)
@@ -111,7 +111,7 @@ def test_a_crop_is_cut_out_before_it_is_resized():
 
 
 def windows(pixels, padding):
-    """Every crop of the padded image, and then each of them mirrored."""
+    """Every crop of the padded image, followed by all of them mirrored."""
     side = len(pixels)
     padded = np.pad(pixels, ((padding, padding), (padding, padding), (0, 0)))
     places = range(2 * padding + 1)
@@ -137,7 +137,7 @@ def test_padded_crops_and_flips_reach_every_place_alike(channels):
 
 
 def test_nothing_is_done_that_is_not_asked_for():
-    pixels = np.asarray(picture(0, 32, 32))  # the largest that are not resized
+    pixels = np.asarray(picture(0, 32, 32))  # the largest size that is not resized
     transform = transforms.TrainTransform(32, AugmentConfig())
     rng = np.random.default_rng(0)
     for _ in range(20):
@@ -161,7 +161,7 @@ def test_randaugment_comes_last_and_with_its_settings(monkeypatch):
 
 
 def test_large_images_are_cropped_and_flipped_half_the_time():
-    """Columns rise from left to right, so that a mirrored crop falls."""
+    """Columns rise from left to right, so a mirrored crop falls."""
     ramp = np.broadcast_to(np.arange(80, dtype=np.uint8), (70, 80))[..., None]
     transform = transforms.TrainTransform(33, AugmentConfig(flip=True))
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""A V-MoE that starts as a dense ViT: it computes the same, and what was taken is on record."""
+"""A V-MoE initialised from a dense ViT: it computes the same, and what was taken is recorded."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ ONE = one_device()
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    """A workdir with a ViT of stages of 2, 1 and 1 blocks, and its parameters."""
+    """A workdir with a ViT whose stages have 2, 1 and 1 blocks, and its parameters."""
     config, workdir = tiny_config("assemble"), tmp_path_factory.mktemp("dense")
     params = {"teacher": fill(teacher_network(config).init)}
     checkpoint.write_params(workdir, params, unfreeze(config).to_dict())
@@ -34,7 +34,7 @@ def dense(tmp_path_factory):
 
 
 def config_of(source, *, depths=(1, 1, 2), **moe):
-    """A V-MoE of as many blocks in other stages, with experts in blocks 1 and 3."""
+    """A V-MoE with as many blocks in other stages, and experts in blocks 1 and 3."""
     moe = {"experts": EXPERTS, "chosen": 2} | moe
     sizes = SIZES | {"depths": depths, "moe_blocks": "1,3" if sum(depths) > 3 else "1"}
     return dataclasses.replace(
@@ -75,7 +75,7 @@ def test_an_upcycled_v_moe_computes_what_the_vit_does(dense):
     ],
 )
 def test_a_layer_s_gates_weigh_one_mlp(dense, moe, sums_to_one):
-    """y = sum(gates) MLP(x): what holds with any router that lets no token fall."""
+    """y = sum(gates) MLP(x), which holds for any router that drops no token."""
     source, params = dense
     config = config_of(source, **moe)
     network, found = start(config)

@@ -29,7 +29,7 @@ def nothing_trains(monkeypatch):
 
 
 def episodes(**changes):
-    """A config of two few-shot episodes."""
+    """A config with two few-shot episodes."""
     config = unfreeze(tiny_config("few_shot", optim=dataclasses.replace(OPTIM, batch=8)))
     config.few_shot.update(episodes=2, **changes)
     return config
@@ -38,7 +38,7 @@ def episodes(**changes):
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        # 6 steps in all, of 22 an epoch.
+        # 6 steps in all; an epoch has 22.
         (
             "recipes.distill.optim.warmup_epochs",
             1,
@@ -47,7 +47,7 @@ def episodes(**changes):
         ),
         (
             "recipes.few_shot.optim.batch",
-            64,  # of 40 images
+            64,  # there are 40 images
             r"batch=64 must be from 1 to 40",
         ),
         ("recipes.end_to_end.optim.batch", 1438, r"1438 must be from 1 to 1437"),
@@ -70,7 +70,7 @@ def test_a_pipeline_is_looked_through_first(tmp_path, path, value, said):
 
 
 def test_a_given_teacher_of_other_sizes_is_refused_first(tmp_path):
-    """The meta model would train for hours before it is looked at."""
+    """Otherwise the meta model would train for hours before the teacher is checked."""
     config = tiny_pipeline()
     other = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, width=24))
     shapes = jax.eval_shape(teacher_network(other).init, jax.random.key(0))

@@ -1,4 +1,4 @@
-"""Names of ViTs' and V-MoEs' tensors: exact in both directions, and clear about what does not
+"""Names of ViT and V-MoE tensors: exact in both directions, and clear errors for what does not
 fit."""
 
 import re
@@ -23,7 +23,7 @@ MIDDLE = vit_names.stage_table(1, Place.MIDDLE, heads=HEADS, experts=EXPERTS)
 
 
 def read(table, state, params):
-    """Parameters of the shapes of `params`."""
+    """Parameters in the shapes of `params`."""
     return tables.read(table, state, shapes=params, file="a.pth")[0]
 
 
@@ -85,7 +85,7 @@ def test_layouts_mean_the_same_products(vit_params):
 
 
 def fuse(state):
-    """The state of the middle student with one tensor for all experts."""
+    """The middle student's state with one tensor for all experts."""
     fused = {name: array for name, array in state.items() if ".experts." not in name}
     for tensor in ("htoh4.weight", "htoh4.bias", "h4toh.weight", "h4toh.bias"):
         each = [state[f"blocks.0.moe.experts.{e}.{tensor}"] for e in range(EXPERTS)]
@@ -105,7 +105,7 @@ def test_fused_experts_are_read_as_well(vmoe_params):
 
 @pytest.fixture(scope="module")
 def many_experts():
-    """A block of eleven experts, whose numbers sort otherwise as text."""
+    """A block with eleven experts, whose numbers sort differently as text."""
     config = vmoe.VMoEConfig(**SIZES | {"depths": (1,)}, moe=MoeConfig(experts=11))
     return random_params(vmoe.build(config, IMAGES, stitch_width=None))["stage_0"]
 
@@ -250,8 +250,8 @@ def test_a_table_claims_the_tensors_of_its_networks(vit_params, vmoe_params):
         f"{name} has no place" for name in sorted(dense) if not name.startswith("blocks.")
     ]
     del dense["blocks.0.norm1.bias"]
-    assert tables.misfits(plain, dense) == []  # other blocks have it
-    del dense["head.bias"]  # a file may be without a head
+    assert tables.misfits(plain, dense) == []  # it is in other blocks
+    del dense["head.bias"]  # a file may have no head
     assert tables.misfits(plain, dense) == []
     del dense["norm.bias"]
     assert tables.misfits(plain, dense | {"fc_norm.weight": None}) == [
@@ -261,5 +261,5 @@ def test_a_table_claims_the_tensors_of_its_networks(vit_params, vmoe_params):
 
 
 def fuse_all(state):
-    """The names alone of the state with fused experts."""
+    """Only the names of the state with fused experts."""
     return {re.sub(r"experts\.\d+\.", "experts.", name) for name in state}

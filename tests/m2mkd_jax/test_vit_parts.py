@@ -1,5 +1,5 @@
-"""Files of DeiT III, DINOv2, SigLIP and their like: every part is read where it is there, its
-absence is no part, and the way back is the same tensors."""
+"""Files of DeiT III, DINOv2, SigLIP and the like: every part is read if present and omitted if not,
+and writing returns the same tensors."""
 
 import dataclasses
 import json
@@ -56,7 +56,7 @@ POOL = make(
     }
 )
 PATCHES = make({"pos_embed": (1, 4, WIDTH)})
-# A file: what it has beside the tensors of a DeiT, what it is without, and the fields that say so.
+# File -> tensors it has in addition to a DeiT's, those it lacks, and the fields that say so.
 FILES = {
     "deit": ({}, (), {}),
     "deit_iii": (
@@ -101,7 +101,7 @@ def tensors_of(name):
 
 
 def read(path, given=(), **fields):
-    """As the command reads a file without --config."""
+    """Reads a file like the command does without --config."""
     source = pretrained.find_source(pretrained.read_files(path))
     inferred = pretrained.infer_config(source, given)
     teacher = dataclasses.replace(inferred.config.teacher, **fields)
@@ -200,7 +200,7 @@ def test_a_field_that_is_not_the_file_s_is_named(tmp_path, name, field, value, t
 def test_a_table_that_fits_two_grids_is_said_to_be_assumed(tmp_path):
     file = tmp_path / "a.safetensors"
     write_tensors(file, tensors_of("registers_with_positions"))
-    inferred, _ = read(file)  # 9 rows are also those of 3 x 3 patches alone
+    inferred, _ = read(file)  # 9 rows could also be just 3 x 3 patches
     assert inferred.assumed["config.teacher.positions"] == "all"
     state = tensors_of("registers_with_positions")
     folder = timm_folder(tmp_path / "timm", state, model_args={"no_embed_class": True})

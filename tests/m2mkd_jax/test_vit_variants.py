@@ -1,4 +1,4 @@
-"""ViTs with registers, layer scale, no class token and other poolings, worked out by hand."""
+"""ViTs with registers, layer scale, no class token and other pooling, worked out by hand."""
 
 import dataclasses
 import functools
@@ -20,8 +20,8 @@ from common_jax.mesh import match_rules
 from m2mkd_jax.models import encoder, vit, vmoe
 from m2mkd_jax.models.positions import resize_positions, resize_weights, resizer
 
-# Parameters that a variant has and the plain one has not, by their paths without the stage, and
-# those of other shapes; width 16, heads 2 of 8, hidden 32.
+# Parameters that a variant adds or removes compared with the plain ViT (paths without the stage),
+# and those whose shape changes; width 16, heads 2 of 8, hidden 32.
 POOL = {
     "pool/probe": (1, 1, 16),
     "pool/attention/query/kernel": (16, 2, 8),
@@ -38,7 +38,7 @@ POOL = {
     "pool/mlp/down/bias": (16,),
 }
 SCALES = {"block_0/scale1": (16,), "block_0/scale2": (16,)}
-CHANGES = {  # None: not there
+CHANGES = {  # None: removed
     "plain": {},
     "deit_iii": SCALES | {"pos_embed": (1, 4, 16)},
     "dinov2": SCALES,
@@ -74,7 +74,7 @@ PLAIN = {
     "head/bias": (5,),
 }
 
-# Of timm's models with 1,000 labels.
+# Parameter counts of timm's models with 1,000 labels.
 PARAMETERS = {
     "deit3_small_patch16_224": 22_059_496,
     "deit3_small_patch16_384": 22_205_416,
@@ -116,7 +116,7 @@ def norm(x, params):
 
 @functools.cache
 def applied(name):
-    """Parameters of a variant, its logits of `images()`, and what its last stage recorded."""
+    """A variant's parameters, its logits for `images()`, and what its last stage records."""
     network = build(name)
     params = fill(network.init)
     return params, *apply(network, params, images())
@@ -142,7 +142,7 @@ def test_parameters_start_as_timm_s():
 
 
 def test_the_plain_one_starts_and_computes_as_it_did():
-    # Numbers of the network before it had variants.
+    # Outputs of the network from before it had variants.
     network = vit.build(vit.ViTConfig(depths=(1, 2), **SIZES), IMAGES)
     params = jax.jit(network.init)(jax.random.key(0))
     first = {path: float(leaf.ravel()[0]) for path, leaf in flatten(params).items()}
@@ -195,7 +195,7 @@ NUMPY = {
 
 
 def attention_pool(params, patches, activation):
-    """SigLIP's head, an example and a head at a time."""
+    """SigLIP's head, one example and one head at a time."""
     pooled, attention = np.zeros((len(patches), patches.shape[-1])), params["attention"]
     one, two = attention["query"], attention["key_value"]
     for b, tokens in enumerate(patches):
@@ -281,7 +281,7 @@ def test_eight_devices_compute_what_one_does(name):
 
 
 def test_layer_scale_is_alike_recomputed_and_in_a_loop():
-    # Rates below a half drop nothing where the draw is at 0.5, whatever is drawn in a loop.
+    # With the draw at 0.5, rates below one half drop nothing, whatever is drawn in a loop.
     with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
         real = encoder.drop_path
         patch.setattr(encoder, "drop_path", lambda x, u, rate: real(x, 0 * u + 0.5, rate))
@@ -304,7 +304,7 @@ def test_layer_scale_is_alike_recomputed_and_in_a_loop():
             scale = float(np.abs(one).max())
             np.testing.assert_allclose(other[path], one, rtol=0, atol=1e-12 * scale, err_msg=path)
     assert np.any(gradients["stage_0/block_0/scale1"])
-    # The last block drops both of its branches, and so learns nothing of their scales.
+    # The last block drops both of its branches, so their scales get no gradient.
     assert not np.any(gradients["stage_1/block_1/scale1"])
 
 
@@ -360,7 +360,7 @@ def test_experts_compute_the_exact_gelu_alone():
 
 
 def test_tokens_of_a_network_with_other_leading_tokens_are_refused():
-    # Of a network with one leading token, whose second and third are patches.
+    # From a network with one leading token, whose second and third tokens are patches.
     network = build("registers_gap", depths=(1, 1))
     params, tokens = fill(network.init), jnp.zeros((2, 5, 16))
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""ViTs with the tensors of timm's compute what timm's compute, as the converter reads them."""
+"""ViTs with timm's tensors compute what timm's do, as the converter reads them."""
 
 import dataclasses
 import functools
@@ -18,13 +18,13 @@ from m2mkd_jax.pretrained.kinds import KINDS
 from m2mkd_jax.pretrained.reading import File, Source
 
 WITH_TIMM = [name for name, (_, arguments) in VARIANTS.items() if arguments is not None]
-ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh"}  # classes of timm's
-# Fields that nothing in a folder of timm's says, and that a network like CLIP's must be given.
+ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh"}  # timm's classes -> our names
+# Fields that timm's folders do not state, and that must be given for a CLIP-like network.
 GIVEN = ("teacher.norm_eps", "teacher.activation", "data.mean", "data.std")
 
 
 def write_folder(folder, state, arguments):
-    """What timm's push_to_hf_hub makes."""
+    """A folder like the ones timm's push_to_hf_hub writes."""
     folder.mkdir()
     write_tensors(folder / "model.safetensors", state)
     about = {"architecture": "of_no_published_name", "model_args": arguments}
@@ -79,7 +79,7 @@ def test_timm_s_pretrained_vits_are_read_by_their_names(name):
     sizes, side = vit.variant(name)
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=1000)
-    state = {  # which take no memory
+    state = {  # takes no memory
         key: np.broadcast_to(np.float32(0), tuple(tensor.shape))
         for key, tensor in model.state_dict().items()
     }

@@ -1,4 +1,4 @@
-"""Zips whose central directory says other things than are there, byte by byte."""
+"""Zips whose central directory disagrees with their content, byte by byte."""
 
 import dataclasses
 import io
@@ -15,7 +15,7 @@ from common_jax.inputs import BadExample, train_batches
 from m2mkd_jax.data.sources import DataConfig, load_source
 
 NAMES = ("train/ant/0.png", "train/ant/1.png", "train/bee/0.png", "train/bee/1.png")
-SIZE, PACKED_SIZE, FLAGS, OFFSET, NAME = 24, 20, 8, 42, 46  # places in a central directory's entry
+SIZE, PACKED_SIZE, FLAGS, OFFSET, NAME = 24, 20, 8, 42, 46  # offsets in a central directory's entry
 
 
 def png(value):
@@ -32,7 +32,7 @@ def make(path, names=NAMES):
 
 
 def change(path, number, place, content):
-    """Overwrites bytes of the `number`-th entry of the central directory."""
+    """Overwrites bytes in the `number`-th entry of the central directory."""
     whole, at = bytearray(path.read_bytes()), -1
     for _ in range(number + 1):
         at = whole.index(b"PK\x01\x02", at + 1)
@@ -49,7 +49,7 @@ def load(path, labels=2, **settings):
     return load_source(config, "train")
 
 
-TIMES = struct.pack("<HHBll", 0x5455, 9, 3, 1, 2)  # extra fields as Info-ZIP writes them
+TIMES = struct.pack("<HHBll", 0x5455, 9, 3, 1, 2)  # extra fields as written by Info-ZIP
 OWNER = struct.pack("<HHBBlBl", 0x7875, 11, 1, 4, 0, 4, 0)
 LONG = struct.pack("<HH", 0x7777, 300) + bytes(300)
 
@@ -65,7 +65,7 @@ LONG = struct.pack("<HH", 0x7777, 300) + bytes(300)
     ids=["as_by_zip", "long", "listed_alone"],
 )
 def test_extra_fields_and_folders_move_no_image(tmp_path, local, listed, copied):
-    """The field before a member's content is of another length than the one in the directory."""
+    """The extra field before a member's content differs in length from the one in the directory."""
     path = tmp_path / "set.zip"
     names = ("train/", "train/ant/", *NAMES[:2], "train/bee/", *NAMES[2:], "val/", "val/ant/0.png")
     with zipfile.ZipFile(path, "w") as archive:
@@ -94,7 +94,7 @@ def test_a_split_is_a_whole_name_and_may_be_a_path(tmp_path):
 
 
 def test_what_macos_adds_is_no_class(tmp_path):
-    """In a zip of CLASS/ alone it lies beside the classes."""
+    """In a zip of bare CLASS/ folders, it lies next to the classes."""
     make(tmp_path / "train.zip", ("ant/0.png", "__MACOSX/0.png", "__MACOSX/ant/0.png"))
     source = load(tmp_path, labels=1)
     assert source.label_names == ("ant",) and source.files.names == ("ant/0.png",)
@@ -145,8 +145,8 @@ def test_a_damaged_name_hides_no_image(tmp_path, content):
 def test_an_entry_that_swallows_the_next_is_refused(tmp_path):
     whole = make(tmp_path / "set.zip").read_bytes()
     first = whole.index(b"PK\x01\x02")
-    entry = whole.index(b"PK\x01\x02", first + 1) - first  # all are of one length
-    path = change(tmp_path / "set.zip", 2, 32, struct.pack("<H", entry))  # as a comment
+    entry = whole.index(b"PK\x01\x02", first + 1) - first  # all have the same length
+    path = change(tmp_path / "set.zip", 2, 32, struct.pack("<H", entry))  # turned into a comment
     with pytest.raises(ValueError, match=r"set\.zip.*3 of its 4 members are listed"):
         load(path)
 
