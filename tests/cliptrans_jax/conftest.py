@@ -1,4 +1,4 @@
-"""Fixtures of several test files."""
+"""Fixtures shared by several test files."""
 
 import pytest
 from tiny_cliptrans import write_corpus

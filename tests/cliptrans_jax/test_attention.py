@@ -16,7 +16,7 @@ def test_attention_over_kept_keys_computes_its_formula():
     visible[..., 0] = True
     split = [jnp.asarray(x.reshape(2, -1, 2, 3), "f4") for x in (query, keys, values)]
     memory = tuple(x.swapaxes(1, 2) for x in split[1:])
-    for mask in (visible, visible[:, :, :1]):  # each query its own, or all the same
+    for mask in (visible, visible[:, :, :1]):  # a mask per query, or one for all
         found = attention.attend(split[0], memory, jnp.asarray(mask))
         for row in range(2):
             wanted = naive.attend(query[row], keys[row], values[row], mask[row, 0], heads=2)
@@ -24,7 +24,7 @@ def test_attention_over_kept_keys_computes_its_formula():
 
 
 def test_scores_of_half_precision_are_not_rounded():
-    # 49.88 and 50.10, both 50 in bfloat16.
+    # 49.88 and 50.10, which are both 50 in bfloat16.
     query, keys = 7.0625, np.array([7.0625, 7.09375])
     parts = [jnp.asarray(x, jnp.bfloat16) for x in ([[[[query]]]], [[keys[:, None]]])]
     values = jnp.asarray([[[[0.0], [1.0]]]], jnp.bfloat16)

@@ -1,4 +1,4 @@
-"""Settings that tensors do not show are read from JSON files, taken from flags, or listed as
+"""Settings that the tensors do not show are read from JSON files, taken from flags, or listed as
 assumed: activation, heads and epsilons of towers, and the base of an M-CLIP."""
 
 import copy
@@ -67,7 +67,7 @@ CLIP = {
 
 
 def open_clip_folder(folder, content, *, name="open_clip_model.safetensors"):
-    """OpenCLIP's weights, under OpenAI's names, and what stands beside them."""
+    """OpenCLIP's weights, under OpenAI's names, and the files that come with them."""
     folder.mkdir()
     write_tensors(folder / name, make_tensors("clip_text", TEXT, layout=1))
     if content is not None:
@@ -90,7 +90,7 @@ def test_open_clip_says_its_activation(tmp_path):
 
 
 def test_an_image_tower_under_openai_s_names_is_read(tmp_path):
-    """The numbers of Hugging Face's file of the same tower, renamed by hand."""
+    """The tensors of Hugging Face's file for the same tower, renamed by hand."""
     params = make_params(kinds.KINDS["clip_vision"][0], VISION)
     tensors = {
         "visual.class_embedding": params["class_token"],
@@ -135,7 +135,7 @@ def test_an_image_tower_under_openai_s_names_is_read(tmp_path):
     )
     assert_same(found.params, params)
     assert pretrained.load(folder, kind="clip_text").config.activation == "gelu"
-    # Of a bare file shapes tell all but heads and epsilon.
+    # In a bare file, shapes tell everything except heads and epsilon.
     file = tmp_path / "vit.safetensors"
     write_tensors(file, tensors)
     found = pretrained.load(file, activation="quick_gelu")
@@ -178,7 +178,7 @@ def test_an_activation_that_nothing_says_is_asked_for(tmp_path, caplog):
     assert found.config == dataclasses.replace(OPENAI_TEXT, activation="gelu")
     assert dict(found.account.assumed) == {"heads": "2", "eps": "1e-05"}
     assert "epoch_32.pt does not say, so assumed: heads=2, eps=1e-05" in caplog.text
-    # Hugging Face's names are OpenAI's and OpenCLIP's alike, too, where their config.json is lost.
+    # Without its config.json, a file with Hugging Face's names may be OpenAI's or OpenCLIP's too.
     write_tensors(tmp_path / "tower.safetensors", make_tensors("clip_vision"))
     with pytest.raises(
         ValueError, match=r"tower\.safetensors does not say .* put its config\.json"
@@ -193,7 +193,7 @@ def test_openai_s_files_say_it_by_their_modules_or_their_name(tmp_path, caplog):
     found = pretrained.load(tmp_path / "ViT-B-32.pt")
     assert found.config == OPENAI_TEXT
     assert dict(found.account.assumed)["activation"] == "'quick_gelu'"
-    # A TorchScript archive under any name: modules by their classes.
+    # A TorchScript archive under any name: modules are identified by class.
     storages, root = {}, {}
     for name, held in state_dict(tensors, storages).items():
         *path, last = name.split(".")
@@ -217,8 +217,8 @@ def test_openai_s_files_say_it_by_their_modules_or_their_name(tmp_path, caplog):
     assert "activation='quick_gelu', from its QuickGELU modules" in caplog.text
     with pytest.raises(ValueError, match=r"mine\.pt has QuickGELU modules, but .*='gelu'"):
         pretrained.load(path, activation="gelu")
-    # What a file is tells its content: modules are found under no suffix, and looked for in no
-    # safetensors that go by PyTorch's.
+    # The content decides what a file is: modules are found under any suffix, and not looked for in
+    # safetensors with PyTorch's suffix.
     path.rename(tmp_path / "mine")
     assert pretrained.load(tmp_path / "mine").config == OPENAI_TEXT
     write_tensors(tmp_path / "bare.safetensors", tensors)
@@ -249,8 +249,7 @@ def test_an_open_clip_that_cannot_be_computed_is_named(tmp_path, change, message
 
 @pytest.mark.parametrize("side", ["text", "vision"])
 def test_the_older_sections_of_a_clip_are_read_as_hugging_face_reads_them(side):
-    """`text_config_dict` takes the place of `text_config`, with Hugging Face's defaults for what it
-    leaves out."""
+    """`text_config_dict` replaces `text_config`, with Hugging Face's defaults for missing keys."""
     older = {"hidden_size": 32, "num_attention_heads": 4, "hidden_act": "gelu"}
     hf = CLIP | {f"{side}_config_dict": older}
     read = {"text": clip_text_config, "vision": clip_vision_config}[side]
@@ -394,7 +393,7 @@ def test_an_mclip_made_from_a_folder_is_read_by_that_folder(tmp_path):
     about = {"modelBase": str(base), "transformerDimensions": 16, "numDims": 8}
     folder = write_folder(tmp_path / "mclip", about, make_tensors("mclip"))
     assert pretrained.load(folder).config == MCLIP
-    # Where its makers' folder is not here, the user's is taken.
+    # If the makers' folder does not exist here, the user's is used.
     about["modelBase"] = "/home/makers/xlmr"
     (folder / "config.json").write_text(json.dumps(about))
     with pytest.raises(ValueError, match=r"'/home/makers/xlmr' .*config\.sources\.clip_text_base"):

@@ -1,4 +1,4 @@
-"""The command line: every error is one message, before anything is written."""
+"""The command line: every error is a single message, before anything is written."""
 
 import dataclasses
 import logging
@@ -33,7 +33,7 @@ NO_PREFIX = "--config.model.mapper.prefix=0"
 
 @pytest.fixture(scope="module")
 def runs(corpus, tmp_path_factory):
-    """Workdirs as runs leave them, by name, their parameters fresh."""
+    """Workdirs as runs leave them, by name, with untrained parameters."""
     folder = epath.Path(tmp_path_factory.mktemp("runs"))
     plain = tiny_config("translate", corpus)
     mapper = dataclasses.replace(plain.model.mapper, prefix=0)
@@ -59,7 +59,7 @@ def argv(corpus, workdir, *flags, stage="translate"):
 
 
 def refusal(capsys, arguments) -> str:
-    """What the command says when it refuses: exit status 2 and one message."""
+    """The command's message when it refuses, with exit status 2."""
     with pytest.raises(SystemExit) as stop:
         app.run(main, DESCRIPTION, arguments)
     message = capsys.readouterr().err
@@ -70,8 +70,8 @@ def refusal(capsys, arguments) -> str:
 
 @pytest.fixture
 def refused(capsys, corpus, tmp_path):
-    """refused(flags, said, stage=, corpus=, kept=): the command refuses, says all of it, and writes
-    nothing, or at most what is `kept`."""
+    """refused(flags, said, stage=, corpus=, kept=): the command refuses, its message contains all
+    of `said`, and it writes nothing except what is in `kept`."""
 
     def check(flags, said, *, stage="translate", corpus=corpus, kept=None):
         workdir = tmp_path / "run"
@@ -159,7 +159,7 @@ def test_a_missing_file_of_a_language_is_named(refused, corpus, tmp_path):
     copied = shutil.copytree(corpus, tmp_path / "copied")
     (copied / "raw" / f"{TEST}.de").unlink()
     said = [f"{copied}/raw/{TEST}.de", f"'{TEST}' has the languages en"]
-    refused([NO_PREFIX], said, corpus=copied)  # although the test set is needed last
+    refused([NO_PREFIX], said, corpus=copied)  # although the test set is only needed at the end
 
 
 def test_files_of_different_lengths_are_named_with_their_counts(refused, corpus, tmp_path):
@@ -234,7 +234,7 @@ def test_a_mapper_is_not_left_behind_unnoticed(refused, runs):
 
 
 def test_a_tokenizer_of_a_start_that_came_to_nothing_is_replaced(runs, corpus, tmp_path):
-    """It would otherwise refuse the corrected command as one of another config."""
+    """Otherwise it would refuse the corrected command, as a tokenizer of another config."""
     config, workdir = tiny_config("clip", corpus), epath.Path(tmp_path)
     tokenizer = dataclasses.replace(config.tokenizer, vocab=290)
     for one in (dataclasses.replace(config, tokenizer=tokenizer), config):

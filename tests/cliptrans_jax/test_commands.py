@@ -1,4 +1,4 @@
-"""The commands that use a trained run: scores, translations, vectors and folders for others."""
+"""The commands that use a trained run: scores, translations, vectors and exported folders."""
 
 import dataclasses
 import io
@@ -33,7 +33,7 @@ from common_jax.workdir import write_json
 
 @pytest.fixture(scope="module")
 def pipeline(corpus, tmp_path_factory):
-    """The workdir of a pipeline of two runs, their parameters fresh."""
+    """The workdir of a pipeline of two runs, with untrained parameters."""
     folder = epath.Path(tmp_path_factory.mktemp("pipeline"))
     config = tiny_config("translate", corpus)
     sources = dataclasses.replace(config.sources, clip=str(folder / "clip"))
@@ -45,20 +45,20 @@ def pipeline(corpus, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(pipeline):
-    """The model of the pipeline, which translates 8 sentences at a time."""
+    """The pipeline's model, which translates 8 sentences at a time."""
     mesh = make_mesh(MeshConfig())
     return loading.load_finished(find(pipeline).with_batch(8, mesh), mesh=mesh)
 
 
 @pytest.fixture
 def loaded(model, monkeypatch):
-    """Commands find the model loaded, and compiled, already."""
+    """Commands find the model already loaded and compiled."""
     monkeypatch.setattr(loading, "load_finished", lambda run, mesh: model)
 
 
 @pytest.fixture
 def call(capsys):
-    """call(command, *arguments): what it prints on standard output."""
+    """call(command, *arguments): returns its standard output."""
 
     def run(*arguments):
         assert dispatch("cliptrans", COMMANDS, [str(x) for x in arguments]) == 0
@@ -88,7 +88,7 @@ def test_commands_are_listed_without_jax():
     assert printed.stdout.split() == [*COMMANDS, "False"], printed.stderr
 
 
-# Translation.
+# translate
 
 
 def test_lines_of_a_file_stay_in_their_order(call, pipeline, model, corpus, tmp_path):
@@ -204,7 +204,7 @@ def test_another_pair_leaves_the_ids_of_a_trained_tokenizer(refusal, pipeline):
     assert "config.languages=('en', 'de') must include the pair" in message
 
 
-# Scores.
+# evaluate
 
 
 def test_a_run_is_scored_on_any_split(call, pipeline, model, corpus, tmp_path):
@@ -228,7 +228,7 @@ def test_scores_are_printed_without_a_folder(call, pipeline):
     assert sorted(path.name for path in (pipeline / "translate").iterdir()) == before
 
 
-# Vectors.
+# features
 
 
 def test_sentences_and_pictures_share_one_file(call, pipeline, corpus, tmp_path):
@@ -242,7 +242,7 @@ def test_sentences_and_pictures_share_one_file(call, pipeline, corpus, tmp_path)
     names = [f"{tmp_path}/lines.txt, line {2 * i + 1}" for i in range(5)]
     assert found["names"].tolist() == [*names, *map(str, files)]
     assert found["texts"].tolist() == [*english, *[""] * 5]
-    run = find(pipeline)  # whose towers are those of the first run
+    run = find(pipeline)  # its towers are those of the first run
     text, image = text_tower(run, mesh), image_tower(run, mesh)
     expected = text.encode(text.tokenizer.encode(english, None), mesh=mesh)
     np.testing.assert_allclose(found["features"][:5], expected, rtol=1e-4, atol=1e-5)
@@ -265,7 +265,7 @@ def test_vectors_need_something_to_read(refusal, pipeline, tmp_path):
     assert not (tmp_path / "x.npz").exists()
 
 
-# Folders for others.
+# export
 
 
 @pytest.fixture(scope="module")
@@ -362,7 +362,7 @@ def test_transformers_computes_the_same(exported, model):
     )
     assert not any(report.values()), report
     ids = transformers.AutoTokenizer.from_pretrained(folder)(["a red square"])["input_ids"]
-    labels = np.array([[5, 6, 7, 2]])  # which the decoder reads shifted to the right
+    labels = np.array([[5, 6, 7, 2]])  # the decoder reads them shifted right
     with torch.no_grad():
         decoder = torch.tensor([[2, 5, 6, 7]])
         expected = theirs.eval()(torch.tensor(ids), decoder_input_ids=decoder).logits.numpy()

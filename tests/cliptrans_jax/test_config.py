@@ -39,7 +39,7 @@ def test_what_networks_compute_in():
 
 
 def sized(*, positions=32, prefix=4, max_length=None, new_tokens=8, vocab=300, **changes):
-    """A config of a model of some positions; sentences are cut at `max_length`."""
+    """A config of a model with some positions; sentences are cut at `max_length`."""
     config = tiny_config("translate", None)
     mbart = dataclasses.replace(config.model.mbart, positions=positions, vocab=vocab)
     mapper = dataclasses.replace(config.model.mapper, prefix=prefix)
@@ -71,7 +71,7 @@ def test_sentences_are_as_long_as_tokenizer_and_positions_allow(sizes, limit):
     ("fits", "longer"),
     [
         ({"max_length": 28}, {"max_length": 29}),
-        ({"new_tokens": 27}, {"new_tokens": 28}),  # and the start token
+        ({"new_tokens": 27}, {"new_tokens": 28}),  # plus the start token
         ({"max_length": 28}, {"max_length": 28, "prefix": 5}),
         ({"max_length": 28, "positions": 32}, {"max_length": 28, "positions": 31}),
     ],
@@ -113,7 +113,7 @@ def test_languages_are_the_pair_unless_more_are_known():
 
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_parity_is_written_into_the_fields(accumulate):
-    """Adam of summed gradients is Adam of their mean with a smaller epsilon."""
+    """Adam on summed gradients is Adam on their mean with a smaller epsilon."""
     config = sized(parity=True)
     optim = dataclasses.replace(config.optim, batch=8, accumulate=accumulate, eps=1e-6)
     found = dataclasses.replace(config, optim=optim).apply_parity()

@@ -1,4 +1,4 @@
-"""Every shipped config of CLIPTrans can be frozen, planned and built, without a step."""
+"""Every shipped CLIPTrans config can be frozen, planned and built, without taking a step."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from common_jax.run_config import Due
 FOLDER = pathlib.Path(__file__).parents[2] / "configs" / "cliptrans"
 FILES = {path.stem: path for path in sorted(FOLDER.glob("*.py"))}
 PAIRS = ("es_fr", "en_ro", "en_fr", "en_es", "en_de", "en_af", "de_es")
-# File: the stages that it has beside "evaluate", and what else can be said after the stage.
+# File -> the stages that it has besides "evaluate", and the further arguments it accepts.
 STAGES_OF = {
     "emoji": ("pipeline", "clip", *TRANSLATION_STAGES),
     "multi30k": ("pipeline", "caption", "text_recon", "translate", "triplet"),
@@ -77,7 +77,7 @@ def test_every_file_is_looked_at():
 
 @functools.cache
 def build(model):
-    """Shapes of a model's parameters and of its logits, with two layers of those that are alike."""
+    """Shapes of a model's parameters and logits, with two of the identical layers."""
     few = dataclasses.replace(model.sizes, encoder_layers=2, decoder_layers=2)
     translator = Translator(dataclasses.replace(model, **{model.translator: few}))
     params = jax.eval_shape(translator.init, jax.random.key(0))
@@ -89,7 +89,7 @@ def build(model):
 
 
 def check(config: Config) -> None:
-    """Holds that a stage can be run."""
+    """Checks that a stage can be run."""
     config = config.apply_parity()
     config.optim.total_steps(steps_per_epoch=100)
     if config.stage == "clip":
@@ -126,7 +126,7 @@ def test_a_tenth_of_every_stage_has_a_config(name):
             recipes = [(whole.recipes[key], short.recipes[key]) for key in whole.recipes]
         for before, after in recipes:
             ratio = after.optim.total_steps(100) / before.optim.total_steps(100)
-            assert 0.05 < ratio <= 0.2  # an epoch of 5 is the least
+            assert 0.05 < ratio <= 0.2  # at least an epoch out of 5
             after.optim.check_warmup(100)
 
 

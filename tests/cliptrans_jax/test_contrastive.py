@@ -32,7 +32,7 @@ def config_of(*, root=None, dropout=0.5, **changes):
 
 
 class Keyed(nn.Module):
-    """A tower whose parameter is the key that it is drawn by."""
+    """A tower whose parameter is the key that it is initialised with."""
 
     config: object
     dtype: object
@@ -115,7 +115,7 @@ def test_training_draws_a_language_and_a_picture_of_the_example():
     assert all(codes.count(code) > 15 for code in range(3)) and set(codes) == {0, 1, 2}
     assert len({one["image"].tobytes() for one in found}) == 90
     assert {one["ids"].shape for one in found} == {(LENGTH,)}
-    # The picture does not tell which language was drawn.
+    # The picture does not show which language was drawn.
     bright = np.array([one["image"].mean() for one in found])
     assert abs(np.corrcoef(bright, codes)[0, 1]) < 0.4
 
@@ -136,7 +136,7 @@ def test_pairs_are_pictures_with_their_names_in_the_known_languages(corpus, tmp_
     for index in range(6):
         one = pairs[index]
         assert [tokenizer.decode(ids) for ids in one["names"]] == [german[index], english[index]]
-        assert {int(ids[0]) for ids in one["names"]} == {0}  # no language
+        assert {int(ids[0]) for ids in one["names"]} == {0}  # no language code
         np.testing.assert_array_equal(one["image"], pictures[index])
     assert pairs.longest == max(len(ids) for names in pairs.names.values() for ids in names)
 
@@ -186,7 +186,7 @@ def test_a_run_trains_on_one_split_and_validates_on_another(corpus, tmp_path, mo
     assert task.evaluators["val"]({}, {}, 3) == {"count": 3}
     assert seen["evaluated"] == [("multi30k val", 6), (f"multi30k {TEST}", 5)]
     assert seen["more"]["seed"] == 7
-    assert seen["dropout"] is None  # an evaluation drops nothing out
+    assert seen["dropout"] is None  # no dropout in evaluation
     assert task.evaluators[f"test_{TEST}"]({}, {}, 3) == {"count": 3}
     assert seen["programs"][0] is seen["programs"][1]  # compiled once for both sets
     assert f"test_{TEST}/accuracy" in task.shown

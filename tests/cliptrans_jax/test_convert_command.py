@@ -1,4 +1,4 @@
-"""The command that converts weights, on CLIPTrans' checkpoints: from shards to a workdir that a
+"""The command that converts weights, on CLIPTrans checkpoints: from shards to a workdir that a
 stage starts from, and back."""
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Corpora on disk: their layouts, alignment of their files, and errors for wrong files."""
+"""Corpora on disk: their layouts, how files are aligned, and errors for invalid files."""
 
 import dataclasses
 import gzip
@@ -37,7 +37,7 @@ def draw(folder, names=FILES, colours=COLOURS):
 
 
 def colours_of(images):
-    """Which of COLOURS each picture has."""
+    """The index in COLOURS of each picture."""
     return [
         int(np.argmax(np.asarray(images[i], int).mean(axis=(0, 1)))) for i in range(len(images))
     ]
@@ -137,7 +137,7 @@ def test_images_of_coco_that_are_nowhere_say_where_they_are_looked_for(tmp_path)
 
 
 def coco(root, *, below="annotations", **changes):
-    """Two images, with two captions and one."""
+    """Two images, one with two captions and one with a single caption."""
     record = {
         "images": [{"id": 7, "file_name": "1.jpg"}, {"id": 3, "file_name": "22.jpg"}],
         "annotations": [
@@ -334,7 +334,7 @@ def test_wit_leaves_rows_without_an_image_out_of_texts_and_images(tmp_path, capl
 
 def test_wit_believes_the_list_where_a_file_is_there_all_the_same(tmp_path):
     config = wit(tmp_path, unfetched="2, 0")
-    draw(tmp_path / "en_de/images")  # whatever bytes a failed download left
+    draw(tmp_path / "en_de/images")  # arbitrary bytes, as from a failed download
     corpus = load_corpus(config, "train", ("en",), with_images=True)
     assert corpus.texts == {"en": ENGLISH[1:2]} and colours_of(corpus.images) == [1]
 

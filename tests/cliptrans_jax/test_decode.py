@@ -1,4 +1,4 @@
-"""The beam search finds the same as a plain search without a cache."""
+"""The beam search returns the same as a plain search without a cache."""
 
 import dataclasses
 import functools
@@ -43,7 +43,7 @@ SCALES = (("kernel", 0.25), ("embedding", 0.75), ("bias", 0.3), ("scale", 1.0), 
 
 @functools.cache
 def model(kind):
-    """A translator, and parameters with which searches end early and late."""
+    """A translator, and parameters with which searches end early or late."""
     count, layout = PREFIXES[kind]
     config = ModelConfig(MBART, MapperConfig(prefix=count, features=4), PrefixConfig(layout))
     translator = Translator(config)
@@ -87,13 +87,13 @@ def search(kind, *arguments, **changes):
 
 @functools.cache
 def forward(kind):
-    """(features, source, ids) -> log-probabilities of what follows each id, for rows of ids that
-    start with START and end in pads; the decoder reads all of them at once."""
+    """(features, source, ids) -> log-probabilities of what follows each id. Rows of ids start with
+    START and end in pads; the decoder reads all positions at once."""
     translator, params = model(kind)
 
     def train(features, source, ids):
         # Training shifts its labels right and puts the last one, the end, first. No id attends to
-        # the ends after it that replace pads.
+        # the ends after it, which replace pads.
         labels = jnp.where(ids == PAD, END, ids)
         labels = jnp.concatenate([labels[:, 1:], jnp.full_like(ids[:, :1], END)], axis=1)
         return translator.train_logits(params, features, source, labels)
@@ -123,7 +123,7 @@ def plain_search(kind, features, source, language, config):
     """Beam search for one example, as a list of (score, ids), best first."""
 
     def follow(hypotheses):
-        """Log-probabilities of the tokens after each hypothesis."""
+        """Log-probabilities of the next tokens for each hypothesis."""
         rows = np.full((config.beams, LIMIT + 1), PAD, "int32")
         for row, (_, ids) in zip(rows, hypotheses, strict=True):
             row[: len(ids)] = ids
@@ -156,7 +156,7 @@ def plain_search(kind, features, source, language, config):
     return finished
 
 
-CASES = [  # every kind with either number of beams, and either with the default length penalty
+CASES = [  # every kind with both numbers of beams, and both with the default length penalty
     ("none", 1, True, 0.0),
     ("none", 5, False, 2.0),
     ("training", 1, False, 1.0),
@@ -204,7 +204,7 @@ def test_neither_other_examples_nor_pads_matter():
 @pytest.mark.parametrize("width", [7, 8, 12])
 def test_columns_of_pads_do_not_matter(width):
     features, source, language = inputs(model("training")[0])
-    assert np.any(source[:, -1] != PAD)  # so the encoder cannot leave a column out
+    assert np.any(source[:, -1] != PAD)  # so the encoder cannot skip a column
     wanted = search("training", features, source, language)
     padded = np.pad(source, ((0, 0), (0, width - source.shape[1])), constant_values=PAD)
     assert_same_hypotheses(search("training", features, padded, language), wanted)
@@ -213,7 +213,7 @@ def test_columns_of_pads_do_not_matter(width):
 def test_how_the_cache_grows_does_not_matter():
     arguments = inputs(model("none")[0])
     wanted = search("none", *arguments)
-    assert wanted.lengths.max() == LIMIT  # all parts are in use
+    assert wanted.lengths.max() == LIMIT  # all parts are used
     assert_same_hypotheses(search("none", *arguments, growth=3), wanted)
 
 
@@ -225,13 +225,13 @@ def test_a_cache_that_grows_in_parts_ends_with_room_for_every_step():
 
 @pytest.fixture(scope="module")
 def sixteen():
-    """Inputs of sixteen examples, and what three at a time get, which are never halved."""
+    """Inputs of sixteen examples, and the results in batches of three, which are never halved."""
     arguments = inputs(model("training")[0], batch=18)
     parts = [[x[i : i + 3] for x in arguments] for i in range(0, 18, 3)]
     found = [search("training", *part, beams=2, length_penalty=0.0) for part in parts]
     wanted = jax.tree.map(lambda *parts: np.concatenate(parts)[:16], *found)
     ends = np.sort(wanted.lengths.max(axis=1))
-    assert ends[7] < ends[11] < ends[15]  # halved twice, before the end
+    assert ends[7] < ends[11] < ends[15]  # halved twice before the end
     return tuple(x[:16] for x in arguments), wanted
 
 
@@ -288,7 +288,7 @@ def test_at_the_limit_the_end_is_forced_and_free(endless, limit):
     best = np.full((len(source), LIMIT + 1), PAD, "int32")
     best[:, :limit] = found.tokens[:, 0, :limit]
     assert (best[:, 1] == language).all()
-    forward.cache_clear()  # of what it compiled with the usual parameters
+    forward.cache_clear()  # drops what was compiled with the usual parameters
     steps = np.asarray(forward("none")(None, source, best))
     forward.cache_clear()
     chosen = np.take_along_axis(steps[:, :-1], best[:, 1:, None], axis=2)[:, :, 0]
@@ -307,7 +307,7 @@ TWO_BEAMS = settings(beams=2)
 
 @pytest.fixture(scope="module")
 def begun():
-    """A search, what it reads, its first state and the scores of the token after it."""
+    """A search, its inputs, its initial state and the scores of the next token."""
     translator, params = model("original")
     features, source, language = (None if x is None else jnp.asarray(x) for x in inputs(translator))
     steps = Search(translator, TWO_BEAMS)
@@ -343,7 +343,7 @@ def test_a_search_that_is_over_stays_as_it_is(begun):
         if int(state.length) < TWO_BEAMS.max_length:
             state, logits = step(state)
     lengths = state.finished.lengths.max(axis=1)
-    assert int(lengths.min()) < int(lengths.max())  # some were over before others
+    assert int(lengths.min()) < int(lengths.max())  # some finished before others
     assert len(over) == len(lengths)
 
 

@@ -1,4 +1,4 @@
-"""Steps of a search with two beams, worked out by hand; words have ids from 3 on."""
+"""Steps of a search with two beams, worked out by hand; words have ids from 3 up."""
 
 import functools
 
@@ -30,10 +30,10 @@ def one_step(config, *probabilities, scores=SCORES, ids=IDS, finished=(), done=F
     """The state of one example after a step, and the choice.
 
     Args:
-      probabilities: of each beam's continuations, by id.
-      scores: of the two hypotheses, whose probabilities are 0.6 and 0.4.
-      ids: of the two hypotheses.
-      finished: scores of what has ended, [START, 6].
+      probabilities: probabilities of each beam's continuations, by id.
+      scores: scores of the two hypotheses, whose probabilities are 0.6 and 0.4 by default.
+      ids: ids of the two hypotheses.
+      finished: scores of finished hypotheses, which are [START, 6].
       done: whether the search is over.
     """
 
@@ -74,7 +74,7 @@ def test_a_step_by_hand():
     assert int(state.length) == 4
     assert state.tokens[:, :5].tolist() == [[START, 5, 4, 3, PAD], [START, 5, 3, 3, PAD]]
     assert state.origins[:, 0].tolist() == [1, 0]
-    # The end counts for nothing in the length; start token and language code do.
+    # The end does not count towards the length; start token and language code do.
     np.testing.assert_allclose(state.finished.scores, [np.log(0.3) / 3**2, -np.inf], rtol=1e-5)
     assert state.finished.tokens[0].tolist() == [START, 5, 3] + [PAD] * 6
     assert state.finished.lengths[0] == 3
@@ -92,7 +92,7 @@ def test_an_end_that_is_not_among_the_best_is_dropped():
 @pytest.mark.parametrize(
     ("finished", "left"),
     [
-        ((-0.2, -0.5), [(-0.2, 2), (-0.4013, 3)]),  # log(0.3) / 3 and its place
+        ((-0.2, -0.5), [(-0.2, 2), (-0.4013, 3)]),  # log(0.3) / 3 and its index
         ((-0.2, -0.3), [(-0.2, 2), (-0.3, 2)]),
         ((-0.6, -0.7), [(-0.4013, 3), (-0.6, 2)]),
     ],
@@ -113,17 +113,17 @@ def test_of_equals_the_earlier_beam_and_the_smaller_id_come_first():
     ids = [[START, 5, 3, word] for word in (3, 4)]
     certain = [{END: 1.0}] * 2
     state, _ = one_step(TWO_BEAMS, *certain, ids=ids, scores=(-0.5, -1.0), finished=(-0.5 / 4,))
-    assert state.finished.lengths.tolist() == [2, 4]  # what ended first
+    assert state.finished.lengths.tolist() == [2, 4]  # the one that ended first
 
 
 @pytest.mark.parametrize(("worst", "over"), [(-0.115, True), (-0.125, False), (-np.inf, False)])
 def test_a_search_ends_when_nothing_open_can_be_better(worst, over):
-    """The best continuation, 0.34 of length 3, is worth log(0.34) / 9 = -0.1199."""
+    """The best continuation, 0.34 at length 3, scores log(0.34) / 9 = -0.1199."""
     rows = {3: 0.5, 4: 0.5}, {3: 0.85, 4: 0.15}
     state, _ = one_step(LONG_PENALTY, *rows, finished=(-0.01, worst))
     assert bool(state.done) is over
     state, _ = one_step(TWO_BEAMS, *rows, finished=(-0.01, worst))
-    assert bool(state.done) is (worst > -np.inf)  # early stopping asks for their number alone
+    assert bool(state.done) is (worst > -np.inf)  # early stopping needs only their number
 
 
 def test_a_search_that_is_over_reads_pads_and_takes_nothing():
@@ -144,7 +144,7 @@ def test_the_last_step_can_only_end():
 
 
 def test_the_best_of_many_tokens_are_those_of_top_k(monkeypatch):
-    """Equals included: scores are whole numbers."""
+    """Including ties: scores are integers."""
     monkeypatch.setattr(decode, "SPAN", 8)
     scores = np.random.default_rng(0).integers(0, 12, (3, 2, 500)).astype("float32")
     scores[0, 0, 5:] = -np.inf

@@ -1,4 +1,4 @@
-"""The embedded emoji: names, pictures, and no variants of test emoji in the training set."""
+"""The bundled emoji: names, pictures, and no variants of test emoji in the training set."""
 
 import collections
 import unicodedata
@@ -12,7 +12,7 @@ from cliptrans_jax.data.corpora import DataConfig, load_corpus
 from cliptrans_jax.data.corpus import Images
 from cliptrans_jax.data.emoji_set import LANGUAGES, SPLITS, base, groups, load_emoji, splits
 
-WHOLE = ("train", "val", "test")  # splits of whole groups, which have every emoji once
+WHOLE = ("train", "val", "test")  # splits of whole groups, which together have every emoji once
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_compositions_and_the_rest_are_the_training_split(corpora):
 def test_names_of_compositions_are_new_and_their_words_are_known(language):
     chosen, rest = (load_emoji(x, (language,)).texts[language] for x in ("compositions", "rest"))
     assert not set(chosen) & set(rest) and len(set(chosen)) == len(chosen)
-    if language in ("ja", "zh"):  # characters, for want of spaces
+    if language in ("ja", "zh"):  # by character, for lack of spaces
         chosen, rest = (["".join(name.split()) for name in names] for names in (chosen, rest))
         assert {letter for name in chosen for letter in name} <= set("".join(rest))
     else:

@@ -1,4 +1,4 @@
-"""Ids of large corpora, stored once: the same as without a file, whatever happens to the file."""
+"""Ids of large corpora are stored once: the same as without a file, whatever happens to it."""
 
 import dataclasses
 import logging
@@ -207,12 +207,12 @@ def test_two_processes_that_make_the_same_file_have_the_same_ids(tmp_path):
         assert other.communicate(timeout=120)[0] == f"{WANTED}\n"
     finally:
         other.kill()
-    assert as_lists(ids) == WANTED  # of a file that the other process has replaced
+    assert as_lists(ids) == WANTED  # from a file that the other process has replaced
     assert only(tmp_path / "features").name.endswith(".ids.npz")
 
 
 def other_process(root):
-    """Makes the ids while the test makes them."""
+    """Makes the ids while the test makes them too."""
     tokens.LARGE = len(SENTENCES)
 
     def cut(texts):

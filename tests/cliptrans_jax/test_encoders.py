@@ -26,7 +26,7 @@ DRAWN = {"a.png": "a red square", "b.png": "a blue cross", "c.png": "a green bar
 
 @dataclasses.dataclass(frozen=True)
 class Watched(FolderImages):
-    """Notes in `reads` which pictures are asked for."""
+    """Records in `reads` which pictures are read."""
 
     reads: list = dataclasses.field(default_factory=list)
 
@@ -70,7 +70,7 @@ def test_a_picture_of_several_examples_is_encoded_and_kept_once(tower, corpus, t
 
 
 def test_an_order_of_its_own_is_another_set(tower, corpus, tmp_path):
-    """The same pictures in another order, in the same folder of features."""
+    """The same pictures in another order, with the same features folder."""
     found = encode(tower, corpus, tmp_path / "features")
     names = NAMES[::-1]
     turned = dataclasses.replace(corpus, images=FolderImages(tmp_path, names), keys=names)
@@ -82,7 +82,7 @@ def test_a_process_that_reads_changes_nothing(tower, corpus, tmp_path):
     corpus.images.reads.clear()
     there = encode(tower, corpus, tmp_path / "there", workers=1)
     np.testing.assert_array_equal(here, there)
-    # The others are read here, too: for the fingerprint, and to pad a batch.
+    # The others are read here too: for the fingerprint, and to pad a batch.
     assert "a.png" not in corpus.images.reads
 
 
@@ -94,7 +94,8 @@ CONFIGS = {
     "mclip": MClipConfig(positions=ROOM + 2, **SIZES),
     "clip": ClipTextConfig(positions=ROOM, **SIZES),
 }
-# Tokens of sentences, frame included: the order by length, 1 4 3 0 5 2, is not its own inverse.
+# Token counts of sentences, special tokens included. The order by length, 1 4 3 0 5 2, is not its
+# own inverse.
 LENGTHS = (6, 3, 11, 4, 3, 9)
 TEXTS = {
     "en": ("4 5 6 7", "8", "9 10 11 12 13 14 15 16 17", "18 19", "20", "21 22 23 24 25 26 27"),
@@ -119,7 +120,7 @@ def numbers(bos=0, eos=2):
 
 def text_tower(kind):
     config, ids = CONFIGS[kind], jnp.zeros((1, 2), jnp.int32)
-    if kind == "clip":  # which looks for the largest id, its end
+    if kind == "clip":  # CLIP looks for the largest id, its end token
         params = fill(ClipText(config, jnp.float32).init, ids, None)["params"]
         return TextTower(config, params, numbers(bos=58, eos=59), jnp.float32)
     params = fill(MClip(config, jnp.float32).init, ids, ids > 0)["params"]
@@ -131,13 +132,13 @@ def ids_of(tower, language="en"):
 
 
 def padded(tower, ids, length=ROOM):
-    """Features of all of the sentences at once."""
+    """Features of all sentences at once."""
     apply = jax.jit(tower.apply)
     return np.asarray(apply(tower.params, pad(ids, length, pad_id=PAD)))
 
 
 class Sums(TextTower):
-    """A tower that adds up the words of a sentence, each by its place."""
+    """A tower that sums a sentence's words, each weighted by its position."""
 
     def apply(self, params, ids, *, dropout=None):
         weights = jnp.where(ids != PAD, params["place"][: ids.shape[1]], 0)
@@ -236,7 +237,7 @@ def test_text_features_are_of_sentences_framed_without_a_language(tmp_path):
 
 @pytest.fixture
 def fingerprints(monkeypatch):
-    """The fingerprints of features that are asked for; none is computed."""
+    """The fingerprints of the requested features; none are computed."""
     asked = []
 
     def cached(folder, name, fingerprint, compute):
@@ -248,7 +249,7 @@ def fingerprints(monkeypatch):
 
 
 def moved(tower):
-    """The tower with another number in one place."""
+    """The tower with one number changed."""
     params = jax.tree.map(lambda leaf: leaf, tower.params)
     first = jax.tree.leaves(params)[0]
     return dataclasses.replace(
@@ -291,7 +292,7 @@ def test_picture_features_are_kept_for_one_tower_and_one_set(tower, corpus, fing
     ]
     other = ("d.png", *NAMES[1:])
     draw("a green cross").save(tmp_path / "d.png")
-    # Another first, middle or last picture under the names that were there.
+    # Another first, middle or last picture under existing names.
     changed = [
         having(tuple("d.png" if place == at else x for place, x in enumerate(NAMES)))
         for at in (0, len(NAMES) // 2, len(NAMES) - 1)

@@ -1,4 +1,4 @@
-"""Features are equal on every mesh and host; a cache is only used for the same inputs."""
+"""Features are equal on every mesh and host; a cache is used only for the same inputs."""
 
 import dataclasses
 import io
@@ -33,7 +33,7 @@ WANTED = np.tanh(TEXT @ KERNEL + PARAMS["dense"]["bias"])
 
 
 class Examples:
-    """TEXT row by row; `broken` cannot be read."""
+    """The rows of TEXT; those in `broken` cannot be read."""
 
     arrays = None
 
@@ -91,7 +91,7 @@ def test_sharded_parameters_and_half_precision_give_float32():
 def test_examples_that_cannot_be_read_stop_it():
     with pytest.raises(ValueError, match=r"2 examples could not be read, .* number 3;"):
         encode_all(apply, PARAMS, batches(broken=(3, 9)), mesh=mesh_of(1))
-    # The last one looks like padding, unless it is known how many there are.
+    # The last one looks like padding, unless the number of examples is known.
     with pytest.raises(ValueError, match=f"got {SIZE - 1} examples of {SIZE}"):
         encode_all(apply, PARAMS, batches(broken=(SIZE - 1,)), mesh=mesh_of(1), size=SIZE)
 
@@ -157,7 +157,7 @@ def test_any_change_of_the_weights_gives_another_fingerprint():
     swapped[[0, 3]] = swapped[[3, 0]]
     turned[0, 0], turned[1, 1] = 0.5, -0.5
     turned_back = turned.copy()
-    turned_back[0, 0], turned_back[1, 1] = -0.5, 0.5  # two sign bits change places
+    turned_back[0, 0], turned_back[1, 1] = -0.5, 0.5  # two sign bits swap places
     bit = kernel.copy()
     bit.view(np.uint32)[4, 2] ^= 1
     variants = [
@@ -182,7 +182,7 @@ def test_any_change_of_the_weights_gives_another_fingerprint():
 
 
 def test_single_bits_and_swaps_never_go_unseen():
-    # All changes of one bit, and all swaps of two of 24 values that are close in their bits.
+    # All changes of a single bit, and all swaps of two out of 24 values with similar bits.
     values = np.float32(1) + np.arange(24, dtype=np.float32) * np.float32(2**-23)
     seen = {fingerprint({"x": values})}
     for i in range(24):
@@ -295,7 +295,7 @@ def half(path):
 
 
 def with_header(header, body=bytes(64)):
-    """Writes features with an npy header of any kind."""
+    """Writes features with any kind of npy header."""
 
     def spoil(path):
         text = header.encode().ljust(117) + b"\n"
@@ -364,7 +364,7 @@ def failing(*arguments, **settings):
 
 
 def numbers_of(folder, calls):
-    """The ids of a corpus that counts as large, and a call for every time they are made."""
+    """The ids of a corpus that counts as large; `calls` gets an entry each time they are made."""
     tokens.LARGE, tokenizer = 3, number_tokenizer(limit=6)
     corpus = Corpus("x", {"en": ("3 4", "5", "6")}, None, Numbered("x", 3))
     counted = dataclasses.replace(
@@ -376,13 +376,13 @@ def numbers_of(folder, calls):
 
 
 def two_hosts(port, host, folder):
-    """What each of two hosts of two devices does, with folders of their own."""
+    """What each of two hosts, with two devices each, does with its own folders."""
     jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=host)
     devices = sorted(jax.devices(), key=lambda device: (device.id % 2, device.process_index))
     assert [device.process_index for device in devices] == [0, 1, 0, 1]
     mesh = jax.make_mesh((2, 2, 1), ("data", "fsdp", "expert"), devices=devices)
     own = pathlib.Path(folder) / str(host)
-    cache.BROADCAST_BYTES = 5 * 4 * OUT  # so that the rows go to the other host in five parts
+    cache.BROADCAST_BYTES = 5 * 4 * OUT  # the rows go to the other host in five parts
     calls = []
 
     def compute():
@@ -406,7 +406,7 @@ def two_hosts(port, host, folder):
     np.testing.assert_array_equal(read, features)
     assert len(calls) == 3 and not read.flags.writeable and made.flags.writeable == (host == 1)
     assert numbers_of(shared, calls) == numbers_of(own, calls) == numbers_of(shared, calls)
-    assert len(calls) == (5 if host == 0 else 4)  # both see one of the files of the first host
+    assert len(calls) == (5 if host == 0 else 4)  # both see one of the first host's files
     sharding = NamedSharding(mesh, P(None, ("fsdp",)))
     whole = np.arange(12, dtype=np.float32).reshape(3, 4)
     split = jax.make_array_from_callback((3, 4), sharding, lambda index: whole[index])

@@ -1,4 +1,4 @@
-"""SigLIP 2's tokenizer: Gemma's pieces of lower-cased text, without a first token."""
+"""SigLIP 2's tokenizer: Gemma's pieces of lower-cased text, without a start token."""
 
 import json
 

@@ -1,4 +1,5 @@
-"""Published weights against Hugging Face's own loading of them, from the hub to the devices."""
+"""Published weights, compared with Hugging Face's own loading of them, from the hub to the
+devices."""
 
 import dataclasses
 import json
@@ -24,7 +25,7 @@ from cliptrans_jax.translators.mbart import MBart, MBartConfig
 from common_jax.mesh import MeshConfig, make_mesh, match_rules
 from common_jax.weights import table as tables
 
-# What mBART-50's config.json on the hub says of its network, and some of what it says otherwise.
+# What mBART-50's config.json on the hub says about its network, and some other keys.
 MBART50 = {
     "activation_dropout": 0.0,
     "activation_function": "gelu",
@@ -60,7 +61,7 @@ TARGET = np.array([[2, 5, 30, 21, 2], [2, 5, 11, 2, 1]])
 
 @pytest.fixture(scope="module")
 def reference():
-    """A small mBART of Hugging Face with a random number in every place."""
+    """A small Hugging Face mBART with random parameters."""
     return random_translator("MBart", config_json.mbart_hf_config(UNEVEN), spread=0.3)
 
 
@@ -125,7 +126,7 @@ def make_params():
 
 
 def hub(folder, fetched, *, files):
-    """Stands for the hub's client: keeps the patterns and fills a folder by them."""
+    """Stands in for the hub's client: records the patterns and fills a folder accordingly."""
 
     def snapshot_download(repo_id, allow_patterns):
         fetched.append((repo_id, allow_patterns))
@@ -165,7 +166,7 @@ def test_a_model_of_the_hub_is_fetched_only_when_asked(tmp_path, monkeypatch, fo
     assert len(asked) == {"safetensors": 1, "bin": 2}[form]
     assert all("config.json" in patterns for patterns in asked)
     assert not any(pattern[0] == "*" for patterns in asked for pattern in patterns)
-    pretrained.load(tmp_path / "there", fetch=True)  # which is here
+    pretrained.load(tmp_path / "there", fetch=True)  # already there
     assert len(fetched) == len(asked)
 
 
@@ -199,7 +200,7 @@ def test_each_device_is_given_only_its_part():
     half = {"a": {"b": jax.ShapeDtypeStruct((8,), jnp.bfloat16, sharding=here)}}
     source = np.arange(8, dtype=np.float32)
     moved = pretrained.place({"a": {"b": source}}, half)["a"]["b"]
-    source[:] = -1  # which they no longer depend on
+    source[:] = -1  # the result no longer depends on them
     assert moved.dtype == jnp.bfloat16
     np.testing.assert_array_equal(moved.astype(np.float32), np.arange(8))
     for params, message in (
@@ -264,7 +265,7 @@ def test_a_setting_that_cannot_be_computed_is_named(key, value):
 
 
 def randomize(torch, module):
-    """Random numbers in every parameter and every statistic, so that each of them shows."""
+    """Random numbers in every parameter and every statistic, so that each of them matters."""
     with torch.no_grad():
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             if tensor.is_floating_point():
@@ -275,7 +276,7 @@ def randomize(torch, module):
 
 
 def saved(model, folder):
-    """What Hugging Face writes of a model: its tensors, its config."""
+    """Saves a model the way Hugging Face does: its tensors and its config."""
     safetensors = pytest.importorskip("safetensors.numpy", reason=NO_TORCH)
     model.save_pretrained(folder, safe_serialization=True)
     tensors = safetensors.load_file(folder / "model.safetensors")

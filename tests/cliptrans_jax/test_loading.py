@@ -1,4 +1,4 @@
-"""A loaded model searches sentences and pictures with their own features."""
+"""A loaded model translates sentences and pictures with their own features."""
 
 import dataclasses
 import types
@@ -15,13 +15,13 @@ from cliptrans_jax.loading import LoadedModel
 
 PAD = 1
 NUMBERS = number_tokenizer(limit=9)
-# The order by length, the longest first, is 2 5 0 3 1 4: not its own inverse.
+# The order by length, longest first, is 2 5 0 3 1 4: not its own inverse.
 SENTENCES = ("4 5 6 7", "8", "9 10 11 12 13 14 15 16 17", "18 19", "20", "21 22 23 24 25 26 27")
 PICTURES = tuple(np.full((16, 16, 3), 40 * number, np.uint8) for number in range(6))
 
 
 class TextTower:
-    """Features that are the sum of a framed sentence."""
+    """Features are the sum of a sentence's ids, special tokens included."""
 
     tokenizer, longest, params = NUMBERS, 11, {"factor": np.float32(1)}
 
@@ -30,7 +30,7 @@ class TextTower:
 
 
 class ImageTower:
-    """Features that are the mean of a prepared picture."""
+    """Features are the mean of a prepared picture."""
 
     config, params = types.SimpleNamespace(image=8), {"factor": np.float32(2)}
 
@@ -42,7 +42,7 @@ class ImageTower:
 
 
 def loaded(**changes):
-    """A model whose search gives back what it is fed, and the batches that it was fed."""
+    """A model whose search returns its input, and the batches that it gets."""
     config = tiny_config("translate", None)
     decode = dataclasses.replace(config.decode, batch=4, bucket=6)
     config = dataclasses.replace(config, decode=decode, **changes)
@@ -64,7 +64,7 @@ def loaded(**changes):
 
 
 def framed(text):
-    """As the encoder reads it: cut to the tokenizer's limit."""
+    """The text as the encoder reads it, cut to the tokenizer's limit."""
     return " ".join([str(ENGLISH), *text.split()[:7], "2"])
 
 
@@ -94,7 +94,7 @@ def test_a_captioning_run_writes_captions_and_reads_no_words(stage):
     model, fed = loaded(stage=stage, caption_language="en")
     found = model.translate(SENTENCES[:2], pictures=PICTURES[:2])
     assert model.pair == ("en", "en")
-    assert [outputs[0].text for outputs in found] == [f"{ENGLISH} 2"] * 2  # the frame alone
+    assert [outputs[0].text for outputs in found] == [f"{ENGLISH} 2"] * 2  # only the special tokens
     assert {int(code) for batch in fed for code in batch["labels"][:, 0]} == {ENGLISH}
     wanted = [2 * prepare_picture(picture, 8)[..., 0].mean() for picture in PICTURES[:2]]
     assert [outputs[0].score for outputs in found] == pytest.approx(wanted, rel=1e-5)

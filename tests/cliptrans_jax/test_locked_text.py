@@ -33,7 +33,7 @@ SIZES = MClipConfig(
 
 
 def lock(config, *, text="tower"):
-    """The config with that text tower frozen."""
+    """The config with this text tower, frozen."""
     return dataclasses.replace(
         config,
         clip=dataclasses.replace(config.clip, lock_text=True),
@@ -44,7 +44,7 @@ def lock(config, *, text="tower"):
 
 @pytest.fixture
 def tower(monkeypatch):
-    """The text tower of every run, whose tokens are the letters of a sentence."""
+    """The text tower of every run, whose tokens are a sentence's letters."""
     letters = dataclasses.replace(
         number_tokenizer(limit=30),
         cut=lambda texts: [[4 + ord(letter) % 50 for letter in text] for text in texts],
@@ -101,7 +101,7 @@ def test_a_batch_has_the_features_of_names_in_their_language(corpus, tower, tmp_
     assert any((drawn["features"] == name).all() for name in encoded[2]["names"])
     shapes = contrastive.describe(config, steps=1, length=8).batch
     assert shapes["features"].shape == (8, FEATURES) and shapes.keys() == prepared.keys()
-    # They go into the loss as they are.
+    # They enter the loss unchanged.
     params = {"clip": {"image": fill(lambda key: contrastive.init(config, key)["clip"]["image"])}}
     batch = {name: jnp.asarray(x)[None] for name, x in prepared.items()}
     texts, images = contrastive._embed(config, params, batch, jax.random.key(0))
@@ -124,7 +124,7 @@ def test_a_pipeline_trains_the_image_tower_and_takes_the_text_tower_as_it_is(tmp
     assert {one.sources.clip_text for one in runs.values()} == {"tower"}
     clips = [one.sources.clip for one in runs.values()]
     assert clips == ["", str(tmp_path / "clip"), str(tmp_path / "clip")]
-    # With an image tower there is nothing to train.
+    # With a published image tower too, there is nothing to train.
     config = lock(tiny_pipeline(None))
     sources = dataclasses.replace(config.sources, clip_image="image")
     assert "clip" not in dict(plan(dataclasses.replace(config, sources=sources), tmp_path))
@@ -152,7 +152,7 @@ def test_a_run_is_used_with_the_text_tower_that_it_was_trained_for(tmp_path):
         run = Finished(step, config)
         sources = _with_own_towers(run).sources
         assert (sources.clip, sources.clip_text) == (str(step), text)
-        # An export has the towers that were trained here.
+        # An export has only the towers that were trained here.
         assert _has_published_text(run) is bool(text)
     later = dataclasses.replace(
         tiny_config("translate", None), sources=SourcesConfig(clip="run", clip_text="tower")

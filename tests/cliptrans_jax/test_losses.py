@@ -1,4 +1,4 @@
-"""The losses against numbers worked out by hand."""
+"""The losses, against numbers worked out by hand."""
 
 import jax
 import numpy as np
@@ -32,7 +32,8 @@ def test_label_loss_by_hand():
 
 
 def test_label_loss_of_even_chances():
-    """log V whatever the smoothing; and with p = (1/2, 1/4, 1/4) the share e / V of every label."""
+    """For uniform chances, log V whatever the smoothing; with p = (1/2, 1/4, 1/4), each label's
+    share is e / V."""
     labels = jnp.asarray([[0, 2]])
     for smoothing in (0.0, 0.3):
         total, _ = label_loss(jnp.full((1, 2, 8), 5.0), labels, pad=PAD, smoothing=smoothing)
@@ -62,7 +63,7 @@ VOCAB = 300
 
 @pytest.fixture(autouse=True)
 def three_blocks(monkeypatch):
-    """Of 128, 128 and 44 tokens."""
+    """Blocks of 128, 128 and 44 tokens."""
     monkeypatch.setattr(linear_loss, "BLOCK", 128)
 
 
@@ -88,7 +89,7 @@ def in_chunks(chunk, smoothing=0.1):
 
 
 def plain(readout, states, labels, smoothing=0.1):
-    """The same from all logits."""
+    """The same, computed from all logits."""
 
     def loss(readout, states):
         logits = states @ readout.matrix.T + readout.bias
@@ -171,7 +172,7 @@ def test_products_of_half_precision_are_close():
 
 
 def test_small_gradients_of_many_chunks_are_not_lost():
-    """In bfloat16 256 + 1/2 is 256."""
+    """In bfloat16, 256 + 1/2 is 256."""
     readout = Readout(jnp.zeros((2, 1)), jnp.zeros(2))
     case = jnp.ones((4, 256, 1), jnp.bfloat16), jnp.zeros((4, 256), int)
     total = lambda *case: states_loss(*case, pad=PAD, chunk=1)[0]  # noqa: E731
@@ -183,7 +184,7 @@ def test_small_gradients_of_many_chunks_are_not_lost():
 
 
 def test_gradients_of_labels_that_are_almost_certain_are_exact():
-    """p = 0.9997 would be 1 in bfloat16, and its gradient 0."""
+    """p = 0.9997 would be 1 in bfloat16, with zero gradient."""
     matrix, states = jnp.asarray([[8.0], [0.0]]), jnp.ones((1, 4, 1), jnp.bfloat16)
     total = lambda matrix: states_loss(  # noqa: E731
         Readout(matrix), states, jnp.zeros((1, 4), int), pad=PAD
@@ -203,7 +204,7 @@ def test_a_matrix_that_is_not_trained_costs_no_gradient():
         text = str(jax.make_jaxpr(jax.grad(total, argument))(readout.matrix, states))
         return text.count("dot_general")
 
-    # Logits and states' gradient of three blocks; the matrix's.
+    # For each of three blocks: the logits and the states' gradient; also the matrix's gradient.
     assert (products(of_matrix=False), products(of_matrix=True)) == (2 * 3, 3 * 3)
 
 
@@ -223,7 +224,7 @@ def test_sums_over_chunks_count_every_label_once():
 
 def test_contrastive_loss_by_hand():
     texts, images = np.array([[2.0, 0.0], [0.0, 0.5]]), np.array([[1.0, 0.0], [3.0, 4.0]])
-    scores = 3.0 * np.array([[1.0, 0.6], [0.0, 0.8]])  # cosines, whatever the lengths
+    scores = 3.0 * np.array([[1.0, 0.6], [0.0, 0.8]])  # cosines, whatever the vectors' lengths
 
     def log_softmax(x, axis):
         return x - np.log(np.exp(x).sum(axis=axis, keepdims=True))
@@ -242,9 +243,9 @@ def test_retrieval_counts_ties_once_and_never_what_is_not_finite():
     assert accuracy(axes, 2 * axes, [1, 1, 1]) == (3, 3)
     # Similarities (1, 0), (0.8, 0.6): text 1 finds image 0, image 1 finds text 1.
     assert accuracy([(1, 0), (0.8, 0.6)], [(1, 0), (0, 1)], [1, 1]) == (1.5, 2)
-    # All equal: the first pair alone.
+    # All equal: only the first pair counts.
     assert accuracy(np.ones((3, 3)), np.ones((3, 3)), [1, 1, 1]) == (1, 3)
-    assert accuracy(np.zeros((3, 3)), axes, [1, 1, 1]) == (0, 3)  # of no length: NaN
+    assert accuracy(np.zeros((3, 3)), axes, [1, 1, 1]) == (0, 3)  # zero length: NaN
     assert accuracy(np.full((3, 3), np.nan), np.full((3, 3), np.nan), [1, 1, 1]) == (0, 3)
     assert accuracy(axes, axes, [1, 1, 0]) == (2, 2)
     assert accuracy([axes[0], np.nan * axes[1]], axes[:2], [1, 0]) == (1, 1)

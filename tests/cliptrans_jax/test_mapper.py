@@ -30,7 +30,7 @@ def params_of(kind):
 
 
 def published(kind, params):
-    """The same under published names."""
+    """The same parameters under published names."""
     table = cliptrans_names.mapper_table(MapperConfig(kind))
     return naive.Weights(tables.write(table, params))
 
@@ -66,7 +66,7 @@ def test_mappers_have_the_parameters_of_their_formulas(kind, shapes):
     assert kind == "transformer" or shapes == held
 
 
-BOUNDS = {  # of uniform numbers; other leaves are not random
+BOUNDS = {  # of uniform initial values; other leaves are not random
     "mlp": {"out/kernel": 8**-0.5, "out/bias": 8**-0.5},
     "hidden_mlp": {
         "hidden/kernel": 8**-0.5,
@@ -113,7 +113,7 @@ def test_the_published_mappers_have_the_published_counts():
 @pytest.mark.parametrize("kind", list(MAPPERS))
 def test_mappers_compute_what_their_tensors_say(kind):
     find = jax.jit(lambda params: build(kind).apply({"params": params}, CLIP, False))
-    for size in (1.0, 0.02):  # of numbers so small, the epsilon of every norm shows
+    for size in (1.0, 0.02):  # small enough that the epsilon of every norm shows
         params = jax.tree.map(lambda x, size=size: size * x, params_of(kind))
         tensors = published(kind, params)
         wanted = [naive.prefix(tensors, kind, feature, PREFIX) for feature in CLIP]

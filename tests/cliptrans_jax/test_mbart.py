@@ -15,7 +15,7 @@ PAD = UNEVEN.pad
 
 
 def test_mbart_starts_as_published():
-    """Matrices and tables are normal of deviation 0.02, biases 0 and gains 1."""
+    """Matrices and tables are normal with deviation 0.02, biases 0 and gains 1."""
     ids, x, visible = jnp.asarray([[5, 6]]), jnp.zeros((1, 2, 16)), jnp.ones((1, 1, 1, 2), bool)
     network, decoder = MBart(UNEVEN, jnp.float32), Decoder(UNEVEN, jnp.float32)
 
@@ -49,14 +49,14 @@ def test_no_gradient_comes_back_through_the_embedding_of_a_pad(scaled, factor):
     wanted = np.zeros((40, 16))
     wanted[5], wanted[7] = factor * (weights[0, 0] + weights[0, 2]), factor * weights[0, 3]
     np.testing.assert_allclose(slope, wanted, rtol=1e-5)
-    # As an output a pad is learnt like every other token.
+    # As an output, a pad is learnt like any other token.
     hidden = jnp.asarray(weights[0], jnp.float32)
     slope = jax.grad(total)(params["embedding"], 1.0, MBart.logits, hidden)
     np.testing.assert_allclose(slope, np.tile(weights[0].sum(axis=0), (40, 1)), rtol=1e-4)
 
 
 def test_logits_of_half_precision_are_not_rounded():
-    """To bfloat16 16.0625 is 16."""
+    """In bfloat16, 16.0625 would be 16."""
     params = {"embedding": jnp.ones((40, 16)), "logits_bias": jnp.zeros(40)}
     hidden = jnp.asarray([[16.0, 0.0625, *[0.0] * 14]], jnp.bfloat16)
     network = MBart(UNEVEN, jnp.bfloat16)

@@ -33,7 +33,7 @@ MBART = MBartConfig(
     decoder_hidden=24,
     positions=32,
 )
-# Six examples, so that a program does for several variants of the first one.
+# Six examples, so that one program computes several variants of the first.
 BATCH = 6
 SOURCE = np.array([[30, 5, 6, 7, 8, EOS]] * BATCH, np.int32)
 LABELS = np.array([[31, 11, 12, 13, 14, 15, EOS]] * BATCH, np.int32)
@@ -58,7 +58,7 @@ def params_of(model):
 
 @functools.cache
 def compiled(model):
-    """train_logits of a model."""
+    """A model's train_logits, compiled."""
 
     def apply(params, features, source, labels, dropout):
         return model.train_logits(params, features, source, labels, dropout=dropout)
@@ -147,9 +147,9 @@ def test_labels_are_shifted_behind_the_last_real_one():
     assert shift_right(labels, pad=PAD).tolist() == [[2, 31, 7, 2, 1], [2, 31, 7, 8, 9]]
 
 
-# Numbers, against plain numpy.
+# Numbers, compared with plain numpy.
 
-SIZES_OF_NUMBERS = (1.0, 0.02)  # of numbers so small, the epsilon of every norm shows
+SIZES_OF_NUMBERS = (1.0, 0.02)  # small enough that the epsilon of every norm shows
 
 
 def test_the_model_computes_what_its_tensors_say():
@@ -238,7 +238,7 @@ def test_decoding_begins_with_the_mask_of_the_config():
 
 
 def test_what_the_decoder_reads_in_training():
-    """`</s>`, the prefix as it is, and scaled words; nothing attends to pads, except in the
+    """`</s>`, the prefix unscaled, and scaled words; nothing attends to pads, except in the
     original's slots 1 to 10."""
     labels = jnp.asarray([[31, 7, EOS, PAD, PAD]])
     causal = matrix("x......", "xxx....", "xxx....", "xxxx...", "xxxxx..", "xxxxxx.", "xxxxxx.")
@@ -280,7 +280,7 @@ def test_the_original_mask_leaks_words_into_a_short_prefix():
     for count, leaks in ((4, True), (13, False)):
         found = logits(translator(count, rule=PrefixConfig(mask="original")), labels=labels)
         apart = np.abs(found[1] - found[0]).max(axis=-1)
-        assert apart[0] < 1e-5  # `</s>` attends to itself only
+        assert apart[0] < 1e-5  # `</s>` attends only to itself
         assert (apart[1:6].max() > 1e-3) == leaks
         assert leaks or apart[:6].max() < 1e-5
 
@@ -301,7 +301,7 @@ def test_the_source_and_the_features_are_heard():
     found = logits(translator(4), source=source, clip=clip)
     assert np.abs(found[1] - found[0]).max() > 1e-3
     apart = np.abs(found[2] - found[0]).max(axis=-1)
-    assert apart[0] < 1e-5  # the language code is `</s>`'s to predict, which attends to no feature
+    assert apart[0] < 1e-5  # the language code is predicted by `</s>`, which attends to no feature
     assert apart[1:].min() > 1e-3
 
 
@@ -356,12 +356,12 @@ def test_dropout_is_the_keys():
     np.testing.assert_array_equal(one, again)
     assert np.abs(one - other).max() > 1e-3 and np.abs(one - plain).max() > 1e-3
     np.testing.assert_array_equal(plain, logits(model))
-    assert np.abs(one - one[:1]).max() > 1e-3  # every example draws its own
+    assert np.abs(one - one[:1]).max() > 1e-3  # every example has its own draw
     np.testing.assert_allclose(plain, np.broadcast_to(plain[:1], plain.shape), rtol=1e-5, atol=1e-5)
 
 
 def test_embeddings_and_every_branch_drop_out_in_training_alone():
-    """With all branches zero the norms of the embeddings are left, and of these the last bias."""
+    """With all branches zero, the norms of the embeddings are left, and of these the last bias."""
     model = translator(0, dropout=0.3, encoder_layers=2, decoder_layers=2)
     params, labels = params_of(model), jnp.asarray(LABELS[:1])
     tensors = naive.Weights(tables.write(cliptrans_names.table(model.config), params), "mbart.")

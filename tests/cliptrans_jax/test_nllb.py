@@ -1,4 +1,4 @@
-"""NLLB-200 and M2M-100: against transformers' torch, and their published files."""
+"""NLLB-200 and M2M-100: compared with transformers in torch, and their published files."""
 
 import dataclasses
 import math
@@ -25,7 +25,7 @@ from cliptrans_jax.translators.transformer import sinusoids
 from common_jax.mesh import MeshConfig, make_mesh, match_rules
 from common_jax.weights import table as tables
 
-# No two sizes alike that a layout of weights could mix up.
+# All sizes differ, so that no weight layout can mix them up.
 UNEVEN = NllbConfig(
     vocab=40,
     width=16,
@@ -38,7 +38,7 @@ UNEVEN = NllbConfig(
     positions=24,
 )
 MODEL = ModelConfig(translator="nllb", nllb=UNEVEN, mapper=MapperConfig(prefix=0))
-# What NLLB-200-distilled-600M's config.json on the hub says, without what is of decoding.
+# NLLB-200-distilled-600M's config.json on the hub, without the decoding settings.
 NLLB_600M = {
     "activation_dropout": 0.0,
     "activation_function": "relu",
@@ -73,7 +73,7 @@ LANGUAGES = np.array([33, 33, 34], np.int32)
 
 @pytest.fixture(scope="module")
 def reference():
-    """A small M2M-100 of Hugging Face with a random number in every place."""
+    """A small Hugging Face M2M-100 with random parameters."""
     model = random_translator("M2M100", config_json.nllb_hf_config(UNEVEN), spread=0.4)
     # So that no search writes a pad, which has no position there.
     model.model.shared.weight.data[PAD] = -3 * model.model.decoder.layer_norm.bias.data
@@ -81,7 +81,7 @@ def reference():
 
 
 def reference_logits(model):
-    """Its logits, for which it shifts the labels itself."""
+    """The reference's logits; it shifts the labels itself."""
     import torch
 
     source, labels = torch.tensor(SOURCE).long(), torch.tensor(LABELS).long()
@@ -97,7 +97,8 @@ def our_logits(params):
 
 
 def assert_same_logits(found, expected):
-    """Of all labels; pads, which have no position in the reference, predict nothing."""
+    """Compares all labels except pads, which have no position in the reference and predict
+    nothing."""
     real = LABELS != PAD
     assert real.sum() == 13
     np.testing.assert_allclose(found[real], expected[real], rtol=1e-5, atol=1e-5)
@@ -129,7 +130,7 @@ def search():
 
 @pytest.mark.parametrize(("likely", "last"), [(0.4, 10), (0.6, 6)])
 def test_a_search_of_five_beams_is_hugging_face_s(reference, search, tmp_path, likely, last):
-    """With ends that are rare, so that the limit forces most, and with frequent ones."""
+    """With rare ends, so that the limit forces most of them, and with frequent ones."""
     torch = pytest.importorskip("torch", reason=NO_TORCH)
     with torch.no_grad():
         reference.model.shared.weight[EOS] = likely * reference.model.decoder.layer_norm.bias

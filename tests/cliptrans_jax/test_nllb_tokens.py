@@ -1,4 +1,5 @@
-"""The tokenizers of NLLB-200 and M2M-100: ids equal SentencePiece's, and languages have theirs."""
+"""The tokenizers of NLLB-200 and M2M-100: ids equal SentencePiece's, and each language has its
+own."""
 
 import base64
 import json
@@ -31,7 +32,7 @@ NO_TRANSFORMERS = "the reference is transformers, which is not installed"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A small BPE model, as SentencePiece's library trains it."""
+    """A small BPE model, trained by SentencePiece's library."""
     prefix = tmp_path_factory.mktemp("model") / "m"
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(LINES * 4),
@@ -45,7 +46,8 @@ def model(tmp_path_factory):
 
 
 def bpe_json(model):
-    """NLLB's tokenizer.json: pieces and merges in one order, then languages as added tokens."""
+    """NLLB's tokenizer.json: pieces and merges in one order, followed by languages as added
+    tokens."""
     pieces = [piece.piece for piece in model.pieces[3:]]
     vocab = {token: place for place, token in enumerate([*SPECIAL, *pieces])}
     merges = [
@@ -69,14 +71,15 @@ def bpe_json(model):
 
 
 def write(folder, kind, model, form):
-    """A folder of a published tokenizer; `form` is of NLLB's two files the one that is there."""
+    """A folder with a published tokenizer; for NLLB, `form` selects which of its two files it
+    has."""
     folder.mkdir(exist_ok=True)
     if form == "json":
         (folder / "tokenizer.json").write_text(json.dumps(bpe_json(model)))
         return folder
     (folder / "sentencepiece.bpe.model").write_bytes(model.SerializeToString())
     if kind == "m2m100":
-        # In another order than the model's, and one of its pieces has no id.
+        # The order differs from the model's, and one of its pieces has no id.
         pieces = sorted(piece.piece for piece in model.pieces[3:] if piece.piece != "▁m")
         vocab = {token: place for place, token in enumerate([*SPECIAL, *pieces])}
         (folder / "vocab.json").write_text(json.dumps(vocab))
@@ -106,7 +109,7 @@ def test_m2m_100_s_ids_are_those_of_its_vocabulary(model, tmp_path):
     tokenizer = load("m2m100", folder)
     vocab = json.loads((folder / "vocab.json").read_text())
     theirs = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
-    # 128,112 rows are 128,004 of the vocabulary, 100 of languages and 8 of no use.
+    # 128,112 rows: 128,004 in the vocabulary, 100 languages and 8 unused.
     assert tokenizer.vocab == len(vocab) + 108
     assert tokenizer.language_id("af") == len(vocab)
     assert tokenizer.language_id("en") == len(vocab) + 18
@@ -160,7 +163,7 @@ def test_transformers_loads_what_is_copied(model, tmp_path, kind, form, source):
 
 
 def test_nllb_without_its_tokenizer_json_is_not_exported(model, tmp_path):
-    """From the other file transformers 5 numbers the mask before the languages."""
+    """From the other file, transformers 5 numbers the mask before the languages."""
     config = TokenizerConfig("nllb", str(write(tmp_path, "nllb", model, "sentencepiece")))
     with pytest.raises(FileNotFoundError, match=r"lacks tokenizer\.json, without which"):
         write_tokenizer(tmp_path, config, tmp_path / "none", (), limit=20, pair=("en", "cs"))
@@ -168,11 +171,11 @@ def test_nllb_without_its_tokenizer_json_is_not_exported(model, tmp_path):
 
 def test_languages_are_the_published_ones():
     assert len(NLLB_TOKENS) == len(set(NLLB_TOKENS)) == 202
-    # Places of the published vocabulary, of 256,001 special tokens and pieces.
+    # Positions in the published vocabulary, after 256,001 special tokens and pieces.
     places = [256001 + NLLB_TOKENS.index(NLLB_CODES[code]) for code in ("en", "fr", "zh")]
     assert places == [256047, 256057, 256200]
     assert set(TOKEN_BY_CODE.values()) <= set(NLLB_TOKENS)
-    # Whoever has a pair for mBART-50 has it here, too.
+    # Every language of mBART-50 is available here too.
     assert set(PUBLISHED["mbart50"].codes) <= set(NLLB_CODES)
     assert (
         language_problem("nllb", "gsw") is not None and language_problem("nllb", "lus_Latn") is None

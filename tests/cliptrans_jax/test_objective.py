@@ -1,5 +1,5 @@
-"""Losses and sums of the stages worked out by hand, their keys and helpers, and the sources of a
-stage's first weights."""
+"""The stages' losses and sums worked out by hand, their keys and helpers, and the sources of a
+stage's initial weights."""
 
 import dataclasses
 
@@ -48,7 +48,7 @@ PARAMS = {
 
 
 class Model:
-    """Stands in for a Translator: its logits are states, features of the example and a bias."""
+    """Stands in for a Translator: its logits are states, the example's features and a bias."""
 
     config, dtype = MODEL, jnp.float32
 
@@ -68,7 +68,7 @@ class Model:
 
 
 def log_p(features=BATCH["features"]):
-    """Of every token at every place, in numpy."""
+    """Log-probabilities of every token at every position, in numpy."""
     states = np.asarray(PARAMS["states"] + features[:, None], np.float64)
     logits = 2.0 * states + np.asarray(PARAMS["readout"]["bias"])
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
@@ -91,7 +91,7 @@ def test_the_loss_is_a_mean_over_the_tokens_of_the_batch(smoothing, chunk):
     loss = make_loss(Model(), None, label_smoothing=smoothing, chunk=chunk)
     found, metrics = loss(PARAMS, {}, BATCH, rngs(), 0)
     each = -(1 - smoothing) * of_labels(log_p()) - smoothing * log_p().mean(axis=-1)
-    assert REAL.sum() == 10  # and not 3 sentences, nor 15 places
+    assert REAL.sum() == 10  # neither 3 sentences nor 15 positions
     assert float(found) == pytest.approx(each[REAL].sum() / 10, rel=1e-5)
     assert metrics == {}
 
@@ -130,7 +130,7 @@ def sums(mask, params=PARAMS, **settings):
     found = make_sums(model, make_encode(None), **settings)(
         params, {}, BATCH | {"_mask": jnp.asarray(mask, jnp.float32)}, jax.random.key(0)
     )
-    assert model.keys == [None]  # it drops nothing out
+    assert model.keys == [None]  # no dropout
     return {name: float(value) for name, value in found.items()}
 
 
@@ -149,7 +149,7 @@ def test_an_evaluation_may_take_a_label_at_a_time():
 
 @pytest.mark.parametrize(("token", "count"), [(8, 3), (2, 3), (7, 1), (PAD, 0), (0, 0)])
 def test_a_guess_is_right_where_the_label_has_the_highest_score(token, count):
-    """The bias makes the same token the guess everywhere; pads are no guesses."""
+    """The bias makes every guess the same token; pads do not count as guesses."""
     readout = {"bias": jnp.zeros(VOCAB).at[token].set(100.0)}
     assert sums((1, 1, 1), PARAMS | {"readout": readout})["token_accuracy"] == count
 
@@ -158,7 +158,7 @@ def test_a_guess_is_right_where_the_label_has_the_highest_score(token, count):
 
 
 class Tower:
-    """Features that are the sum of a sentence's ids, by a factor; keeps the keys it is given."""
+    """Features are the sum of a sentence's ids times a factor; records the keys it gets."""
 
     def __init__(self):
         self.keys = []
@@ -193,7 +193,7 @@ def test_a_tower_drops_out_where_it_trains_alone(trains):
     if not trains:
         assert tower.keys == [None, None]
         return
-    # A key of its own, which depends on the step's.
+    # A separate key, which depends on the step's.
     keys = {tuple(jax.random.key_data(key).tolist()) for key in (*tower.keys, jax.random.key(0))}
     assert len(keys) == 3
 
@@ -220,7 +220,7 @@ HELD = {
 @pytest.mark.parametrize("freeze", HELD)
 @pytest.mark.parametrize("stage", TRANSLATION_STAGES)
 def test_the_parameters_that_a_stage_trains(stage, freeze):
-    """Of captioning: the mapper and the decoder's positions, norms and layers."""
+    """In captioning: the mapper, and the decoder's positions, norms and layers."""
     config = dataclasses.replace(tiny_config(stage, None), freeze=freeze)
     model = translation.Model(config, Translator(config.model), None)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
@@ -248,7 +248,7 @@ def wanted(tree):
 
 
 def config_of(network=None, **sources):
-    """A config of stage "translate"; paths of sources may be paths."""
+    """A config of stage "translate"; sources may be path objects."""
     config = tiny_config("translate", None)
     given = dataclasses.replace(
         config.sources, **{name: str(value) for name, value in sources.items()}
@@ -263,14 +263,14 @@ ANOTHER = {"words": -OWN_TOWER["words"] - 1}
 
 @dataclasses.dataclass
 class Trained:
-    """A text tower as far as a start looks at it."""
+    """A text tower, with only what a start looks at."""
 
     params: dict
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """Workdirs of a run with and without a text tower of its own, and a published mBART."""
+    """Workdirs of a run with and without its own text tower, and a published mBART."""
     folder = tmp_path_factory.mktemp("sources")
     settings = unfreeze(tiny_config("translate", None)).to_dict()
     checkpoint.write_params(folder / "plain", OURS, settings)
@@ -310,7 +310,7 @@ def test_a_published_mbart_leaves_the_mapper_fresh(sources):
 
 def test_a_published_mbart_of_other_sizes_is_refused(sources):
     for change, said in (
-        ({"dropout": 0.3, "remat": True}, None),  # of which weights know nothing
+        ({"dropout": 0.3, "remat": True}, None),  # which does not affect weights
         ({"pad": 3}, "config.model.mbart.pad=3, and the file has 1"),
         ({"scale_embedding": False}, "scale_embedding=False, and the file has True"),
         ({"decoder_heads": 4}, "decoder_heads=4, and the file has 2"),
@@ -386,7 +386,7 @@ def test_what_is_to_be_fresh_is_not_taken(sources):
 
 
 def test_a_run_that_kept_an_average_hands_on_what_it_trained(tmp_path):
-    """Its parameters, from which a stage continues, and not their average."""
+    """A stage continues from the run's parameters, not from their average."""
     none = np.zeros((), np.int32)
     average = jax.tree.map(lambda x: x + 1, OURS)
     state = TrainState(np.int32(1), OURS, {}, average, {}, none, none)

@@ -1,4 +1,5 @@
-"""A user's own sentences: parallel files and tables, what they may lack, and how errors name it."""
+"""A user's own sentences: parallel files and tables, what they may omit, and how errors refer to
+it."""
 
 import dataclasses
 import gzip

@@ -19,7 +19,7 @@ from cliptrans_jax.towers.table import TOWERS
 from cliptrans_jax.translators.mbart import MBartConfig
 from common_jax.mesh import MeshConfig, make_mesh, match_rules
 
-WIDTHS = (16, 4 * 16, 8)  # of a token, of a prefix, of a feature
+WIDTHS = (16, 4 * 16, 8)  # width of a token, a prefix, a feature
 RULES = partition_rules(ModelConfig())
 
 
@@ -61,7 +61,7 @@ def test_rules_of_stage_clip_match_its_towers():
 def test_the_published_model_fits_sixteen_devices_of_16_gigabytes():
     tree = shapes_of(Translator(ModelConfig())) | {"clip": tower_shapes(MClipConfig())}
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree["mbart"]))
-    assert count == 610_879_488 + 250_054  # of the network, and of the bias of its logits
+    assert count == 610_879_488 + 250_054  # the network, and the bias of its logits
     for kind in MAPPERS:
         network = mapper.build(MapperConfig(kind), MBartConfig().width, jnp.float32)
         features = jax.ShapeDtypeStruct((1, 512), jnp.float32)
@@ -73,7 +73,7 @@ def test_the_published_model_fits_sixteen_devices_of_16_gigabytes():
 
 
 def count_parameters(tree, *, fsdp):
-    """All of them, and those on each device, by the rules alone."""
+    """The number of parameters in total and per device, from the rules alone."""
     rules = (*RULES, *TOWERS[MClipConfig].rules)
     whole = split = 0
     for path, leaf in traverse_util.flatten_dict(tree, sep="/").items():

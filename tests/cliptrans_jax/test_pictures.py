@@ -1,4 +1,4 @@
-"""CLIP's preprocessing against the original processor, and the range of augmentation."""
+"""CLIP's preprocessing compared with the original processor, and the range of augmentations."""
 
 import dataclasses
 
@@ -58,7 +58,7 @@ def test_grey_and_transparent_pictures_are_taken():
 @pytest.mark.parametrize(
     "image",
     [
-        np.full((4, 4), 300, np.uint16),  # PIL would make it white
+        np.full((4, 4), 300, np.uint16),  # PIL would turn it white
         np.zeros((4, 4, 3), np.float32),
         np.zeros((4, 4, 1), np.uint8),
         np.zeros((2, 4, 4, 3), np.uint8),
@@ -102,7 +102,7 @@ def square(rows=21, columns=21, at=(8, 13)):
 
 
 def centre(image):
-    """(row, column) of the middle of what is dark."""
+    """(row, column) of the centre of the dark pixels."""
     weight = 255.0 - image.mean(axis=-1)
     rows, columns = np.indices(weight.shape)
     return np.array([(weight * rows).sum(), (weight * columns).sum()]) / weight.sum()
@@ -130,7 +130,7 @@ def test_moves_stay_within_the_config(fields, reach):
     largest = np.abs(moves).max()
     assert 0.5 * reach < largest < reach + 0.1
     corner = augment_picture(square(), config, np.random.default_rng(0))[0, 0]
-    np.testing.assert_array_equal(corner, 255)  # what comes into view is white
+    np.testing.assert_array_equal(corner, 255)  # what moves into view is white
 
 
 def test_scaling_is_about_the_middle():
@@ -150,13 +150,13 @@ def test_colours_change_and_shapes_stay(key):
 
 
 def turned(image):
-    """The angle of what is dark about the middle of a picture of 21 x 21, in degrees."""
+    """The angle in degrees of the dark pixels around the centre of a 21 x 21 picture."""
     rows, columns = centre(image) - 10
     return np.degrees(np.arctan2(rows, columns))
 
 
 def measure(seed):
-    """Every change by itself, as a share of the most that its config allows."""
+    """Each change on its own, as a fraction of the maximum that its config allows."""
 
     def change(image, **fields):
         config = dataclasses.replace(STILL, **fields)
@@ -164,7 +164,7 @@ def measure(seed):
 
     at = square(15, 31, at=(7, 15))
     down, right = (centre(change(at, shift=0.2)) - (7, 15)) / (0.2 * 15, 0.2 * 31)
-    aside = square(at=(10, 15))  # 5 columns from the middle
+    aside = square(at=(10, 15))  # 5 columns from the centre
     scale = (centre(change(aside, scale=0.3))[1] - 10) / 5 - 1
     grey = np.full((4, 4, 3), 100, np.uint8)
     stripes = np.full((4, 4, 3), 60, np.uint8)
@@ -195,7 +195,7 @@ def test_every_change_reaches_both_ends_and_is_drawn_by_itself():
 
 
 def test_colours_change_about_grey_and_about_the_mean():
-    """Contrast moves pixels away from their mean, saturation from their own grey."""
+    """Contrast scales pixels around their mean, saturation around their own grey value."""
     stripes = np.full((4, 4, 3), 60, np.uint8)
     stripes[::2] = 140
     found = augment_picture(
@@ -226,7 +226,7 @@ def test_the_numbers_of_pictures_are_clips():
 
 
 def test_the_long_side_is_cut_in_the_middle():
-    """Of 8 x 31 brought to 4 x 15, columns 5 to 8 are seen."""
+    """From 8 x 31 resized to 4 x 15, columns 5 to 8 are seen."""
     image = np.zeros((8, 31, 3), np.uint8)
     image[:, 13:] = 255
     seen = prepare_picture(image, 4)[..., 0] > 0

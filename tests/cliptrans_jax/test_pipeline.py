@@ -1,4 +1,4 @@
-"""The runs of a pipeline: their order, recipes, towers and first weights."""
+"""The runs of a pipeline: their order, recipes, towers and initial weights."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from common_jax.optim import OptimConfig
 
 
 def pipeline(*, sources=None, **changes):
-    """All stages, no two of whose recipes are alike."""
+    """All stages, no two with equal recipes."""
     recipes = {
         stage: Recipe(OptimConfig(steps=number, batch=8), label_smoothing=number / 100)
         for number, stage in enumerate(("triplet", "translate", "text_recon", "caption", "clip"), 1)

@@ -39,7 +39,7 @@ def test_a_saved_folder_comes_back_bit_for_bit(tmp_path):
     vocabulary = tmp_path / "sentencepiece.bpe.model"
     vocabulary.write_bytes(b"pieces")
     folder = tmp_path / "new" / "mbart"
-    for _ in range(2):  # the same once more
+    for _ in range(2):  # and once more
         pretrained.save(folder, jax.device_put(params), config, tokenizer_files=[vocabulary])
     found = pretrained.load(folder)
     assert (found.kind, found.config, found.source) == ("mbart", config, str(folder))
@@ -113,7 +113,7 @@ def test_a_whole_model_comes_back_bit_for_bit(tmp_path, mapper):
 
 
 def released(*, clip=False):
-    """The tensors of a checkpoint of several devices, the embedding under its four names."""
+    """The tensors of a multi-device checkpoint, with the embedding under its four names."""
     tensors = make_tensors("cliptrans")
     tensors |= {a: tensors[name] for a, name in kinds.CLIPTRANS.table(MODEL).aliases.items()}
     if clip:
@@ -167,7 +167,7 @@ def test_an_alias_that_differs_and_a_tensor_without_a_place_are_named(tmp_path):
 
 
 def hollow(config):
-    """Tensors of a model that take no memory."""
+    """A model's tensors, without taking memory."""
     shapes = kinds.CLIPTRANS.shapes(config)
     nothing = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)
     return tables.write(cliptrans_names.table(config), nothing)
@@ -203,7 +203,7 @@ def test_sizes_are_told_by_shapes(mapper):
 
 
 def test_towers_under_openai_s_names_tell_their_sizes():
-    """All but heads, which are 64 wide in OpenAI's models, and the activation."""
+    """All but the heads, which have width 64 in OpenAI's models, and the activation."""
     shapes = {
         "visual.conv1.weight": (192, 3, 5, 5),
         "visual.positional_embedding": (10, 192),
@@ -285,7 +285,7 @@ def test_towers_are_read_by_the_sizes_of_their_files(tmp_path):
         found = pretrained.load(source, kind=asked, config=given)
         assert (found.kind, found.config) == (kind, config)
         assert_same(found.params, make_params(kinds.KINDS[kind][layout], config))
-    # M-CLIP's own config.json says another width than these few numbers have.
+    # M-CLIP's own config.json states another width than these few numbers have.
     with pytest.raises(ValueError, match=r"mclip does not fit this model"):
         pretrained.load(mclip)
 
@@ -335,7 +335,7 @@ def test_a_kind_that_does_not_fit_is_named(tmp_path):
     write_tensors(tmp_path / "other.safetensors", {"wte.weight": np.zeros(2)})
     with pytest.raises(ValueError, match=r"of no known kind: .*called \['wte.weight'\]"):
         pretrained.load(tmp_path / "other.safetensors")
-    config.write_text("{}")  # which tells nothing, so that the tensors do
+    config.write_text("{}")  # states nothing, so that the tensors decide
     assert pretrained.load(folder, config=UNEVEN).kind == "mbart"
 
 

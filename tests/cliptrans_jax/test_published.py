@@ -1,4 +1,5 @@
-"""Published tokenizers: ids equal SentencePiece's, text survives, and broken files are refused."""
+"""Published tokenizers: ids equal SentencePiece's, text survives a round trip, and broken files are
+refused."""
 
 import base64
 import dataclasses
@@ -35,7 +36,7 @@ LINES = (
     "two dogs are running through the green grass; some people watch them from the road",
     "키 캡 한국어 문장 カーブ ブ ボード ガ ゼ é è ô ABC123 / </s> <mask> de_DE <s>",
 )
-# What implementations other than SentencePiece's library cut in another way.
+# Texts that implementations other than SentencePiece's library cut differently.
 TRAPS = (
     *(unicodedata.normalize("NFD", text) for text in ("키 캡 한국어", "カーブ ボード", "é è ô")),
     "ａ\u0301 ＡＢＣ１２３ ﬁ ㎏",
@@ -51,7 +52,7 @@ TRAPS = (
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A small SentencePiece model, as its library trains it."""
+    """A small SentencePiece model, trained by its library."""
     prefix = tmp_path_factory.mktemp("model") / "m"
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(LINES * 4),
@@ -64,7 +65,7 @@ def model(tmp_path_factory):
 
 
 def unigram_json(model, last):
-    """The same as a tokenizer.json."""
+    """The same model as a tokenizer.json."""
     pieces = [[piece.piece, piece.score] for piece in model.pieces[3:]]
     vocab = [[token, 0.0] for token in SPECIAL] + pieces + [[token, 0.0] for token in last]
     charsmap = base64.b64encode(model.normalizer_spec.precompiled_charsmap).decode()
@@ -86,7 +87,7 @@ def load(kind, folder):
 
 
 def refuse(kind, folder, *said):
-    """The error names the folder and says all of it, briefly."""
+    """Requires a short error that names the folder and contains all of `said`."""
     with pytest.raises(ValueError) as error:
         load(kind, folder)
     message = str(error.value)
@@ -109,7 +110,7 @@ def test_ids_are_sentencepieces_and_one(model, tmp_path, kind, name):
     for text, row in zip(TRAPS, tokenizer.encode(TRAPS, language), strict=True):
         expected = [i + 1 if i else 3 for i in theirs.encode(text)][:510]
         np.testing.assert_array_equal(row[1 : 1 + len(expected)], expected)
-    # Decomposed text is the composed text, and white space at the end is nothing.
+    # Decomposed text equals composed text, and trailing white space is dropped.
     for one, other in (
         ("키 캡", unicodedata.normalize("NFD", "키 캡")),
         ("men", "men \n"),
@@ -121,7 +122,7 @@ def test_ids_are_sentencepieces_and_one(model, tmp_path, kind, name):
 
 @pytest.mark.parametrize(("score", "ids"), [(-1.0, [5]), (-10.0, [3, 4])])
 def test_the_most_probable_pieces_are_taken(model, tmp_path, score, ids):
-    """The whole word, or its parts of -1 and -2; piece i is number i + 3."""
+    """The whole word, or its parts with scores -1 and -2; piece i is id i + 3."""
     pieces = (("▁a", -1.0), ("b", -2.0), ("▁ab", score))
     charsmap = model.normalizer_spec.precompiled_charsmap
     assert PieceModel(tmp_path, pieces, (), charsmap).processor().encode("ab") == ids
@@ -135,7 +136,7 @@ def test_a_token_in_a_sentence_is_text(model, tmp_path, kind, token):
     (row,) = tokenizer.encode([f"a {token} man"], language)
     frame = {0, 1, 2, *range(len(model.pieces) + 1, tokenizer.vocab)}
     assert not frame & set(row[1:-1].tolist())
-    if token in LINES[-1]:  # of which every character has a piece
+    if token in LINES[-1]:  # every character of that line has a piece
         assert tokenizer.decode(row) == f"a {token} man"
 
 
@@ -143,7 +144,7 @@ def test_a_kind_refuses_the_other_kinds_file(model, tmp_path):
     for kind, other in (("xlmr", "mbart50"), ("mbart50", "xlmr")):
         folder = write(tmp_path / kind, unigram_json(model, PUBLISHED[other].last))
         refuse(kind, folder, r"tokenizer\.json", f"tokenizer of kind '{other}'")
-        # Also beside SentencePiece's file, which is the same for both.
+        # Also next to SentencePiece's file, which is the same for both.
         (folder / "sentencepiece.bpe.model").write_bytes(model.SerializeToString())
         refuse(kind, folder, f"tokenizer of kind '{other}'")
 
@@ -175,13 +176,13 @@ def test_a_file_without_nfkc_is_refused(model, tmp_path):
     for normalizer in (None, {"type": "Sequence", "normalizers": [{"type": "Replace"}]}):
         folder = write(tmp_path, record | {"normalizer": normalizer})
         refuse("xlmr", folder, *said)
-    # SentencePiece's own file beside it has one.
+    # SentencePiece's own file next to it has one.
     (tmp_path / "sentencepiece.bpe.model").write_bytes(model.SerializeToString())
     assert load("xlmr", tmp_path).vocab == len(model.pieces) + 2
 
 
 def broken_records(model):
-    """Name -> a tokenizer.json that is none of XLM-R's."""
+    """Name -> a tokenizer.json that does not fit XLM-R."""
     good = unigram_json(model, ["<mask>"])
     vocab = good["model"]["vocab"]
     charsmap = model.normalizer_spec.precompiled_charsmap
@@ -340,7 +341,7 @@ TOWERS = {
 
 
 def published(kind, tokenizer, folder):
-    """A tower of a kind, without weights, with the tokenizer in a folder."""
+    """A tower of one kind, without weights, and the tokenizer in a folder."""
     found = Pretrained(kind, TOWERS[kind], {}, Account(()), f"{kind}s")
     return published_text(found, TokenizerConfig(tokenizer, str(folder)), dtype=np.float32)
 
@@ -350,7 +351,7 @@ def test_a_published_tower_takes_its_own_tokenizer(model, tmp_path):
     clip = write_clip(tmp_path / "clip")
     for kind, folder, tower in (("xlmr", xlmr, "mclip"), ("clip", clip, "clip_text")):
         found = published(tower, kind, folder)
-        # Sentences are cut to the positions of the tower.
+        # Sentences are cut to the tower's positions.
         (row,) = found.tokenizer.encode(["a man " * 50], None)
         assert len(row) == found.longest == {"xlmr": 18, "clip": 9}[kind]
     message = r"config\.clip_tokenizer\.kind='clip' is not for .*'mclips'.*set it to 'xlmr'"
@@ -395,7 +396,7 @@ def test_language_codes_are_mbarts():
         and last[0] == "ar_AR"
         and last[51:] == ("sl_SI", "<mask>")
     )
-    # Places of the published vocabulary: 250001 is Arabic, 250004 English, 250053 the mask.
+    # Ids in the published vocabulary: 250001 is Arabic, 250004 English, 250053 the mask.
     assert [250001 + last.index(MBART50_CODES[code]) for code in ("ar", "de", "en", "zh")] == [
         250001, 250003, 250004, 250025,
     ]  # fmt: skip

@@ -42,13 +42,13 @@ def config_of(stage, root=None, **changes):
 
 
 def features(corpus, kind):
-    """Rows that tell which they are, and of what."""
+    """Rows that encode their index and what they belong to."""
     rows = np.arange(len(corpus), dtype=np.float32)
     return np.stack([rows, np.full_like(rows, CODES[kind])], axis=1)
 
 
 class Tower:
-    """A tower of a tokenizer alone, which frames a sentence as its number of letters."""
+    """A tower with only a tokenizer, for which a sentence is its number of letters."""
 
     longest = 11
     config = types.SimpleNamespace(features=FEATURES)
@@ -62,7 +62,7 @@ class Tower:
 
 @pytest.fixture
 def data_of(monkeypatch, tmp_path):
-    """data_of(config): a RunData whose towers and features are stand-ins; asks are kept."""
+    """data_of(config): a RunData whose towers and features are stand-ins that record requests."""
     asked = []
 
     def texts(tower, corpus, language, *, folder, mesh):
@@ -86,7 +86,7 @@ def data_of(monkeypatch, tmp_path):
     return build
 
 
-# Stage, whether it is for training, and what examples read, write and look at.
+# Stage, whether it is for training, and what its examples read, write and look at.
 READS = [
     ("caption", True, "en", "en", "pictures"),
     ("caption", False, "en", "en", "pictures"),
@@ -121,7 +121,7 @@ def test_what_a_stage_reads_of_a_split(corpus, data_of, stage, train, source, ta
 
 
 def test_captions_in_both_languages_are_trained_on_and_one_is_evaluated(corpus, data_of):
-    """The target's first; features are of the sentence's own language."""
+    """The target language's captions come first; features belong to the sentence's own language."""
     made = data_of(config_of("text_recon", corpus, all_languages=True))
     english, german, _ = read_split(corpus, "train")
     found = made.load("train", train=True)
@@ -231,7 +231,7 @@ def test_the_languages_that_a_stage_uses(stage, changes, caption, used):
 @pytest.mark.parametrize(
     ("sources", "kind", "sizes"),
     [
-        ({"clip": "run"}, "xlmr", None),  # the config's own
+        ({"clip": "run"}, "xlmr", None),  # the config's own kind
         ({"clip_text": "tower"}, "xlmr", MClipConfig()),
         ({"clip_text": "tower"}, "clip", ClipTextConfig()),
         ({"clip_text": "tower"}, "labse", LabseConfig()),
@@ -250,7 +250,7 @@ BOTH = {"clip_image": "/no", "clip_text": "/no"}
 
 @pytest.mark.parametrize("given", [{"clip_image": "there"}, BOTH])
 def test_a_pipeline_asks_for_every_tower_at_its_start(corpus, tmp_path, given):
-    """Not when the stage that needs it begins, after hours of captioning."""
+    """Rather than when the stage that needs it starts, after hours of captioning."""
     config = config_of("translate", corpus, sources=SourcesConfig(**given))
     with pytest.raises((ValueError, OSError), match=r"sources\.clip_text|clip_tokenizer"):
         translation.check(config, epath.Path(tmp_path), one_device(), key="config")
@@ -285,7 +285,7 @@ def test_published_towers_are_read_as_the_config_says(monkeypatch, tmp_path):
 
 
 def test_towers_of_a_run_have_the_sizes_of_that_run(corpus, monkeypatch, tmp_path):
-    """Whatever sizes stage "clip" has in this config."""
+    """Regardless of the sizes of stage "clip" in this config."""
     config = config_of("translate", corpus, sources=SourcesConfig(clip="trained"))
     tokenizer, _ = train_tokenizer(config, epath.Path(tmp_path))
     sizes = {"heads": 4, "eps": 1e-3}
@@ -323,7 +323,7 @@ def test_a_corpus_names_what_is_missing():
 
 
 def scored(tmp_path, config, made, outputs, *, step="12"):
-    """What `score_split` gives for `outputs` by source, and the batches that it asks for."""
+    """What `score_split` returns for `outputs` by source, and the batches that it requests."""
     chosen = made.load(TEST, train=False)
     asked = []
 
@@ -361,7 +361,7 @@ def test_a_scored_set_is_written_row_by_row(corpus, data_of, tmp_path, stage, ta
     assert (report["set"], report["step"], report["sentences"]) == (f"multi30k {TEST}", 12, 5)
     assert report["exact"] == 80.0 and report["bleu"] == pytest.approx(wanted.bleu)
     assert f"tok-{target}|" in report["signatures"]["bleu_lower"]
-    (batch,) = asked  # of config.decode.batch
+    (batch,) = asked  # the size in config.decode.batch
     assert len(batch["_mask"]) == 8 and batch["_mask"].sum() == 5
     lengths = (batch["source"] != 1).sum(axis=1)
     assert lengths.tolist() == sorted(lengths.tolist(), reverse=True)
@@ -395,7 +395,7 @@ def test_further_tests_are_scored_in_folders_of_their_own(corpus, data_of, tmp_p
 
 
 def test_a_set_is_searched_in_batches_of_the_search(corpus, data_of, tmp_path):
-    """Whatever batches and seed training has; tokens are dropped by the run's seed."""
+    """Regardless of training's batches and seed; tokens are dropped with the run's seed."""
     config = config_of("translate", corpus, noise=NoiseConfig(mask_prob=0.5, test=True), seed=3)
     decode = dataclasses.replace(config.decode, batch=2, bucket=6)
     chosen = data_of(config).load("val", train=False)

@@ -36,7 +36,7 @@ STAGES = ("clip", "caption", "translate")
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, corpus):
-    """The folder of a pipeline that the command has run on eight devices but for its mesh."""
+    """The folder of a pipeline run by the command, on eight devices except for its mesh."""
     workdir = epath.Path(tmp_path_factory.mktemp("pipeline"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cliptrans_jax.main.make_mesh", lambda _: one_device())
@@ -46,7 +46,7 @@ def finished(tmp_path_factory, corpus):
 
 @pytest.fixture(scope="module")
 def runs(finished, corpus):
-    """The configs of its stages."""
+    """The configs of the pipeline's stages."""
     return dict(plan(tiny_pipeline(corpus), finished))
 
 
@@ -94,7 +94,7 @@ def test_stages_learn_and_report(finished):
         assert losses[-1] < losses[0]
     report = (finished / "report.html").read_text()
     assert "CLIPTrans, pipeline" in report and "Scores of the test split" in report
-    assert report.count("<img") >= 5  # the pictures of all five sentences among them
+    assert report.count("<img") >= 5  # including the pictures of all five sentences
     names = {f"val/{name}" for name in (*METRICS, "loss", "token_accuracy")}
     result = json.loads((finished / "translate" / "result.json").read_text())
     assert names <= set(result)
@@ -163,7 +163,7 @@ def test_a_killed_run_goes_on_byte_for_byte(finished, runs, tmp_path):
 
 
 def test_pictures_read_in_a_process_are_the_same(finished, runs, tmp_path):
-    """In the rest of a run that began without."""
+    """In the remainder of a run that started without one."""
     whole, cut = finished / "clip", epath.Path(tmp_path / "cut")
     shutil.copytree(whole, cut)
     (cut / "result.json").unlink()
@@ -235,7 +235,7 @@ def test_pictures_may_take_the_place_of_the_text(finished, runs, corpus, tmp_pat
     run = finished / "translate"
     run_stage(evaluation(runs, run, test_side="image"), epath.Path(tmp_path), one_device())
     english, _, pictures = read_split(corpus, TEST)
-    model = cliptrans_jax.load_model(run / "checkpoints")  # finds the run around it
+    model = cliptrans_jax.load_model(run / "checkpoints")  # finds the run that it belongs to
     found = model.translate(english, pictures=pictures)
     rows = read_translations(tmp_path / "translations.tsv")
     assert [hypotheses[0].text for hypotheses in found] == [row.output for row in rows]
@@ -274,14 +274,14 @@ def test_the_text_tower_trains_when_it_is_unfrozen(finished, runs, corpus, tmp_p
     english, _, _ = read_split(corpus, TEST)
     found = cliptrans_jax.load_model(tmp_path).translate(english)
     assert [hypotheses[0].text for hypotheses in found] == outputs(tmp_path)
-    # Without the trained tower such a model cannot be scored or trained on unnoticed.
+    # Such a model must not be scored or trained on unnoticed without the trained tower.
     lost = dataclasses.replace(evaluation(runs, tmp_path), unfreeze_clip=False)
     with pytest.raises(ValueError, match=r"clip/.* has no place"):
         run_stage(lost, epath.Path(tmp_path / "lost"), one_device())
 
 
 def test_features_of_texts_need_not_be_kept(finished, longer, runs, tmp_path):
-    """Neither to train, as `longer` did, nor to score."""
+    """Neither for training, as in `longer`, nor for scoring."""
     workdir, _, _ = longer
     assert not (workdir / "features").exists()
     assert {path.split("/")[0] for path in flat(workdir)} == {"mbart", "mapper"}
@@ -309,7 +309,7 @@ def test_without_a_prefix_no_features_are_needed(corpus, tmp_path):
     model = cliptrans_jax.load_model(tmp_path)
     found = model.translate(english)
     assert [hypotheses[0].text for hypotheses in found] == outputs(tmp_path)
-    # The average of the parameters is what is scored and loaded.
+    # What is scored and loaded is the average of the parameters.
     averaged, last = (checkpoint.load(tmp_path, average=average) for average in (True, False))
     assert_same(model.params, averaged)
     scored = [row.score for row in read_translations(tmp_path / "translations.tsv")]
@@ -345,7 +345,7 @@ def test_the_best_checkpoint_is_the_earliest_of_the_highest(tmp_path):
         state = TrainState(np.int32(step), {"w": np.ones(1)}, {}, None, {}, none, none)
         checkpoints.save(state, step=step, config={}, metrics=None)
     checkpoints.close()
-    lines = [(3, 4.0), (6, 7.0), (9, 7.0), (12, 9.0)]  # of 12 no checkpoint is left
+    lines = [(3, 4.0), (6, 7.0), (9, 7.0), (12, 9.0)]  # step 12 has no checkpoint left
     (run / "metrics.jsonl").write_text(
         "".join(json.dumps({"step": step, "val/bleu": bleu}) + "\n" for step, bleu in lines)
     )
@@ -369,9 +369,9 @@ def test_a_metric_that_is_not_finite_makes_no_checkpoint_the_best(
 
 @pytest.fixture(scope="module")
 def longer(runs, tmp_path_factory):
-    """Stage "translate" for an epoch more, on eight devices, with the text tower in its step and a
-    BLEU of the validation set that falls: its folder, its result, and which sets were scored in
-    which order."""
+    """Stage "translate" for one more epoch, on eight devices, with the text tower in its step and a
+    falling BLEU on the validation set: its folder, its result, and the sets that were scored, in
+    order."""
     workdir = epath.Path(tmp_path_factory.mktemp("longer"))
     real, asked = scores.score, []
 
@@ -405,7 +405,7 @@ def test_validation_chooses_and_the_test_set_is_scored_once(longer):
     assert checkpoint.finished_steps(workdir / "checkpoints") == [3, 9]
     assert result["test"]["step"] == 3
     assert json.loads((workdir / "scores.json").read_text())["step"] == 3
-    # Whoever scores the run again takes the same, and of a step's folder that step.
+    # Scoring the run again uses the same checkpoint; scoring a step's folder uses that step.
     for source, step in ((workdir, "3"), (workdir / "checkpoints" / "9", "9")):
         assert find(str(source)).step.name == step
 

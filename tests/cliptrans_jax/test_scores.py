@@ -1,4 +1,4 @@
-"""Scores against numbers worked out by hand, and their signatures."""
+"""Scores, against numbers worked out by hand, and their signatures."""
 
 import logging
 import math
@@ -24,7 +24,7 @@ TEXTS = ["Zwei Hunde spielen im Schnee.", "Ein Mann fährt auf einem Fahrrad dur
 
 def test_a_perfect_translation_scores_100_but_for_meteors_penalty():
     metrics = as_metrics(score(TEXTS, TEXTS, language="de"))
-    lengths = [6, 10]  # tokens, the full stop among them; one chunk each
+    lengths = [6, 10]  # token counts, including the full stop; one chunk each
     penalised = [100 * (1 - 0.5 / length**3) for length in lengths]
     assert metrics.pop("meteor") == pytest.approx(sum(penalised) / 2, abs=1e-9)
     assert metrics == pytest.approx(dict.fromkeys(("bleu", "bleu_lower", "chrf", "exact"), 100))
@@ -32,15 +32,16 @@ def test_a_perfect_translation_scores_100_but_for_meteors_penalty():
 
 @pytest.mark.parametrize("shorter", [True, False])
 def test_every_score_by_hand_of_an_output_that_is_shorter_or_longer(shorter):
-    """ "a b c d" and "a b c d e", either of them the output: which one is the reference shows."""
+    """Either "a b c d" or "a b c d e" is the output: it matters which one is the reference."""
     pair = [["a b c d", "z"], ["a b c d e", "z"]]
     found = score(*(pair if shorter else pair[::-1]), language="de")
-    # 5 tokens of 6 with orders 4, 3, 2, 1, or all 6, of which 5, 3, 2, 1 match 6, 4, 3, 2.
+    # The shorter text has 5, 3, 2, 1 n-grams of orders 1 to 4, and all match. The longer one has
+    # 6, 4, 3, 2, of which as many match.
     precision = 1 if shorter else (5 / 6 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
     penalty = math.exp(1 - 6 / 5) if shorter else 1
     assert found.bleu == pytest.approx(100 * precision * penalty)
     assert found.bleu_lower == pytest.approx(100 * precision * penalty)
-    # Letters: 4, 3, 2, 1 of orders 1 to 4 match, and one of "z"; orders 5 and 6 are of one alone.
+    # Letters: 4, 3, 2, 1 n-grams of orders 1 to 4 match, plus "z"; higher orders are not in both.
     part = (5 / 6 + 3 / 4 + 2 / 3 + 1 / 2) / 4
     chars = (1, part) if shorter else (part, 1)
     assert found.chrf == pytest.approx(100 * 5 * chars[0] * chars[1] / (4 * chars[0] + chars[1]))
@@ -62,7 +63,7 @@ def test_bleu_sums_counts_over_the_corpus_and_smooths():
     assert (value.counts, value.totals) == ([5, 3, 2, 1], [6, 4, 2, 1])
     assert value.score == pytest.approx(100 * (5 / 6 * 3 / 4) ** 0.25, abs=1e-9)
     unmatched, _ = bleu(["a b c x"], ["a b c d"], language="en")
-    # No 4-gram of one matches: half of one is counted.
+    # No 4-gram matches: it counts as half a match.
     assert unmatched.score == pytest.approx(100 * (3 / 4 * 2 / 3 * 1 / 2 * 1 / 2) ** 0.25, abs=1e-9)
 
 
@@ -152,9 +153,9 @@ def test_meteor_matches_case_aside_and_by_stem_and_no_synonyms():
     assert meteor(["Dogs"], ["dogs"]) == pytest.approx(one)
     assert meteor(["playing"], ["plays"]) == pytest.approx(one)
     assert meteor(["car"], ["automobile"]) == 0
-    # The same word is matched before one of its stem, wherever it stands.
+    # An equal word is matched before one with the same stem, wherever it is.
     assert meteor(["plays", "x", "play"], ["play"]) == pytest.approx(meteor(list("yxp"), ["p"]))
-    pair = ["play", "ran", "plays"], ["plays", "ran", "z"]  # play: plays would be one chunk of two
+    pair = ["play", "ran", "plays"], ["plays", "ran", "z"]  # by stem first: one chunk of two
     assert meteor(*pair) == pytest.approx(2 / 3 * (1 - 0.5 * (2 / 2) ** 3))
 
 

@@ -1,4 +1,4 @@
-"""SigLIP's towers: their numbers, their files, their pictures, and training from scratch."""
+"""SigLIP's towers: their outputs, their files, their preprocessing, and training from scratch."""
 
 import dataclasses
 import functools
@@ -46,7 +46,7 @@ TOWERS = {
 IDS = np.array([[7, 9, 5, 39, 1], [30, 1, 3, 3, 3]], np.int32)
 IMAGES = np.random.default_rng(1).normal(size=(2, 10, 10, 3)).astype(np.float32)
 INPUTS = {"vision": IMAGES, "text": IDS}
-# Of google/siglip2-base-patch16-224 on the hub, and of so400m-patch14-384.
+# From google/siglip2-base-patch16-224 on the hub, and from so400m-patch14-384.
 BASE = {
     "architectures": ["SiglipModel"],
     "model_type": "siglip",
@@ -79,7 +79,7 @@ def program(side, dtype=jnp.float32):
 
 
 def tensors_of(side):
-    """Numbers of their own in every place, under the published names."""
+    """Distinct numbers in every place, under the published names."""
     tower, config, table = TOWERS[side]
     return tables.write(table, random_like(tower.shapes(config)))
 
@@ -104,14 +104,14 @@ def hf_of(text=TEXT, vision=VISION):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A published SigLIP, both sides in one file."""
+    """A published SigLIP, with both towers in one file."""
     extra = {"logit_scale": np.zeros(1, np.float32), "logit_bias": np.zeros(1, np.float32)}
     return write_folder(
         tmp_path / "siglip", hf_of(), tensors_of("text") | tensors_of("vision") | extra
     )
 
 
-@pytest.mark.parametrize("size", [1.0, 0.02])  # of numbers so small, every epsilon shows
+@pytest.mark.parametrize("size", [1.0, 0.02])  # small enough that every epsilon shows
 @pytest.mark.parametrize("side", TOWERS)
 def test_a_tower_computes_what_its_tensors_say(side, size):
     shrunk = jax.tree.map(lambda x: size * x, params_of(side))
@@ -122,7 +122,7 @@ def test_a_tower_computes_what_its_tensors_say(side, size):
     else:
         want = [naive.siglip_vision(weights, x, heads=2) for x in IMAGES.transpose(0, 3, 1, 2)]
     want = np.array(want)
-    scale = np.abs(want - want.mean(axis=0)).max()  # of what examples differ in
+    scale = np.abs(want - want.mean(axis=0)).max()  # the scale on which examples differ
     np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-3 * scale)
 
 
@@ -261,7 +261,7 @@ def test_openclip_s_words_for_pictures_are_read_too(changes, message):
 
 def test_pictures_are_resized_to_a_square_without_a_crop():
     image = np.zeros((6, 12, 3), np.uint8)
-    image[:, 9:] = 255  # which a crop of the middle would leave out
+    image[:, 9:] = 255  # a centre crop would leave this out
     found = prepare_picture(image, 4, siglip.VISION.pictures)
     assert found.shape == (4, 4, 3) and found.dtype == np.float32
     # The filters of the last two columns see 1 / 9 and 7 / 8 of white.
@@ -287,7 +287,7 @@ def test_pictures_are_those_of_hugging_face():
 
 def test_one_source_gives_both_towers_and_the_tokenizer(folder, tmp_path):
     sources = SourcesConfig(siglip=str(folder))
-    clip_tokenizer = TokenizerConfig("xlmr", "elsewhere")  # of the config file
+    clip_tokenizer = TokenizerConfig("xlmr", "elsewhere")  # from the config file
     config = dataclasses.replace(
         tiny_config("translate", None), sources=sources, clip_tokenizer=clip_tokenizer
     )
@@ -319,7 +319,7 @@ def test_a_siglip_is_the_only_source_of_towers(other):
 
 
 def from_scratch(side):
-    """The section of a tower, as a flag gives it."""
+    """A tower's section, as given by a flag."""
     _, config, _ = TOWERS[side]
     return {"kind": config.kind} | {
         name: value for name, value in dataclasses.asdict(config).items() if name != "attention"
@@ -353,7 +353,7 @@ def test_a_config_of_an_earlier_version_has_no_kind():
     assert (found.text.kind, found.image.kind) == ("mclip", "clip_vision")
     with pytest.raises(ValueError, match=r"text\.kind='clip_text' must be one of \['mclip', 'sig"):
         freeze(ClipConfig, {"text": {"kind": "clip_text"}})
-    # Stored features are found by it.
+    # Stored features are looked up by it.
     assert "kind" not in repr(found)
 
 

@@ -1,4 +1,5 @@
-"""The sigmoid loss against numbers worked out by hand, on one device and on eight, and in a run."""
+"""The sigmoid loss, against numbers worked out by hand, on one device and on eight, and in a
+run."""
 
 import dataclasses
 import functools
@@ -16,7 +17,7 @@ from cliptrans_jax.runs import contrastive
 from common_jax.mesh import BATCH, MeshConfig, make_mesh, match_rules
 
 TEXTS, IMAGES = np.array([[2.0, 0.0], [0.0, 0.5]]), np.array([[1.0, 0.0], [3.0, 4.0]])
-COSINES = np.array([[1.0, 0.6], [0.0, 0.8]])  # whatever the lengths
+COSINES = np.array([[1.0, 0.6], [0.0, 0.8]])  # whatever the vectors' lengths
 SCALE, BIAS = 3.0, -1.0
 LOGITS = np.array([[2.0, 0.8], [-1.0, 1.4]])  # 3 cosines - 1
 SIGNS = np.array([[1, -1], [-1, 1]])
@@ -31,23 +32,23 @@ def arguments():
 
 
 def test_sigmoid_loss_by_hand():
-    """Two pairs and two that are none: softplus of -2, 0.8, -1 and -1.4, over two texts."""
+    """Two pairs and two mismatches: softplus of -2, 0.8, -1 and -1.4, divided by two texts."""
     wanted = sum(math.log(1 + math.exp(x)) for x in (-2.0, 0.8, -1.0, -1.4)) / 2
     assert float(loss(*arguments())) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_its_gradient_by_hand():
-    """By a logit -z sigmoid(-z logit) / B; by the bias the sum of that, by the logarithm of the
-    scale the sum of it times scale times cosine."""
+    """For a logit, -z sigmoid(-z logit) / B; for the bias, the sum of that; for the logarithm of
+    the scale, the sum of that times scale times cosine."""
     by_logit = -SIGNS / (1 + np.exp(SIGNS * LOGITS)) / 2
     by_scale, by_bias = jax.grad(loss, (2, 3))(*arguments())
     assert float(by_bias) == pytest.approx(by_logit.sum(), rel=1e-5)
     assert float(by_scale) == pytest.approx((by_logit * SCALE * COSINES).sum(), rel=1e-5)
-    # A feature's length changes nothing, so its gradient stands at a right angle to it.
+    # A feature's length has no effect, so its gradient is at a right angle to it.
     by_texts = np.asarray(jax.grad(loss)(*arguments()))
     np.testing.assert_allclose((by_texts * TEXTS).sum(axis=1), 0, atol=1e-6)
     units = IMAGES / np.linalg.norm(IMAGES, axis=1, keepdims=True)
-    wanted = SCALE * by_logit[0] @ units[:, 1] / 2  # across text 0, which has length 2
+    wanted = SCALE * by_logit[0] @ units[:, 1] / 2  # perpendicular to text 0, which has length 2
     assert float(by_texts[0, 1]) == pytest.approx(wanted, rel=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""The inputs and trained parameters of each stage, and its batches."""
+"""Each stage's inputs and trained parameters, and its batches."""
 
 import dataclasses
 import re
@@ -30,7 +30,7 @@ CODES = {"en": 90, "de": 91}
 
 
 def sentences(language, *, seed):
-    """Framed ids; a sentence's first word is its number, so that it can be told in a batch."""
+    """Framed ids; a sentence's first word is its number, which identifies it in a batch."""
     rng = np.random.default_rng(seed)
     return [
         np.array([CODES[language], 10 + i, *rng.integers(40, 80, rng.integers(0, 18)), EOS], "i4")
@@ -160,7 +160,7 @@ def test_a_source_is_empty_where_all_of_it_is_dropped(stage):
 
 
 def test_tokens_are_dropped_each_by_itself_in_every_epoch_example_and_seed():
-    """22 copies of one sentence of 16 words, in 4 epochs of 4 seeds."""
+    """22 copies of one sentence of 16 words, in 4 epochs with 4 seeds."""
     ids = np.array([90, *range(10, 26), EOS], np.int32)
     rows, pairs = np.arange(SIZE, dtype=np.int32), (("en", "en"),) * SIZE
     examples = Examples([ids] * SIZE, [ids] * SIZE, Side.TEXT, rows, pairs, True)
@@ -178,7 +178,7 @@ def test_tokens_are_dropped_each_by_itself_in_every_epoch_example_and_seed():
     np.testing.assert_allclose(places, 0.7, atol=0.1)
     together = np.corrcoef(np.array(found).T)[~np.eye(16, dtype=bool)]
     assert np.abs(together).max() < 0.25
-    # Wherever an example stands in whichever batch.
+    # Regardless of the batch and position of an example.
     assert kept(2, 3, [7, 4]) == [kept(2, 3, range(SIZE))[i] for i in (7, 4)]
 
 
@@ -216,7 +216,7 @@ def take(feed, start, count):
 
 
 def numbers(batch):
-    """The examples of a batch, by their words."""
+    """The examples in a batch, identified by their words."""
     return (batch["labels"][:, 1] - 10).tolist()
 
 
@@ -255,10 +255,10 @@ def test_every_example_stands_in_an_epoch_once(window):
         [i for batch in take(feed, epoch * 5, 5) for i in numbers(batch)] for epoch in range(4)
     ]
     for seen in epochs:
-        assert len(set(seen)) == 5 * BATCH  # the last two are left out
+        assert len(set(seen)) == 5 * BATCH  # the last two are dropped
     assert len({tuple(seen) for seen in epochs}) == 4
     left_out = [set(range(SIZE)) - set(seen) for seen in epochs]
-    assert len(set(map(frozenset, left_out))) > 1  # not always the same two
+    assert len(set(map(frozenset, left_out))) > 1  # not the same two every time
 
 
 def test_windows_hold_sentences_of_like_length():
@@ -268,7 +268,7 @@ def test_windows_hold_sentences_of_like_length():
     plain, ranked = batches(1), batches(5)
     padding = [sum(int(np.sum(b["labels"] == PAD)) for b in found) for found in (plain, ranked)]
     assert padding[1] < padding[0] * 2 / 3
-    # Of the same examples, and the batches of a window are shuffled.
+    # Batches hold the same examples, and the batches of a window are shuffled.
     seen = [sorted(i for batch in found for i in numbers(batch)) for found in (plain, ranked)]
     assert seen[0] == seen[1]
     lengths = [batch["labels"].shape[1] for batch in ranked]
@@ -280,7 +280,7 @@ TOTALS = [len(a) + len(b) for a, b in zip(TOKENS["en"], TOKENS["de"], strict=Tru
 
 @pytest.mark.parametrize("window", [2, 3])
 def test_a_window_sorts_the_batches_that_the_epoch_has_there(window):
-    """By the tokens of source and target together."""
+    """By the total number of source and target tokens."""
     plain, ranked = (
         [numbers(batch) for batch in take(feed_of(choose("translate"), window=one), 5, 5)]
         for one in (1, window)
@@ -295,14 +295,14 @@ def test_a_window_sorts_the_batches_that_the_epoch_has_there(window):
 
 def test_the_batches_of_a_window_are_shuffled_anew_in_every_epoch_and_seed():
     def places(seed, epoch):
-        """Where the shortest batch stands, then the next."""
+        """Positions of the shortest batch, of the next, and so on."""
         feed = dataclasses.replace(feed_of(choose("translate"), window=5), seed=seed)
         totals = [[TOTALS[i] for i in numbers(batch)] for batch in take(feed, 5 * epoch, 5)]
         return tuple(sorted(range(5), key=lambda place: totals[place]))
 
     epochs, seeds = [places(7, i) for i in range(24)], [places(i, 2) for i in range(24)]
     for found in (epochs, seeds):
-        assert len(set(found)) > 15  # of 120 orders
+        assert len(set(found)) > 15  # out of 120 orders
         for rank in (0, 4):
             assert {order[rank] for order in found} == {*range(5)}
     assert places(7, 3) == places(7, 3)
@@ -313,7 +313,7 @@ def test_features_and_clip_tokens_stay_with_their_sentences():
         for batch in take(feed_of(choose("translate"), window=3, clip=clip), 0, 10):
             kept = batch[name][:, 1] - 30 if clip else batch[name][:, 0]
             assert kept.tolist() == numbers(batch)
-            assert batch[name].shape == (BATCH, 3 if clip else 1)  # the tower's room
+            assert batch[name].shape == (BATCH, 3 if clip else 1)  # the tower's length
             assert batch["source"][:, 1].tolist() == batch["labels"][:, 1].tolist()
 
 
@@ -325,7 +325,7 @@ def test_lengths_are_few_and_never_beyond_the_room():
         assert batch["source"].shape == batch["labels"].shape
         longest = max(np.sum(batch[name] != PAD, axis=1).max() for name in ("source", "labels"))
         assert longest <= batch["source"].shape[1] < 2 * max(longest, 5)
-    wide = feed_of(choose("translate"), bucket=19)  # of 21 tokens, twice that would be 38
+    wide = feed_of(choose("translate"), bucket=19)  # for 21 tokens; doubled, that would be 38
     widths = {batch["source"].shape[1] for batch in take(wide, 0, 20)}
     assert max(widths) == ROOM and max(len(ids) for ids in TOKENS["en"]) > 19
 

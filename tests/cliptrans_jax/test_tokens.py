@@ -1,4 +1,4 @@
-"""Tokenizers: frames, round trips, and reproducible training."""
+"""Tokenizers: special tokens, round trips, and reproducible training."""
 
 import dataclasses
 import json
@@ -91,7 +91,7 @@ def test_decoding_drops_what_has_no_text(trained):
     pieces = row[1:-1].tolist()
     generated = [EOS, 416, *pieces, EOS, PAD, PAD]
     assert trained.decode(generated) == trained.decode(np.array(generated)) == "a man"
-    assert trained.decode([BOS, *pieces, 419, 3]) == "a man"  # mask and unknown
+    assert trained.decode([BOS, *pieces, 419, 3]) == "a man"  # mask and unknown token
     assert trained.decode([EOS, 416, *pieces, EOS, *pieces]) == "a man"
     assert trained.decode([EOS, EOS, PAD]) == trained.decode([]) == ""
 
@@ -261,7 +261,7 @@ def test_a_missing_folder_says_what_to_fetch(tmp_path, kind):
 
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory):
-    """A SentencePiece model as mBART-50 and XLM-R have it, and its folder."""
+    """A SentencePiece model like those of mBART-50 and XLM-R, and its folder."""
     sentencepiece = pytest.importorskip("sentencepiece", reason="it trains the model to read")
     folder = tmp_path_factory.mktemp("published")
     sentencepiece.SentencePieceTrainer.train(
@@ -274,7 +274,7 @@ def pieces(tmp_path_factory):
     return folder, model
 
 
-# In the order of their ids, from 250001 on.
+# In the order of their ids, starting at 250001.
 CODES = """ar_AR cs_CZ de_DE en_XX es_XX et_EE fi_FI fr_XX gu_IN hi_IN it_IT ja_XX kk_KZ ko_KR lt_LT
 lv_LV my_MM ne_NP nl_XX ro_RO ru_RU si_LK tr_TR vi_VN zh_CN af_ZA az_AZ bn_IN fa_IR he_IL hr_HR
 id_ID ka_GE km_KH mk_MK ml_IN mn_MN mr_IN pl_PL ps_AF pt_XX sv_SE sw_KE ta_IN te_IN th_TH tl_XX
@@ -296,7 +296,7 @@ def test_a_kind_takes_as_many_tokens_as_its_network_has_positions_for():
 
 
 def framed(*, limit=6, unknown=3):
-    """A tokenizer of 10 ids, each written as its number."""
+    """A tokenizer with 10 ids, each written as its number."""
     return FramedTokenizer(
         cut=lambda texts: [[int(word) for word in text.split()] for text in texts],
         join=lambda ids: " ".join(map(str, ids)),
@@ -348,12 +348,12 @@ def test_clip_cuts_words_as_published():
 def test_mbart50_ids_are_sentencepieces_and_one(pieces):
     folder, model = pieces
     tokenizer = load_tokenizer(TokenizerConfig("mbart50", str(folder)))
-    # 4 special tokens for 3 of SentencePiece, 52 languages, a mask.
+    # 4 special tokens in place of SentencePiece's 3, 52 languages, a mask.
     assert tokenizer.vocab == 120 + 1 + 52 + 1
     assert (tokenizer.bos, tokenizer.pad, tokenizer.eos) == (0, 1, 2)
     assert tokenizer.languages == tuple(MBART50_CODES) and len(MBART50_CODES) == 52
     found = [tokenizer.language_id(language) for language in MBART50_CODES]
-    assert found == list(range(121, 121 + 52))  # 250001 and on with the real 250000 pieces
+    assert found == list(range(121, 121 + 52))  # starting at 250001 with the real 250000 pieces
     unknown = "漢"
     for text in (*SENTENCES, f"men {unknown}"):
         expected = [i + 1 if i else 3 for i in model.encode(text)]

@@ -1,4 +1,4 @@
-"""Published tensors of the towers: every name is known, and the numbers are right."""
+"""The towers' published tensors: every name is known, and the numbers are right."""
 
 import functools
 import re
@@ -39,7 +39,7 @@ TOWERS = {  # network, table, example
     ),
     "openai_text": (clip.ClipText(TEXT, F32), clip_names.openai_text_table(TEXT), (IDS, None)),
 }
-# What the files hold beside the towers.
+# What the files hold besides the towers.
 EXTRA = {
     "mclip": {
         "transformer.embeddings.position_ids": (1, 12),
@@ -193,12 +193,12 @@ def test_what_is_missing_unknown_or_of_another_shape_is_named(file):
             f"{missing} {lost} is missing, for ",
             f"{reshaped} is {(*shape, 7)} and should be {shape}",
             "surplus.weight (3,) has no place",
-            ".more (4,) has no place",  # though what it starts with may be dropped
+            ".more (4,) has no place",  # though its prefix may be dropped
         ):
             assert part in str(raised.value)
 
 
-RENAMED = {  # Hugging Face's names to OpenAI's
+RENAMED = {  # Hugging Face's names -> OpenAI's
     r"^text_model\.embeddings\.token_embedding": "token_embedding",
     r"^text_model\.embeddings\.position_embedding\.weight": "positional_embedding",
     r"^text_model\.encoder\.layers": "transformer.resblocks",
@@ -231,7 +231,7 @@ def test_openai_s_towers_are_the_same_under_their_own_names(openai, tower):
     params, wanted = random_like(shapes_of(tower)), {}
     for name, tensor in tables.write(hugging, params).items():
         theirs = functools.reduce(lambda x, pair: re.sub(*pair, x), RENAMED.items(), name)
-        if "in_proj" in theirs:  # queries, keys and values in this order
+        if "in_proj" in theirs:  # queries, keys and values, in this order
             parts = [wanted[theirs]] if theirs in wanted else []
             wanted[theirs] = np.concatenate([*parts, tensor])
         else:

@@ -1,4 +1,4 @@
-"""The frozen towers: dependencies of their features, sizes, types, meshes."""
+"""The frozen towers: what their features depend on, sizes, dtypes, meshes."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from common_jax.mesh import BATCH, MeshConfig, make_mesh, match_rules
 from common_jax.nn.mlp import ACTIVATIONS
 from common_jax.weights import table as tables
 
-# No epsilon and no pad is the default.
+# Epsilons and pads all differ from the defaults.
 SIZES = {"width": 16, "layers": 1, "heads": 2, "hidden": 24, "features": 8, "eps": 1e-4}
 MCLIP = mclip.MClipConfig(vocab=40, positions=16, pad=5, types=2, **SIZES)
 VISION = clip.ClipVisionConfig(image=8, patch=4, **SIZES)
@@ -43,7 +43,7 @@ def build(name, dtype=jnp.float32):
 
 
 def inputs(name, batch=2):
-    """Arrays that a tower takes, the same ones at every call."""
+    """A tower's input arrays, the same at every call."""
     if name in ("vision", "resnet"):
         side = TOWERS[name][1].image
         images = np.random.default_rng(1).normal(size=(batch, side, side, 3))
@@ -53,7 +53,7 @@ def inputs(name, batch=2):
 
 @functools.cache
 def fresh(name):
-    """Parameters as they start."""
+    """Initial parameters."""
     key = jax.random.key(0, impl="rbg")  # quick to compile
     return jax.jit(build(name).init)(key, *inputs(name))["params"]
 
@@ -63,7 +63,7 @@ def shapes_of(network, *arrays):
 
 
 def random_params(name):
-    """Random numbers in every place; those that are variances are positive."""
+    """Random numbers everywhere; variances are positive."""
     params = traverse_util.flatten_dict(fill(build(name).init, *inputs(name))["params"], sep="/")
     params = {path: abs(x) + 0.5 if path.endswith("/var") else x for path, x in params.items()}
     return traverse_util.unflatten_dict(params, sep="/")
@@ -101,7 +101,7 @@ def test_features_leave_in_float32_and_are_nearly_the_same_in_bfloat16(name, par
     assert np.all(error > 0) and np.all(error < 0.05), error
 
 
-NAIVE = {  # the table of names, and the feature of one example
+NAIVE = {  # tower -> (table of names, feature of one example)
     "mclip": (
         mclip_names.table(MCLIP),
         functools.partial(naive.mclip, heads=MCLIP.heads, pad=MCLIP.pad),
@@ -117,7 +117,7 @@ NAIVE = {  # the table of names, and the feature of one example
 }
 
 
-@pytest.mark.parametrize("size", [1.0, 0.02])  # of numbers so small, every epsilon shows
+@pytest.mark.parametrize("size", [1.0, 0.02])  # small enough that every epsilon shows
 @pytest.mark.parametrize("name", NAIVE)
 def test_a_tower_computes_what_its_tensors_say(name, size, params):
     shrunk = jax.tree.map(lambda x: size * x, params[name])
@@ -129,7 +129,7 @@ def test_a_tower_computes_what_its_tensors_say(name, size, params):
     else:
         examples = zip(IDS, MASK == 1, strict=True)
     want = np.array([feature(weights, *example) for example in examples])
-    scale = np.abs(want - want.mean(axis=0)).max()  # of what examples differ in
+    scale = np.abs(want - want.mean(axis=0)).max()  # the scale on which examples differ
     np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-3 * scale)
 
 
@@ -147,7 +147,7 @@ def test_activations_are_those_that_the_config_names(params):
 
 
 def test_mclip_drops_out_embeddings_and_branches(params):
-    """Without them a block is the norm of a norm."""
+    """Without them, a block is the norm of a norm."""
     network = mclip.MClip(dataclasses.replace(MCLIP, dropout=0.3), jnp.float32)
 
     def last(zero):
@@ -169,13 +169,13 @@ def test_mclip_drops_out_embeddings_and_branches(params):
 
 
 def embedded(weights):
-    """What M-CLIP's embeddings give outside training."""
+    """The output of M-CLIP's embeddings outside training."""
     return np.stack([naive.mclip_embeddings(weights, ids, MCLIP.pad) for ids in IDS])
 
 
 @pytest.mark.parametrize("name", ["mclip", "vision", "text"])
 def test_towers_start_as_published(name):
-    """Matrices and tables are normal of deviation 0.02, biases 0 and gains 1."""
+    """Matrices and tables are normal with deviation 0.02, biases 0 and gains 1."""
     for path, leaf in traverse_util.flatten_dict(fresh(name), sep="/").items():
         if path.endswith(("bias", "scale")):
             assert np.all(np.asarray(leaf) == float(path.endswith("scale"))), path

@@ -1,4 +1,4 @@
-"""Outputs of a search as texts, in order, and the searches of a stage."""
+"""A search's outputs as texts, in order, and the searches of a stage."""
 
 import dataclasses
 import types
@@ -41,10 +41,10 @@ NUMBERS = number_tokenizer(limit=20)
 
 @dataclasses.dataclass(frozen=True)
 class Echo:
-    """A search that repeats the source's words after the language, then fewer of them; the
-    tokens after an output's length are no pads. A third output is found of every second example.
+    """A search that returns the source's words after the language, and then fewer of them. Tokens
+    after an output's length are not pads. Every second example has a third output.
 
-    Scores are the feature of the example and its language.
+    Scores are the sum of the example's feature and its language.
     """
 
     def run(self, params, features, source, language):
@@ -97,7 +97,7 @@ def test_every_example_has_its_own_outputs_best_first(mesh, language):
         words = [str(10 + index + place) for place in range(count)]
         best = (GERMAN if language is None else language) + 0.5 + 2 * index / 8
         wanted = [(words, best), (words[:-1], best - 1), (words[:1], best - 2)]
-        wanted = wanted[: 2 if count % 2 else 3]  # the others have no third
+        wanted = wanted[: 2 if count % 2 else 3]  # the others have no third output
         assert [(one.text.split(), one.score) for one in outputs] == wanted
     assert best_texts(found, 10) == [found[index][0].text for index in range(10)]
 
@@ -109,7 +109,7 @@ def test_a_model_without_a_prefix_needs_no_features():
     assert translate({"more": jnp.float32(0)}, []) == {}
 
 
-# What a stage searches with.
+# Search settings of a stage.
 
 
 def model_of(stage, tower=None, **changes):
@@ -123,7 +123,7 @@ def model_of(stage, tower=None, **changes):
 )
 @pytest.mark.parametrize(("beams", "wanted"), [(0, 2), (1, 1), (4, 4)])
 def test_the_search_of_a_stage(stage, parity, language, beams, wanted, monkeypatch):
-    """With `parity` captions, which are English, begin with the code of the target language."""
+    """With `parity`, captions, although English, start with the target language's code."""
     made = []
 
     def make(search, features, tokenizer, **settings):
@@ -143,7 +143,7 @@ def tower():
     return TextTower.described(tiny_config("translate", None).clip.text, jnp.float32)
 
 
-# Source, labels, features and tokens for the tower of a batch; 6 examples in 2 micro-batches.
+# Source, labels, features and tower tokens of a batch of 6 examples in 2 micro-batches.
 @pytest.mark.parametrize(
     ("stage", "changes", "with_tower", "wanted"),
     [
@@ -181,7 +181,7 @@ def test_the_batch_that_a_step_is_compiled_for(stage, changes, with_tower, wante
     longer = model.bare_task(one_device(), examples=21, tokens=99).batch
     assert longer["labels"].shape == (3, 20)  # config.tokenizer.max_length
     if with_tower:
-        assert longer["clip_tokens"].shape == (3, 30)  # its 32 positions but 2
+        assert longer["clip_tokens"].shape == (3, 30)  # its 32 positions minus 2
 
 
 @pytest.mark.parametrize("lower", [False, True])
@@ -198,7 +198,7 @@ def test_a_model_that_writes_in_lower_case_is_watched_by_lower_cased_bleu(lower)
         ("translate", {"keep_text_features": False}, True),
         ("translate", {"unfreeze_clip": True}, True),
         ("caption", {"keep_text_features": False}, False),
-        ("triplet", {"keep_text_features": False}, True),  # in evaluation alone
+        ("triplet", {"keep_text_features": False}, True),  # only in evaluation
     ],
 )
 def test_a_model_has_a_text_tower_where_its_step_runs_one(stage, changes, runs):
@@ -260,7 +260,7 @@ def sentences(split, translate):
 
 
 def searched(pair):
-    """An evaluation whose search gives three outputs, of which the second alone is right."""
+    """An evaluation whose search returns three outputs, of which only the second is right."""
     seen = []
 
     def translate(params, batches):
@@ -343,10 +343,10 @@ def test_a_validation_is_what_the_config_asks_for(decode, monkeypatch):
     assert settings["seed"] == 7
     rows = list(batches())
     assert [batch["_mask"].tolist() for batch in rows] == [[1, 1], [1, 0]]  # micro-batches
-    assert [batch["source"].shape for batch in rows] == [(2, 2)] * 2  # all but the frame dropped
+    assert [batch["source"].shape for batch in rows] == [(2, 2)] * 2  # only special tokens are left
 
 
-# A whole run but for its training.
+# A whole run, except for its training.
 
 
 def test_a_run_trains_on_one_split_chooses_by_another_and_scores_the_third(
@@ -388,7 +388,7 @@ def test_a_run_trains_on_one_split_chooses_by_another_and_scores_the_third(
     name = f"multi30k {TEST}"
     assert result == {"steps": 6, "test": (name, "0 beams", {"mbart": "averaged"}, "3")}
     assert str(seen["loaded"]) == "/val/bleu/3" and seen["average"]
-    assert (seen["seed"], seen["config"]) == (7, config)  # as it was asked for
+    assert (seen["seed"], seen["config"]) == (7, config)  # as requested
     task = seen["task"]
     assert (task.title, task.steps_per_epoch, task.warm_start) == ("translate", 3, None)
     assert task.batch["labels"].shape == (4, 20)

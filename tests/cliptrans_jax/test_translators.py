@@ -1,4 +1,5 @@
-"""Decoding, prefix and losses with a translator other than mBART: they only use the protocol."""
+"""Decoding, prefix and losses with a translator other than mBART: they rely only on the
+protocol."""
 
 import dataclasses
 import functools
@@ -31,7 +32,7 @@ PAD, END, START, LIMIT = 0, 3, 4, 6
 
 @dataclasses.dataclass(frozen=True)
 class SmallConfig(Section):
-    """Sizes and ids, none of which is mBART's."""
+    """Sizes and ids, none of them mBART's."""
 
     vocab: int = 16
     width: int = 8
@@ -42,14 +43,14 @@ class SmallConfig(Section):
 
 
 def sinusoid(position, width):
-    """(..., D): sines and cosines of the position, with no parameters."""
+    """(..., D): sines and cosines of the position, without parameters."""
     angles = position[..., None] / 100 ** (jnp.arange(width // 2) / (width // 2))
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
 class Small(nn.Module):
-    """An encoder that is embeddings with sinusoidal positions, a decoder of one pre-norm layer
-    without an MLP, and an output matrix."""
+    """An encoder of embeddings with sinusoidal positions, a decoder with one pre-norm layer without
+    an MLP, and an output matrix."""
 
     config: SmallConfig
     dtype: object
@@ -97,13 +98,13 @@ class Small(nn.Module):
 
 
 def start_first(labels, sizes):
-    """M2M-100's shift: the start, then all labels but the last."""
+    """M2M-100's shift: the start token, then all labels but the last."""
     labels = jnp.where(labels < 0, sizes.pad, labels)
     return jnp.concatenate([jnp.full_like(labels[:, :1], sizes.start), labels[:, :-1]], axis=1)
 
 
 def language_last(ids, sizes):
-    """The first mBART's frame of the source: the language after the end."""
+    """The first mBART's source format: the language code after the end token."""
     after = jnp.pad(ids[:, 1:], ((0, 0), (0, 1)), constant_values=sizes.pad)
     length = jnp.sum(ids != sizes.pad, axis=1, keepdims=True)
     return jnp.where(jnp.arange(ids.shape[1]) == length - 1, ids[:, :1], after)
@@ -127,7 +128,7 @@ SMALL = Architecture(
 
 @dataclasses.dataclass(frozen=True)
 class SmallModel(ModelConfig):
-    """A translation model with a section for the second translator."""
+    """A translation model with a config section for the second translator."""
 
     small: SmallConfig = SmallConfig()
 
@@ -155,7 +156,7 @@ NLLB = NllbConfig(
 
 @functools.cache
 def model(count, name="small"):
-    """A translator with a prefix of `count`, and parameters."""
+    """A translator with a prefix of length `count`, and its parameters."""
     mapper = MapperConfig(prefix=count, features=5)
     translator = Translator(SmallModel(mapper=mapper, translator=name, nllb=NLLB))
     if name == "small":

@@ -1,4 +1,4 @@
-"""LaBSE's tokenizer: BERT's word pieces with their case."""
+"""LaBSE's tokenizer: BERT's word pieces, case-sensitive."""
 
 import json
 

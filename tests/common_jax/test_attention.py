@@ -19,7 +19,7 @@ B, T, HEADS, WIDTH = 3, 4, 2, 6
 
 
 def attend(params, x, visible):
-    """Head by head and token by token."""
+    """Attention, head by head and token by token."""
     qkv, out = params["qkv"], params["out"]
     y = np.zeros(x.shape)
     for b, h, t in np.ndindex(B, HEADS, T):
@@ -37,7 +37,7 @@ def attend(params, x, visible):
 def test_every_token_hears_those_that_are_visible(qkv_bias):
     layer, draw = SelfAttention(HEADS, qkv_bias, jnp.float32), np.random.default_rng(0)
     x = jnp.asarray(draw.normal(size=(B, T, WIDTH)), jnp.float32)
-    params = fill(partial(nn.Module.init, layer), x)  # `init` is a field of its own
+    params = fill(partial(nn.Module.init, layer), x)  # `init` is one of its fields
     assert ("bias" in params["params"]["qkv"]) == qkv_bias
     params["params"]["qkv"] = jax.tree.map(lambda leaf: 5 * leaf, params["params"]["qkv"])
     everyone = np.ones((B, 1, T, T), bool)
@@ -70,7 +70,7 @@ CUDNN, SPLASH = PLAIN | {"cuda": "cudnn"}, PLAIN | {"tpu": "splash"}
 
 @pytest.fixture
 def with_cuda(monkeypatch):
-    """As where JAX is installed for NVIDIA GPUs; `json` stands for its plugin."""
+    """As if JAX were installed for NVIDIA GPUs; `json` stands in for its plugin."""
     monkeypatch.setattr(attention, "CUDA_PLUGINS", ("json",))
 
 

@@ -1,4 +1,4 @@
-"""Attention on CPUs against jax's own, with all gradients."""
+"""Attention on CPUs, compared with jax's own, with all gradients."""
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ def draw():
 
 
 def masks():
-    """Masks of every shape that may be given; in the last, one query attends to nothing."""
+    """Masks of every supported shape; in the last, one query attends to nothing."""
     rng = np.random.default_rng(1)
     full = rng.random((B, 1, T, S)) < 0.6
     full |= np.eye(T, S, dtype=bool)
@@ -45,7 +45,7 @@ def test_values_and_gradients_are_those_of_jax(name):
             )
             for form in (ours, plain)
         )
-        # jax's softmax is in float32 for any input.
+        # jax computes the softmax in float32 for any input.
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 2e-5, 2e-6), found, wanted)
         np.testing.assert_allclose(
             ours(query, keys, values), plain(query, keys, values), 1e-5, 1e-6

@@ -1,4 +1,4 @@
-"""Attention on TPUs: the kernel by interpretation, and the programs that call it."""
+"""Attention on TPUs: the kernel in interpret mode, and the programs that call it."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ INTERPRETED = partial(attention_tpu.splash, interpret=True)
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Two blocks, the last of them filled up, for the lengths of this file."""
+    """Sets a block size at which this file's lengths take two blocks, the last one padded."""
     monkeypatch.setattr(attention_tpu, "BLOCKS", (128,))
 
 

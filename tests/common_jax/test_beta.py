@@ -1,4 +1,4 @@
-"""The draw from the beta distribution that takes a fixed number of steps."""
+"""The beta-distribution sampler that takes a fixed number of steps."""
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ def test_the_numbers_are_those_of_jax(alpha):
     found = jax.jit(jax.vmap(lambda key: beta(key, alpha)))(KEYS)
     want = jax.jit(jax.vmap(lambda key: jax.random.beta(key, alpha, alpha)))(KEYS)
     np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-6)
-    assert np.ptp(found) > 0.8  # not all alike
+    assert np.ptp(found) > 0.8  # not all equal
 
 
 def test_no_loop_depends_on_data():

@@ -1,4 +1,4 @@
-"""Checkpoints and warm starts: finding them, errors, and the account of loaded parameters."""
+"""Checkpoints and warm starts: finding them, errors, and the record of loaded parameters."""
 
 import jax
 import numpy as np
@@ -142,7 +142,7 @@ def test_a_workdir_may_be_called_like_a_step(tmp_path):
 
 
 def test_a_checkpoint_evaluated_later_may_be_the_best(tmp_path):
-    """As where a run was stopped between saving and evaluating."""
+    """As if a run was stopped between saving and evaluating."""
     checkpoints = Checkpoints(tmp_path, keep=1, best="test/w")
     for step, value in ((1, 0.2), (2, 0.9), (3, None)):
         checkpoints.save(state(step, 0.0), step=step, config={}, metrics=None)
@@ -154,7 +154,7 @@ def test_a_checkpoint_evaluated_later_may_be_the_best(tmp_path):
 
 
 def test_the_best_stays_where_a_later_save_fails(tmp_path, monkeypatch):
-    """A failed save replaces orbax's manager, which knew the scores."""
+    """A failed save replaces orbax's manager, which held the scores."""
     checkpoints = Checkpoints(tmp_path, keep=1, best="test/w", on_failed="go_on")
     check = writing.check_written
 
@@ -218,7 +218,7 @@ def test_a_file_is_small_unless_an_array_is_larger(tmp_path, monkeypatch, larges
     assert (max(files) <= 1 << 17) == (largest == 1), files
     stored = ocp.PyTreeCheckpointHandler().metadata(tmp_path / "checkpoints/0/params").tree
     for name, array in params.items():
-        assert stored[name].storage.chunk_shape == array.shape  # not cut
+        assert stored[name].storage.chunk_shape == array.shape  # not split
 
 
 @pytest.mark.parametrize(("scheme", "driver"), [("gs", "gcs"), ("s3", "s3")])

@@ -1,5 +1,4 @@
-"""Ownership of a workdir: the configs that may resume there, and the files that count as
-results."""
+"""Ownership of a workdir: which configs may resume there, and which files count as results."""
 
 import dataclasses
 import json
@@ -77,7 +76,7 @@ def test_one_whole_checkpoint_beside_an_unfinished_one_counts_and_an_empty_folde
 
 def test_another_config_takes_the_place_of_one_that_came_to_nothing(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    refuse_other_config(tmp_path, Config(seed=1))  # none is there
+    refuse_other_config(tmp_path, Config(seed=1))  # there is none
     claim(tmp_path, Config(seed=0))
     refuse_other_config(tmp_path, Config(seed=0, sides=[[1, 2]]))
     assert "takes its" not in caplog.text

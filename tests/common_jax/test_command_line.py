@@ -1,4 +1,4 @@
-"""The command line: all forms of a flag are equal, and errors are one line."""
+"""The command line: all forms of a flag are equivalent, and errors take one line."""
 
 import itertools
 import os
@@ -47,14 +47,14 @@ def read(file):
 @pytest.mark.parametrize(
     ("flags", "path", "expected"),
     [
-        # The last one counts, whatever the forms.
+        # The last one counts, in any form.
         (["--config.optim.clip=None", "--config.optim.clip=2.0"], "optim.clip", 2.0),
         (["--config.optim.clip=2.0", "--config.optim.clip=None"], "optim.clip", None),
         (["--config.optim.clip=None", "--config.optim.clip=None"], "optim.clip", None),
         (["-config.optim.clip", "None", "--config.optim.clip=3"], "optim.clip", 3.0),
         (["--config.model.depths=(1,2)", "--config.model.depths=(3,)"], "model.depths", (3,)),
         (["--config.parity", "--noconfig.parity"], "parity", False),
-        # None in every form, for every type.
+        # None, in every form and for every type.
         (["-config.run.best=None"], "run.best", None),
         (["--config.run.best", "None"], "run.best", None),
         (["-config.run.best", "None"], "run.best", None),
@@ -73,7 +73,7 @@ def read(file):
         (["--config.parity=TRUE"], "parity", True),
         (["-noconfig.parity"], "parity", False),
         (["--config.parity=0"], "parity", False),
-        # Text is taken as it is, an empty one as well.
+        # Text is taken literally, including an empty one.
         (["--config.path="], "path", ""),
         (["--config.path", "a=b,c"], "path", "a=b,c"),
         (["--config.path=1"], "path", "1"),
@@ -88,7 +88,7 @@ def read(file):
         (["--config.model.pairs=((5,6),)"], "model.pairs", ((5, 6),)),
         (["--config.model.names=('b','c')"], "model.names", ("b", "c")),
         (["--config.model.names=runs/lr=[1e-3],x"], "model.names", ("runs/lr=[1e-3],x",)),
-        # Where the config has None without a type, any literal.
+        # If the config has None without a type, any literal is accepted.
         (["--config.run.every=4"], "run.every", 4),
         (["--config.run.every=(1,2)"], "run.every", (1, 2)),
         (["--config.run.every=steps"], "run.every", "steps"),
@@ -240,7 +240,7 @@ def test_a_config_file_that_is_not_there_is_looked_for(file, tmp_path, monkeypat
 
 def test_a_file_without_a_suffix_is_read_as_it_is_now(tmp_path):
     file = tmp_path / "config"
-    for best in ("a", "b"):  # within a second and of one length: no compiled copy is taken
+    for best in ("a", "b"):  # within a second and equally long: no stale bytecode is used
         file.write_text(CONFIG.replace("val/loss", best))
         os.utime(file, (1e9, 1e9))
         assert read_config_file(str(file)).run.best == best
@@ -248,7 +248,7 @@ def test_a_file_without_a_suffix_is_read_as_it_is_now(tmp_path):
 
 
 def test_a_config_file_loads_another_beside_it_from_any_working_directory(tmp_path, monkeypatch):
-    """Two folders have a file of one name, and neither is taken for the other."""
+    """Two folders have files of the same name, and neither is mistaken for the other."""
     for folder, value in (("a", 1), ("b", 2)):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "shared.py").write_text(f"VALUE = {value}\n")
@@ -305,13 +305,13 @@ OTHERS = (
 
 
 def test_no_command_line_ends_in_a_traceback(file):
-    """1,500 odd ones: each is read, or refused with a message that is short and printable."""
+    """1,500 odd ones: each is accepted, or refused with a short, printable message."""
     drawn, refused = random.Random(0), 0
     for _ in range(1500):
         groups = [[f"--config={file}"], ["--workdir=w"]]
         for _ in range(drawn.randint(1, 3)):
             form, field, value = map(drawn.choice, (FORMS, FIELDS, VALUES))
-            if drawn.random() < 0.5:  # what is often right
+            if drawn.random() < 0.5:  # often a valid choice
                 form, field, value = FORMS[drawn.randrange(4)], drawn.choice(TEXTS), "None"
             text = form.format(field, value) if drawn.random() < 0.8 else drawn.choice(OTHERS)
             groups.append([part for part in text.split(" ", 1) if part])
@@ -357,7 +357,7 @@ def test_a_config_of_the_project_is_found_by_name_from_any_folder(tmp_path, monk
         assert read_config_file(f"{name}:phase=distill").phase == "distill"
     with pytest.raises(ValueError, match=r"\(.*/m2mkd/digits\.py, line \d+\)$"):
         read_config_file("m2mkd/digits.py:fase=distill")
-    # A file of that name is nearer.
+    # A file of that name in the working directory takes precedence.
     (tmp_path / "m2mkd").mkdir()
     (tmp_path / "m2mkd" / "digits.py").write_text(CONFIG)
     assert "parity" in read_config_file("m2mkd/digits.py")

@@ -1,4 +1,4 @@
-"""Programs of several commands: `dispatch`, and how soon they answer."""
+"""Programs with several commands: `dispatch`, and how fast they respond."""
 
 import subprocess
 import sys
@@ -59,7 +59,7 @@ def test_an_error_of_the_user_is_a_line_and_status_2(capsys):
         call("look", "bug")
     assert call("pass", "on") == 2
     with pytest.raises(FileNotFoundError, match="on"):
-        call("pass", "on", "--debug")  # which the command itself may read, too
+        call("pass", "on", "--debug")  # the command itself may read this flag too
 
 
 def test_an_unknown_command_is_named_with_the_nearest(capsys):

@@ -1,4 +1,4 @@
-"""ConfigDicts and frozen dataclasses: accepted values, and messages of errors."""
+"""ConfigDicts and frozen dataclasses: accepted values, and error messages."""
 
 import dataclasses
 import math
@@ -102,7 +102,7 @@ def test_lists_become_tuples_and_references_their_values():
 
 def test_what_may_be_none_takes_its_type_later():
     config = unfreeze(Graph())
-    config.rate, config.name = 2, "a"  # a whole number for a float
+    config.rate, config.name = 2, "a"  # an integer for a float
     assert freeze(Graph, config) == Graph(rate=2.0, name="a")
     assert type(freeze(Graph, {"rate": 2}).rate) is float
     assert freeze(Graph, {"rate": None, "name": None}) == Graph()

@@ -14,7 +14,7 @@ from common_jax.task import abstract_state
 
 
 class Terminal(io.StringIO):
-    """A screen, which keeps all that was ever written on it."""
+    """A terminal that keeps everything ever written to it."""
 
     def isatty(self):
         return True
@@ -22,7 +22,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def at(monkeypatch):
-    """at(seconds) sets the clock."""
+    """at(seconds) sets the time."""
     now = [100.0]
     monkeypatch.setattr(console, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
 
@@ -61,7 +61,7 @@ def test_without_a_terminal_lines_keep_their_distance_and_have_the_last_values(a
         "run: compiling the step (usually 5 to 60 s, less if cached)",
         "run: first step after 20 s",
         f"run  step 5/44  loss 0.5123  {rate}",
-        # 19 steps in 20 seconds, and 20 are left.
+        # 19 steps in 20 seconds, and 20 steps are left.
         f"run  step 24/44  loss 0.5  skipped 3  test/score 0.25  {last}  00:21 left",
         f"run  step 44/44  loss 0.5  skipped 3  test/score 0.75  {last}",
     ]

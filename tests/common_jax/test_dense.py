@@ -1,4 +1,4 @@
-"""The product of dense layers: jax's own, with gradients as products of two matrices."""
+"""The product in dense layers: like jax's own, with gradients as products of two matrices."""
 
 import jax
 import numpy as np
@@ -61,7 +61,7 @@ def test_what_is_not_trained_gets_no_gradient():
             return jnp.sum(jnp.sin(dense.product(*given, dimensions)))
 
         jaxpr = jax.make_jaxpr(jax.grad(loss))(operands[place])
-        assert str(jaxpr).count("dot_general") == 3, jaxpr  # forward, and once a platform
+        assert str(jaxpr).count("dot_general") == 3, jaxpr  # forward, and once per platform
 
 
 def test_the_precision_that_is_asked_for_holds_for_gradients_too():

@@ -1,4 +1,5 @@
-"""Whole runs against values worked out by hand: draws, rates, averages, log lines, checkpoints."""
+"""Whole runs, against values worked out by hand: draws, learning rates, averages, log lines,
+checkpoints."""
 
 import dataclasses
 import functools
@@ -20,12 +21,12 @@ from common_jax.weights import WarmStart
 
 PLAIN = dataclasses.replace(OPTIM, optimizer="sgd", momentum=0.0, weight_decay=0.0, lr=0.1)
 AVERAGED = dataclasses.replace(PLAIN, ema=0.75)
-BROKEN = (2, 5, 6)  # steps, counted from 0, whose batch is not a number
+BROKEN = (2, 5, 6)  # steps, counted from 0, whose batch is NaN
 
 
 @functools.cache
 def by_hand(*, seed=0, broken=(), start=None, decay=0.75):
-    """The loss of every step, and the parameter and its average after it."""
+    """The loss at every step, and the parameter and its average after it."""
     key = fold_name(jax.random.key(np.uint32(seed)), "init")
     w = average = float(jax.random.normal(key)) if start is None else start
     losses, values, averages = [], [w], [w]
@@ -53,7 +54,7 @@ def train(workdir, *, task, optim=OPTIM, log_every=1, **settings):
 
 
 def lines(workdir, name):
-    """One number of the log by step."""
+    """One metric in the log, by step."""
     log = read_metrics(workdir / "metrics.jsonl")
     return {line["step"]: line[name] for line in log if name in line}
 
@@ -64,7 +65,7 @@ def close(found, wanted):
 
 @pytest.fixture(scope="module")
 def averaged(tmp_path_factory):
-    """A run with an average and three steps that are skipped; its folder and its result."""
+    """The folder and result of a run with an average and three skipped steps."""
     workdir = tmp_path_factory.mktemp("averaged") / "run"
     return workdir, train(workdir, task=task(BROKEN), optim=AVERAGED, keep=9)
 
@@ -108,7 +109,7 @@ def test_epochs_are_counted_in_the_log(averaged):
 
 
 def stop_after(step, monkeypatch):
-    """Asks to stop there."""
+    """Requests a stop after that step."""
     left = iter(range(step - 1))
 
     def check():
@@ -120,7 +121,7 @@ def stop_after(step, monkeypatch):
 
 @pytest.mark.parametrize("stopped", [3, 6])
 def test_a_resumed_run_has_the_same_average_to_the_bit(averaged, stopped, tmp_path, monkeypatch):
-    """Stopped right after a step that was skipped, or in a row of them."""
+    """Stopped right after a skipped step, or in a row of them."""
     workdir = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(signals.Stopped):
         stop_after(stopped, patch)
@@ -139,7 +140,7 @@ MEAN = {"optim": PLAIN, "average_last": 2, "keep": 9, "checkpoint_minutes": None
 
 @pytest.fixture(scope="module")
 def mean(tmp_path_factory):
-    """A run whose result is the mean of its last two checkpoints; its folder and its result."""
+    """The folder and result of a run whose result is the mean of its last two checkpoints."""
     workdir = tmp_path_factory.mktemp("mean") / "run"
     return workdir, descend(workdir, task=task(), **MEAN)
 
@@ -154,12 +155,13 @@ def test_the_mean_of_the_last_checkpoints_is_evaluated_and_loaded_at_the_end(mea
     close(checkpoint.load(workdir, average=True)["w"], wanted)
     close(checkpoint.load(workdir)["w"], values[12])
     earlier = checkpoint.load(workdir / "checkpoints" / "8", average=True)
-    close(earlier["w"], values[8])  # not what there is of the mean so far
+    close(earlier["w"], values[8])  # not the partial mean
 
 
 @pytest.mark.parametrize("stopped", [7, 8, 9])
 def test_a_resumed_run_has_the_same_mean_to_the_bit(mean, stopped, tmp_path, monkeypatch):
-    """Stopped before, right after and past a step that counts, in a run that keeps one file."""
+    """Stopped before, right after and past a step that counts, in a run that keeps one
+    checkpoint."""
     workdir, settings = tmp_path / "run", MEAN | {"keep": 1}
     with monkeypatch.context() as patch, pytest.raises(signals.Stopped):
         stop_after(stopped, patch)
@@ -183,9 +185,10 @@ def test_saves_by_the_clock_are_not_in_the_mean(ticking, mean, tmp_path):
 
 
 def test_without_an_average_the_parameters_are_evaluated(tmp_path):
-    """Of a run of another seed, with longer stretches, epochs between evaluations and saves."""
+    """In a run with another seed, longer logging intervals, and epochs between evaluations and
+    saves."""
     settings = {"log_every": 5, "eval_every": 3, "checkpoint_every": 2, "keep": 9}
-    (tmp_path / "warm_start.json").write_text("{}")  # of a start that failed
+    (tmp_path / "warm_start.json").write_text("{}")  # from a failed start
     train(tmp_path, seed=3, task=task((6,)), optim=PLAIN, **settings)
     losses, values, _ = by_hand(seed=3, broken=(6,))
     assert list(lines(tmp_path, "test/w")) == [12]
@@ -206,7 +209,7 @@ def test_a_run_killed_before_its_result_is_evaluated_for_it_and_logs_nothing_mor
     assert train(tmp_path, task=task(), optim=AVERAGED) == result
     assert (tmp_path / "metrics.jsonl").read_bytes() == text
     (tmp_path / "checkpoints" / "12").rename(tmp_path / "elsewhere")
-    assert train(tmp_path, task=task(), optim=AVERAGED) == result  # which is taken as it is
+    assert train(tmp_path, task=task(), optim=AVERAGED) == result  # taken as it is
     assert not (tmp_path / "checkpoints" / "12").exists()
 
 
@@ -234,8 +237,8 @@ def test_the_best_checkpoint_is_that_of_the_highest_value(tmp_path):
 
 @pytest.fixture
 def ticking(monkeypatch):
-    """ticking(seconds, evaluation, values): a task whose every batch takes so long, and whose every
-    evaluation; its values by step."""
+    """ticking(seconds, evaluation, values): a task in which every batch takes `seconds` and every
+    evaluation `evaluation`; `values` are its metrics by step."""
     now = [0.0]
     clock = types.SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: now[0])
     monkeypatch.setattr(clocks, "time", clock)
@@ -267,18 +270,18 @@ def test_the_time_of_steps_is_neither_that_of_evaluations_nor_of_saves(
     ticking, eval_every, checkpoint_every, tmp_path
 ):
     settings = {"eval_every": eval_every, "checkpoint_every": checkpoint_every, "log_every": 2}
-    optim = dataclasses.replace(OPTIM, accumulate=2)  # 8 examples a step, whatever it is split into
+    optim = dataclasses.replace(OPTIM, accumulate=2)  # 8 examples per step, however it is split
     train(tmp_path, task=ticking(2.0, 100.0), optim=optim, **settings)
     timing = read_metrics(tmp_path / "timing.jsonl")
     assert [line["step"] for line in timing] == [4, 6, 8, 10, 12]
-    # Batches are read a step ahead, so that the time of one may fall on the other side.
+    # Batches are prefetched by one step, so that the time of one may count on the other side.
     assert {line["milliseconds_per_step"] for line in timing} <= {1000.0, 2000.0, 3000.0}
     for line in timing:
         assert line["examples_per_second"] * line["milliseconds_per_step"] == pytest.approx(8000)
 
 
 def test_the_clock_starts_anew_with_every_save(ticking, tmp_path):
-    """Each batch is read a step ahead: after step 6 more than a minute is over."""
+    """Each batch is prefetched by one step: after step 6, more than a minute has passed."""
     settings = {"checkpoint_every": 3, "checkpoint_minutes": 1.0, "log_every": 2, "keep": 9}
     train(tmp_path, task=ticking(10.0), **settings)
     assert finished_steps(tmp_path / "checkpoints") == [6, 12]
@@ -288,7 +291,7 @@ def test_a_save_by_the_clock_has_no_score_of_an_earlier_step(ticking, tmp_path):
     task = ticking(10.0, scores=(0.9, 0.1, 0.2))
     settings = {"checkpoint_every": 2, "checkpoint_minutes": 1.0, "log_every": 2, "keep": 1}
     train(tmp_path, task=task, best="test/w", **settings)
-    assert finished_steps(tmp_path / "checkpoints") == [12]  # of 6, 8 and 12
+    assert finished_steps(tmp_path / "checkpoints") == [12]  # out of 6, 8 and 12
 
 
 def test_a_warm_start_takes_the_place_of_the_draw_once(tmp_path, monkeypatch):
@@ -326,7 +329,7 @@ def test_losses_and_evaluations_are_given_what_helps_them(tmp_path):
 
 
 def test_micro_batches_are_those_of_the_batch(tmp_path):
-    """Each with a draw of its own: the mean of two."""
+    """Each has its own draw: the mean of two."""
     train(tmp_path, task=task(), optim=dataclasses.replace(PLAIN, accumulate=2), log_every=1)
     w = by_hand()[1][0]
     losses = []

@@ -1,4 +1,5 @@
-"""Malicious files: their declared sizes are checked against their content before they are read."""
+"""Malicious files: the sizes they declare are checked against their content before they are
+read."""
 
 import json
 import pickle
@@ -27,7 +28,7 @@ DEEP = b")" + b"\x85" * 20_000  # ((((...
 
 @pytest.fixture(autouse=True)
 def bounded():
-    """Fails when a test takes more than 64 MB."""
+    """Fails a test that takes more than 64 MB."""
     tracemalloc.start()
     yield
     peak = tracemalloc.get_traced_memory()[1]
@@ -143,7 +144,7 @@ def test_a_storage_larger_than_its_count_is_not_read(tmp_path):
 
 
 def packed(path, contents):
-    """A zip whose entries are compressed."""
+    """A zip with compressed entries."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         for name, content in contents.items():
             file.writestr(f"weights/{name}", content)
@@ -167,7 +168,7 @@ def test_what_inflates_is_bounded(tmp_path):
 
 
 def test_text_beside_tensors_may_be_larger_than_the_file(tmp_path):
-    # TorchScript keeps its code compressed, so that a small module's is most of what it holds.
+    # TorchScript compresses its code, so for a small module code is most of the content.
     pickled = b"\x80\x02" + torch_files.encode({"a": ONES}) + b"."
     code = b"def forward(self, x):\n" + b"  x = torch.add(x, x)\n" * 2000
     numbers = np.ones(2, np.float32).tobytes()
@@ -193,7 +194,7 @@ def test_an_entry_that_two_names_lead_to_or_none_is_refused(tmp_path):
     path = archive(tmp_path, {"a": ONES})
     raw = path.read_bytes()
     last = raw.rindex(b"weights/data/0")
-    path.write_bytes(raw[:last] + b"weights/data/1" + raw[last + 14 :])  # in the directory alone
+    path.write_bytes(raw[:last] + b"weights/data/1" + raw[last + 14 :])  # only in the directory
     with pytest.raises(ValueError, match=r"weights\.pth (lacks weights/data/0|is damaged)"):
         read_tensors(path)
     archive(tmp_path, {"a": ONES}, extra={"byteorder": b"big"})
@@ -212,7 +213,7 @@ def test_an_entry_that_two_names_lead_to_or_none_is_refused(tmp_path):
 def test_shared_modules_of_a_script_are_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(torch_archive, "MOST_VISITS", 1000)
     opcodes = torch_files.encode(New(Global("__torch__", "Net"), {"weight": ONES})) + b"q\x00"
-    for i in range(40):  # each module holds the one before twice: 2^40 paths
+    for i in range(40):  # each module holds the previous one twice: 2^40 paths
         opcodes += b"c__torch__\nNet\n)\x81}(Vx\nh%cVy\nh%cubq%c" % (i, i, i + 1)
     path = archive(tmp_path, Raw(opcodes), extra={"constants.pkl": b""})
     with pytest.raises(ValueError, match=r"weights\.pth has modules that nest deeper than 64"):
@@ -317,7 +318,7 @@ def test_missing_shards_of_a_large_number_are_not_counted_out(tmp_path):
         read_tensors(tmp_path / "m.pth")
 
 
-# ----- what messages quote -----
+# ----- text that messages quote -----
 
 
 def test_values_are_quoted_in_short_and_printable():

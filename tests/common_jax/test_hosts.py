@@ -20,7 +20,7 @@ def lines(workdir) -> list[dict]:
 
 
 def assert_same_numbers(workdir, other, *, tolerance: float) -> None:
-    """The losses and accuracies of two runs that had other devices."""
+    """Compares the losses and accuracies of two runs on different devices."""
     found, expected = lines(workdir), lines(other)
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     for one, two in zip(found, expected, strict=True):
@@ -37,18 +37,18 @@ def assert_same_files(workdir, other) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """A run of two processes of two devices each."""
+    """A run of two processes with two devices each."""
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
     first, second = finish_pair(workdir, TWO_EPOCHS, devices=2)
     assert "process 0 of 2, with 2 of 4 devices" in first
     assert "end_to_end  step 22/22" in first
-    assert "end_to_end  step" not in second  # process 0 speaks for both
+    assert "end_to_end  step" not in second  # process 0 reports for both
     return workdir
 
 
 def test_stopped_in_compiling_then_killed_two_resume_to_the_bit(undisturbed, tmp_path):
-    """One run through both: most of a start's time goes into compiling. `faults.py` stops at more
-    moments."""
+    """A single run for both, since starts spend most of their time compiling. `faults.py` stops at
+    more moments."""
     workdir = tmp_path / "run"
     with pair(workdir, TWO_EPOCHS, devices=2) as (first, second):
         second.send(signal.SIGTERM, when=lambda: "process 1 of 2" in second.output())
@@ -68,7 +68,7 @@ def test_stopped_in_compiling_then_killed_two_resume_to_the_bit(undisturbed, tmp
 
 
 def test_one_computes_what_two_do_and_each_resumes_as_the_other(undisturbed, tmp_path):
-    """In the second epoch, after the first by two processes."""
+    """In the second epoch, after two processes ran the first."""
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed, workdir)
     (workdir / "result.json").unlink()
@@ -144,10 +144,11 @@ def test_a_tpu_vm_is_one_that_has_chips_and_may_use_them(
 
 @pytest.fixture
 def others(monkeypatch):
-    """others(*values) are of two more processes, where they are asked what this one is."""
+    """others(*values): the values of two other processes, returned when processes exchange
+    theirs."""
 
     def gather(mine):
-        assert mine.dtype == np.uint8  # JAX would make float32 of numbers
+        assert mine.dtype == np.uint8  # JAX would turn integers into float32
         return np.stack([np.asarray(x, np.float64).view(np.uint8) for x in rows] + [mine])
 
     rows = []

@@ -1,4 +1,4 @@
-"""A run only uses its own checkpoints, after checking them."""
+"""A run uses only its own checkpoints, and only after checking them."""
 
 import json
 import pathlib
@@ -25,7 +25,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory):
-    """A run of seed 0 and 12 steps that was stopped after step 6, with checkpoints 4 and 6."""
+    """A run with seed 0 and 12 steps, stopped after step 6, with checkpoints 4 and 6."""
     workdir, left = tmp_path_factory.mktemp("half") / "run", iter(range(5))
 
     def check() -> None:
@@ -41,14 +41,14 @@ def half(tmp_path_factory):
 
 @pytest.fixture
 def stopped(half, tmp_path):
-    """Its folder, to be changed."""
+    """A copy of its folder, to be modified."""
     copy(half, tmp_path / "run")
     return tmp_path / "run"
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """What the same run logs when it is not stopped."""
+    """What the same run logs if it is not stopped."""
     workdir = tmp_path_factory.mktemp("undisturbed")
     descend(workdir)
     return log(workdir)
@@ -67,7 +67,7 @@ def copy(source, target) -> None:
 
 
 def forget(workdir) -> None:
-    """As an earlier version left it: without ids."""
+    """Removes ids, as in a run of an earlier version."""
     (workdir / "run.json").unlink(missing_ok=True)
     for step in (workdir / "checkpoints").iterdir():
         if (step / "run").exists():
@@ -93,7 +93,7 @@ def test_two_runs_have_two_ids(tmp_path):
 
 @pytest.mark.parametrize("run_id", ["00000000002a", "ffffffffffff", "0123456789ab"])
 def test_all_processes_get_the_id_of_the_first(run_id, tmp_path, monkeypatch):
-    """Also where they do not see its file yet."""
+    """Also if they do not see its file yet."""
     assert keep_identity(tmp_path, adopt=run_id, unmarked=(4,)).unmarked == (4,)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     given = []
@@ -269,7 +269,7 @@ def test_folders_that_orbax_cannot_write_are_refused(letter, tmp_path):
     with pytest.raises(ValueError, match="checkpoints cannot be written below"):
         write_params(workdir, {"w": np.ones(3)}, {})
     assert not list(tmp_path.iterdir())
-    # It is the path as orbax has it that counts: a link with another name is a way out.
+    # What counts is the path as orbax sees it: a link with another name is a workaround.
     workdir.mkdir(parents=True)
     (tmp_path / "link").symlink_to(workdir)
     write_params(tmp_path / "link", {"w": np.ones(3, np.float32)}, {})
@@ -326,7 +326,7 @@ def state(step: int) -> TrainState:
 
 @pytest.fixture
 def two(tmp_path):
-    """Checkpoints that keep one, with one of step 1."""
+    """Checkpoints that keep one, with step 1 saved."""
     found = Checkpoints(tmp_path, keep=1, best=None)
     found.save(state(1), step=1, config={"x": [1, 2]}, metrics=None)
     found.wait()
@@ -334,7 +334,7 @@ def two(tmp_path):
 
 
 def spoil(monkeypatch, change) -> None:
-    """Has every later save written, and then changed by change(folder)."""
+    """Makes change(folder) modify every later save after it is written."""
     check = contents.check_written
 
     def spoilt(folder, arrays, texts):
@@ -362,7 +362,7 @@ def test_a_save_counts_when_it_reads_back(message, two, tmp_path, monkeypatch):
         two.wait()
     assert "step 2 could not be written" in str(error.value)
     assert "Make room" not in str(error.value)
-    # Neither does it count, nor was the one before deleted for it.
+    # It does not count, and the previous one was not deleted for it.
     assert steps(tmp_path) == [1]
     assert not (tmp_path / "checkpoints" / "2").exists()
 

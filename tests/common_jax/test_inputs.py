@@ -1,4 +1,4 @@
-"""A stateless order, equal on any number of hosts, and no bad example skipped silently."""
+"""A stateless order, equal on any number of hosts, with no bad example skipped silently."""
 
 import dataclasses
 import gc
@@ -20,12 +20,12 @@ from same import assert_all_same
 from common_jax import inputs
 from common_jax.inputs import BadExample
 
-SIZE, BATCH = 30, 8  # 3 whole batches an epoch, 6 examples left over
+SIZE, BATCH = 30, 8  # 3 full batches per epoch, with 6 examples left over
 
 
 @dataclasses.dataclass(frozen=True)
 class Numbers:
-    """Example i is the number i, unreadable if in `bad`; `reads` records what was asked for."""
+    """Example i is the number i, unreadable if in `bad`; `reads` records the requests."""
 
     size: int = SIZE
     in_memory: bool = False
@@ -64,7 +64,7 @@ def train(source, **settings):
 
 
 def test_batches_by_hand():
-    """Of the frozen order 6 3 5 0 7 2 1 4, and of the first of the next epoch."""
+    """From the frozen order 6 3 5 0 7 2 1 4, and the first of the next epoch."""
     batches = take(train(Numbers(size=8), seed=0, batch=3), 3)
     shown = [batch["image"].tolist() for batch in batches]
     assert shown[:2] == [[6, 3, 5], [0, 7, 2]]
@@ -148,7 +148,7 @@ def test_a_transform_is_not_passed_over_for_a_source_in_memory():
         batches = list(inputs.eval_batches(kind(size=5), transform=double, batch=4))
         assert [set(batch) for batch in batches] == [{"twice", "_mask"}] * 2
         np.testing.assert_array_equal(batches[0]["twice"], [0, 2, 4, 6])
-        np.testing.assert_array_equal(batches[1]["twice"], [8, 0, 0, 0])  # padded as transformed
+        np.testing.assert_array_equal(batches[1]["twice"], [8, 0, 0, 0])  # padded like the rest
 
 
 def test_steps_resume_in_the_middle_of_a_later_epoch_on_any_host():
@@ -323,7 +323,7 @@ def test_the_share_of_bad_examples_may_be_reached_and_not_exceeded():
 
 
 class Rows(OnDisk):
-    """Arrays of several types, and the process that read them."""
+    """Arrays of several dtypes, and the id of the process that read them."""
 
     def __getitem__(self, index):
         small = super().__getitem__(index)
@@ -355,7 +355,7 @@ def test_the_number_of_processes_changes_no_bit():
     runs = [take(train(Rows(bad=(4,)), workers=count, **settings), 8) for count in (0, 3)]
     processes = [{pid for b in batches for pid in b.pop("process").tolist()} for batches in runs]
     assert_all_same(*runs)
-    assert processes[0] == {os.getpid()}  # which also reads what stands in for a bad example
+    assert processes[0] == {os.getpid()}  # it also reads the replacement for a bad example
     assert [len(pids - processes[0]) for pids in processes] == [0, 3]
     gc.collect()
     assert alive(set.union(*processes)) == {os.getpid()}
@@ -406,7 +406,7 @@ def test_examples_that_do_not_fit_their_slot_come_all_the_same():
 
 
 class Growing(OnDisk):
-    """Ever larger examples: those after the first are larger than its slot."""
+    """Ever larger examples: those after the first do not fit its slot."""
 
     def __getitem__(self, index):
         return {"image": np.arange(1 + index)}
@@ -428,7 +428,7 @@ def test_copies_of_an_example_follow_each_other_with_draws_of_their_own(kind):
         noise = np.concatenate([batch["noise"][:, 0] for batch in batches])
         assert len(np.unique(noise)) == 48
         alone = take(train(kind(), transform=transform), 1)[0]
-        assert alone["noise"][0, 0] == batches[0]["noise"][0, 0]  # the first copy is as ever
+        assert alone["noise"][0, 0] == batches[0]["noise"][0, 0]  # the first copy is unchanged
 
 
 if __name__ == "__main__":  # reads until it is killed

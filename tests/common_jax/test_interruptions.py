@@ -1,4 +1,4 @@
-"""The loop on a model of one parameter: stopped, out of disk space, and saved by the clock."""
+"""The loop on a one-parameter model: stopped, out of disk space, and saving by wall-clock time."""
 
 import functools
 import json
@@ -22,7 +22,7 @@ def run_config(**changes) -> loop.RunConfig:
 
 @pytest.fixture(scope="module")
 def descend():
-    """descend(workdir, run, evaluate): a noisy descent, which is compiled once; its result."""
+    """descend(workdir, run, evaluate): a noisy descent, compiled once; returns its result."""
     programs = Programs()
 
     def run(workdir, config: loop.RunConfig, evaluate=lambda params, *_: accuracy(params)):
@@ -42,7 +42,7 @@ def descend():
 
 @pytest.fixture
 def train(descend, tmp_path):
-    """train(run, evaluate): the same in tmp_path/run."""
+    """train(run, evaluate): the same, in tmp_path/run."""
     return functools.partial(descend, tmp_path / "run")
 
 
@@ -60,7 +60,7 @@ def log(tmp_path) -> str:
 
 @pytest.fixture
 def asked(monkeypatch):
-    """asked(n): the request to stop comes with question n from now; asked() takes it back."""
+    """asked(n): the stop request arrives at the n-th check from now; asked() cancels it."""
 
     def ask(question: int | None = None) -> None:
         monkeypatch.setattr(hosts, "_stopping", False)
@@ -84,7 +84,7 @@ def test_asked_to_stop_it_saves_the_step_and_goes_on_to_the_bit(
     asked(question)
     with pytest.raises(signals.Stopped):
         train(run_config())
-    assert kept(tmp_path)[-1] == question  # one a step
+    assert kept(tmp_path)[-1] == question  # one check per step
     assert "resumes" not in caplog.text
     asked()
     assert (train(run_config()), log(tmp_path)) == undisturbed
@@ -139,7 +139,7 @@ def test_without_a_clock_epochs_alone_count(train, tmp_path):
 
 @pytest.fixture
 def no_room(monkeypatch):
-    """no_room(*steps): saves of these fail, in the thread that writes."""
+    """no_room(*steps): saves of these steps fail, in the thread that writes."""
     import orbax.checkpoint as ocp
 
     serialize = ocp.JsonCheckpointHandler._save_fn
@@ -176,7 +176,7 @@ def test_a_failed_save_may_be_a_warning(train, no_room, undisturbed, tmp_path, c
 
 @pytest.fixture
 def full_log(monkeypatch):
-    """full_log(first, last): lines of these steps and in between cannot be written."""
+    """full_log(first, last): log lines from step `first` to step `last` cannot be written."""
     add = metrics._add_to_end
 
     def fail(first: int, last: int) -> None:

@@ -1,4 +1,4 @@
-"""A stack of layers as one loop: what it keeps for the backward pass."""
+"""A stack of layers run as one loop: what it keeps for the backward pass."""
 
 import jax
 from flax import linen as nn

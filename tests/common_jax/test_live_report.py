@@ -1,4 +1,4 @@
-"""The report while its runs train."""
+"""The report while its runs are training."""
 
 import types
 
@@ -11,7 +11,7 @@ from common_jax.report import live, refresh, reporting, write_report
 
 @pytest.fixture
 def now(monkeypatch):
-    """now[0] is the time."""
+    """now[0] is the current time."""
     clock = [1000.0]
     monkeypatch.setattr(live, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
     return clock

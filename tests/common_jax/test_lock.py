@@ -26,8 +26,8 @@ def workdir(tmp_path):
 
 
 def left_by(workdir, *, age: float = 0.0, **changes) -> lock.Holder:
-    """A lock of this test's parent process, unless the changes say otherwise, last touched `age`
-    seconds ago."""
+    """A lock held by this test's parent process, unless `changes` says otherwise, last touched
+    `age` seconds ago."""
     parent = os.getppid()
     holder = dataclasses.replace(
         lock.Holder.this(),
@@ -40,7 +40,7 @@ def left_by(workdir, *, age: float = 0.0, **changes) -> lock.Holder:
 
 
 def ended() -> int:
-    """The number of a process that has ended."""
+    """The id of a process that has ended."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return process.pid
@@ -51,7 +51,7 @@ def test_held_and_let_go(tmp_path):
     with hold(workdir):
         held = json.loads((workdir / NAME).read_text())
         assert held["pid"] == os.getpid()
-        with hold(workdir):  # the loop's, inside the command's
+        with hold(workdir):  # the loop's lock, inside the command's
             require(workdir)
         assert (workdir / NAME).exists()
     assert not (tmp_path / "runs").exists()  # a refused start leaves no folder
@@ -71,7 +71,7 @@ def test_let_go_after_an_error(workdir):
 
 @pytest.mark.parametrize("age", [0.0, 1e6])
 def test_a_running_holder_is_named(workdir, age):
-    """However long ago it touched the lock: it may be stopped by Ctrl-Z."""
+    """However long ago it touched the lock, since it may be suspended by Ctrl-Z."""
     left_by(workdir, age=age, host="node7")
     before = (workdir / NAME).read_bytes()
     message = rf"run is in use by process {os.getppid()} on node7 since yesterday: .*--workdir"
@@ -83,7 +83,7 @@ def test_a_running_holder_is_named(workdir, age):
 
 @pytest.mark.parametrize("changes", [{"pid": None}, {"started": 1}])
 def test_of_a_process_that_has_ended_it_is_taken_over_at_once(workdir, caplog, changes):
-    """Also where another process has its number by now."""
+    """Even if another process has its id by now."""
     left_by(workdir, **{"pid": ended()} if "pid" in changes else changes)
     with hold(workdir):
         assert json.loads((workdir / NAME).read_text())["pid"] == os.getpid()
@@ -171,7 +171,7 @@ def test_a_lost_lock_is_an_error(workdir):
         left_by(workdir, host="node7")
         with pytest.raises(LockLost, match=r"was taken over by process .* on node7"):
             require(workdir)
-    assert (workdir / NAME).exists()  # it is the other one's
+    assert (workdir / NAME).exists()  # it belongs to the other process
     (workdir / NAME).unlink()
     with hold(workdir):
         (workdir / NAME).unlink()

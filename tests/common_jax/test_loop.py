@@ -1,4 +1,4 @@
-"""Details of the loop that whole runs do not show."""
+"""Details of the loop that do not show in whole runs."""
 
 import dataclasses
 import json
@@ -105,7 +105,7 @@ def at(monkeypatch):
 def test_the_clock_times_steps_and_neither_the_first_stretch_nor_evaluations(at):
     clock = log.Clock(10, 64)
     at(100.0)
-    assert clock.read(12) is None  # which compiled
+    assert clock.read(12) is None  # this step compiled
     at(102.0)
     assert clock.read(16) == {"examples_per_second": 128.0, "milliseconds": 500.0}
     at(150.0)

@@ -1,4 +1,4 @@
-"""Freed memory goes back to the system."""
+"""Freed memory is returned to the system."""
 
 import pathlib
 
@@ -11,7 +11,7 @@ STATUS = pathlib.Path("/proc/self/status")
 
 
 def resident() -> int:
-    """Bytes of the process in memory."""
+    """Resident memory of the process in bytes."""
     (line,) = (x for x in STATUS.read_text().splitlines() if x.startswith("RssAnon"))
     return 1024 * int(line.split()[1])
 
@@ -20,7 +20,7 @@ def resident() -> int:
 def test_freed_arrays_go_back_to_the_system():
     np.ones(8 << 20, np.uint8)  # once freed, glibc keeps blocks of this size
     arrays = [np.ones(4 << 20, np.uint8) for _ in range(40)]
-    last = np.ones(1 << 20, np.uint8)  # in the way of what glibc frees by itself
+    last = np.ones(1 << 20, np.uint8)  # prevents glibc from freeing the rest by itself
     before = resident()
     del arrays
     give_back()

@@ -51,7 +51,7 @@ def test_devices_stand_in_the_order_of_the_axes(config, sizes):
     mesh = make_mesh(config)
     assert mesh.axis_names == ("data", "fsdp", "expert")
     numbers = np.vectorize(lambda device: device.id)(mesh.devices)
-    np.testing.assert_array_equal(numbers, np.arange(8).reshape(sizes))  # neighbours share experts
+    np.testing.assert_array_equal(numbers, np.arange(8).reshape(sizes))  # expert varies fastest
 
 
 def test_slices_are_of_tpus_alone():
@@ -145,7 +145,7 @@ def test_a_batch_has_as_many_shares_as_devices():
 
 def test_rows_are_taken_of_every_share_and_put_back_where_they_were():
     tree = {"x": jnp.arange(16).reshape(8, 2), "y": 10 * jnp.arange(8), "rate": jnp.array(0.5)}
-    rows = jnp.array([[2, 0], [3, 1]])  # of two shares of four
+    rows = jnp.array([[2, 0], [3, 1]])  # for two shards out of four
     taken = take_rows(tree, rows)
     np.testing.assert_array_equal(taken["y"], [20, 0, 70, 50])
     np.testing.assert_array_equal(taken["x"], [[4, 5], [0, 1], [14, 15], [10, 11]])

@@ -20,12 +20,12 @@ def text_of(workdir, name="metrics.jsonl"):
 
 
 def events_of(workdir):
-    """The events of the one file, past its first, which is the version of the format."""
+    """The events in the only event file, after the first, which states the format version."""
     (path,) = workdir.glob("events*")
     content, found = path.read_bytes(), []
     while content:
         (length,) = struct.unpack("<Q", content[:8])
-        found.append(Event.FromString(content[12 : 12 + length]))  # past the length's checksum
+        found.append(Event.FromString(content[12 : 12 + length]))  # after the length's checksum
         content = content[12 + length + 4 :]
     return found[1:]
 
@@ -59,7 +59,7 @@ def test_timing_has_a_file_of_its_own(recorder, tmp_path):
 def test_events_hold_the_numbers_of_a_step_and_where_the_start_went_on(recorder, tmp_path):
     recorder.write(6, 1.5, {"train/loss": 0.25, "train/load": [1.0, 2.0], "test/x": 3})
     start, line = events_of(tmp_path)
-    # TensorBoard drops what earlier starts wrote from this step on: 4 is done, and stays.
+    # TensorBoard drops what earlier starts wrote from this step on; step 4 is finished, and stays.
     assert (start.step, start.session_log.status) == (5, SessionLog.START)
     assert line.step == 6
     assert {value.tag: value.simple_value for value in line.summary.value} == {
@@ -82,8 +82,8 @@ def test_the_first_process_alone_writes(tmp_path, monkeypatch):
 
 @contextlib.contextmanager
 def files_of_at_most(size):
-    """What is written beyond `size` bytes fails, as on a full disk. Not a fixture: pytest would
-    still be under the limit when it writes to its own log."""
+    """Makes writes beyond `size` bytes fail, as on a full disk. Not a fixture: pytest would still
+    be under the limit when it writes to its own log."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

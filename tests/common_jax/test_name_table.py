@@ -1,4 +1,4 @@
-"""Tables of names: entries, the strict reader, and recognition by names."""
+"""Name tables: entries, the strict reader, and recognition by names."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from common_jax.weights.table import Claim, Table
 
 
 def test_entries_by_their_formulas():
-    """Of a layer [out, in] with two heads of three."""
+    """For a layer [out, in] with two heads of three."""
     layers = [np.arange(24).reshape(6, 4) + 100 * i for i in range(3)]
     kernel = entries.split_heads(("q", "k", "v"), 2).read(*layers)
     bias = entries.split_heads(("q", "k", "v"), 2).read(*(x[:, 0] for x in layers))
@@ -144,7 +144,7 @@ def test_few_of_many_prefixes_are_looked_below():
 
 def test_the_nearest_kind_is_described():
     described = tables.describe_nearest([LARGE, SMALL], set("bcd"))
-    assert described == ""  # two of three names
+    assert described == ""  # two out of three names
     described = tables.describe_nearest([LARGE, SMALL], set("bc"))
     assert described == ". The closest is kind='large':\n  a is missing"
 

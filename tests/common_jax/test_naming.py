@@ -1,4 +1,4 @@
-"""The choice of a network's tensors in a training checkpoint, and the prefixes of frameworks."""
+"""Which tensors of a training checkpoint are a network's, and the prefixes that frameworks add."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ EPOCH = {"epoch": 7}
 
 
 def save(path, value, **dictionaries):
-    """A training file of plain values, beside dictionaries of tensors."""
+    """A training checkpoint with plain values, next to dictionaries of tensors."""
     storages = {}
     named = {key: state_dict(tensors, storages) for key, tensors in dictionaries.items()}
     torch_files.write_archive(path, value | named, storages)
@@ -61,7 +61,7 @@ def test_an_average_alone_is_read_and_named(tmp_path):
 
 
 def test_deit_s_and_lightning_s_training_files_give_their_tensors(tmp_path):
-    """DeiT keeps argparse's Namespace beside the weights, Lightning its hyperparameters."""
+    """DeiT stores argparse's Namespace next to the weights, Lightning its hyperparameters."""
     namespace = New(Global("argparse", "Namespace"), {"lr": 0.1, "model": "deit_tiny"})
     optimizer = {"state": {0: {"step": 3}}, "param_groups": [{"params": [0]}]}
     deit = {"optimizer": optimizer, "lr_scheduler": {}, "args": namespace, "epoch": 299}
@@ -106,7 +106,7 @@ def test_what_frameworks_put_into_names_is_taken_out(tmp_path):
     with pytest.raises(ValueError, match=r"b\.pth holds tensors both with and without .*_orig_mod"):
         read_weights(tmp_path / "b.pth")
 
-    # Nor do they hide that two dictionaries are of one network.
+    # Nor do they hide that two dictionaries belong to one network.
     wrapped = {f"module._fsdp_wrapped_module.{name}": x for name, x in RAW.items()}
     file = save(tmp_path / "c.pth", EPOCH, model=wrapped, teacher=RAW)
     with pytest.raises(ValueError, match=r"c\.pth holds weights under 'model' and 'teacher'"):
@@ -114,7 +114,7 @@ def test_what_frameworks_put_into_names_is_taken_out(tmp_path):
 
 
 def test_a_dictionary_that_is_referred_to_often_takes_no_time(tmp_path):
-    """Three levels of 2,000 references to one dictionary are 8e9 paths."""
+    """Three levels of 2,000 references to one dictionary make 8e9 paths."""
     level = state_dict({"a": np.ones(2, np.float32)}, {})
     memo = torch_files.encode(level) + b"q\x00"
     for number in range(3):

@@ -1,4 +1,4 @@
-"""LayerNorm against flax's: values, gradients and types."""
+"""LayerNorm, compared with flax's: values, gradients and dtypes."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Schedules, decay groups and the optimizer's arithmetic."""
+"""Schedules, weight decay groups and the optimizer's arithmetic."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ CONFIG = OptimConfig(epochs=5, batch=64, lr=5e-4, warmup_epochs=2)
 
 
 def directions(config, params, gradients, **settings):
-    """What the optimizer makes of one gradient after the other, the parameters held still."""
+    """The optimizer's updates for a sequence of gradients, with the parameters held constant."""
     optimizer, found = make_optimizer(config, **settings), []
     state = optimizer.init(params)
     for gradient in gradients:
@@ -103,7 +103,7 @@ def test_warmup_cosine_is_a_line_and_half_a_cosine():
         schedule="warmup_cosine", epochs=5, lr=0.1, lr_per=None, warmup_epochs=2, warmup_lr=0.02,
         min_lr=0.01,
     )  # fmt: skip
-    third = 0.01 + 0.09 * 1.5 / 2  # of the way down, at cos(pi / 3)
+    third = 0.01 + 0.09 * 1.5 / 2  # after a third of the decay, at cos(pi / 3)
     wanted = [0.02, 0.04, 0.1, third, 0.055, 0.01, 0.01]
     assert rates(config, 10, (0, 5, 20, 30, 35, 50, 60)) == pytest.approx(wanted, rel=1e-5)
     in_steps = dataclasses.replace(config, warmup_steps=5)
@@ -151,7 +151,7 @@ def test_decay_spares_vectors_and_biases():
 def test_what_is_called_like_a_bias_or_a_position_does_not_decay_and_the_rest_of_it_does():
     leaf = jnp.ones((2, 2))
     params = {
-        "bias": leaf,  # at the top, without a slash before it
+        "bias": leaf,  # at the top level, with no slash before it
         "bias_table": leaf,
         "down_bias": leaf,
         "a": {"pos_embed": leaf, "bias": {"kernel": leaf}, "my_bias": leaf},
@@ -226,7 +226,7 @@ def test_a_gradient_is_clipped_to_its_norm_and_a_smaller_one_stays():
     gradient = {"a": {"x": jnp.array([3.0]), "y": jnp.array([0.0])}, "b": {"x": jnp.array([4.0])}}
     for largest, depth, wanted in (
         (5.0, 0, (3.0, 4.0)),
-        (1.0, 0, (0.6, 0.8)),  # of norm 5 together
+        (1.0, 0, (0.6, 0.8)),  # total norm 5
         (3.5, 1, (3.0, 3.5)),
         (1.0, 2, (1.0, 1.0)),
     ):
@@ -258,7 +258,7 @@ def test_decay_is_not_clipped():
 def test_the_direction_is_clipped_adamw():
     config = dataclasses.replace(CONFIG, clip=1.0, weight_decay=0.3)
     params = {"kernel": jnp.array([[1.0, -2.0], [0.5, 3.0]])}
-    gradient = {"kernel": jnp.array([[3.0, 4.0], [0.0, 12.0]])}  # of norm 13
+    gradient = {"kernel": jnp.array([[3.0, 4.0], [0.0, 12.0]])}  # norm 13
     optimizer = make_optimizer(config)
     direction, _ = optimizer.update(gradient, optimizer.init(params), params)
     g = np.asarray(gradient["kernel"]) / 13
@@ -322,9 +322,9 @@ def test_a_warmup_in_steps_counts_where_the_schedule_knows_it():
     with pytest.raises(ValueError, match=r"config\.optim\.warmup_steps=100 is a warm-up of 100"):
         config.check_warmup(10)
     dataclasses.replace(config, warmup_steps=99).check_warmup(10)
-    for schedule in ("constant", "polynomial"):  # which have no warm-up
+    for schedule in ("constant", "polynomial"):  # these have no warm-up
         dataclasses.replace(config, schedule=schedule).check_warmup(10)
-    for schedule in ("epoch_cosine", "epoch_cosine_unlagged"):  # which know epochs alone
+    for schedule in ("epoch_cosine", "epoch_cosine_unlagged"):  # these change only between epochs
         by_epoch = dataclasses.replace(config, schedule=schedule, warmup_epochs=1)
         by_epoch.check_warmup(10)
         with pytest.raises(

@@ -1,4 +1,4 @@
-"""Orders and draws are functions of seed, epoch and position only."""
+"""Orders and draws depend only on seed, epoch and position."""
 
 import itertools
 
@@ -14,7 +14,7 @@ def test_order_is_a_function_of_seed_and_epoch():
     inputs.epoch_permutation.cache_clear()
     np.testing.assert_array_equal(first, inputs.epoch_permutation(3, 1, SIZE))
     np.testing.assert_array_equal(np.sort(first), np.arange(SIZE))
-    assert not first.flags.writeable  # it is kept for the next call
+    assert not first.flags.writeable  # it is cached for the next call
     for other in ((4, 1), (3, 2)):
         assert (inputs.epoch_permutation(*other, SIZE) != first).any()
     places = [inputs.example_index(3, 1, place, size=SIZE) for place in range(SIZE)]
@@ -22,12 +22,12 @@ def test_order_is_a_function_of_seed_and_epoch():
 
 
 def test_order_is_the_same_under_every_numpy():
-    # From the generator whose numbers numpy has frozen; another order would break resuming.
+    # From a generator whose numbers numpy has frozen; another order would break resuming.
     assert inputs.epoch_permutation(0, 0, 8).tolist() == [6, 3, 5, 0, 7, 2, 1, 4]
 
 
 def test_draws_are_the_same_under_every_numpy():
-    # The raw bits of a generator, which numpy does not change either.
+    # A generator's raw bits, which numpy does not change either.
     for place, want in (
         ((0, 0, 0), 16412783775159424549),
         ((3, 2, 7), 16173834436121549858),
@@ -38,7 +38,7 @@ def test_draws_are_the_same_under_every_numpy():
 
 
 def test_draws_follow_every_part_of_an_example_s_place():
-    """Seed, epoch, index and copy, each apart; and they are not those of the order."""
+    """Seed, epoch, index and copy, each separately; and they differ from those of the order."""
     places = itertools.product(range(4), range(4), range(4), range(4))
     draws = [inputs.example_generator(*place, copy=copy).random(3) for *place, copy in places]
     assert len(np.unique(draws)) == 3 * 4**4

@@ -1,4 +1,4 @@
-"""Images to patch tokens."""
+"""Patch tokens of images."""
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ from common_jax.nn.patches import PatchEmbedding
 def test_patches_are_in_raster_order_and_so_are_their_pixels():
     images = np.random.default_rng(0).normal(size=(2, 4, 6, 3)).astype(np.float32)
     layer = PatchEmbedding(2, 12, jnp.float32)
-    # Each token is its patch, turned back to front.
+    # Each token is its patch, reversed.
     params = {"kernel": np.eye(12)[::-1], "bias": np.arange(12.0)}
     tokens = layer.apply({"params": params}, jnp.asarray(images))
     assert tokens.shape == (2, 6, 12)

@@ -1,4 +1,4 @@
-"""Image files to 8-bit pixels, by values worked out by hand; files with excessive sizes."""
+"""Image files as 8-bit pixels, against values worked out by hand; files of excessive size."""
 
 import io
 import os
@@ -30,7 +30,7 @@ def decoded(content, channels=3):
 
 
 def png(width, height, *, depth, colour, rows):
-    """A PNG made by hand: Pillow writes no 16-bit RGB."""
+    """A PNG written by hand, since Pillow writes no 16-bit RGB."""
 
     def chunk(kind, body):
         return (
@@ -81,16 +81,16 @@ def test_other_modes_are_as_pillows_convert_has_them():
     for settings in ({}, {"transparency": 0}, {"transparency": b"\0\x80"}):
         pixels = decoded(encoded(palette, "PNG", **settings))
         assert pixels.tolist() == [[[1, 2, 3], [200, 100, 50]]]
-    # Without ink it is white; Pillow writes CMYK inverted, with Adobe's mark, as Photoshop does.
+    # Without ink, it is white. Pillow writes CMYK inverted with Adobe's marker, like Photoshop.
     blank = Image.new("CMYK", (8, 8), (0, 0, 0, 0))
     np.testing.assert_array_equal(decoded(encoded(blank, "JPEG")), 255)
     np.testing.assert_array_equal(decoded(encoded(blank, "TIFF")), 255)
 
 
 def test_the_orientation_of_exif_is_not_applied():
-    """The originals call PIL's `convert`, which does not look at it."""
+    """The originals call PIL's `convert`, which ignores it."""
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
+    exif[0x0112] = 6  # rotate by 90 degrees
     image = Image.fromarray(np.zeros((2, 5, 3), np.uint8))
     assert decoded(encoded(image, "PNG", exif=exif)).shape == (2, 5, 3)
 
@@ -114,7 +114,7 @@ def test_every_image_is_opened_with_known_formats():
 
 
 def test_a_header_that_promises_more_than_the_file_can_hold_is_refused():
-    # 5,000 x 5,000 pixels of one bit: 3 MB unpacked of 3 kB
+    # 5,000 x 5,000 one-bit pixels: 3 MB unpacked from 3 kB
     rows = (b"\0" + bytes(625)) * 5000
     content = png(5000, 5000, depth=1, colour=0, rows=rows)
     assert len(content) < 10_000
@@ -178,7 +178,7 @@ def test_only_regular_files_of_a_size_are_read(tmp_path):
     with pytest.raises(OSError, match="not a regular file"):
         read_file(tmp_path / "pipe")
     with open(tmp_path / "large", "wb") as file:
-        file.truncate(2**40)  # takes no room
+        file.truncate(2**40)  # sparse, so it takes no space
     with pytest.raises(OSError, match=r"1099511627776 bytes are more than the 268435456"):
         read_file(tmp_path / "large")
     with pytest.raises(FileNotFoundError, match="nowhere"):

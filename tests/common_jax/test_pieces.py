@@ -1,4 +1,4 @@
-"""The ring of shared memory returns its contents unchanged, and is always removed."""
+"""The shared-memory ring returns its contents unchanged, and is always removed."""
 
 import pickle
 import secrets
@@ -45,7 +45,8 @@ def receive(names):
 
 @pytest.mark.parametrize("behind", [0, 1, 2])
 def test_slots_are_used_again_once_their_piece_is_out(names, receive, behind):
-    """However far the receiver is behind, as long as no more is under way than there are slots."""
+    """However far the receiver is behind, as long as no more pieces are in flight than there are
+    slots."""
     send, under_way = Sender(names, slots=behind + 2), []
     for number in range(20):
         under_way.append((number, through_pickle(send(piece(number)))))
@@ -62,7 +63,7 @@ def test_a_full_ring_overwrites_nothing_and_no_one_waits(names, receive):
     received = [list(receive(each)) for each in sent]
     for number, outcomes in enumerate(received):
         assert_all_same(outcomes, piece(number))
-    assert isinstance(send(piece(8)), RingPiece)  # whose slots are free again
+    assert isinstance(send(piece(8)), RingPiece)  # its slots are free again
 
 
 def test_what_was_received_is_not_written_over(names, receive):
@@ -96,7 +97,7 @@ def test_what_fits_no_slot_goes_as_it_is(names, receive, outcomes):
         assert_all_same(others, outcomes[1:])
     else:
         assert_all_same(receive(sent), outcomes)
-    assert_all_same(receive(send(piece(3, count=2))), piece(3, count=2))  # a smaller one does
+    assert_all_same(receive(send(piece(3, count=2))), piece(3, count=2))  # a smaller one fits
 
 
 def test_what_an_ended_sender_sent_is_received(names, receive):
@@ -109,7 +110,7 @@ def test_what_an_ended_sender_sent_is_received(names, receive):
 
 def test_no_ring_stays_behind(names, receive):
     senders = [Sender(names, slots=2) for _ in range(2)]
-    rings = [send(piece(0)).ring for send in senders]  # the second's is never received from
+    rings = [send(piece(0)).ring for send in senders]  # nothing is ever received from the second
     assert len(set(rings)) == 2
     assert_all_same(receive(senders[0](piece(1))), piece(1))
     senders.clear()
@@ -120,7 +121,7 @@ def test_no_ring_stays_behind(names, receive):
 
 
 def read_slowly(position):
-    """What is first wanted comes last."""
+    """The first items needed arrive last."""
     if position == 0:
         time.sleep(2)
     if position == 12:
@@ -130,7 +131,7 @@ def read_slowly(position):
 
 @pytest.mark.parametrize("count", [12, 99])
 def test_workers_may_end_before_their_pieces_are_received(count):
-    """At the end, or by an error: which is raised in its turn, after all that lies before it."""
+    """At the end, or by an error, which is raised in its turn, after everything before it."""
     stream, found = read_in_order(read_slowly, range(count), batch=8, workers=2), []
     try:
         found += stream
@@ -140,7 +141,7 @@ def test_workers_may_end_before_their_pieces_are_received(count):
 
 
 class Wide:
-    """A source on disk, whose batches are never larger than what waits in a queue."""
+    """A source on disk whose batches are never larger than what waits in a queue."""
 
     arrays = None
 
@@ -152,7 +153,7 @@ class Wide:
 
 
 def test_all_pieces_of_workers_find_a_slot(monkeypatch):
-    """Also when the workers are ahead as far as they go."""
+    """Also when the workers are as far ahead as they may be."""
     received, receive = [], Receiver.__call__
 
     def watched(self, sent):
@@ -164,6 +165,6 @@ def test_all_pieces_of_workers_find_a_slot(monkeypatch):
     for number in range(24):
         next(batches)
         if number in (0, 9, 17):
-            time.sleep(0.5)  # the workers fill what there is to fill
+            time.sleep(0.5)  # the workers fill every free slot
     batches.close()
     assert set(received) == {RingPiece}

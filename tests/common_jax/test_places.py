@@ -1,4 +1,4 @@
-"""Paths on a command line: inputs exist, outputs can be created."""
+"""Paths on a command line: inputs exist, and outputs can be created."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Sequences of unequal length in flat arrays: what a list of the same elements has."""
+"""Sequences of unequal length in flat arrays: they hold the same as a list of the elements."""
 
 import pickle
 import zlib

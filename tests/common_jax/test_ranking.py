@@ -1,4 +1,4 @@
-"""The rank of a score among others, by values worked out by hand."""
+"""The rank of a score among others, against values worked out by hand."""
 
 import numpy as np
 import pytest
@@ -15,12 +15,12 @@ NAN, INF = np.nan, np.inf
     ("scores", "ranks"),
     [
         ((3.0, 1.0, 2.0), (0, 2, 1)),
-        ((5.0, 5.0, 5.0), (0, 1, 2)),  # equal: by index
+        ((5.0, 5.0, 5.0), (0, 1, 2)),  # ties: by index
         ((1.0, 7.0, 7.0), (2, 0, 1)),
         ((NAN, NAN, NAN), (3, 3, 3)),  # never a hit
-        ((2.0, NAN, 1.0), (1, 3, 2)),  # NaN comes before all numbers, but never counts itself
+        ((2.0, NAN, 1.0), (1, 3, 2)),  # NaN ranks before all numbers, but never counts as a hit
         ((2.0, INF, 1.0), (1, 3, 2)),
-        ((-INF, -INF, 4.0), (3, 3, 0)),  # as other examples' scores are masked
+        ((-INF, -INF, 4.0), (3, 3, 0)),  # as when other examples' scores are masked
         ((0.0, -0.0, -1.0), (0, 1, 2)),
     ],
 )

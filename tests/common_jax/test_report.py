@@ -1,4 +1,4 @@
-"""The report: its inputs, the panels for a run's metrics, and the page."""
+"""The report: its inputs, the panels of a run's metrics, and the page."""
 
 import base64
 import html.parser
@@ -146,7 +146,7 @@ def test_what_counts_or_stands_for_the_step_is_not_drawn():
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """What is handed to a method of matplotlib's axes, one call after the other."""
+    """The arguments of one method of matplotlib's axes, call by call."""
 
     def watch(method):
         calls, original = [], getattr(Axes, method)
@@ -168,7 +168,7 @@ def test_shares_are_drawn_over_the_fair_share(tmp_path, drawn):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page_of(tmp_path, families=WITH_SHARES)
     (x, _, last), (time, y, cells) = calls
-    np.testing.assert_allclose(last, [[1, 0.25, 0.4, 2.4]])  # a quarter at least
+    np.testing.assert_allclose(last, [[1, 0.25, 0.4, 2.4]])  # at least a quarter
     np.testing.assert_allclose(x, [-0.5, 0.5, 1.5, 2.5, 3.5])
     np.testing.assert_allclose(cells, [[2, 1], [1.2, 0.25], [0.8, 0.4], [0.25, 2.4]])
     np.testing.assert_allclose(time, [-1, 3, 7])  # the columns end at the steps

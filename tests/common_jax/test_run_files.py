@@ -1,4 +1,4 @@
-"""A run's own files after an accident or an edit: errors name the file."""
+"""A run's own files after damage or an edit: errors name the file."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Requests to stop: immediate, or deferred while something may be lost; the second one kills."""
+"""Stop requests: immediate, or deferred while something may be lost; the second one kills."""
 
 import os
 import signal
@@ -15,12 +15,12 @@ NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 def send(number: int) -> None:
     os.kill(os.getpid(), number)
-    time.sleep(0.01)  # Python calls the handler between two instructions
+    time.sleep(0.01)  # Python runs the handler between two bytecode instructions
 
 
 @pytest.fixture(autouse=True)
 def terminal():
-    """Nothing is ignored: under `nohup` SIGHUP would be, and stays so."""
+    """Ignores no signal: under `nohup`, SIGHUP would be ignored, and stay so."""
     before = {number: signal.signal(number, signal.SIG_DFL) for number in NUMBERS}
     yield
     for number, handler in before.items():
@@ -46,7 +46,7 @@ def test_where_something_is_lost_it_waits(number, monkeypatch, capfd):
     with signals.listening():
         with pytest.raises(signals.Stopped), signals.deferred():
             send(number)
-            send(signal.SIGHUP)  # as often as a terminal likes
+            send(signal.SIGHUP)  # any number of times
             done.append("saved")
             with pytest.raises(signals.Stopped):
                 hosts.check()
@@ -69,7 +69,7 @@ def test_not_asked_nothing_stops():
 
 
 def test_what_is_ignored_stays_ignored():
-    """As nohup has it."""
+    """As set by nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with signals.listening():

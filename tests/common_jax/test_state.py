@@ -22,7 +22,7 @@ def words(key) -> tuple[int, ...]:
 
 
 def fold(seed: int, *numbers: int) -> tuple[int, ...]:
-    """The key of a seed with one number folded in after the other."""
+    """A seed's key, with the numbers folded in one by one."""
     key = jax.random.key(np.uint32(seed))
     for number in numbers:
         key = jax.random.fold_in(key, number)
@@ -30,12 +30,12 @@ def fold(seed: int, *numbers: int) -> tuple[int, ...]:
 
 
 def test_a_name_is_folded_in_as_its_crc32():
-    """Which is the same in every process; of these digits it is the standard's check value."""
+    """It is the same in every process; for these digits, it is the standard's check value."""
     assert words(fold_name(jax.random.key(3), "123456789")) == fold(3, 0xCBF43926)
 
 
 def test_keys_of_a_step_fold_in_the_step_and_then_the_name():
-    """Others would send a run that resumes on other ways."""
+    """Any other way would change the draws of a resumed run."""
     keys = step_rngs(np.uint32(3), np.int32(7), ("drop_path", "gate"))
     assert tuple(keys) == ("drop_path", "gate")
     assert words(keys["gate"]) == fold(3, 7, 0xB82B9894)

@@ -1,4 +1,5 @@
-"""The update as a pure function: accumulation, skipped steps, running averages, sums of metrics."""
+"""The update as a pure function: gradient accumulation, skipped steps, running averages, summed
+metrics."""
 
 import dataclasses
 import functools
@@ -77,7 +78,7 @@ def test_loss_metrics_and_gradient_are_means_over_micro_batches():
     state = init_state({"w": jnp.array(2.0)}, config, trainable="w", metrics=shapes)
     step = jax.jit(make_step(square, config, lambda _: 0.1, trainable="w", log_every=1))
     _, report = step(state, {}, {"x": jnp.array([1.0, 2.0, 3.0, 4.0])}, np.uint32(0))
-    # Of 1 and 3 the mean is 2, of 2 and 4 it is 3.
+    # The mean of 1 and 3 is 2; of 2 and 4, 3.
     assert report["loss"] == 2 * (4 + 9) / 2
     assert (report["mean"], report["gradient_norm"]) == (2.5, 6.5)
     np.testing.assert_array_equal(report["first"], [1.5])
@@ -89,12 +90,12 @@ DRAWN = ("augment", "code", "dropout")
 
 @pytest.fixture(scope="module")
 def keys_of():
-    """keys_of(accumulate, seed, step): by stream, the key of each micro-batch, as numbers."""
+    """keys_of(accumulate, seed, step): for each stream, every micro-batch's key, as numbers."""
 
     @functools.cache
     def make(accumulate):
         def drawing(params, helpers, batch, rngs, step):
-            mine = jnp.arange(accumulate) == batch["row"][0]  # whose first row is its number
+            mine = jnp.arange(accumulate) == batch["row"][0]  # its first row is its index
             words = {name: mine[:, None] * jax.random.key_data(rngs[name]) for name in DRAWN}
             high = {f"{name}/high": (x >> 16).astype(jnp.float32) for name, x in words.items()}
             low = {f"{name}/low": (x & 0xFFFF).astype(jnp.float32) for name, x in words.items()}
@@ -170,7 +171,7 @@ def test_a_non_finite_step_changes_nothing_but_the_counts():
 
 
 def fragile(params, helpers, batch, rngs, step):
-    """Its gradient is NaN where `zero` is 0, its value whatever `offset` makes it."""
+    """The gradient is NaN where `zero` is 0; `offset` determines the value."""
     root = jnp.sqrt(params["w"] * batch["zero"])
     return root + batch["offset"], {"error": jnp.isfinite(root).astype(jnp.float32)}
 
@@ -198,12 +199,12 @@ def test_a_loss_or_a_gradient_alone_skips_the_step_for_average_and_optimizer_too
 
 
 def linear(params, helpers, batch, rngs, step):
-    """Its gradient is the batch's."""
+    """The gradient is the batch."""
     return jnp.sum(params["w"] * batch["g"]), {}
 
 
 def test_steps_of_sgd_and_its_average_are_those_worked_out_by_hand():
-    """Each has its own rate, also after one that was skipped."""
+    """Each has its own learning rate, also after a skipped step."""
     config = OptimConfig(
         steps=9, batch=1, optimizer="sgd", momentum=0.5, weight_decay=0.1, ema=0.75
     )
@@ -215,7 +216,7 @@ def test_steps_of_sgd_and_its_average_are_those_worked_out_by_hand():
     for number, g in enumerate((1.0, -3.0, np.nan, 0.5, 2.0)):
         state, report = step(state, {}, {"g": jnp.array([[g]])}, np.uint32(0))
         rate = 0 if np.isnan(g) else 0.1 * (number + 1)
-        assert float(report["learning_rate"]) == pytest.approx(rate)  # of this step alone
+        assert float(report["learning_rate"]) == pytest.approx(rate)  # of this step only
         assert report["steps"] == (0 if np.isnan(g) else 1)
         if not np.isnan(g):
             decayed = g + 0.1 * p
@@ -262,7 +263,7 @@ def test_the_average_starts_as_the_parameters_or_is_not_kept():
     settings = {"trainable": "net/kernel", "metrics": {"load": jnp.zeros((2, 3))}}
     state = init_state(params, dataclasses.replace(CONFIG, ema=0.9), **settings)
     np.testing.assert_array_equal(state.ema["net"]["kernel"], params["net"]["kernel"])
-    assert state.ema["net"]["kernel"] is not params["net"]["kernel"]  # which steps are given away
+    assert state.ema["net"]["kernel"] is not params["net"]["kernel"]  # the parameters are donated
     assert init_state(params, CONFIG, **settings).ema is None
     assert {name: x.shape for name, x in state.sums.items()} == {
         "load": (2, 3), "loss": (), "learning_rate": (), "gradient_norm": (), "steps": ()
@@ -321,7 +322,7 @@ def test_draws_of_an_evaluation_come_from_seed_step_and_batch_alone(fold_step):
         return {
             f"batch_{i}": jnp.where(batch["number"][0] == i, jax.random.uniform(key), 0.0)
             for i in range(2)
-        } | {"count": 0.5}  # of two batches: what is read are totals
+        } | {"count": 0.5}  # over two batches: what is read are totals
 
     def evaluate(step, seed=3):
         mesh = one_device()
@@ -360,6 +361,6 @@ def test_a_compiled_step_copies_no_moments(average):
     state = init_state(params, config, trainable=".*", metrics={})
     batch, seed = {"x": jnp.ones((8, 256))}, np.uint32(0)
     compiled = jax.jit(step, donate_argnums=0).lower(state, {}, batch, seed).compile()
-    # The gradient and little else; with copies of both moments it would be three times its size.
+    # The gradient and little else; with copies of both moments, it would be three times the size.
     size = sum(leaf.nbytes for leaf in params.values())
     assert size <= compiled.memory_analysis().temp_size_in_bytes < 1.5 * size

@@ -1,4 +1,5 @@
-"""Tables of a user: three kinds, plain and packed, and errors that name file, line and column."""
+"""A user's tables: three kinds, plain and compressed, and errors that name file, line and
+column."""
 
 import gzip
 

@@ -1,4 +1,4 @@
-"""A task's state, drawn and placed, and the shapes of its step."""
+"""A task's state, initialised and sharded, and the shapes of its step."""
 
 import dataclasses
 
@@ -52,7 +52,7 @@ def test_moments_and_averages_lie_as_their_parameters_and_the_rest_is_whole(task
     }
     assert {spec for path, (_, spec) in found.items() if "kernel" not in path} == {P()}
     split = [entry for path, entry in found.items() if "'body'" in path]
-    assert split == [((8, 4), P("fsdp"))] * 4  # itself, two moments and the average
+    assert split == [((8, 4), P("fsdp"))] * 4  # the parameter, two moments and the average
     assert [entry for path, entry in found.items() if "'head'" in path] == [
         ((4, 2), P(None, "expert"))
     ]
@@ -92,7 +92,7 @@ def test_what_is_warm_is_not_drawn(task):
         warm = {"body": {"kernel": jnp.full((8, 4), 7.0)}}
         state = create_program(task, optim, abstract)(np.uint32(2**32 - 1), warm)
     np.testing.assert_array_equal(state.params["body"]["kernel"], 7)
-    np.testing.assert_array_equal(state.ema["body"]["kernel"], 7)  # the average starts there, too
+    np.testing.assert_array_equal(state.ema["body"]["kernel"], 7)  # the average starts there too
     assert float(jnp.std(state.params["head"]["kernel"])) > 0.1
 
 

@@ -1,5 +1,5 @@
-"""PyTorch's zip archives written without PyTorch, read by our reader and by PyTorch if
-installed."""
+"""PyTorch's zip archives written without PyTorch, read by our reader and, if installed, by
+PyTorch."""
 
 import zipfile
 
@@ -40,7 +40,7 @@ def test_what_is_written_for_torch_is_read_again(tmp_path):
     assert_same(read_tensors(path), CHECKPOINT["model"])
     plain = {"model_name", "block_index", "divided_depths", "epoch", "lr", "done"}
     assert read_plain(path) == {name: CHECKPOINT[name] for name in plain}
-    write_torch(path, CHECKPOINT)  # the same once more
+    write_torch(path, CHECKPOINT)  # and once more
     before = path.read_bytes()
     with pytest.raises(FileExistsError, match=r"weights\.pth exists and holds something else"):
         write_torch(path, {"model": ARRAYS})

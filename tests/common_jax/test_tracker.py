@@ -1,4 +1,4 @@
-"""Numbers of a run on Weights & Biases: without network, and where it is not installed."""
+"""Logging a run to Weights & Biases: without network, and without the package."""
 
 import json
 import sys
@@ -13,11 +13,11 @@ from common_jax.metrics import Recorder, open_tracker
 
 
 class Refused(Exception):
-    """An error of the stand-in."""
+    """An error raised by the stand-in."""
 
 
 class StandIn:
-    """Of the package: notes what it is asked."""
+    """Stands in for the package: records its calls."""
 
     Error, Settings = Refused, dict
 

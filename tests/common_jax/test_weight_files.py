@@ -1,4 +1,4 @@
-"""Files of weights, read and written, including PyTorch's without PyTorch."""
+"""Weight files, read and written, including PyTorch's without PyTorch."""
 
 import json
 import pathlib
@@ -283,7 +283,7 @@ def test_safetensors_are_read_and_written_whole(tmp_path):
     write_tensors(path, ARRAYS | columns)
     assert_same(read_tensors(path), ARRAYS | columns)
     assert_same(read_tensors(tmp_path), ARRAYS | columns)
-    write_tensors(path, ARRAYS | columns)  # the same once more
+    write_tensors(path, ARRAYS | columns)  # and once more
     before = path.read_bytes()
     whole = {name: np.asarray(x, order="C") for name, x in (ARRAYS | columns).items()}
     save_file(whole, tmp_path / "library", metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""Warm starts: every parameter comes from its origin, or is named."""
+"""Warm starts: every parameter comes from its source, or is reported."""
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def filled(*numbers):
-    """Parameters of one shape that only their values tell apart."""
+    """Parameters of one shape that differ only in value."""
     names = ("first", "second", "third")
     return {
         name: np.full((4, 2), number, np.float32)
@@ -25,7 +25,7 @@ def filled(*numbers):
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """Two workdirs of the same shapes."""
+    """Two workdirs with the same shapes."""
     root = tmp_path_factory.mktemp("sources")
     params = {"net": {"stage_1": filled(1, 2, 3), "stage_10": filled(10, 20), "stage": filled(0)}}
     write_params(root / "one", params, config={})
@@ -43,7 +43,7 @@ def wanted(*paths, shape=(4, 2), dtype=jnp.float32, sharding=SHARDING):
 
 
 def values(warm):
-    """The one number of every parameter, by its path."""
+    """The constant value of every parameter, by path."""
     return {
         f"{part}/{name}": float(np.unique(np.asarray(leaf, np.float32)).item())
         for part, leaves in warm.params.items()
@@ -142,7 +142,7 @@ def test_parameters_take_the_type_and_the_places_that_are_wanted(sources):
 
 
 def test_the_first_adaption_whose_path_matches_whole_is_taken(sources):
-    """Its result lies where it is wanted, every part in its place."""
+    """Its result is where it is wanted, with every part in its place."""
     sharding = NamedSharding(split_mesh(), P("fsdp", "expert"))
     targets = wanted("a/first", "a/second", shape=(6, 2), sharding=sharding)
     rows = lambda array, shape: np.arange(shape[0])[:, None] + array[:1]  # noqa: E731

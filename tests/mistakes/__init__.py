@@ -1,7 +1,7 @@
-"""Small mistakes of the kind that developers make, each with the tests that have to notice it.
+"""Small mistakes of the kind that developers make, each with the tests that must notice it.
 
-`tests/mutants.py` makes them one at a time in a copy of the code. A text that is no longer there
-fails `tests/test_mutants.py`: whoever changes the code changes the mistake with it.
+`tests/mutants.py` makes them one at a time in a copy of the code. If a text is no longer in its
+file, `tests/test_mutants.py` fails: when you change the code, change the mistake with it.
 """
 
 from mistakes import data, moe, nac, teaching, training, translating, translator

@@ -1,4 +1,4 @@
-"""In reading, augmenting and choosing images, and in feeding them."""
+"""Mistakes in reading, augmenting, choosing and feeding images."""
 
 from mistakes.mistake import Mistake
 

@@ -5,16 +5,16 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Mistake:
-    """A text of a file that is replaced by another.
+    """A text in a file that is replaced by another.
 
     Args:
       file: path from the root of the repository.
       what: the mistake in a few words.
-      right: a text that stands in the file exactly once.
-      wrong: what takes its place; the file must still import.
-      tests: what pytest is given: files, or FILE::TEST, separated by spaces. The fewer tests, the
+      right: a text that occurs in the file exactly once.
+      wrong: its replacement, with which the file must still import.
+      tests: arguments of pytest: files, or FILE::TEST, separated by spaces. The fewer tests, the
         faster; fixtures that train are the slowest.
-      equivalent: why no test can notice it, for the few that change nothing that can be seen.
+      equivalent: why no test can notice it, for the few mistakes without a visible effect.
     """
 
     file: str

@@ -1,4 +1,5 @@
-"""In the transformers and in the mixture of experts: routing, dispatch, encoder, converter."""
+"""Mistakes in the transformers and the mixture of experts: routing, dispatch, encoder,
+converter."""
 
 from mistakes.mistake import Mistake
 

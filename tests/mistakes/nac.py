@@ -1,4 +1,4 @@
-"""In the Neural Attentive Circuits."""
+"""Mistakes in the Neural Attentive Circuits."""
 
 from mistakes.mistake import Mistake
 

@@ -1,4 +1,4 @@
-"""In the distillation: losses, hybrids, phases, pipeline, few-shot, evaluation."""
+"""Mistakes in distillation: losses, hybrids, phases, pipeline, few-shot, evaluation."""
 
 from mistakes.mistake import Mistake
 

@@ -1,10 +1,10 @@
-"""In the training loop: optimizer, step, state, averages, checkpoints, inputs, metrics."""
+"""Mistakes in the training loop: optimizer, step, state, averages, checkpoints, inputs, metrics."""
 
 from mistakes.mistake import Mistake
 
 
 def named(file: str, *tests: str) -> str:
-    """Tests of one file of this area."""
+    """Tests in one file of this area."""
     return " ".join(f"tests/common_jax/{file}::{test}" for test in tests)
 
 

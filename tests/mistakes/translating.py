@@ -1,4 +1,4 @@
-"""In CLIPTrans' data and runs: tokens, features, corpora, stages, scores."""
+"""Mistakes in CLIPTrans' data and runs: tokens, features, corpora, stages, scores."""
 
 from mistakes.mistake import Mistake
 

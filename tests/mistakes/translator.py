@@ -1,4 +1,4 @@
-"""In CLIPTrans' networks: mBART, mapper, prefix, towers, decoding, losses."""
+"""Mistakes in CLIPTrans' networks: mBART, mapper, prefix, towers, decoding, losses."""
 
 from mistakes.mistake import Mistake
 
