@@ -217,7 +217,9 @@ def test_another_tokenizer_than_that_of_the_source_is_refused(refused, runs):
         if source == "model":
             flags[0] = NO_PREFIX
             flags.append(f"--config.sources.model={runs / 'no_prefix' / 'checkpoints' / '1'}")
-        refused(flags, [f"config.sources.{source}: ", "is not the tokenizer of", "config.tokenizer"])
+        refused(
+            flags, [f"config.sources.{source}: ", "is not the tokenizer of", "config.tokenizer"]
+        )
 
 
 def test_a_run_without_a_mapper_gives_none(refused, runs):

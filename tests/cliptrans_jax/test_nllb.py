@@ -283,7 +283,9 @@ def test_tensors_alone_show_the_kind_and_the_published_sizes(tmp_path):
     assert found == NllbConfig(vocab=7, width=2048, **sizes)
     params = make_params(kinds.NLLB, UNEVEN)
     torch_files.save(tmp_path / "a.bin", tables.write(kinds.NLLB.table(UNEVEN), params))
-    with pytest.raises(ValueError, match=r"width 16, and its tensors.*of width 1024 or 2048, have 16"):
+    with pytest.raises(
+        ValueError, match=r"width 16, and its tensors.*of width 1024 or 2048, have 16"
+    ):
         pretrained.load(tmp_path / "a.bin")
     found = pretrained.load(tmp_path / "a.bin", config=UNEVEN)
     assert found.kind == "nllb"

@@ -89,5 +89,7 @@ def test_what_a_step_computes_and_logs(monkeypatch):
 
 def test_a_scale_of_the_other_loss_is_refused():
     clip = tiny_config("clip", None).clip
-    with pytest.raises(ValueError, match=r"^scale=3\.0 has no effect with loss='sigmoid'.*leave it out"):
+    with pytest.raises(
+        ValueError, match=r"^scale=3\.0 has no effect with loss='sigmoid'.*leave it out"
+    ):
         dataclasses.replace(clip, loss="sigmoid", scale=3.0)
