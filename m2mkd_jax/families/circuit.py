@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from common_jax import checkpoint
+from common_jax import checkpoint, hosts
 from common_jax.optim import OptimConfig
 from common_jax.report import dispensable, is_picture
 from common_jax.state import fold_name
@@ -112,11 +112,14 @@ def circuit_regularizer(
 def draw_circuit(model: NacConfig, circuit: Circuit, workdir: epath.Path) -> None:
     """Writes connectivity.png, the mediators' graph before and after training, unless it exists. A
     failure only causes a warning. If the run averages its parameters, the averages are drawn."""
-    path = workdir / PICTURE
-    if jax.process_index() != 0 or is_picture(path):
+    path, first = workdir / PICTURE, jax.process_index() == 0
+    if not hosts.agree(first and not is_picture(path)).any():
         return
     with dispensable(path):
+        # orbax waits for every process at the end of a read, so all of them load.
         learned = checkpoint.load(workdir, subtree="student/graph/mediator", average=True)
+        if not first:
+            return
         before = circuit.signatures["mediator"]
         groups = np.zeros(len(before), int) if circuit.prior is None else circuit.prior.communities
         truncation = model.kernel.truncation

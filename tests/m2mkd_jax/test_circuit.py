@@ -7,13 +7,16 @@ import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
+from processes import finish_pair
 from tiny import NAC, tiny_config
 
 from common_jax import checkpoint
 from common_jax.optim import OptimConfig
+from common_jax.report import is_picture
 from common_jax.state import fold_name
 from m2mkd_jax.families import circuit
 from m2mkd_jax.families.circuit import (
+    PICTURE,
     Circuit,
     check_circuit,
     circuit_regularizer,
@@ -200,3 +203,19 @@ def test_a_picture_that_fails_is_a_warning(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(circuit, "draw_connectivity", fail)
     draw_circuit(NAC, Circuit({"mediator": np.ones((8, 8))}, None), tmp_path)
     assert "no ink" in caplog.text
+
+
+def test_two_processes_end_with_one_picture(tmp_path):
+    """Every process takes part in the read before the picture, or all would wait for the rest."""
+    run = (
+        "m2mkd_jax.main",
+        "--config=configs/m2mkd/digits_nac.py:phase=end_to_end,prior=none",
+        "--config.ood.source=",
+        "--config.model.mediators=8",
+        "--config.model.iterations=1",
+        "--config.optim.steps=2",
+        "--config.optim.warmup_epochs=0",
+        "--config.run.compilation_cache=None",
+    )
+    finish_pair(tmp_path / "run", run=run, devices=1)
+    assert is_picture(tmp_path / "run" / PICTURE)
