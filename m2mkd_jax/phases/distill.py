@@ -27,7 +27,7 @@ from m2mkd_jax.stages import module_name, stage_name
 
 def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     """Trains the student modules of config.module and saves them under "student/stage_K"."""
-    training = describe(config, mesh)
+    training, several = describe(config, mesh), bool(config.sources.teachers)
     shapes = {role: part for role, part in training.helpers.items() if role in ("meta", "teacher")}
     origins = [Origin(require_source(config, "meta"), "meta", "meta")]
     if "teacher" in shapes:
@@ -35,13 +35,14 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         names = [f"teacher/{name}" for name in shapes["teacher"]]
         origins += [Origin(teacher, name, name) for name in names]
     helpers = take_weights(config, shapes, origins, frozen=True).params
-    if not config.sources.teachers:
-        return train_phase(training, workdir, mesh, helpers=helpers)
     feed = config_feed(training, workdir)
-    check_classes(config, feed.label_names)
-    several, account = load_teachers(config, training.helpers)
+    frozen = ["meta", *(["teachers"] if several else ["teacher"] if "teacher" in shapes else [])]
+    check_classes(config, feed.label_names, frozen)
+    if not several:
+        return train_phase(training, workdir, mesh, helpers=helpers, feed=feed)
+    teachers, account = load_teachers(config, training.helpers)
     files = {ACCOUNT: account}
-    return train_phase(training, workdir, mesh, helpers=helpers | several, feed=feed, files=files)
+    return train_phase(training, workdir, mesh, helpers=helpers | teachers, feed=feed, files=files)
 
 
 def describe(config: Config, mesh: Mesh) -> Training:

@@ -40,10 +40,11 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     training, start = describe(config, mesh), None
     feed = config_feed(training, workdir)
     if config.baseline.active and config.sources.teachers:
-        check_classes(config, feed.label_names)
+        check_classes(config, feed.label_names, ("teachers",))
         helpers, files[ACCOUNT] = load_teachers(config, training.helpers)
     elif config.baseline.active:
         origin = Origin(require_source(config, "teacher"), "teacher", "teacher")
+        check_classes(config, feed.label_names, ("teacher",))
         helpers = take_weights(config, training.helpers, [origin], frozen=True).params
     preparation = family_of(config.model).preparation
     if preparation is not None:

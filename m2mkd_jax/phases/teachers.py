@@ -24,13 +24,11 @@ from m2mkd_jax.phases.networks import (
     token_layout,
 )
 from m2mkd_jax.phases.training import find_classes
-from m2mkd_jax.phases.weights import take_weights
+from m2mkd_jax.phases.weights import COMPUTATION, take_weights
 from m2mkd_jax.stages import Network
 
 ROLES = ("teacher", "module", "meta")  # roles that are ViTs, in order of preference as a teacher
 ACCOUNT = "teachers.json"
-# Fields of a ViT's section that only choose how it is computed, which each run may set for itself.
-COMPUTATION = ("attention", "remat", "scan_layers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,15 +273,25 @@ def _compare_meta(found: StoredViT) -> None:
         )
 
 
-def check_classes(config: Config, names: Sequence[str]) -> None:
-    """Raises ValueError if any of config.sources.teachers has classes with other names, or in
-    another order, than `names`. Converted weights have no class names and are not checked."""
-    for found in read_teachers(config).values():
-        path = find_classes(checkpoint.find_step(found.source))
-        known = names if path is None else read_json(path, {"names": list})["names"]
-        if list(known) != list(names):
-            label = next(i for i, (a, b) in enumerate(zip(known, names, strict=True)) if a != b)
-            raise found.refuse(
-                f"calls class {label} {known[label]!r}, but config.data calls it {names[label]!r}: "
-                "a teacher needs the student's classes in the same order"
-            )
+def check_classes(config: Config, names: Sequence[str], roles: Sequence[str]) -> None:
+    """Raises ValueError if a frozen network was trained on classes with other names, or in another
+    order, than `names`. Converted weights have no class names and are not checked.
+
+    Args:
+      config: the run's config.
+      names: the classes of the run's data, in order.
+      roles: fields of config.sources, such as "meta" and "teachers"; empty ones are skipped.
+    """
+    for role in roles:
+        given = getattr(config.sources, role)
+        several = isinstance(given, tuple)
+        for i, source in enumerate(given if several else [given]):
+            path = find_classes(checkpoint.find_step(source)) if source else None
+            known = names if path is None else read_json(path, {"names": list})["names"]
+            for label, (theirs, ours) in enumerate(zip(known, names, strict=False)):
+                if theirs != ours:
+                    key = f"config.sources.{role}" + (f"[{i}]" if several else "")
+                    raise ValueError(
+                        f"{key}={source!r} calls class {label} {theirs!r}, but config.data calls "
+                        f"it {ours!r}: a frozen network needs this run's classes in the same order"
+                    )

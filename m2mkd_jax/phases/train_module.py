@@ -22,8 +22,8 @@ from m2mkd_jax.phases.networks import (
     stitched_modules,
 )
 from m2mkd_jax.phases.objective import Outputs
-from m2mkd_jax.phases.phase import FileKind, Phase, Training, WeightSource
-from m2mkd_jax.phases.teachers import read_vit
+from m2mkd_jax.phases.phase import FileKind, Phase, Training, WeightSource, config_feed
+from m2mkd_jax.phases.teachers import check_classes, read_vit
 from m2mkd_jax.phases.training import train_phase
 from m2mkd_jax.phases.weights import compare_images, require_source, take_weights
 from m2mkd_jax.stages import module_name, stage_name
@@ -39,8 +39,10 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     meta = require_source(config, "meta")
     origins = [Origin(meta, f"meta/{name}", f"meta/{name}") for name in training.helpers["meta"]]
     helpers = take_weights(config, training.helpers, origins, frozen=True).params
+    feed = config_feed(training, workdir)
+    check_classes(config, feed.label_names, ("meta",))
     start = functools.partial(_join, config) if config.init.teacher else None
-    return train_phase(training, workdir, mesh, helpers=helpers, warm_start=start)
+    return train_phase(training, workdir, mesh, helpers=helpers, warm_start=start, feed=feed)
 
 
 def describe(config: Config, mesh: Mesh) -> Training:

@@ -1,5 +1,6 @@
 """Weights from other runs, which a phase starts from or uses frozen."""
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,9 +10,19 @@ from jax.sharding import Mesh
 
 from common_jax import checkpoint
 from common_jax.weights import Adapt, Allowance, Origin, WarmStart, take
+from common_jax.workdir import freeze_stored
 from m2mkd_jax.config import Config
 from m2mkd_jax.families import family_of
 from m2mkd_jax.phases.networks import SECTIONS, parameter_shapes, whole_network
+
+# Fields that only choose how a network is computed, which each run may set for itself.
+COMPUTATION = ("attention", "remat", "scan_layers")
+# Fields that loaded weights need not agree on: names and shapes of parameters show them, or they
+# set initial values, which loading replaces, or they only act in training.
+SHOWN = ("kind", "depths", "moe_blocks", "mlp_ratio", "positions")
+INITIAL = ("layer_scale", "expert_init", "prior", "students", "read_in_scale")
+TRAINING = ("balance", "noise_std", "code_noise", "learn_codes", "learn_signatures")
+NOT_COMPARED = {*COMPUTATION, *SHOWN, *INITIAL, *TRAINING, "legacy_read_in_scale"}
 
 
 def take_weights(
@@ -38,7 +49,7 @@ def take_weights(
 
     Raises:
       ValueError: like `common_jax.weights.take`, and if frozen parameters would start from scratch;
-        see also `compare_images`.
+        see also `compare_images` and `compare_sections`.
     """
     sources = config.sources
     for source in dict.fromkeys(str(origin.source) for origin in origins):
@@ -59,7 +70,56 @@ def take_weights(
             "does not train it: it would keep its random initial value. Give a source that has it, "
             "or a regex that matches only trained parameters"
         )
+    compare_sections(config, origins, frozen=frozen)
     return start
+
+
+def compare_sections(config: Config, origins: Sequence[Origin], *, frozen: bool) -> None:
+    """Compares the config sections of loaded networks with this run's, for fields that no shape of
+    a parameter shows, such as `pool`.
+
+    A network that keeps training adapts, so a difference is a warning; a frozen one cannot.
+
+    Raises:
+      ValueError: if the network is frozen and a field differs.
+    """
+    pairs = {(str(x.source), x.subtree.split("/")[0], x.target.split("/")[0]) for x in origins}
+    for source, role, target in sorted(pairs):
+        saved, section = checkpoint.load_config(source), SECTIONS[target]
+        if SECTIONS[role] not in saved:
+            continue
+        made = getattr(freeze_stored(Config, saved, source), SECTIONS[role])
+        differing = differing_fields(made, getattr(config, section))
+        if not differing:
+            continue
+        said = ", ".join(
+            f"{name}={theirs!r} (config.{section}.{name} is {ours!r})"
+            for name, (theirs, ours) in differing.items()
+        )
+        if frozen:
+            flags = " ".join(f"--config.{section}.{x}={y[0]}" for x, y in differing.items())
+            raise ValueError(
+                f"{source} was trained with {said}: with other values the same weights compute "
+                f"something else. Give {flags}, or another source"
+            )
+        logging.warning("%s was trained with %s; it continues with the latter", source, said)
+
+
+def differing_fields(made: Any, own: Any) -> dict[str, tuple[Any, Any]]:
+    """Fields of two sections, by path such as "moe.chosen", whose values differ: theirs and ours.
+    Fields that only one has, and those of NOT_COMPARED, are left out."""
+    differing = {}
+    for field in dataclasses.fields(made):
+        name = field.name
+        if name in NOT_COMPARED or not hasattr(own, name):
+            continue
+        theirs, ours = getattr(made, name), getattr(own, name)
+        if dataclasses.is_dataclass(theirs) and dataclasses.is_dataclass(ours):
+            below = differing_fields(theirs, ours)
+            differing |= {f"{name}.{path}": values for path, values in below.items()}
+        elif theirs != ours:
+            differing[name] = (theirs, ours)
+    return differing
 
 
 def compare_images(config: Config, source: str, *, frozen: bool) -> None:

@@ -2,6 +2,8 @@
 numbers."""
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import numpy as np
@@ -11,6 +13,7 @@ from meshes import one_device
 from tiny import OPTIM, tiny_config
 
 from common_jax import checkpoint, loop
+from common_jax.config import unfreeze
 from common_jax.mesh import match_rules, with_shardings
 from common_jax.weights import Origin
 from m2mkd_jax.config import DistillConfig, FewShotConfig, SourcesConfig
@@ -59,6 +62,16 @@ def held(tmp_path_factory):
     whole = jax.eval_shape(whole_student(config).init, jax.random.key(0))
     checkpoint.write_params(root / "whole", {"student": filled(whole, 7)}, config={})
     return {name: str(root / name) for name in ("a", "b", "whole")}
+
+
+def altered(source, folder, *, classes=None, **changes):
+    """A copy of a source, from a run with other sections or, if given, with names of classes."""
+    copy = shutil.copytree(source, folder)
+    stored = unfreeze(dataclasses.replace(tiny_config("distill"), **changes)).to_dict()
+    (next((copy / "checkpoints").iterdir()) / "config" / "metadata").write_text(json.dumps(stored))
+    if classes is not None:
+        (copy / "classes.json").write_text(json.dumps({"names": classes}))
+    return str(copy)
 
 
 class Reached(Exception):
@@ -311,3 +324,41 @@ def test_networks_that_go_on_training_may_learn_other_pixels(held, started, monk
     task, _, _ = started(config_of("assemble", held, modules=("a",)))
     taken(task)
     assert "from now on it trains on images normalised differently" in caplog.text
+
+
+@pytest.mark.parametrize("role", ["meta", "teacher"])
+def test_a_frozen_network_is_run_as_it_was_trained(held, tmp_path, role):
+    """No shape of a parameter tells how tokens are pooled."""
+    config = config_of("distill", held, meta="a", teacher="b")
+    section = dataclasses.replace(getattr(config, role), pool="mean", remat=True)
+    other = altered(held["a"], tmp_path / "other", **{role: section})
+    sources = dataclasses.replace(config.sources, **{role: other})
+    said = rf"other was trained with pool='mean' \(config\.{role}\.pool is 'class'\)"
+    with pytest.raises(ValueError, match=rf"{said}.* --config\.{role}\.pool=mean, or"):
+        run_phase(dataclasses.replace(config, sources=sources), tmp_path, MESH)
+
+
+def test_a_trained_network_may_continue_as_another(held, started, tmp_path, caplog):
+    config = config_of("end_to_end", held)
+    moe = dataclasses.replace(config.model.moe, chosen=1, expert_init="fan_in")
+    student = dataclasses.replace(config.model, moe=moe, norm_eps=1e-3)
+    other = altered(held["a"], tmp_path / "other", model=student)
+    task, _, _ = started(dataclasses.replace(config, sources=SourcesConfig(students=(other,))))
+    taken(task)
+    assert "trained with norm_eps=0.001 (config.model.norm_eps is 1e-06), moe.chosen=1" in (
+        caplog.text
+    )
+    assert "expert_init" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("phase", "role"), [("distill", "meta"), ("train_module", "meta"), ("distill", "teacher")]
+)
+def test_a_frozen_network_has_the_classes_of_the_run(held, tmp_path, phase, role):
+    names = [*"0123456798"]
+    other = altered(held["a"], tmp_path / "other", classes=names)
+    config = config_of(phase, held, meta="a", teacher="b")
+    sources = dataclasses.replace(config.sources, **{role: other})
+    said = rf"config\.sources\.{role}='.*other' calls class 8 '9', but config\.data calls it '8'"
+    with pytest.raises(ValueError, match=said):
+        run_phase(dataclasses.replace(config, sources=sources), tmp_path / "run", MESH)
