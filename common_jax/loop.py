@@ -207,6 +207,7 @@ def _train(
     if not fresh:
         place = workdir / FOLDER / str(start)
         logging.info("%s resumes at step %d from %s", task.title, start, place)
+        _warn_of_other_data(task, workdir)
 
     # ----------------------------------------------------------------------------------------------
     # Log. Opening it drops the lines that a previous start wrote beyond this step.
@@ -362,6 +363,22 @@ def _write_account(task: Task, workdir: epath.Path, warm: WarmStart | None) -> N
     )
     if jax.process_index() == 0:
         write_json(workdir / "warm_start.json", warm.account)
+
+
+def _warn_of_other_data(task: Task, workdir: epath.Path) -> None:
+    """Warns if an epoch has another number of steps than when the run was last logged."""
+    path = workdir / "metrics.jsonl"
+    for line in read_metrics(path)[-1:] if path.exists() else ():
+        epoch, step = line.get("epoch"), line["step"]
+        if epoch and round(step / task.steps_per_epoch, 6) != epoch:
+            logging.warning(
+                "%s: the training set has another size than before: an epoch has %d steps, and "
+                "had %d. The order of the examples changes, and so does every length given in "
+                "epochs",
+                workdir,
+                task.steps_per_epoch,
+                round(step / epoch),
+            )
 
 
 def _read_evaluations(task: Task, workdir: epath.Path) -> dict[int, dict[str, float]]:

@@ -2,16 +2,18 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 from jax.sharding import Mesh
 
-from common_jax import loop
+from common_jax import checkpoint, loop
 from common_jax.step import Programs, make_evaluator
 from common_jax.task import Task
 from common_jax.weights import WarmStart
+from common_jax.workdir import read_json
 from m2mkd_jax.config import Config
 from m2mkd_jax.data.feed import Feed
 from m2mkd_jax.phases.networks import family_of_role, whole_network
@@ -66,6 +68,7 @@ def train_phase(
     """
     config = training.config
     feed = config_feed(training, workdir) if feed is None else feed
+    refuse_other_classes(workdir, feed.label_names)
     task = with_feed(training, feed, mesh, programs=programs)
     task = dataclasses.replace(
         task, helpers=helpers or {}, warm_start=warm_start, files=task.files | (files or {})
@@ -80,6 +83,22 @@ def train_phase(
         config=config,
         programs=programs,
     )
+
+
+def refuse_other_classes(workdir: epath.Path, names: Sequence[str]) -> None:
+    """Raises ValueError if the run in `workdir` has trained on classes with other names, or in
+    another order, than `names`: its labels would mean other classes."""
+    path = workdir / CLASSES
+    if not path.exists() or not checkpoint.finished_steps(workdir / checkpoint.FOLDER):
+        return
+    before = read_json(path, {"names": list})["names"]
+    if before != list(names):
+        pairs = enumerate(itertools.zip_longest(before, names))
+        label, (old, new) = next(item for item in pairs if item[1][0] != item[1][1])
+        raise ValueError(
+            f"{path}: this run was trained with class {label} named {old!r}, but config.data now "
+            f"names it {new!r}: restore the classes of the data, or start in another workdir"
+        )
 
 
 def with_feed(

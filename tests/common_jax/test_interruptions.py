@@ -1,9 +1,11 @@
 """The loop on a one-parameter model: stopped, out of disk space, and saving by wall-clock time."""
 
+import dataclasses
 import functools
 import json
 import logging
 
+import descent
 import pytest
 from descent import EPOCH, STEPS, make_task
 from meshes import one_device
@@ -90,6 +92,17 @@ def test_asked_to_stop_it_saves_the_step_and_goes_on_to_the_bit(
     assert (train(run_config()), log(tmp_path)) == undisturbed
     place = tmp_path / "run" / "checkpoints" / str(question)
     assert f"descent resumes at step {question} from {place}" in caplog.text
+    assert "another size" not in caplog.text
+
+
+def test_a_run_resumed_with_more_or_fewer_examples_says_so(asked, tmp_path, caplog):
+    asked(EPOCH + 1)
+    with pytest.raises(signals.Stopped):
+        descent.descend(tmp_path / "run")
+    asked()
+    fewer = dataclasses.replace(make_task(lambda *_: {"w": 0.0}), steps_per_epoch=EPOCH - 1)
+    descent.descend(tmp_path / "run", task=fewer)
+    assert "an epoch has 3 steps, and had 4" in caplog.text
 
 
 @pytest.mark.parametrize("at", [EPOCH, STEPS])
@@ -204,7 +217,7 @@ def test_lines_that_cannot_be_written_may_wait(train, full_log, undisturbed, tmp
     full_log(6, 8)
     assert (train(run_config(on_failed_save="go_on")), log(tmp_path)) == undisturbed
     assert "its lines are kept" in caplog.text
-    assert "step 8 is not saved" in caplog.text
+    assert "step 8 was not saved" in caplog.text
     assert kept(tmp_path) == [4, 12]
 
 

@@ -2,11 +2,13 @@
 byte."""
 
 import json
+import re
 
 import pytest
 from processes import says, start
 
 from common_jax.checkpoint import finished_steps
+from m2mkd_jax.phases.training import refuse_other_classes
 
 
 def unfinished_saves(workdir) -> list[str]:
@@ -65,3 +67,15 @@ def test_another_config_is_refused_with_the_difference(undisturbed):
     assert "model.moe.experts: 4 -> 8" in process.output()
     assert "optim.lr: 0.001 -> 0.003" in process.output()
     assert before == {path: path.read_bytes() for path in undisturbed.glob("*.json*")}
+
+
+def test_another_list_of_classes_is_refused(undisturbed, tmp_path):
+    names = [str(digit) for digit in range(10)]
+    refuse_other_classes(undisturbed, names)
+    refuse_other_classes(tmp_path, names[1:])  # nothing is trained there yet
+    for other, said in (
+        ([*names[1:], "x"], "class 0 named '0', but config.data now names it '1'"),
+        (names[:-1], "class 9 named '9', but config.data now names it None"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            refuse_other_classes(undisturbed, other)
