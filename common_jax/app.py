@@ -1,9 +1,11 @@
 """The entry point of a command: flags, caches, and errors that a user can act on."""
 
+import functools
 import logging
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import ml_collections
@@ -11,6 +13,7 @@ import tqdm
 from etils import epath
 
 from common_jax import command_line, hosts, signals
+from common_jax.optim import REPLACED_BY
 from common_jax.workdir import check_output
 
 Main = Callable[[ml_collections.ConfigDict, epath.Path], None]
@@ -73,6 +76,7 @@ def _run(
         config, workdir, paths = command_line.read(values, argv, description, system)
         if system is not None and reads is not None:
             _warn_of_unread(paths, system.field, config[system.field], reads)
+        _warn_of_replaced(paths, config)
         hosts.start(**{name: values[name].value for name in command_line.HOST_FLAGS})
         main(config, workdir)
     except signals.Stopped:
@@ -105,6 +109,23 @@ def _warn_of_unread(
     # An unknown kind of run is reported by the config's own check.
     for path in command_line.unread(paths, reads.get(kind, paths)):
         logging.warning("--config.%s changes nothing: %s=%r does not read it", path, field, kind)
+
+
+def _warn_of_replaced(paths: Sequence[str], config: Mapping[str, Any]) -> None:
+    # Only for flags: config files may well set both, and `scale` then changes both.
+    for path in paths:
+        *sections, name = path.split(".")
+        section = functools.reduce(lambda tree, key: tree[key], sections, config)
+        if sections[-1:] == ["optim"] and name in REPLACED_BY:
+            other = REPLACED_BY[name]
+            if section[other] is not None:
+                given = ".".join(("config", *sections, other))
+                logging.warning(
+                    "--config.%s changes nothing: %s=%s is used in its place",
+                    path,
+                    given,
+                    section[other],
+                )
 
 
 def warn_of_idle(fields: Mapping[str, str]) -> None:

@@ -27,6 +27,8 @@ from common_jax.ranges import (
 from common_jax.state import subtrees
 
 OPTIMIZERS = ("adamw", "sgd")
+# Lengths in epochs, which their counterparts in updates replace.
+REPLACED_BY = {"epochs": "steps", "warmup_epochs": "warmup_steps"}
 LONGEST = 1_000_000  # epochs; per-epoch schedules are tables of this length
 # Includes biases with several axes, such as those of layers stacked over experts.
 NO_DECAY = r"(.*/)?(bias|up_bias|down_bias)"
@@ -100,13 +102,24 @@ class OptimConfig(Section):
             "schedule": [name for name, by in READ_BY.items() if self.schedule not in by],
             "optimizer": ["momentum"] if self.optimizer == "adamw" else ["b1", "b2", "eps"],
         }
-        fields = {field.name: field.default for field in dataclasses.fields(self)}
-        return {
+        why = {
             name: f"{choice}={getattr(self, choice)!r} does not read it"
             for choice, names in unread.items()
             for name in names
-            if getattr(self, name) and getattr(self, name) != fields[name]
         }
+        if self.decay_all:
+            why["no_decay"] = "decay_all=True decays every parameter"
+        default = {field.name: field.default for field in dataclasses.fields(self)}
+        return {
+            name: reason
+            for name, reason in why.items()
+            if getattr(self, name) and getattr(self, name) != default[name]
+        }
+
+    @property
+    def rises(self) -> bool:
+        """True if the schedule ends at `min_lr` and that is above the peak."""
+        return self.schedule in READ_BY["min_lr"] and self.min_lr > self.peak_lr
 
     @property
     def micro_batch(self) -> int:

@@ -137,8 +137,8 @@ def _of_run(source: str, tower: TextTower | None, shapes: Mapping[str, Any]) -> 
 
 def _take_run(config: Config, shapes: Mapping[str, Any], *, read: bool = True) -> WarmStart:
     sources = config.sources
-    fresh = (Allowance(sources.fresh, "config.sources.fresh"),) if sources.fresh else ()
-    leave = (Allowance(sources.leave, "config.sources.leave"),) if sources.leave else ()
+    fresh = (Allowance(sources.fresh, "config.sources.fresh", True),) if sources.fresh else ()
+    leave = (Allowance(sources.leave, "config.sources.leave", True),) if sources.leave else ()
     subtrees = checkpoint.load_shapes(sources.model)
     origins = [Origin(sources.model, name, name) for name in subtrees]
     return take(shapes, origins, fresh=fresh, leave=leave, read=read)

@@ -56,7 +56,7 @@ class Checkpoints:
     Args:
       workdir: the run's folder; raises as `refuse_pattern`.
       keep: number of newest checkpoints to keep.
-      best: name of the metric whose highest value also keeps its checkpoint, or None.
+      best: name of the metric whose best value also keeps its checkpoint, see `goodness`; or None.
       on_failed: "stop" raises SaveError after a failed save, "go_on" warns.
       run_id: the id in the run's run.json, written to every checkpoint; None outside a run.
       foreign: why checkpoints do not belong to the run, by step; these are moved aside.
@@ -169,7 +169,7 @@ class Checkpoints:
     def score(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records the metrics of a checkpoint, which may have been saved without them."""
         if self._best is not None and self._best in metrics:
-            self._scores[step] = metrics[self._best]
+            self._scores[step] = goodness(self._best, metrics[self._best])
 
     def restore_latest(self, abstract: TrainState) -> TrainState:
         """Restores the newest state that can be read, with the shardings of `abstract`.
@@ -354,6 +354,12 @@ class _Manager(ocp.CheckpointManager):
         # which pass the run's step instead of that count, would make them miss the agreed point.
         del step
         return False
+
+
+def goodness(metric: str, value: float) -> float:
+    """What is compared to find the best checkpoint; higher is better. Losses, metrics whose last
+    part is "loss", count negatively."""
+    return -value if metric.rpartition("/")[2] == "loss" else value
 
 
 @dataclasses.dataclass(frozen=True)

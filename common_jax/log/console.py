@@ -113,6 +113,12 @@ def introduce(
     config: Mapping[str, Any],
 ) -> None:
     """Logs what a run is about to do, and where."""
+    if optim.rises:
+        logging.warning(
+            "%s: the learning rate rises to min_lr=%g, which is above its peak of %g (lr=%g for "
+            "lr_per=%s examples, with batch=%d)",
+            *(task.title, optim.min_lr, optim.peak_lr, optim.lr, optim.lr_per, optim.batch),
+        )
     trained, frozen = partition(abstract.params, task.trainable)
     devices = mesh.devices.ravel()
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())

@@ -1,6 +1,7 @@
 """Warm starts from other runs' weights, with an account of every parameter."""
 
 import dataclasses
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -53,6 +54,7 @@ class Allowance:
 
     regex: str
     reason: str
+    asked: bool = False  # by the user, who is warned if it matches nothing
 
 
 # adapt(array, shape) -> the array converted to that shape, for parameters such as position tables
@@ -87,13 +89,14 @@ def take(
     """
     flat = traverse_util.flatten_dict(shapes, sep="/")
     params, account = {}, {"taken": [], "adapted": [], "left": [], "fresh": []}
-    problems, covered = [], set()
+    problems, covered, known = [], set(), set(flat)
     for origin in origins:
         step = checkpoint.find_step(origin.source)
         leaves = _below(checkpoint.load_shapes(step), origin.subtree, step)
         matches = {}
         for name, shape in leaves.items():
             path = f"{origin.target}/{origin.renamed.get(name, name)}"
+            known.add(path)
             if reason := _allowed(path, fresh):
                 continue
             if path not in flat:
@@ -113,6 +116,15 @@ def take(
             account["fresh"].append({"name": path, "reason": reason})
         else:
             problems.append(f"{path} of shape {flat[path].shape} is in none of the sources")
+    for allowance in (*leave, *fresh) if read else ():
+        if allowance.asked and not any(re.fullmatch(allowance.regex, path) for path in known):
+            logging.warning(
+                "%s=%r matches no parameter and changes nothing; the regex must match a whole "
+                "path, such as %s",
+                allowance.reason,
+                allowance.regex,
+                min(known),
+            )
     if problems:
         raise ValueError(
             f"the weights do not fit:{list_problems(problems)}"

@@ -96,12 +96,13 @@ def plain(config: Any) -> dict[str, Any]:
     return dict(config)
 
 
-# Fields that affect only the rounding of results and which checkpoints are kept, so a run may
-# resume with other values. `remat` and `attention` are fields of networks in any section.
+# Fields that change results only by rounding, or only which checkpoints are kept and when a run
+# gives up. A run may resume with other values. `remat` and `attention` are fields of networks in
+# any section.
 PASSING = re.compile(
-    r"run\.(best|profile|compilation_cache|checkpoint_minutes|on_failed_save|wandb)"
+    r"run\.(best|keep|profile|compilation_cache|checkpoint_minutes|on_failed_save|wandb)"
     r"|mesh\.(data|fsdp|expert)"
-    r"|data\.workers"
+    r"|data\.(workers|bad_share)"
     r"|(.+\.)?(remat|attention)"
 )
 

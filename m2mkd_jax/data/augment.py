@@ -76,13 +76,27 @@ class AugmentConfig(Section):
 
 def idle_fields(config: AugmentConfig, image_size: int) -> dict[str, str]:
     """The fields that are set but have no effect, and why."""
-    if geometry_on_device(config, image_size):
-        return {}
-    why, names = "it is for images that RandAugment does not change", ("rotate", "scale", "shift")
-    if image_size > SMALL_SIDE:
-        why = f"it is for images of at most {SMALL_SIDE} pixels, and these have {image_size}"
-        names = ("padding", *names)
-    return {name: why for name in names if getattr(config, name)}
+    idle = {}
+    if not geometry_on_device(config, image_size):
+        why, names = (
+            "it is for images that RandAugment does not change",
+            ("rotate", "scale", "shift"),
+        )
+        if image_size > SMALL_SIDE:
+            why = f"it is for images of at most {SMALL_SIDE} pixels, and these have {image_size}"
+            names = ("padding", *names)
+        idle |= {name: why for name in names if getattr(config, name)}
+    default, unused = AugmentConfig(), {}
+    if not config.randaugment:
+        names = ("operations", "magnitude", "magnitude_std")
+        unused |= dict.fromkeys(names, "randaugment=False uses no operations")
+    if not (config.mixup or config.cutmix):
+        unused["mix_probability"] = "mixup and cutmix are 0"
+    if not (config.mixup and config.cutmix):
+        unused["switch"] = "it is for mixup and cutmix together"
+    return idle | {
+        name: why for name, why in unused.items() if getattr(config, name) != getattr(default, name)
+    }
 
 
 def geometry_on_device(config: AugmentConfig, image_size: int) -> bool:

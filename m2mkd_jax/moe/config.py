@@ -106,6 +106,11 @@ class MoeConfig(PairsConfig, SoftConfig):
             if field.name in reasons and getattr(self, field.name) != field.default
         }
 
+    @property
+    def untrained(self) -> bool:
+        """True if no gradient reaches the router: the softmax over a single chosen logit is 1."""
+        return self.router == "topk_softmax" and self.chosen == 1 and not self.balance.active()
+
     def _refuse_fields_of_other_routers(self) -> None:
         own = {field.name for field in fields(ROUTERS[self.router].config)}
         for name, other in ROUTERS.items():

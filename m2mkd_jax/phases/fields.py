@@ -1,10 +1,15 @@
 """The config fields that each phase reads, and those that name sources of weights."""
 
+import functools
+import logging
+from collections.abc import Iterator
+
 from common_jax.command_line import unread
 from common_jax.optim import idle_optim
 from common_jax.ranges import shown
 from m2mkd_jax.config import Config
 from m2mkd_jax.data.augment import idle_fields
+from m2mkd_jax.families import family_of
 from m2mkd_jax.phases import PHASES
 from m2mkd_jax.phases.phase import ALLOWANCES, ALWAYS, WeightSource
 
@@ -26,15 +31,70 @@ def reads() -> dict[str, tuple[str, ...]]:
 def idle(config: Config) -> dict[str, str]:
     """Why a field that is set, and that the phase reads, has no effect given the other fields; by
     field path."""
-    sections = {"augment": idle_fields(config.augment, config.data.image_size)}
+    pipeline, side = config.phase == "pipeline", config.data.image_size
+    recipes = {f"recipes.{name}.augment": one.augment for name, one in config.recipes.items()}
+    augments = recipes if pipeline else {"augment": config.augment}
+    sections = {path: idle_fields(one, side) for path, one in augments.items()}
     if hasattr(config.model, "moe"):
         sections["model.moe"] = config.model.moe.idle
     found = {
         f"{section}.{name}": why for section, own in sections.items() for name, why in own.items()
     }
-    found |= idle_optim(config, pipeline=config.phase == "pipeline")
+    found |= idle_optim(config, pipeline=pipeline)
+    found |= {path: why for path, why in _without_effect(config) if _is_set(config, path)}
     read = reads()[config.phase]
     return {path: why for path, why in found.items() if not unread([path], read)}
+
+
+def warn_of_untrained_router(config: Config) -> None:
+    """Warns about experts that are chosen by a router without a gradient."""
+    if unread(["model.moe"], reads()[config.phase]) or not hasattr(config.model, "moe"):
+        return
+    if config.model.moe_blocks != "none" and config.model.moe.untrained:
+        logging.warning(
+            "config.model.moe.chosen=1 leaves the router untrained: topk_softmax normalises over "
+            "the chosen experts, so the weight of a single one is always 1. "
+            "config.model.moe.router=softmax_topk trains it, and so does a balance loss"
+        )
+
+
+def _without_effect(config: Config) -> Iterator[tuple[str, str]]:
+    """Yields fields and sections that the other fields switch off, whether set or not, and why."""
+    for name in ("distill", "baseline"):
+        section, path = getattr(config, name), f"config.{name}"
+        if not section.active:
+            names, why = ("alpha", "tau", "combine"), f"{path}.kind='none' distills nothing"
+        elif section.kind == "hard":
+            names, why = ("tau",), f"{path}.kind='hard' takes the teacher's best label"
+        else:
+            names, why = (), ""
+        yield from ((f"{name}.{field}", why) for field in names)
+        if section.active and len(config.sources.teachers) < 2:
+            yield f"{name}.combine", "there is only one teacher"
+    if not config.ood.source:
+        why = "config.ood.source is empty, so there is no OOD set"
+        yield from ((f"ood.{name}", why) for name in ("path", "split", "name", "classes"))
+    if not config.data.test_share:
+        yield "data.split_seed", "config.data.test_share=0 draws no split"
+    if family_of(config.model).preparation is None:
+        yield "regularizers", "it is for networks that start from a graph, such as a NAC"
+    if getattr(config.model, "moe_blocks", "") == "none":
+        yield "model.moe", "config.model.moe_blocks='none' leaves no experts"
+    if config.phase != "pipeline":
+        used = [source.path for source in used_sources(config)]
+        for source in PHASES[config.phase].sources:
+            if source.path not in used and source.section == "sources":
+                why = "the other fields leave it out"
+                if not config.baseline.active and source.path.startswith("sources.teacher"):
+                    why = "config.baseline.kind='none' uses no teacher"
+                yield source.path, why
+
+
+def _is_set(config: Config, path: str) -> bool:
+    """Whether a field or section differs from its default."""
+    *above, name = path.split(".")
+    section = functools.reduce(getattr, above, config)
+    return getattr(section, name) != getattr(type(section)(), name)
 
 
 def replacing_sources() -> tuple[WeightSource, ...]:

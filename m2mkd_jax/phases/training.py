@@ -19,6 +19,7 @@ from m2mkd_jax.data.feed import Feed
 from m2mkd_jax.phases.networks import family_of_role, whole_network
 from m2mkd_jax.phases.objective import make_sums, whole_forward
 from m2mkd_jax.phases.phase import Phase, Training, config_feed
+from m2mkd_jax.stages import module_name
 
 CLASSES = "classes.json"  # a run's class names by label
 
@@ -104,8 +105,12 @@ def refuse_other_classes(workdir: epath.Path, names: Sequence[str]) -> None:
 def with_feed(
     training: Training, feed: Feed, mesh: Mesh, *, programs: Programs | None = None
 ) -> Task:
-    """The task with its data and evaluators, but without initial weights."""
+    """The task with its data and evaluators, but without initial weights.
+
+    Raises ValueError for a config.run.best that is never measured.
+    """
     config, forward, names = training.config, training.forward, training.phase.evaluators
+    _check_best(training)
     evaluate = functools.partial(
         make_evaluator, mesh=mesh, seed=config.seed, fold_step=config.evaluation.noise == "sampled"
     )
@@ -137,3 +142,17 @@ def check_training(
     config, task = training.config, with_feed(training, feed, mesh)
     check = loop.check if trace else loop.check_settings
     check(task, config.run, config.optim, seed=config.seed, mesh=mesh, key=key)
+
+
+def _check_best(training: Training) -> None:
+    """Raises ValueError if config.run.best names a module that the run does not train, or the phase
+    has no modules."""
+    config = training.config
+    module = (config.run.best or "").split("/")[1:-1]
+    trained = [module_name(i) for i in config.modules()] if training.phase.modular else []
+    if module and (len(trained) < 2 or module[0] not in trained):
+        there = f", or of one module ({', '.join(trained)})" if len(trained) > 1 else ""
+        raise ValueError(
+            f"config.run.best={config.run.best!r} is never measured: give a metric of the whole "
+            f"set, such as 'test/accuracy'{there}"
+        )

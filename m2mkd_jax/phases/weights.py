@@ -55,9 +55,9 @@ def take_weights(
     for source in dict.fromkeys(str(origin.source) for origin in origins):
         compare_images(config, source, frozen=frozen)
     if sources.leave:
-        leave = (*leave, Allowance(sources.leave, "config.sources.leave"))
+        leave = (*leave, Allowance(sources.leave, "config.sources.leave", not frozen))
     if sources.fresh:
-        fresh = (*fresh, Allowance(sources.fresh, "config.sources.fresh"))
+        fresh = (*fresh, Allowance(sources.fresh, "config.sources.fresh", not frozen))
     ways = dict(adapt or {})
     for role in shapes:
         section = getattr(config, SECTIONS[role])

@@ -57,6 +57,15 @@ def test_the_newest_and_the_best_stay(workdir):
     assert checkpoint.finished_steps(workdir / "checkpoints") == [2, 4, 5]
 
 
+def test_of_losses_the_lowest_stays(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1, best="test/module_0/loss")
+    for step, value in enumerate([0.5, 0.2, 0.9, 0.4], start=1):
+        metrics = {"test/module_0/loss": value}
+        checkpoints.save(state(step, value), step=step, config={}, metrics=metrics)
+    checkpoints.close()
+    assert checkpoint.finished_steps(tmp_path / "checkpoints") == [2, 4]
+
+
 def test_the_newest_is_restored_whole(workdir):
     restored = Checkpoints(workdir, keep=2, best=None).restore_latest(abstract())
     jax.tree.map(np.testing.assert_array_equal, restored, state(5, 0.4))

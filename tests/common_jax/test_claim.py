@@ -113,7 +113,18 @@ def test_a_field_that_came_since_has_its_default_and_one_that_went_is_named(tmp_
 
 
 def test_configs_contradict_each_other_in_what_both_have():
-    stored = {"seed": 0, "optim": {"lr": 0.1, "old": 1}, "mesh": {"data": 4}, "run": {"keep": 2}}
-    config = {"seed": 1, "optim": {"lr": 0.1, "new": 2}, "mesh": {"data": 8}, "run": {"keep": 3}}
-    assert contradictions(stored, config) == ["run.keep: 2 -> 3", "seed: 0 -> 1"]
+    stored = {"seed": 0, "optim": {"lr": 0.1, "old": 1}, "run": {"log_every": 2}}
+    config = {"seed": 1, "optim": {"lr": 0.1, "new": 2}, "run": {"log_every": 3}}
+    assert contradictions(stored, config) == ["run.log_every: 2 -> 3", "seed: 0 -> 1"]
     assert contradictions(stored, stored) == contradictions({}, config) == []
+
+
+@pytest.mark.parametrize("path", ["mesh.data", "run.keep", "data.bad_share", "model.vit.remat"])
+def test_fields_that_change_no_result_may_change(path):
+    def nested(value):
+        for key in reversed(path.split(".")):
+            value = {key: value}
+        return value
+
+    assert contradictions(nested(1), nested(2)) == []
+    assert contradictions(nested(1) | {"seed": 0}, nested(2) | {"seed": 1}) == ["seed: 0 -> 1"]

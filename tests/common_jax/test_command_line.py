@@ -351,6 +351,18 @@ def test_a_run_is_called_whether_or_not_its_command_says_what_it_reads(file, cap
     assert called == [2.0] * 3
 
 
+@pytest.mark.parametrize("section", ["optim", "recipes.one.optim"])
+def test_a_length_in_epochs_that_one_in_steps_replaces_is_warned_of(section, caplog):
+    optim = {"steps": 7, "epochs": 50, "warmup_steps": None, "warmup_epochs": 1}
+    config = {"optim": optim, "recipes": {"one": {"optim": optim}}, "epochs": 3}
+    paths = [f"{section}.{name}" for name in optim]
+    app._warn_of_replaced(["epochs", *paths], config)
+    (record,) = caplog.records
+    assert record.message == (
+        f"--config.{section}.epochs changes nothing: config.{section}.steps=7 is used in its place"
+    )
+
+
 def test_a_config_of_the_project_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("m2mkd/digits.py", "configs/m2mkd/digits.py"):

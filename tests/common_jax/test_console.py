@@ -10,6 +10,7 @@ from descent import OPTIM, descend, make_task
 from meshes import one_device
 
 from common_jax.log import Console, conclude, console, introduce
+from common_jax.optim import OptimConfig
 from common_jax.task import abstract_state
 
 
@@ -108,6 +109,22 @@ def test_a_run_says_what_it_is_about_to_do(said, tmp_path):
         "descent: trains 1 parameters, with 0 frozen, for 12 steps of 8 examples (3 epochs)",
         f"descent: its log is {tmp_path / 'metrics.jsonl'}",
     ]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "lr", "warns"),
+    [("warmup_cosine", 1e-4, True), ("warmup_cosine", 1.0, False), ("constant", 1e-4, False)],
+)
+def test_a_rate_below_its_end_is_warned_of(said, tmp_path, schedule, lr, warns):
+    optim = OptimConfig(schedule=schedule, lr=lr, lr_per=512, batch=8, min_lr=1e-5)
+    task = make_task(lambda params, helpers, step: {"w": 0.0})
+    abstract = abstract_state(task, optim, one_device())
+    introduce(task, optim, abstract, one_device(), tmp_path, {})
+    warning = (
+        "descent: the learning rate rises to min_lr=1e-05, which is above its peak of 1.5625e-06 "
+        "(lr=0.0001 for lr_per=512 examples, with batch=8)"
+    )
+    assert (said.messages[0] == warning) == warns
 
 
 def test_a_run_says_all_of_it_in_order(said, tmp_path):

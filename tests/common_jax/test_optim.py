@@ -381,6 +381,7 @@ def test_a_scale_of_one_changes_nothing_and_none_is_refused():
         ({"schedule": "polynomial", "warmup_epochs": 0, "min_lr": 0.0}, []),
         ({"power": 3.0, "momentum": 0.5}, ["momentum", "power"]),
         ({"optimizer": "sgd", "b1": 0.5, "momentum": 0.5}, ["b1"]),
+        ({"decay_all": True, "no_decay": "x"}, ["no_decay"]),
     ],
 )
 def test_fields_that_schedule_and_optimizer_do_not_read_are_known(fields, names):

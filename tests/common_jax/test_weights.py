@@ -103,6 +103,24 @@ def test_what_is_to_be_fresh_is_so_whether_it_is_there_or_not(sources):
     assert warm.account["left"] == [{"name": "a/third", "reason": "has no place"}]
 
 
+def test_a_regex_of_the_user_that_matches_nothing_is_warned_of(sources, caplog):
+    def taken(**allowed):
+        take(
+            wanted("a/first", "a/second"),
+            [Origin(sources / "one", "net/stage_1", "a")],
+            leave=(Allowance("a/third", "has no place"),),
+            **allowed,
+        )
+
+    taken(fresh=(Allowance("a/fourth", "built in"), Allowance("a/first", "asked for", True)))
+    assert not caplog.text
+    taken(fresh=(Allowance("a/firs", "config.sources.fresh", True),))
+    assert (
+        "config.sources.fresh='a/firs' matches no parameter and changes nothing; the regex must "
+        "match a whole path, such as a/first"
+    ) in caplog.text
+
+
 @pytest.mark.parametrize(
     ("allowed", "message"),
     [

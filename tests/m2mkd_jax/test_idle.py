@@ -3,13 +3,17 @@
 import dataclasses
 import logging
 
+import jax
 import pytest
+from jax import numpy as jnp
 
 from common_jax import app
-from m2mkd_jax.config import Config
+from m2mkd_jax.config import Config, Recipe
 from m2mkd_jax.data.augment import AugmentConfig
-from m2mkd_jax.moe.config import MoeConfig
-from m2mkd_jax.phases.fields import idle
+from m2mkd_jax.moe.config import BalanceConfig, MoeConfig
+from m2mkd_jax.moe.routers import softmax_topk, topk_softmax
+from m2mkd_jax.nac.model import NacConfig
+from m2mkd_jax.phases.fields import idle, warn_of_untrained_router
 
 MOVED = AugmentConfig(rotate=10.0, scale=0.1, shift=1.0, padding=2)
 START = Config(phase="end_to_end", module="all")
@@ -55,3 +59,69 @@ def test_they_are_warned_of_with_the_reason(caplog):
         "config.augment.padding changes nothing: it is for images of at most 32 pixels, and these "
         "have 64"
     )
+
+
+def changed(path, value, config=START):
+    *above, name = path.split(".")
+    if not above:
+        return dataclasses.replace(config, **{name: value})
+    section = changed(".".join([*above[1:], name]), value, getattr(config, above[0]))
+    return dataclasses.replace(config, **{above[0]: section})
+
+
+SWITCHED_OFF = [
+    ("augment.magnitude", 3.0, {"augment.randaugment": True}),
+    ("augment.mix_probability", 0.5, {"augment.mixup": 0.2}),
+    ("augment.switch", 0.3, {"augment.mixup": 0.2, "augment.cutmix": 1.0}),
+    ("baseline.alpha", 0.9, {"baseline.kind": "soft"}),
+    ("baseline.tau", 2.0, {"baseline.kind": "soft"}),
+    ("data.split_seed", 3, {"data.source": "folder", "data.test_share": 0.2}),
+    ("model.moe.experts", 2, {"model.moe_blocks": "all"}),
+    ("ood.path", "there", {"ood.source": "folder"}),
+    ("optim.no_decay", "x", {"optim.decay_all": False}),
+    ("regularizers.hinge.weight", 1.0, {"model": NacConfig()}),
+    ("sources.teacher", "there", {"baseline.kind": "soft"}),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "reads"), SWITCHED_OFF, ids=lambda x: str(x)[:20])
+def test_fields_that_others_switch_off_are_listed_unless_these_are_on(path, value, reads):
+    off = changed("optim.decay_all", True, changed("model.moe_blocks", "none"))
+    config = changed(path, value, off)
+    assert [*idle(config)] in ([path], [path.split(".")[0]], [path.rpartition(".")[0]])
+    for name, one in reads.items():
+        config = changed(name, one, config)
+    assert [*idle(config)] == []
+
+
+def test_recipes_of_a_pipeline_are_looked_at_one_by_one():
+    recipe = Recipe(augment=AugmentConfig(switch=0.1))
+    config = dataclasses.replace(START, phase="pipeline", recipes={"distill": recipe})
+    assert list(idle(config)) == ["recipes.distill.augment.switch"]
+
+
+@pytest.mark.parametrize(
+    ("moe", "warns"),
+    [
+        (MoeConfig(chosen=1), True),
+        (MoeConfig(chosen=2), False),
+        (MoeConfig(chosen=1, router="softmax_topk"), False),
+        (MoeConfig(chosen=1, balance=BalanceConfig(z=0.1)), False),
+    ],
+)
+def test_a_router_without_a_gradient_is_warned_of(moe, warns, caplog):
+    config = changed("model.moe", moe)
+    warn_of_untrained_router(config)
+    assert ("leaves the router untrained" in caplog.text) == warns
+    caplog.clear()
+    warn_of_untrained_router(changed("phase", "pretrain_meta", config))
+    assert not caplog.text
+
+
+def test_the_warning_is_right_about_the_gradient():
+    def total(logits, route):
+        return jnp.sum(route(logits, chosen=1, slots=0, order="token").weight ** 2)
+
+    logits = jax.random.normal(jax.random.key(0), (1, 5, 4))
+    assert not jnp.any(jax.grad(total)(logits, topk_softmax))
+    assert jnp.any(jax.grad(total)(logits, softmax_topk))

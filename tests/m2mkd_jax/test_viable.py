@@ -57,6 +57,7 @@ def episodes(**changes):
         ("seed", 2**32, r"config\.seed=4294967296"),
         ("run.best", "val/bleu", r"config\.run\.best='val/bleu' must be a metric of test/"),
         ("run.best", "test/acuracy", r"best='test/acuracy' must be .* accuracy or accuracy_top5"),
+        ("run.best", "test/module_1/accuracy", r"best='test/module_1/accuracy' is never measured"),
         ("sources.teacher", "/nowhere", r"no finished checkpoint at /nowhere"),
     ],
 )
@@ -87,7 +88,7 @@ def test_episodes_are_looked_through_first(tmp_path):
     config = episodes(shots=1000)
     write_params(tmp_path / "network", {"student": {"a": np.ones(1)}}, {})
     config.sources.network = str(tmp_path / "network")
-    with pytest.raises(ValueError, match="1000 are asked for"):
+    with pytest.raises(ValueError, match="1000 are needed"):
         main(config, tmp_path / "run")
     assert [entry.name for entry in tmp_path.iterdir()] == ["network"]
 
