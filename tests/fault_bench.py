@@ -114,7 +114,7 @@ def _content(path: pathlib.Path) -> bytes | None:
 def small_disk(bench: Bench, row: Row) -> Iterator[pathlib.Path | None]:
     """A separate file system; None, with a note in the row, where it cannot be mounted."""
     if os.geteuid() != 0:
-        row.note = "not injected: only root may mount a small file system"
+        row.note = "not injected: only root can mount a small file system"
         yield None
         return
     folder = bench.new()

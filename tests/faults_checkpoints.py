@@ -44,7 +44,7 @@ def strange_checkpoints(bench: Bench) -> Iterator[Row]:
             if f"{name} aside: {reason}" not in output:
                 line.fail("the run does not say so")
             if not (folder / f"foreign_{name}").exists():
-                line.fail("it is gone")
+                line.fail("the checkpoint is gone")
             line.count(workdir, undisturbed)
             yield line
 
@@ -58,9 +58,9 @@ def strange_folders(bench: Bench) -> Iterator[Row]:
     status = process.end()
     start(workdir, OFTEN).finish()
     if status != 2 or "checkpoints cannot be written below" not in process.output():
-        line.fail("it is not refused")
+        line.fail("the workdir is not refused")
     if bracketed.exists():
-        line.fail("something is written all the same")
+        line.fail("something is written anyway")
     line.count(workdir, undisturbed)
     yield line
     moments = {
@@ -75,7 +75,7 @@ def strange_folders(bench: Bench) -> Iterator[Row]:
         status = process.end()
         start(workdir, OFTEN, log=workdir.with_suffix(".again.log")).finish()
         if status != 2 or "error: " not in process.output():
-            line.fail(f"it ends with status {status}")
+            line.fail(f"the run ends with status {status}")
         line.count(workdir, undisturbed)
         yield line
 

@@ -32,7 +32,7 @@ def one_workdir(bench: Bench) -> Iterator[Row]:
         first = start(workdir, *longer, log=workdir.with_suffix(".first.log"))
         time.sleep(seconds)
         if not first.running():
-            row.fail("too late: the first had ended")
+            row.fail("too late: the first had ended already")
         second = start(workdir, *longer, log=workdir.with_suffix(".second.log"))
         statuses = sorted((first.end(), second.end()))
         if statuses != [0, 2]:
@@ -41,7 +41,7 @@ def one_workdir(bench: Bench) -> Iterator[Row]:
         winner = second if loser is first else first
         named = f"is in use by process {winner.process.pid} on "
         if named not in loser.output() or len(loser.output().splitlines()) > 3:
-            row.fail("the other one does not say whose the workdir is")
+            row.fail("the loser does not name the process that has the workdir")
         row.count(workdir, undisturbed)
         yield row
 

@@ -107,7 +107,7 @@ def _wrong_value(form: Format, path, sample: bytes, data: bytes, value, *, forge
     if form.agree(value, form.plain(path, sample)):
         return ""
     if form.checked and not forged:
-        return f"differs from the sample, though checksums do: {str(value)[:200]}"
+        return f"differs from the sample in spite of checksums: {str(value)[:200]}"
     try:
         with limited(SECONDS):
             plain = form.plain(path, data)
@@ -215,11 +215,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--format", choices=[*FORMATS], action="append", help="all, if not given")
-    parser.add_argument("--count", type=int, default=3000, help="mutants of each format")
+    parser.add_argument("--format", choices=[*FORMATS], action="append", help="default: all")
+    parser.add_argument("--count", type=int, default=3000, help="mutants per format")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=2, help="processes")
-    parser.add_argument("--only", type=int, help="one mutant, in this process")
+    parser.add_argument("--jobs", type=int, default=2, help="number of processes")
+    parser.add_argument("--only", type=int, help="try only this mutant, in this process")
     parser.add_argument("--keep", type=pathlib.Path, help="folder for the file of --only")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     flags = parser.parse_args()

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What people do with the two programs, from their own files to an exported folder, with the commands
-# that the documentation shows. Prints a line for each journey and stops at the first that fails.
+# User journeys through both programs, from the user's own files to an exported folder, with the
+# commands from the documentation. Prints a line for each journey and stops at the first that fails.
 #
 #     make test-journeys        # at most 15 minutes on two cores
 #
-# Needs m2mkd and cliptrans on the PATH. transformers, timm and torch load what was exported, if they
-# are installed; otherwise these lines say "skipped".
+# Needs m2mkd and cliptrans on the PATH. Exported folders are loaded by timm and transformers, with
+# torch; if these are not installed, their lines say "skipped".
 set -euo pipefail
 
 TOOLS=$(cd "$(dirname "$0")" && pwd)
@@ -14,11 +14,11 @@ trap 'rm -rf "$WORK"' EXIT
 cd "$WORK"
 export JAX_PLATFORMS=cpu
 
-# journey NAME COMMAND...: runs a function, and prints its name and seconds.
+# journey NAME COMMAND...: runs a function, and prints NAME and its seconds.
 journey() {
     local name=$1 start=$SECONDS
     shift
-    "$@" >"$WORK/log" 2>&1 &  # in the condition of an if, set -e would have no effect on it
+    "$@" >"$WORK/log" 2>&1 &  # set -e would have no effect in the condition of an if
     if ! wait $!; then
         printf '%-60s FAILED after %d s\n' "$name" $((SECONDS - start))
         tail -n 40 "$WORK/log"
@@ -27,7 +27,7 @@ journey() {
     printf '%-60s %4d s\n' "$name" $((SECONDS - start))
 }
 
-# has MODULE...: whether Python has all of them.
+# has MODULE...: whether Python has all these modules.
 has() {
     python - "$@" <<'PYTHON'
 import importlib.util, sys
@@ -44,7 +44,7 @@ SMALL=(--config.data.source=folder --config.data.path=pictures --config.data.tes
     --config.few_shot.ways=3)
 
 train_on_a_folder() {
-    local few=--config.recipes.few_shot.optim.batch=15  # five images of three classes
+    local few=--config.recipes.few_shot.optim.batch=15  # three classes with five images each
     m2mkd check --config=m2mkd/digits.py:phase=pipeline "${SMALL[@]}" $few
     m2mkd train --config=m2mkd/digits.py:phase=pipeline,scale=0.2 --workdir=runs/own "${SMALL[@]}" $few
 }

@@ -109,11 +109,11 @@ def fault(mistake: Mistake, root: pathlib.Path) -> str:
     """What is wrong with the entry itself, or ""."""
     path = root / mistake.file
     if not path.is_file():
-        return f"{mistake.file} is not there"
+        return f"{mistake.file} does not exist"
     if mistake.right == mistake.wrong:
         return "right and wrong are the same"
     if (count := path.read_text().count(mistake.right)) != 1:
-        return f"{mistake.right!r} stands {count} times in {mistake.file} and must stand once"
+        return f"{mistake.right!r} occurs {count} times in {mistake.file} and must occur once"
     for test in mistake.tests.split():
         file, *names = test.split("::")
         text = (root / file).read_text() if (root / file).is_file() else ""
@@ -213,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--results",
         type=pathlib.Path,
         default=ROOT / "runs" / "mutants.jsonl",
-        help="what was tried before; remove it to try all again",
+        help="file with earlier outcomes; delete it to try all mistakes again",
     )
     options = parser.parse_args(argv)
     chosen = [x for x in MISTAKES if re.search(options.only, f"{x.file}: {x.what}")]

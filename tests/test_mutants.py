@@ -93,8 +93,8 @@ def test_what_was_tried_is_tried_again_only_when_something_changed(project, tmp_
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"file": "gone.py"}, "gone.py is not there"),
-        ({"right": "return size"}, "stands 0 times in lengths.py and must stand once"),
+        ({"file": "gone.py"}, "gone.py does not exist"),
+        ({"right": "return size"}, "occurs 0 times in lengths.py and must occur once"),
         ({"right": "t"}, "times in lengths.py"),
         ({"wrong": LENGTH.right}, "right and wrong are the same"),
         ({"tests": "test_lengths.py::test_gone"}, "there is no test test_lengths.py::test_gone"),

@@ -209,7 +209,7 @@ def test_a_run_killed_before_its_result_is_evaluated_for_it_and_logs_nothing_mor
     assert train(tmp_path, task=task(), optim=AVERAGED) == result
     assert (tmp_path / "metrics.jsonl").read_bytes() == text
     (tmp_path / "checkpoints" / "12").rename(tmp_path / "elsewhere")
-    assert train(tmp_path, task=task(), optim=AVERAGED) == result  # taken as it is
+    assert train(tmp_path, task=task(), optim=AVERAGED) == result  # result.json is returned
     assert not (tmp_path / "checkpoints" / "12").exists()
 
 

@@ -375,7 +375,7 @@ def test_the_gate_is_exact_whatever_the_type_of_tokens(router_bias):
     logits += params["router"].get("bias", 0)
     np.testing.assert_allclose(wrote["routing"]["logits"], logits, rtol=1e-5, atol=1e-5)
     text = jax.jit(apply).lower({"params": params}, x).as_text()
-    assert text.count("HIGHEST, HIGHEST") == 1  # a TPU must be told so
+    assert text.count("HIGHEST, HIGHEST") == 1  # a TPU needs this to be explicit
 
 
 def test_the_layer_refuses_a_batch_that_does_not_split_into_its_groups():
