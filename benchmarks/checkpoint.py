@@ -31,7 +31,7 @@ def parse_sizes() -> argparse.Namespace:
     parser = timing.parser(__doc__, repeats=5)
     parser.add_argument("--large", type=int, default=200, help="size of the large state in MB")
     parser.add_argument("--small", type=int, default=5, help="size of the small state in MB")
-    parser.add_argument("--folder", help="where to write, to choose the disk")
+    parser.add_argument("--folder", help="a folder on the disk to write to")
     return parser.parse_args()
 
 

@@ -81,7 +81,7 @@ def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--threads", type=int, default=2, help="threads of all that is timed")
+    parser.add_argument("--threads", type=int, default=2, help="threads for all timed code")
     parser.add_argument("--only", nargs="+", choices=PIPELINES, default=[*PIPELINES])
     return parser.parse_args()
 

@@ -40,7 +40,7 @@ WARM_UP = 2  # steps
 def parse_flags() -> argparse.Namespace:
     parser = timing.parser(__doc__)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--step-of", choices=CASES, help=argparse.SUPPRESS)  # of a started process
+    parser.add_argument("--step-of", choices=CASES, help=argparse.SUPPRESS)  # for child processes
     return parser.parse_args()
 
 

@@ -49,12 +49,12 @@ def parser(doc: str, *, repeats: int = 7) -> argparse.ArgumentParser:
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flags.add_argument("--repeats", type=int, default=repeats, help=f"turns, at least {LEAST}")
-    flags.add_argument("--threads", type=int, default=2, help="threads of all that is timed")
+    flags.add_argument("--threads", type=int, default=2, help="threads for all timed code")
     return flags
 
 
 def start(threads: int, *, keep_memory: bool = False) -> None:
-    """Prepares the process for timing. Call it before XLA starts, with one thread per core.
+    """Prepares the process for timing. Call it before XLA starts its threads, one per core.
 
     Args:
       threads: number of cores that the process may use.

@@ -88,7 +88,7 @@ VARIANTS = {
 def parse_flags() -> argparse.Namespace:
     parser = demo_parser(__doc__, workdir="runs/cifar10", seeds=1)
     parser.add_argument("--data", type=pathlib.Path, required=True)
-    parser.add_argument("--per-class", type=int, default=0, help="training images; 0 for all")
+    parser.add_argument("--per-class", type=int, default=0, help="images per class; 0 for all")
     parser.add_argument("--long-steps", type=int, default=1326, help="updates of the longer runs")
     parser.add_argument(
         "--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="rows to train"
