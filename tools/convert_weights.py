@@ -277,7 +277,7 @@ def _only_module(command: Command) -> int | None:
         )
     if command.config is not None or command.settings.keys() - {"module"}:
         raise ValueError(
-            "the config comes from the run; the only flag of --config allowed is --config.module=K"
+            "the config comes from the run; only --config.module=K can be given here"
         )
     stage = command.settings.get("module")
     if stage is not None and not stage.isdigit():
