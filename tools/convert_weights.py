@@ -276,9 +276,7 @@ def _only_module(command: Command) -> int | None:
             "--weights is for files; a run with averaged parameters is exported with the average"
         )
     if command.config is not None or command.settings.keys() - {"module"}:
-        raise ValueError(
-            "the config comes from the run; only --config.module=K can be given here"
-        )
+        raise ValueError("the config comes from the run; only --config.module=K can be given here")
     stage = command.settings.get("module")
     if stage is not None and not stage.isdigit():
         raise ValueError(f"--config.module={stage} must be the number of a module")
