@@ -123,6 +123,6 @@ def test_what_cannot_be_done_is_refused(folder, tmp_path, capsys):
         fit_head.add_head(folder, tmp_path / "out", config, 4)
     tensors |= {fit_head.BIAS: bias, "head.weight": np.zeros((10, 192), np.float32)}
     write_tensors(folder / "model.safetensors", tensors, replace=True)
-    with pytest.raises(ValueError, match=r"has head\.weight already"):
+    with pytest.raises(ValueError, match=r"already has head\.weight"):
         fit_head.add_head(folder, tmp_path / "out", config, 4)
     assert not (tmp_path / "out").exists()

@@ -81,7 +81,7 @@ def test_command_goes_on_after_a_case_that_breaks(copied, monkeypatch, capsys):
     copied[0].with_name("lr_schedule.json").write_text("{}")
     assert run_command(monkeypatch, "--golden", copied[0].parents[1]) == 1
     out = capsys.readouterr().out
-    assert "KeyError: 'rate'" in out and "has no lr_schedule.npz beside it" in out
+    assert "KeyError: 'rate'" in out and "has no lr_schedule.npz next to it" in out
     assert "1 passed, 2 failed" in out
 
 
