@@ -238,7 +238,7 @@ def _read_indexed(path: Path, weights: str) -> Weights:
         raise ValueError(f"{path} names {brief(indices[0])}, which holds no tensors")
     if missing := [file for file in files if not (path.parent / file).is_file()]:
         names = ", ".join(map(plain, missing[:5])) + (", ..." if len(missing) > 5 else "")
-        raise FileNotFoundError(f"{path} names {names}, missing here; fetch them too")
+        raise FileNotFoundError(f"{path} names {names}, missing; fetch them too")
     read = _merge((path.parent / file, _read_file(path.parent / file, weights)) for file in files)
     if missing := sorted(set(where) - set(read.tensors)):
         raise ValueError(f"{path} names tensors that its files do not hold: {brief(missing)}")

@@ -79,7 +79,7 @@ def test_another_config_takes_the_place_of_one_that_came_to_nothing(tmp_path, ca
     refuse_other_config(tmp_path, Config(seed=1))  # there is none
     claim(tmp_path, Config(seed=0))
     refuse_other_config(tmp_path, Config(seed=0, sides=[[1, 2]]))
-    assert "takes its" not in caplog.text
+    assert "replaces it" not in caplog.text
     refuse_other_config(tmp_path, Config(seed=1))
     assert "has no checkpoint yet: this config replaces it" in caplog.text
     make(tmp_path / "result.json")

@@ -44,7 +44,9 @@ def test_a_json_file_is_read_as_it_was_written(tmp_path):
 def test_metrics_are_numbers_and_lists_of_them(tmp_path, value):
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1, "a": [0.5, [1]]}}\n{{"step": 2, "a": {value}}}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: has 'a': .* no number.*mend or"):
+    with pytest.raises(
+        ValueError, match=r"metrics\.jsonl, line 2: has 'a': .* not a number.*fix or"
+    ):
         read_metrics(path)
 
 

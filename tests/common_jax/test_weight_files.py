@@ -195,7 +195,7 @@ FLOATS = storage("FloatStorage", "0", 2)
     ("value", "message"),
     [
         (ONES, "holds one tensor, not tensors by name"),
-        ([ONES], "holds a list, and not"),
+        ([ONES], "holds a list, not"),
         ({}, "holds no tensors"),
         ({"a": ONES, "lr": 0.1}, "holds 'lr', a float, where only tensors .*'model'"),
         ({"a": {"b": ONES}}, "holds 'a', a dict, where"),
