@@ -148,7 +148,7 @@ def use_compilation_cache(folder: str | None) -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(epath.Path(folder).expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)  # no lower limit on size
 
 
 def read_config(argv: Sequence[str], description: str = "") -> ml_collections.ConfigDict:

@@ -59,6 +59,7 @@ def renamed(keys: Mapping[str, str]) -> Iterator[None]:
             message = error.args[0]
             for key, other in keys.items():
                 message = message.replace(key, other)
+            # Changed in place, so that type, attributes and traceback of the exception stay.
             error.args = (message,)
         raise
 

@@ -140,6 +140,7 @@ def leave(status: int) -> NoReturn:
     """Exits this process. If it is one of several and has failed, it exits without waiting for the
     others, which would deadlock: they notice within HEARTBEAT seconds that it is gone."""
     if jax.distributed.is_initialized() and status:
+        # A normal exit would run jax's shutdown, a barrier that all processes must reach.
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()

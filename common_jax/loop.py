@@ -263,7 +263,7 @@ def _train(
                 state = include(state, np.float32(1 / (1 + averaged.index(done))))
             log.add(done, report, line=due.line(done))
             if traced and done == traced[-1]:
-                jax.block_until_ready(state)
+                jax.block_until_ready(state)  # steps run asynchronously, and must be in the trace
                 jax.profiler.stop_trace()
             # Stop before the evaluation, which may take long; the next start catches up on it.
             hosts.check()

@@ -63,6 +63,7 @@ def start_backend() -> str:
     try:
         return jax.default_backend()
     except (RuntimeError, AssertionError) as error:  # JAX asserts where a plugin is missing
+        # JAX's own advice is cut off, since the message below gives a better one.
         reason = str(error).partition(" (set JAX_PLATFORMS")[0][:500]
         raise ValueError(
             f"JAX_PLATFORMS={jax.config.jax_platforms or ''} cannot be started"

@@ -275,6 +275,7 @@ def _plain(value: Any) -> float | list:
 def _add_to_end(path: epath.Path, text: str) -> None:
     """Appends all of the text or none of it."""
     left = text.encode()
+    # Unbuffered, so that nothing is left to be flushed after a failure has been undone.
     with open(path, "ab", buffering=0) as file:
         size = file.tell()
         try:

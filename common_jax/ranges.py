@@ -34,6 +34,7 @@ class Interval:
         below = value < self.high if self.open_high else value <= self.high
         if value == self.other or (below and self.low <= value):
             return None
+        # `text` does not mention these two upper limits, so name the one that was exceeded.
         if math.inf > value > self.high and self.high in (LARGEST, LARGEST_INT):
             return f"at most {self.high if isinstance(self.high, int) else format(self.high, 'g')}"
         return self.text

@@ -89,6 +89,7 @@ def abstract_state(
         ),
         params,
     )
+    # Moments and averages are sharded like their parameters; everything else is replicated.
     trained, _ = partition(shardings, task.trainable)
     whole = meshes.replicated(mesh)
     placed = jax.tree.map(lambda _: whole, state).replace(

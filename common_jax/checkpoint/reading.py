@@ -130,6 +130,7 @@ def find_step(source: epath.PathLike) -> epath.Path:
             f"{str(source)[:300]!r}: no checkpoint can be read there, since orbax treats a "
             "backslash in a path as a slash; rename the folder, or give a link to it"
         )
+    # An explicit step is not checked against its run, so that any checkpoint can be loaded.
     if source.name.isdigit() and (source / "params").exists():
         return source
     if source.exists() and not source.is_dir():

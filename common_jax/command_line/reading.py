@@ -130,6 +130,7 @@ def _read_overrides(
                 f"--noconfig.{path} is for booleans, and config.{path} is not one; write "
                 f"--config.{path}=VALUE"
             )
+        # Only fields on the command line become flags: absl can then parse all of their forms.
         if f"config.{path}" not in values:
             flags.DEFINE_flag(_Override(path, boolean=boolean, noted=noted), values)
     rest = _parse(values, argv, config=config)

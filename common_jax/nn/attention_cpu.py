@@ -57,6 +57,7 @@ def _forward(query, keys, values, visible):
 
 def _backward(kept, dy):
     query, keys, values, visible, weights, total, result = kept
+    # With w = weights / total, the scores' gradient is w (dy v^T - sum_K dy result).
     dy = dy / total
     mean = jnp.sum(dy * result, axis=-1, keepdims=True)
     by_scores = weights * (jnp.einsum("BHTK,BHSK->BHTS", dy, values) - mean)

@@ -28,6 +28,7 @@ def _log_gamma(key: Array, alpha: float) -> Float[Array, ""]:
     boost = alpha < 1  # Gamma(alpha) is Gamma(alpha + 1) times a power of a uniform variable
     d = alpha + boost - 1 / 3
     c = 1 / (3 * d**0.5)
+    # Splits keys in the same way as jax.random.gamma, so that the draws are the same.
     key, boost_key = jax.random.split(jax.random.split(key, 1)[0])
     keys = _chain(key, TURNS, 3)  # for each turn, a key for its normals and one for its uniform
     normals = jax.vmap(lambda key: jax.vmap(jax.random.normal)(_chain(key, NORMALS, 2)[:, 0]))

@@ -75,6 +75,7 @@ def _by_x(count: int, precision: Any, kernel: jax.Array | None, dy: jax.Array):
     shape = (*free, *kernel.shape[:count])
 
     def derived(count: int, shape: tuple[int, ...], kernel: jax.Array, dy: jax.Array):
+        # The product is linear in x, so this is the gradient that jax itself would derive.
         x = jax.ShapeDtypeStruct(shape, kernel.dtype)
         return jax.linear_transpose(lambda x: _plain(count, precision, x, kernel), x)(dy)[0]
 

@@ -66,6 +66,7 @@ def scan(
         return x, (x, sown)
 
     if not remat:
+        # Inside a scan, CSE cannot undo the recomputation, so it need not be prevented.
         run = jax.checkpoint(run, prevent_cse=False, policy=_keep)
     x, (outputs, sown) = jax.lax.scan(run, x, (stacked, keys, tuple(each)))
     for i, layer in enumerate(layers):

@@ -62,6 +62,7 @@ def _backward(epsilon, dtype, fast_variance, kept, dy):
     normal = (x.astype(rate.dtype) - mean) * rate
     tokens = tuple(range(x.ndim - 1))
     by_scale, by_bias = jnp.sum(dy * normal, axis=tokens), jnp.sum(dy, axis=tokens)
+    # With g = dy scale and the normalised n, dx = rate (g - mean(g) - n mean(g n)).
     dy = dy * scale
     along = jnp.mean(dy * normal, axis=-1, keepdims=True)
     by_x = rate * (dy - jnp.mean(dy, axis=-1, keepdims=True) - normal * along)

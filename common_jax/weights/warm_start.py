@@ -167,6 +167,7 @@ def _read(step, matches, flat, adapt, account, problems, read) -> dict[str, jax.
             sharding = target.sharding
         elif function := next((f for rx, f in adapt.items() if re.fullmatch(rx, path)), None):
             to_adapt[path] = function
+            # Adapted by numpy on the host, and resharded below.
             sharding = SingleDeviceSharding(jax.local_devices()[0])
         else:
             problems.append(f"{path} should be {target.shape} and is {shape.shape} in {step}")

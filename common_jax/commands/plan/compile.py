@@ -352,6 +352,7 @@ def main(argv: Sequence[str], planners: Planners) -> None:
       argv: the command line, starting with the program's name.
       planners: the planners of the packages whose configs it accepts.
     """
+    # Described devices are compiled for without a device, and real ones must not be claimed.
     jax.config.update("jax_platforms", "cpu")
     try:
         options, rest = read_options(argv[1:])

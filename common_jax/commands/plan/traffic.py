@@ -64,9 +64,9 @@ def _instruction_bytes(program: Program, computation: Computation, one: Instruct
             elif one.kind in PARTS and place == 0:
                 part = min(part, sum(array.bytes for array in one.result))
             read += part
-    if one.kind == "dynamic-update-slice":
+    if one.kind == "dynamic-update-slice":  # reads the update and writes it in place
         return 2 * _size(computation, one.operands[1])
-    if one.kind == "scatter":
+    if one.kind == "scatter":  # operands: n arrays, the indices, and n updates
         index = len(one.operands) // 2
         moved = [_size(computation, operand) for operand in one.operands[index:]]
         return sum(moved) + (1 + _combines(program, one)) * sum(moved[1:])
@@ -75,6 +75,7 @@ def _instruction_bytes(program: Program, computation: Computation, one: Instruct
 
 def _copied(one: Instruction) -> Array:
     """The target array of an asynchronous copy."""
+    # A few bytes are the copy's context, not data.
     arrays = [array for array in one.result if array.bytes > 4] or list(one.result)
     sizes = sorted(arrays, key=lambda array: array.bytes)
     return sizes[0] if one.kind == "slice-start" else one.result[0]

@@ -177,7 +177,7 @@ def _ends(
 ) -> Iterator[tuple[str, int | None]]:
     """Starts waiting jobs as soon as possible, and yields (name, status) as they end. Keeps
     `waiting` and `running` up to date; the caller may read and change them."""
-    done = {None}
+    done = {None}  # so that jobs that need no other run can start
     while running or any(job.may_start(done) for job in waiting.values()):
         for name in [name for name, job in waiting.items() if job.may_start(done)]:
             if len(running) < at_a_time and name in waiting:
