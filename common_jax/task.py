@@ -145,14 +145,14 @@ def average_program(
     return jax.jit(include, donate_argnums=0, out_shardings=shardings)
 
 
-# Initialization runs once, and compiles three times faster without optimisation.
+# Initialisation runs once, and compiles three times faster without optimisation.
 RUN_ONCE = {"cpu": {"xla_backend_optimization_level": 0}}
 
 
 def create_program(
     task: Task, optim: OptimConfig, abstract: TrainState
 ) -> Callable[[jax.Array, Mapping[str, Any]], TrainState]:
-    """The jitted create(seed, warm) -> the state at step 0, sharded like `abstract`. Initializes
+    """The jitted create(seed, warm) -> the state at step 0, sharded like `abstract`. Initialises
     only the parameters that `warm` lacks; `warm` is donated."""
 
     def create(seed: jax.Array, warm: Mapping[str, Any]) -> TrainState:

@@ -83,7 +83,7 @@ def by_platform(
       attention: a key of PLATFORMS.
       forms: by implementation, functions of `query`, `keys` and `others` with the same result. If
         "auto" would choose one that is missing, "xla" is used.
-      query, keys: determine the choice.
+      query, keys: the operands that the choice depends on.
       others: further operands.
 
     Raises:
