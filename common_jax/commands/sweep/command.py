@@ -10,8 +10,8 @@ skipped, unfinished ones resume, and failed ones are retried. More values or see
 folder add to the runs there. DIR/sweep.json has the settings, DIR/NAME and DIR/NAME.log are the
 runs, and sweep.csv, sweep.md and sweep.png in DIR are the table and the plot of the finished runs.
 
-Exit status: 0 if all runs are finished, 1 if some are not, 2 if nothing could be started, or 128
-plus the number of a signal that was passed on to the runs.
+Exit status: 0 if all runs are finished, 1 if some are not, 2 if nothing could be started or no run
+has the metric, or 128 plus the number of a signal that was passed on to the runs.
 """
 
 import argparse
