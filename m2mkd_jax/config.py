@@ -330,7 +330,7 @@ class Config(Section):
         try:
             stages = tuple(int(text) for text in self.module.split("+"))
         except ValueError:
-            stages = (count,)
+            stages = (count,)  # out of range, so refused below
         if not set(stages) <= set(range(count)) or len(set(stages)) < len(stages):
             raise FieldError(
                 f"module={shown(self.module)} must be 'all' or stages from 0 to {count - 1}, "

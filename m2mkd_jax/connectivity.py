@@ -72,6 +72,7 @@ def draw_connectivity(
 def _edges(distance: np.ndarray, truncation: float) -> np.ndarray:
     """Pairs (edges, 2) within `truncation`: first each mediator's nearest neighbour, then its
     second nearest, and so on."""
+    # The argsort of an argsort ranks each mediator among the neighbours of every other.
     rank = np.argsort(np.argsort(distance, axis=1, kind="stable"), axis=1)
     first, second = np.nonzero(np.triu(distance <= truncation, 1))
     place = np.minimum(rank[first, second], rank[second, first])
@@ -121,6 +122,7 @@ def _draw_distances(
 
 def _draw_graph(axes: Axes, edges: np.ndarray, groups: np.ndarray, places: np.ndarray) -> None:
     edges = edges[:MOST_EDGES]
+    # The more edges there are, the fainter each is drawn.
     fade = np.clip(60 / max(1, len(edges)) ** 0.7, 0.1, 0.6)
     axes.add_collection(LineCollection(places[edges], colors=EDGE, linewidths=0.6, alpha=fade))
     count = groups.max() + 1

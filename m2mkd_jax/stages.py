@@ -95,6 +95,7 @@ class Network:
             name = stage_name(i)
             if name not in params:
                 raise KeyError(f"no parameters for {name}, only for {sorted(params)}")
+            # By stage name, so that a stage's draws do not depend on which other stages run.
             keys = {stream: fold_name(key, name) for stream, key in (rngs or {}).items()}
             x, records = self.stages[i].apply(
                 {"params": params[name]}, x, train=train, rngs=keys, mutable=list(record)

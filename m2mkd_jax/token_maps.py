@@ -78,4 +78,5 @@ def run_features(
     for batch in batches:
         with jax.set_mesh(trained.mesh):
             found = compute(trained.params, to_devices(batch, trained.mesh))
+        # float32, since npz files cannot hold bfloat16.
         yield batch, jax.tree.map(lambda x: np.asarray(x, np.float32), jax.device_get(found))

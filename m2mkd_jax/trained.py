@@ -89,7 +89,8 @@ def open_run(run: epath.PathLike, settings: Mapping[str, str] | None = None) -> 
     """
     found = read_run(run)
     source = found.source
-    # The run's own mesh describes the machine that it was trained on.
+    # The run's own mesh describes the machine that it was trained on, and the teachers of its
+    # baseline are needed only for training.
     config = dataclasses.replace(
         found.config, mesh=MeshConfig(), baseline=DistillConfig(kind="none")
     )

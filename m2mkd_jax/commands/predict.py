@@ -109,6 +109,7 @@ def _predictions(
     paths = iter(enumerate(source.paths))
     for batch, found in run_batches(trained, batches, finish):
         rows = zip(batch["_mask"], *found[name], strict=True)
+        # Not strict: the last batch may be padded with more rows than there are paths left.
         for (real, shares, labels), (index, path) in zip(rows, paths, strict=False):
             if not real:
                 yield Prediction(path, problem=source.problem(index))

@@ -57,6 +57,7 @@ def start_circuit(model: NacConfig, seed: int, workdir: epath.Path) -> Circuit:
     if prior is not None:
         signatures["mediator"] = prior.signatures
     if model.prior.graph == "complete":
+        # Identical signatures are at distance 0, so that all latents are connected.
         first = np.eye(1, model.signature_width, dtype=np.float32)
         signatures = {name: np.repeat(first, len(x), axis=0) for name, x in signatures.items()}
     return Circuit(signatures, prior)
@@ -101,6 +102,7 @@ def circuit_regularizer(
     weights change once per epoch."""
     kernels = [model.propagator(i, drop_path=0.0).kernel for i in range(model.iterations)]
     regularize = make_regularizer(config, circuit.signatures, kernels=kernels)
+    # A run of less than an epoch counts as one.
     epochs = max(optim.total_steps(steps_per_epoch) // steps_per_epoch, 1)
 
     def regularizer(params: Any, step: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -127,6 +129,7 @@ def draw_circuit(model: NacConfig, circuit: Circuit, workdir: epath.Path) -> Non
             before,
             np.asarray(learned["signatures"]),
             groups,
+            # 2 is the largest cosine distance: without a truncation, all pairs are connected.
             truncation=2.0 if truncation is None else truncation,
             path=path,
         )

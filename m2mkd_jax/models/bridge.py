@@ -54,6 +54,7 @@ def convert_tokens(x: Float[Array, "B T D"], own: Layout, other: Layout) -> Floa
     missing = max(other.registers - own.registers, 0)
     grid = patches.reshape(len(x), own.side, own.side, -1)
     grid = jax.image.resize(grid, (len(x), other.side, other.side, x.shape[-1]), "linear")
+    # As slice bounds, booleans keep one class token or none.
     return jnp.concatenate(
         [
             class_token[:, : other.class_token],
@@ -82,6 +83,7 @@ class BridgedStage(nn.Module):
     classifies: bool
 
     def setup(self):
+        # Keeps the paths of the parameters the same as without the wrapper.
         nn.share_scope(self, self.stage)
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:

@@ -39,6 +39,7 @@ class ReadInStudent(nn.Module):
 
     def setup(self):
         self.stage = ReadIn(self.tokenizer, self.config, self.interface, self.dtype)
+        # Gives the parameters the same paths as in the whole NAC, which takes them over.
         nn.share_scope(self, self.stage)
         self.post_stitch = Linear(self.stitch_width, self.dtype)
 

@@ -49,6 +49,7 @@ def describe(config: Config, mesh: Mesh) -> Training:
     """The student modules of config.module; the frozen meta model and the modules of one or more
     teachers are helpers."""
     several = bool(config.sources.teachers)
+    # The tokens of sources.teachers are converted where they differ, so those need no check.
     check_exchange(config, "meta", *(() if several else ("teacher",)), "student")
     stages, teachers = config.modules(), module_teachers(config)
     meta, students = meta_network(config), student_modules(config, drop_path=config.drop_path)

@@ -134,6 +134,7 @@ def describe(config: Config, mesh: Mesh) -> Training:
 def first_feed(training: Training, workdir: epath.Path, splits: Splits) -> Feed:
     """The feed of the first episode; raises ValueError if any episode would lack images."""
     few_shot = training.config.few_shot
+    # In reverse, so that the last feed made is that of the first episode.
     for number in reversed(range(few_shot.episodes)):
         episode = _episode(training.config, few_shot.seed + number)
         feed = episode_feed(episode, splits, workdir=epath.Path())  # writes nothing

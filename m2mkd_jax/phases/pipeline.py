@@ -174,6 +174,7 @@ def chosen_phases(config: Config) -> list[str]:
     """
     replaced = {source.field for source in replacing_sources() if source.value(config)}
     needed, chosen = {PRODUCT}, []
+    # Backwards from the product, so that what later phases need is known.
     for name, phase in reversed(PHASES.items()):
         if name in config.recipes if phase.optional else phase.makes in needed - replaced:
             chosen.insert(0, name)

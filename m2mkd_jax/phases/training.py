@@ -27,6 +27,7 @@ CLASSES = "classes.json"  # a run's class names by label
 def find_classes(step: epath.Path) -> epath.Path | None:
     """The file with the classes of the run that this step belongs to; None for converted
     weights."""
+    # A run has it in its workdir, two levels above WORKDIR/checkpoints/STEP.
     paths = (folder / CLASSES for folder in (step, *step.parents[:2]))
     return next((path for path in paths if path.exists()), None)
 
@@ -117,6 +118,7 @@ def with_feed(
     sums = make_sums(forward, config, names)
     evaluators = {"test": evaluate(sums, feed.evaluation, programs=programs)}
     if feed.ood is not None:
+        # Without `programs`, since only few-shot episodes share those, and they have no OOD set.
         sums = make_sums(forward, config, names, classes=feed.ood_classes)
         evaluators["ood"] = evaluate(sums, feed.ood)
     return dataclasses.replace(

@@ -348,7 +348,7 @@ def test_tiny_imagenet_with_wrong_lists_is_refused(tmp_path):
     annotations = root / "val/val_annotations.txt"
     lines = annotations.read_text()
     for text, message in (
-        (lines + "val_9.JPEG\tn09\t0\n", r"none of its 3 classes: n09"),
+        (lines + "val_9.JPEG\tn09\t0\n", r"not among its 3 classes: n09"),
         (lines + "val_0.JPEG\tn01\t0\n", r"val_annotations\.txt.*more than once: val/images/val_0"),
         (lines + "val_9.JPEG n01\n", r"val_annotations\.txt, line 5 must have FILE, tab, WNID"),
         (lines.replace("n03", "n01"), r"no image for class n03"),

@@ -161,7 +161,10 @@ def test_a_flat_split_with_a_list(tmp_path, text):
     ("text", "message"),
     [
         ("ant\nbee\n", r"val\.txt has 2 classes, one per line, but .*val has 1 images; write FILE"),
-        ("x.png ant\n", r"val\.txt, line 1 must have a file of .*val and its class, with ' '"),
+        (
+            "x.png ant\n",
+            r"val\.txt, line 1 must have a file of .*val and its class, separated by ' '",
+        ),
         ("a0.png ant\na0.png bee\n", r"val\.txt: these names occur more than once: val/a0\.png"),
     ],
 )

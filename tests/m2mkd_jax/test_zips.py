@@ -172,7 +172,7 @@ def test_a_zip64_size_of_any_number_is_one_bad_image(tmp_path):
         archive.infolist()[2].compress_size = 2**63 + 5
     source = load(path)
     with pytest.raises(
-        BadExample, match=r"bee/0\.png: .* 9223372036854775813 bytes, which are not"
+        BadExample, match=r"bee/0\.png: .* 9223372036854775813 bytes, which it does not"
     ):
         source[2]
     report = tmp_path / "bad_examples.jsonl"

@@ -84,6 +84,7 @@ def find_flat(root: Path, split: str, list_file: Path) -> SplitFiles:
     """
     images = sorted(name for name in os.listdir(root / split) if is_image(name))
     lines = [(i, line) for i, line in enumerate(read_lines(list_file), start=1) if line]
+    # A list may name files with or without their suffix.
     known = {name.rpartition(".")[0]: name for name in images} | {name: name for name in images}
     separator = next((mark for mark in "\t, " if lines and mark in lines[0][1]), None)
     if separator is None:
