@@ -1,11 +1,11 @@
 """The experts' products on NVIDIA GPUs: Pallas-Triton kernels on rows sorted by expert.
 
-A kernel is launched over the tiles of its result, one program for each. Rows come in tiles of
-`TILE`, and a tile of rows has one expert. Tiles beyond those in use are not written: what is read
-there is undefined. Products are accumulated in float32, and what follows a product (bias, GELU,
-weight, slope) is computed from the accumulator before it is stored.
+A kernel is launched over the tiles of its result, one program per tile. Rows come in tiles of
+`TILE`, each of which belongs to one expert. Unused tiles are never written, so their contents are
+undefined. Products accumulate in float32, and the epilogue (bias, GELU, weight, slope) is applied
+to the accumulator before it is stored.
 
-Axes: R rows, E experts, D width, F hidden width; K and N are the axes of a product that is either.
+Axes: R rows, E experts, D width, F hidden width; K and N stand for D or F, whichever way round.
 """
 
 import math
@@ -22,26 +22,26 @@ from jaxtyping import Array, Float, Int
 TILE = 128  # rows
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
-# With 8 warps a thread accumulates 64 numbers of a tile of 128 columns, and has registers left for
-# the epilogues; 4 warps or 256 columns spill (docs/gpu.md). A step along the contracted axis is a
-# line of shared memory, so that three stages of float32 take no more than those of bfloat16: 96 KB.
+# With 8 warps and 128 columns a thread accumulates 64 numbers, which leaves registers for the
+# epilogues; 4 warps or 256 columns spill (docs/gpu.md). A step along the contracted axis is one
+# line of shared memory, so three stages take 96 KB in float32 just as in bfloat16.
 COLUMNS, LEAST_COLUMNS = 128, 64
 STEP_BYTES = 128
 WARPS = 8
 STAGES = 3
-# Rows of tiles whose programs are neighbours, so that they share the columns' operand in L2.
+# Rows of tiles that neighbouring programs compute, so that they share the column operand in L2.
 NEIGHBOURS = 8
 
 # Pallas-Triton has no erf. The tail of the normal distribution is P(X > x) = t p(t) exp(-x^2 / 2)
-# for x >= 0, with t = 1 / (1 + RATE x). The coefficients of p, from the constant on, are a minimax
-# fit to 1.1e-8; in float32 the result is within 2^-22 of the exact value.
+# for x >= 0, with t = 1 / (1 + RATE x). The coefficients of p, constant term first, are a minimax
+# fit with an error of 1.1e-8; in float32 the result is within 2^-22 of the exact value.
 RATE = 0.275
 TAIL = (0.11757350632, 0.04359687438, 0.33021892770, -0.32638798417, 0.44916413660, -0.11416545016)
 DENSITY = 1 / math.sqrt(2 * math.pi)
 
 
 class Tiles(NamedTuple):
-    """The tiles of rows: the expert of each, and how many are in use, which come first.
+    """The tiles of rows: the expert of each, and how many are in use. Used tiles come first.
 
     expert: `[R / TILE]` int32.
     used: `[1]` int32.
@@ -56,7 +56,8 @@ class Tiles(NamedTuple):
 
 
 def fits(dtype: jnp.dtype, block: int, width: int, hidden: int) -> bool:
-    """True if the kernels can be used: blocks that are tiles, in a dtype of tensor cores."""
+    """True if the kernels can be used: blocks are tiles, widths are whole tiles of columns, and
+    tensor cores support the dtype."""
     whole = width % LEAST_COLUMNS == hidden % LEAST_COLUMNS == 0
     return block == TILE and whole and dtype in DTYPES
 
@@ -64,7 +65,7 @@ def fits(dtype: jnp.dtype, block: int, width: int, hidden: int) -> bool:
 def forward_up(
     x: Float[Array, "R D"], up: Float[Array, "E D F"], bias: Float[Array, "E F"], tiles: Tiles
 ) -> tuple[Float[Array, "R F"], Float[Array, "R F"]]:
-    """hidden = x up + bias of each row's expert, and gelu(hidden)."""
+    """hidden = x up + bias with each row's expert, and gelu(hidden)."""
     outputs = [jax.ShapeDtypeStruct((x.shape[0], up.shape[2]), x.dtype)] * 2
     return _rows_by_matrices(_activate, x, up, (bias,), outputs, tiles)
 
@@ -76,7 +77,7 @@ def forward_down(
     weight: Float[Array, " R"],
     tiles: Tiles,
 ) -> Float[Array, "R D"]:
-    """weight * (active down + bias) of each row's expert, in float32."""
+    """weight * (active down + bias) with each row's expert, in float32."""
     outputs = [jax.ShapeDtypeStruct((active.shape[0], down.shape[2]), jnp.float32)]
     return _rows_by_matrices(_weigh, active, down, (bias, weight), outputs, tiles)[0]
 
@@ -93,13 +94,13 @@ def backward_down(
     Float[Array, "R columns"],
     Float[Array, "tiles F"],
 ]:
-    """From back = dy down^T, the gradient of the unweighted result by gelu(hidden), four arrays.
+    """Four arrays from back = dy down^T, the gradient of gelu(hidden) before weighting.
 
     Returns:
-      weight * back * gelu'(hidden), the gradient by `hidden`.
-      weight * gelu(hidden), whose products with `dy` are the gradient by `down`.
-      back * gelu(hidden), summed over the columns of each tile: towards the gradient by `weight`.
-      The first of these, summed over the rows of each tile: towards the gradient by the bias.
+      weight * back * gelu'(hidden), the gradient of `hidden`.
+      weight * gelu(hidden), whose products with `dy` are the gradient of `down`.
+      back * gelu(hidden), summed over the columns of each tile: a part of the gradient of `weight`.
+      The first array, summed over the rows of each tile: a part of the gradient of the `up` bias.
     """
     rows, width = hidden.shape
     outputs = [
@@ -114,7 +115,7 @@ def backward_down(
 def backward_up(
     dhidden: Float[Array, "R F"], up: Float[Array, "E D F"], tiles: Tiles
 ) -> Float[Array, "R D"]:
-    """dhidden up^T of each row's expert, in float32."""
+    """dhidden up^T with each row's expert, in float32."""
     outputs = [jax.ShapeDtypeStruct((dhidden.shape[0], up.shape[1]), jnp.float32)]
     return _rows_by_matrices(_store, dhidden, up, (), outputs, tiles, transposed=True)[0]
 
@@ -122,7 +123,7 @@ def backward_up(
 def outer(
     a: Float[Array, "R K"], b: Float[Array, "R N"], sizes: Int[Array, " E"], dtype: jnp.dtype
 ) -> Float[Array, "E K N"]:
-    """a^T b summed over the rows of each expert, of which there are `sizes`."""
+    """a^T b, summed over the rows of each expert; `sizes` are the numbers of rows."""
     height, width, experts = a.shape[1], b.shape[1], sizes.shape[0]
     grid = height // _columns(height), width // _columns(width)
     end = jnp.cumsum(sizes).astype(jnp.int32)
@@ -146,8 +147,9 @@ def _launch(
     flops: int,
     name: str,
 ) -> tuple[Array, ...]:
-    """Runs the kernel. Its operations and bytes, if all rows are in use and each array is moved
-    once, stand in the jaxpr (`cost_estimate`) and in the compiled program (`metadata`)."""
+    """Runs the kernel. Its FLOPs and bytes, assuming that all rows are in use and each array is
+    moved once, are recorded in the jaxpr (`cost_estimate`) and the compiled program
+    (`metadata`)."""
     moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*operands, *outputs))
     call = pl.pallas_call(
         kernel,
@@ -171,7 +173,7 @@ def _step(dtype: jnp.dtype) -> int:
 
 
 def _place(program: Array, rows: int, columns: int) -> tuple[Array, Array]:
-    """The tile (row, column) of a program: down `NEIGHBOURS` rows, then on to the next column."""
+    """The tile (row, column) of a program: goes down `NEIGHBOURS` rows, then to the next column."""
     first = program // (NEIGHBOURS * columns) * NEIGHBOURS
     count = jnp.minimum(rows - first, NEIGHBOURS)
     within = program % (NEIGHBOURS * columns)
@@ -179,13 +181,13 @@ def _place(program: Array, rows: int, columns: int) -> tuple[Array, Array]:
 
 
 def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-    # The precision is jax's default: tf32 for float32 unless more is asked for, as XLA's on GPUs.
+    # Uses JAX's default precision: TF32 for float32 unless more is requested, as XLA does on GPUs.
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
 class _Tile(NamedTuple):
-    """Where a program's tile lies: its expert, its slices, and its numbers."""
+    """The position of a program's tile: its expert, its slices, and its indices."""
 
     expert: Array
     rows: pl.Slice
@@ -204,8 +206,8 @@ def _rows_by_matrices(
     *,
     transposed: bool = False,
 ) -> tuple[Array, ...]:
-    """Stores what `epilogue` makes of each row of `a` times its expert's matrix, `[E,K,N]` or, if
-    transposed, `[E,N,K]`."""
+    """Applies `epilogue` to each row of `a` times its expert's matrix, `[E,K,N]` or, if transposed,
+    `[E,N,K]`."""
     rows, inner = a.shape
     width = matrices.shape[1 if transposed else 2]
     grid = rows // TILE, width // _columns(width)
@@ -271,14 +273,14 @@ def normal_cdf(x: Float[Array, "*B"]) -> tuple[Float[Array, "*B"], Float[Array, 
     return jnp.where(x < 0, tail, 1 - tail), decay
 
 
-# Epilogues: of the product of a tile in float32, its place, further operands and outputs.
+# Epilogues take the float32 product of a tile, its position, further operands, and outputs.
 
 
 def _activate(product, tile: _Tile, bias, hidden, active) -> None:
     wide = product + bias[tile.expert, tile.columns].astype(jnp.float32)[None, :]
     hidden[tile.rows, tile.columns] = wide.astype(hidden.dtype)
-    # Not rounded to the dtype of `hidden` before the GELU: neither does XLA, which keeps such
-    # intermediate results in float32 where it fuses (`xla_allow_excess_precision`).
+    # Not rounded to the dtype of `hidden` before the GELU, just as XLA keeps such intermediate
+    # results in float32 when it fuses (`xla_allow_excess_precision`).
     active[tile.rows, tile.columns] = (wide * normal_cdf(wide)[0]).astype(active.dtype)
 
 

@@ -116,7 +116,7 @@ def by_token(routes: Routes, chosen: int) -> tuple[Int[Array, "G N A"], Float[Ar
 def rank_in_expert(
     expert: Int[Array, " P"], experts: int
 ) -> tuple[Int[Array, " P"], Int[Array, " E"]]:
-    """For each pair, the number of earlier pairs of its expert; for each expert, that of its pairs.
+    """For each pair, the number of earlier pairs of its expert; and the number of pairs per expert.
 
     Pairs whose expert is outside 0..experts-1 are not counted, and their own rank is meaningless.
     """

@@ -98,9 +98,9 @@ class SoftRouting:
     ) -> tuple[Float[Array, "B T D"], Mapping[str, Array]]:
         """y_t = sum_ec combine_tec expert_e(sum_s dispatch_sec x_s).
 
-        Metrics: load `[E]`, each expert's share of the combine weights; entropy, that of the
-        combine weights, averaged over tokens; and dispatch_entropy, that of the dispatch weights,
-        averaged over slots; both in nats.
+        Metrics: load `[E]`, each expert's share of the combine weights; entropy of the combine
+        weights, averaged over tokens; and dispatch_entropy of the dispatch weights, averaged over
+        slots; both in nats.
         """
         weights = self.choices()
         slots = SoftSlots(weights["dispatch"], weights["combine"])
