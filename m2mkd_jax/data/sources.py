@@ -72,7 +72,7 @@ class DataConfig(Section):
         `tfds`: TFDS's split names; for `inaturalist`: names of json files, such as "train2018".
       test_share: for `folder` and `table`: share of every class to test on, if `path` is not split
         yet (PATH/CLASS/*.jpg, or one table); 0 if it is.
-      split_seed: seed of that split.
+      split_seed: seed of the draw for test_share.
       workers: processes that read and decode images; 0 does it in the training process.
       bad_share: share of images that may be unreadable before the run stops.
       name: for `tfds`: the set in the data_dir, such as "imagenet2012"; "" if `path` is the folder

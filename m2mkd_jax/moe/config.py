@@ -35,7 +35,12 @@ EXPERT_INITS = MappingProxyType(
 
 @dataclass(frozen=True)
 class BalanceConfig(Section):
-    """Weights of the balance losses in the training loss; a loss of weight 0 is not computed."""
+    """Weights of the balance losses in the training loss; a loss of weight 0 is not computed.
+
+    importance, load: weights of the importance and load losses of V-MoE.
+    gshard: weight of GShard's balance loss.
+    z: weight of ST-MoE's router z-loss.
+    """
 
     importance: NonNegative = 0.0
     load: NonNegative = 0.0
@@ -51,17 +56,20 @@ class BalanceConfig(Section):
 class MoeConfig(PairsConfig, SoftConfig):
     """The config of a mixture-of-experts layer; the defaults are those of m2mKD students (fastmoe).
 
-    experts, chosen: E and A. If experts choose, A is the mean number of experts per token.
-    router: see `ROUTERS`.
-    order, noise_std: see routers.py; softmax_topk adds the noise in training.
-    dispatch: see `DISPATCHERS`.
+    experts: number of experts E.
+    chosen: number A of experts per token; if experts choose, the mean number.
+    router: how experts or tokens are chosen, a key of `ROUTERS`.
+    order: which tokens of a group get slots first: "token", by position, or "priority", by
+        descending gate probability.
+    noise_std: noise on the logits in training, in units of 1 / E; only softmax_topk adds it.
+    dispatch: "dropless" serves every pair, "capacity" drops pairs beyond the slots of an expert.
     capacity_factor: slots per expert = capacity_factor * (tokens per group) * A / E, rounded up.
     groups: routing groups per batch, for capacity and expert_choice; a multiple of the number of
         devices. Dropless token choice ignores groups.
     router_bias: whether the gate has a bias (fastmoe: yes, V-MoE: no).
     slots_per_expert: slots per expert and example, for soft; None for about one slot per token over
         all experts.
-    expert_init: see `EXPERT_INITS`.
+    expert_init: initialisation of the experts, a key of `EXPERT_INITS`.
     """
 
     router: Annotated[str, key_of(lambda: ROUTERS)] = "topk_softmax"

@@ -27,13 +27,15 @@ class PriorConfig(Section):
       communities: number of communities of planted_partition, or of cliques of ring_of_cliques.
       community_size: nodes per community or clique, or per bell of barbell; 0 divides all nodes
         evenly.
-      p_in, p_out: planted_partition: probability of an edge within and between communities.
+      p_in, p_out: planted_partition: probability of an edge within a community (p_in) and between
+        two (p_out).
       neighbours: watts_strogatz: nodes that each node is joined to before rewiring; 0 for a tenth
         of the nodes.
-      rewire: watts_strogatz: probability that such an edge moves to a random node.
+      rewire: watts_strogatz: probability that an edge moves to a random node.
       dims: sides of the grid.
       periodic: closes the grid to a torus.
-      branching, height: balanced_tree: children per node, and levels below the root.
+      branching, height: balanced_tree: children per node (branching) and levels below the root
+        (height).
       path_length: barbell: nodes between the bells.
       truncation: distance below which two signatures count as connected in the fit; separate from
         that of the kernels, `config.model.kernel.truncation`.

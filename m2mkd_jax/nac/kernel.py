@@ -33,7 +33,7 @@ class KernelConfig(Section):
       evaluation: how a stochastic kernel is evaluated: the "kernel" itself, a "sample" of the
         edges, or "threshold", only the edges with an affinity of at least 1/2.
       bandwidth: bandwidth of the kernel, or its initial value if it is learned.
-      learnable_bandwidth: whether it is a parameter; nothing keeps it positive.
+      learnable_bandwidth: whether the bandwidth is a parameter; nothing keeps it positive.
       empty_row: the output for a receiver without any edge: "zero", or "nan" as in the original.
     """
 

@@ -48,7 +48,7 @@ class NacConfig(Section):
       tokenizer: turns images into tokens.
       inputs, mediators, outputs: numbers of latents of each kind.
       iterations: number of mediator iterations.
-      width, code_width, signature_width: D, Z and Y.
+      width, code_width, signature_width: widths D of a state, Z of a code and Y of a signature.
       heads, head_width: number of heads and width of a head, in all attentions.
       read_in_heads, read_out_heads: number of heads in these attentions; 0 for `heads`.
       ffn_factor: hidden width of an MLP, relative to D.
@@ -60,14 +60,14 @@ class NacConfig(Section):
       share_norm: in the propagators, norms senders with the receivers' LayerNorm.
       code_noise: noise on codes in training, relative to their size.
       seeding: initial states of latents, see `latents.GraphConfig`.
-      seeder_code_noise: whether the seeder's codes get that noise, too.
+      seeder_code_noise: whether the seeder's codes get the code noise, too.
       read_in: "attention", or "projection", which needs as many input latents as tokens.
       read_in_scale: initial value of the read-in attention's layer scale.
       read_in_residual: whether the read-in attention is added to the initial states.
       read_out_residual: whether the read-out attention is added to the initial states.
       read_out_head: whether a code-conditioned layer maps each output state to logits before the
         pooling; pooling "first_slot" needs it.
-      read_out_head_norm: whether the input of that layer is normed.
+      read_out_head_norm: whether the input of the read-out head is normed.
       pooling, temperature: pooling of the output states, see `network.ReadOutConfig`.
       inputs_to_mediators, inputs_to_outputs, inputs_as_mediators: see `network.Wiring`.
       share_propagators: uses the same propagator in every iteration.
