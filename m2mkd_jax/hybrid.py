@@ -219,7 +219,7 @@ def taught_logits(
     """
     meta_params = params["meta"]
     students = {stage: replace_stage(meta, stage, student) for stage in taught_by}
-    # All hybrids of a stage have the same stages of M before it, so they share the input.
+    # Before a module, all hybrids of its stage consist of the same stages of M: they share inputs.
     hidden = shared_tokens(students, meta_params, images)
     modules = {
         (stage, name): Module(stage, replace_stage(meta, stage, teachers[name]), params[name])

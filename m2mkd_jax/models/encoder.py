@@ -243,7 +243,7 @@ class EncoderStage(nn.Module):
             )
         norm = LayerNorm(encoder.norm_eps, self.dtype, name="norm")
         if encoder.pool == "class" or encoder.norm_after_pool:
-            # Pooling first saves the norms of the tokens that the class token does not need.
+            # For the class token, pooling first gives the same and skips the norms of all others.
             return norm(self._pool_tokens(x))
         return self._pool_tokens(norm(x))
 

@@ -63,7 +63,7 @@ def describe(config: Config, mesh: Mesh) -> Training:
     }
     if joins:
         hybrids = {stage: bridge(config, one, only=(stage,)) for stage, one in hybrids.items()}
-    # A single module makes the meta stage that it replaces superfluous; with several, all are used.
+    # With a single module, the meta stage that it replaces never runs; with several, all stages do.
     others = tuple(i for i in range(len(meta)) if stages != (i,))
 
     def forward(params, helpers, images, train, rngs):

@@ -27,7 +27,7 @@ CLASSES = "classes.json"  # a run's class names by label
 def find_classes(step: epath.Path) -> epath.Path | None:
     """The file with the classes of the run that this step belongs to; None for converted
     weights."""
-    # A run has it in its workdir, two levels above WORKDIR/checkpoints/STEP.
+    # The file is in the run's workdir, and the step in WORKDIR/checkpoints/STEP.
     paths = (folder / CLASSES for folder in (step, *step.parents[:2]))
     return next((path for path in paths if path.exists()), None)
 
