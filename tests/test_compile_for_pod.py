@@ -207,7 +207,7 @@ def eight_devices(monkeypatch):
                 "--topology=v5e:2x4",
                 "--config.distill.pairs_at_once=2",
             ),
-            "config.module='all' with config.distill.pairs_at_once=2 is 2 programs",
+            "config.module='all' with config.distill.pairs_at_once=2 has 2 programs",
         ),
         (
             (f"--config={ROOT}/configs/cliptrans/multi30k.py:stage=pipeline", "--topology=v5e:2x4"),

@@ -96,7 +96,7 @@ def test_eligible_rows_keep_splits_apart():
     train, test = episode(eligible=split), episode(eligible=~split, shots=6)
     assert train.classes == test.classes
     assert split[train.indices].all() and not split[test.indices].any()
-    with pytest.raises(ValueError, match=r"has 9 examples, but 25 are asked for"):
+    with pytest.raises(ValueError, match=r"has 9 examples, but 25 are needed"):
         episode(eligible=split, shots=25)
 
 

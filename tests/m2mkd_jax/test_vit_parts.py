@@ -277,7 +277,7 @@ def test_a_network_without_its_head_is_converted_where_that_is_asked_for(tmp_pat
     assert f"give --config.sources.fresh='{HEAD}'" in said and "head.weight" in said
     with pytest.raises(SystemExit):
         convert_weights.main([str(file), str(run), "--config.sources.fresh=teacher/head/.*"])
-    assert "config.sources.fresh='teacher/head/.*' names none" in capsys.readouterr().err
+    assert "config.sources.fresh='teacher/head/.*' matches none" in capsys.readouterr().err
     convert_weights.main([str(file), str(run), f"--config.sources.fresh={HEAD}"])
     assert "teacher/stage_0/head/kernel is left out" in capsys.readouterr().out
     assert "head" not in checkpoint.load_shapes(run)["teacher"]["stage_0"]
