@@ -87,6 +87,17 @@ def test_every_problem_of_a_set_is_named(tmp_path, capsys):
         assert re.search(pattern, problem), problem
 
 
+def test_a_sample_with_many_bad_images_asks_for_all_to_be_read(tmp_path, capsys):
+    root = image_set(tmp_path)
+    (root / "train/ant/0.png").write_bytes(b"")
+    flags = image_flags(root, **{"data.bad_share": 0.1})
+    said = "1 of the 5 images read are bad, and a run stops at config.data.bad_share=0.1 of all 15"
+    status, printed, _ = check(capsys, *flags, "--sample=5")
+    assert status == 0 and said in printed
+    status, printed, _ = check(capsys, *flags, "--all")
+    assert status == 0 and "images read are bad" not in printed
+
+
 def test_a_pipeline_s_episodes_need_as_many_classes(tmp_path, capsys):
     image_set(tmp_path, each=20)
     config = IMAGES.replace("end_to_end", "pipeline")

@@ -190,7 +190,7 @@ def eval_batches(
 
     `_mask` [B] float32 is 1 for real rows and 0 for padding. Every host yields ceil(size / batch)
     batches of batch / hosts rows, even if it has no examples left. A bad example is counted,
-    reported and masked out, as long as at most `bad_share` of those that this host reads are bad.
+    reported and masked out, as long as a host meets no more than `bad_share` of the source.
     Arguments are as in `train_batches`, except that the transform takes no generator.
 
     Raises:
@@ -202,9 +202,8 @@ def eval_batches(
         raise ValueError("nothing to evaluate: the source is empty; check config.data.test_split")
     if source.arrays is not None and transform is None:
         return _gather_eval_batches(source.arrays, len(source), batch, rows)
-    # The share is of the examples that this host reads, since no other host counts them.
-    own = sum(len(places) for places in _eval_places(len(source), batch, rows))
-    bad = BadExamples(own, bad_share, host_report_path(report_path, shard))
+    # Of the whole source: of a host's own part, a single example can be more than the share.
+    bad = BadExamples(len(source), bad_share, host_report_path(report_path, shard))
     return _read_eval_batches(source, transform, batch, rows, workers, bad)
 
 
@@ -271,18 +270,19 @@ def _read_eval_batches(
             # All hosts yield the same number of batches, of one shape, and pad when they run out:
             # the compiled evaluation step has collectives that all of them must join.
             if blank is None and not all(real):
-                blank = _blank(reader, bad)
+                blank = _blank(reader)
             padded = [blank if isinstance(example, BadExample) else example for example in examples]
             padded += [blank] * (count - len(padded))
             yield _stack(padded) | {"_mask": np.asarray(real, np.float32)}
 
 
-def _blank(reader: _EvalReader, bad: BadExamples) -> Example:
+def _blank(reader: _EvalReader) -> Example:
     """Returns zeros in a real example's shapes. Searches all rows, since this host may have no good
-    one."""
+    one; the bad ones among them are counted by the hosts that they belong to."""
     for index in range(len(reader.source)):
         example = reader.read(index)
         if not isinstance(example, BadExample):
             return {name: np.zeros_like(value) for name, value in example.items()}
-        bad.add(index, example)
-    raise bad.error("which leaves none to evaluate")
+    raise ValueError(
+        f"all {len(reader.source)} examples are bad, which leaves none to evaluate: {example}"
+    )

@@ -91,6 +91,11 @@ def _check_pixels(source: Source, data: DataConfig, split: str, findings: Findin
             f"config.data.bad_share={data.bad_share:g} allows: {listed(bad)}; repair or remove "
             "them, or raise config.data.bad_share"
         )
+    elif len(bad) > data.bad_share * len(places):
+        findings.say(
+            f"  {len(bad)} of the {len(places)} images read are bad, and a run stops at "
+            f"config.data.bad_share={data.bad_share:g} of all {len(source)}: count them with --all"
+        )
     wrong = {size for size in sizes if size != (data.image_size,) * 2}
     if data.image_size <= SMALL_SIDE and wrong:
         rows, columns = min(wrong)

@@ -282,12 +282,22 @@ def test_evaluation_masks_bad_examples_below_the_share(tmp_path):
         )
 
 
-def test_bad_examples_of_an_evaluation_are_a_share_of_those_of_the_host():
-    source, other = OnDisk(size=16, bad=(0, 1)), {"transform": None, "batch": 8}
-    assert len(list(inputs.eval_batches(source, **other, bad_share=0.2))) == 2
-    with pytest.raises(ValueError, match=r"2 bad examples of 8, more than .*bad_share=0.2 allows"):
-        list(inputs.eval_batches(source, **other, bad_share=0.2, shard=(0, 2)))
-    assert len(list(inputs.eval_batches(source, **other, bad_share=0.2, shard=(1, 2)))) == 2
+@pytest.mark.parametrize("hosts", [1, 2, 8])
+def test_bad_examples_of_an_evaluation_are_a_share_of_the_set_on_any_number_of_hosts(hosts):
+    source, other = OnDisk(size=18, bad=(0, 8)), {"transform": None, "batch": 8}
+    for host in range(hosts):
+        shard = (host, hosts)
+        assert len(list(inputs.eval_batches(source, **other, bad_share=0.12, shard=shard))) == 3
+    with pytest.raises(ValueError, match=r"2 bad examples of 18, more than .*bad_share=0.1 allows"):
+        list(inputs.eval_batches(source, **other, bad_share=0.1, shard=(0, hosts)))
+
+
+def test_a_host_does_not_count_the_bad_examples_of_another(tmp_path):
+    """The last host pads its batch in the shapes of a good example, which it looks for."""
+    source, report = OnDisk(size=9, bad=(0, 1)), tmp_path / "bad.jsonl"
+    other = {"transform": None, "batch": 8, "report_path": report, "shard": (3, 4)}
+    assert len(list(inputs.eval_batches(source, **other))) == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 class Pictures(Numbers):

@@ -258,10 +258,11 @@ MISTAKES: tuple[Mistake, ...] = (
     ),
     Mistake(
         file=f"{INPUTS}/batches.py",
-        what="bad examples of an evaluation are a share of those of all hosts",
-        right="bad = BadExamples(own, bad_share",
-        wrong="bad = BadExamples(len(source), bad_share",
+        what="the padding of an evaluation counts the bad examples of other hosts",
+        right="return {name: np.zeros_like(value) for name, value in example.items()}\n    raise",
+        wrong="return {name: np.zeros_like(value) for name, value in example.items()}\n"
+        "        BadExamples(9, 0, None).add(index, example)\n    raise",
         tests="tests/common_jax/test_inputs.py::"
-        "test_bad_examples_of_an_evaluation_are_a_share_of_those_of_the_host",
+        "test_a_host_does_not_count_the_bad_examples_of_another",
     ),
 )
