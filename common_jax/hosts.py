@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import os
 import sys
+import zlib
 from typing import NoReturn
 
 import jax
@@ -126,6 +127,27 @@ def agree(*values: float) -> np.ndarray:
     # As bytes: jax would convert float64 to float32.
     everyone = multihost_utils.process_allgather(mine.view(np.uint8))
     return np.ascontiguousarray(everyone).view(np.float64).max(axis=0)
+
+
+def require_same(what: str, *parts: bytes | memoryview | str) -> None:
+    """Raises ValueError in all processes unless the bytes of `parts` are the same in all of them.
+    All processes must call this at the same point.
+
+    Args:
+      what: what is compared, for the message, such as "the training set".
+      parts: compared by their checksum.
+    """
+    if jax.process_count() == 1:
+        return
+    own = 0
+    for part in parts:
+        own = zlib.crc32(part.encode() if isinstance(part, str) else part, own)
+    highest, lowest = agree(own, -own) * (1, -1)
+    if highest != lowest:
+        raise ValueError(
+            f"{what} is not the same on all hosts (process {jax.process_index()} has checksum "
+            f"{own:08x}): copy the same files to all of them, or share one folder"
+        )
 
 
 def raise_everywhere(failure: Exception | None, elsewhere: Exception) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -34,7 +35,7 @@ from cliptrans_jax.stages import STAGES, Side, Trains, trains
 from cliptrans_jax.towers import siglip
 from cliptrans_jax.towers.table import IMAGE_TOWERS, TEXT_TOWERS, text_tower_of
 from cliptrans_jax.towers.tower import Tower
-from common_jax import checkpoint
+from common_jax import checkpoint, hosts
 from common_jax.config import renamed
 from common_jax.inputs import steps_per_epoch
 from common_jax.weights.memory import give_back
@@ -218,6 +219,8 @@ class RunData:
             name: encode_corpus(self.tokenizer, corpus, name, frame=name, folder=folder)
             for name in corpus.texts
         }
+        arrays = (part for ids in tokens.values() for part in (ids.lengths, ids.flat))
+        hosts.require_same(corpus.name, *(np.ascontiguousarray(part).data for part in arrays))
         examples = choose_examples(
             STAGES[config.stage],
             tokens,

@@ -15,7 +15,7 @@ import common_jax
 from common_jax.ranges import did_you_mean
 
 # Errors that a user can cause; any other is our fault and shows its traceback.
-USER_ERRORS = (ValueError, OSError)
+USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 
 @dataclasses.dataclass(frozen=True)

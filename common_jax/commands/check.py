@@ -172,7 +172,7 @@ def main(argv: Sequence[str], checkers: Checkers) -> None:
             sample = None
         elif arg.startswith("--sample="):
             text = arg.removeprefix("--sample=")
-            if not text.isdigit() or int(text) < 1:
+            if not text.isdecimal() or int(text) < 1:
                 print(
                     f"error: --sample={text} must be a number from 1; or give --all",
                     file=sys.stderr,

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Float
 
-from common_jax import inputs
+from common_jax import hosts, inputs
 from m2mkd_jax.data.augment import AugmentConfig, augment, mix, normalise
 from m2mkd_jax.data.ood import OodConfig, load_ood
 from m2mkd_jax.data.sources import DataConfig, Source, load_source, load_test_source
@@ -70,6 +70,9 @@ def make_feed(
     """
     train = load_source(data, data.train_split) if train is None else train
     test = load_test_source(data, train.label_names) if test is None else test
+    for name, source in (("training", train), ("test", test)):
+        contents = np.asarray(source.labels, np.int32).tobytes(), "\n".join(source.label_names)
+        hosts.require_same(f"the {name} set of config.data", *contents)
     shared = {
         "workers": data.workers,
         "bad_share": data.bad_share,

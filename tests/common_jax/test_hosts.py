@@ -1,8 +1,10 @@
 """Two processes as one run: the same numbers as in one process, and a common stop."""
 
+import contextlib
 import json
 import shutil
 import signal
+import zlib
 
 import jax
 import numpy as np
@@ -166,6 +168,15 @@ def test_processes_agree_on_the_greatest_of_each_value(others):
 def test_one_process_agrees_with_itself():
     assert hosts.agree(True, 2**48 - 1).tolist() == [1.0, 2**48 - 1]
     assert not hosts.agree(False).any()
+
+
+@pytest.mark.parametrize(("theirs", "same"), [("ab", True), ("ac", False)])
+def test_what_is_not_the_same_everywhere_is_named(others, theirs, same):
+    checksum = zlib.crc32(theirs.encode())
+    others([(checksum, -checksum)])
+    context = contextlib.nullcontext() if same else pytest.raises(ValueError, match="^the texts is")
+    with context:
+        hosts.require_same("the texts", "a", b"b")
 
 
 def test_all_are_asked_by_number_until_the_answer_is_yes_and_it_stays(monkeypatch):

@@ -50,6 +50,21 @@ def test_training_batches_by_hand(tmp_path):
     assert values(feed.batches(0), 2) == [[6, 6, 6, 3], [3, 3, 5, 5]]
 
 
+def test_both_sets_are_compared_between_hosts(tmp_path, monkeypatch):
+    compared = {}
+    monkeypatch.setattr(
+        feeds.hosts, "require_same", lambda what, *parts: compared.update({what: parts})
+    )
+    feed_of(tmp_path)
+    assert compared == {
+        f"the {name} set of config.data": (
+            (np.arange(size, dtype=np.int32) % 10).tobytes(),
+            "\n".join(NAMES),
+        )
+        for name, size in (("training", 30), ("test", 10))
+    }
+
+
 def test_batches_follow_seed_and_step(tmp_path):
     feed = feed_of(tmp_path)
     assert feed.steps_per_epoch == 3

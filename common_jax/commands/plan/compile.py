@@ -338,7 +338,7 @@ def read_options(arguments: Sequence[str]) -> tuple[Options, list[str]]:
             continue
         value = value if equals else pending.pop(0) if pending else ""
         if name in ("slices", "examples", "tokens"):
-            if not value.isdigit() or int(value) < 1:
+            if not value.isdecimal() or int(value) < 1:
                 raise ValueError(f"--{name}={value} must be a number from 1")
             value = int(value)
         values[name] = value
