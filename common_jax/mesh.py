@@ -273,12 +273,14 @@ def _check_divides(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh:
         raise ValueError(
             f"partition rule {spec} has more axes than parameter {path!r} of shape {shape}"
         )
-    for size, axis in zip(shape, spec, strict=False):
-        if axis is not None and size % mesh.shape[axis]:
+    for size, entry in zip(shape, spec, strict=False):
+        axes = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+        if size % math.prod(mesh.shape[axis] for axis in axes):
+            over = " x ".join(f"config.mesh.{axis}={mesh.shape[axis]}" for axis in axes)
+            fields = " or ".join(f"config.mesh.{axis}" for axis in axes)
             raise ValueError(
-                f"parameter {path!r} of shape {shape} splits its axis of {size} over "
-                f"config.mesh.{axis}={mesh.shape[axis]}, which does not divide it; "
-                f"change config.mesh.{axis} or the model's size"
+                f"parameter {path!r} of shape {shape} splits its axis of {size} over {over}, which "
+                f"does not divide it; change {fields} or the model's size"
             )
 
 

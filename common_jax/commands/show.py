@@ -162,7 +162,8 @@ def list_parameters(params: Mapping[str, Any], shardings: Any, use: str) -> list
     placed = traverse_util.flatten_dict(dict(shardings), sep="/")
     groups: dict[tuple[str, ...], list[int]] = {}
     for path, leaf in traverse_util.flatten_dict(dict(params), sep="/").items():
-        axes = [axis or "-" for axis in placed[path].spec]
+        spec = placed[path].spec
+        axes = ["+".join(axis) if isinstance(axis, tuple) else axis or "-" for axis in spec]
         shape = " x ".join(map(str, leaf.shape)) or "scalar"
         key = re.sub(r"\d+", "*", path), use, shape, leaf.dtype.name, ", ".join(axes) or "none"
         groups.setdefault(key, []).append(count(leaf))

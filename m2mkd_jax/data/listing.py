@@ -1,5 +1,6 @@
 """Listing the image files of a directory by class, following links without loops or duplicates."""
 
+import collections
 import dataclasses
 import errno
 import logging
@@ -12,6 +13,8 @@ from common_jax.inputs.names import printable as printable
 from common_jax.inputs.pictures import SUFFIXES, read_file
 
 IMAGE_SUFFIXES = SUFFIXES
+# Files that may well lie among images.
+NOT_IMAGES = ("", ".csv", ".db", ".ini", ".json", ".md", ".txt", ".xml")
 DEEPEST = 32  # levels of nested folders below a class
 
 
@@ -70,6 +73,20 @@ def require_class_folders(loose: list[str], classes: list[str], *, at: str) -> N
     )
 
 
+def warn_of_other_files(names: Iterable[str], *, at: str) -> None:
+    """Warns about files in class folders that may be images but have another suffix."""
+    suffixes = (os.path.splitext(name)[1].lower() for name in names)
+    counts = collections.Counter(suffix for suffix in suffixes if suffix not in NOT_IMAGES)
+    if counts:
+        logging.warning(
+            "%s: left out %d files that are not named like images: %s; those are %s",
+            at,
+            sum(counts.values()),
+            listed(f"{suffix} ({count})" for suffix, count in counts.most_common()),
+            ", ".join(IMAGE_SUFFIXES),
+        )
+
+
 def find_in_directory(root: Path, split: str) -> tuple[DirectoryFiles, list[str], int]:
     """Returns (images, classes, position of the class among the parts of an image's path).
 
@@ -109,6 +126,7 @@ def find_in_directory(root: Path, split: str) -> tuple[DirectoryFiles, list[str]
     names = [
         f"{prefix}{name}/{file}" for name in classes for file in walk.images(str(top / name), name)
     ]
+    warn_of_other_files(walk.others, at=at)
     if walk.left_out:
         logging.warning(
             "%s: left out %d links to folders that were already read: %s",
@@ -129,6 +147,7 @@ class _Walk:
 
     def __init__(self, top: str, at: str):
         self.left_out: list[str] = []
+        self.others: list[str] = []  # files without an image suffix
         self._top = top
         self._at = at
         self._owner: dict[str, str] = {}  # class by the real path of a folder
@@ -173,6 +192,8 @@ class _Walk:
                         queue.append((entry.path, target, f"{below}{entry.name}/"))
                     elif is_image(entry.name):
                         yield below + entry.name
+                    else:
+                        self.others.append(entry.name)
 
     def _holds_top(self, real: str) -> bool:
         return self._top == real or self._top.startswith(real.rstrip("/") + "/")

@@ -10,7 +10,14 @@ import numpy as np
 
 from common_jax.inputs.pictures import require_small
 from common_jax.untrusted import DAMAGED
-from m2mkd_jax.data.listing import is_hidden, is_image, listed, missing_split, require_class_folders
+from m2mkd_jax.data.listing import (
+    is_hidden,
+    is_image,
+    listed,
+    missing_split,
+    require_class_folders,
+    warn_of_other_files,
+)
 
 HEADER = 30  # bytes of a member's local header, before its name
 END = 22  # bytes of the record at the end, before the zip's comment
@@ -128,6 +135,9 @@ def find_in_zip(root: Path, split: str) -> tuple[ZipFiles, list[str], int]:
     loose = [name for name, below in parts.items() if len(below) == 1 and is_image(below[0])]
     require_class_folders(loose, classes, at=f"config.data.path={str(root)!r}, split {split!r}")
     images = [m for m in deep if parts[m.filename][0] and is_image("/".join(parts[m.filename]))]
+    visible = [m for m in deep if not m.is_dir() and not any(map(is_hidden, parts[m.filename]))]
+    others = [parts[m.filename][-1] for m in visible if not is_image(m.filename)]
+    warn_of_other_files(others, at=f"config.data.path={str(root)!r}, split {split!r}")
     # Sorted by name like a directory, so that a seed selects the same images from either.
     images.sort(key=lambda member: member.filename)
     _require_no_hidden_image(root, members, images)

@@ -74,6 +74,8 @@ def _without_effect(config: Config) -> Iterator[tuple[str, str]]:
     if not config.ood.source:
         why = "config.ood.source is empty, so there is no OOD set"
         yield from ((f"ood.{name}", why) for name in ("path", "split", "name", "classes"))
+    if config.data.train_split == config.data.test_split:
+        yield "data.test_per_class", "config.data.train_split and test_split are the same"
     if not config.data.test_share:
         yield "data.split_seed", "config.data.test_share=0 draws no split"
     if family_of(config.model).preparation is None:

@@ -108,6 +108,15 @@ def test_rules_refuse_what_does_not_fit(params, message):
         match_rules(((r"/up$", P("expert", "fsdp")),), params, mesh)
 
 
+def test_an_axis_may_be_split_over_two_axes_of_the_mesh():
+    mesh, spec = make_mesh(MeshConfig(fsdp=2, expert=2)), P(("fsdp", "expert"))
+    placed = match_rules(((r"/up$", spec),), {"up": leaf(4)}, mesh)
+    assert placed["up"].spec == spec
+    said = r"axis of 6 over config\.mesh\.fsdp=2 x config\.mesh\.expert=2, which does not divide"
+    with pytest.raises(ValueError, match=said):
+        match_rules(((r"/up$", spec),), {"up": leaf(6)}, mesh)
+
+
 def test_idle_rules_are_those_that_come_first_nowhere():
     rules = ((r"/up$", P()), (r"/up", P()), (r"/gone$", P()))
     assert idle_rules(rules, {"up": leaf(1)}, {"a": {"up": leaf(1)}}) == [r"/up", r"/gone$"]

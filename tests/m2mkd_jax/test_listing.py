@@ -1,6 +1,7 @@
 """Image names: which files are images, how lists of them are displayed, and lists of classes."""
 
 import logging
+import zipfile
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 from m2mkd_jax.data import folders
 from m2mkd_jax.data.folders import label_rows, progress, read_names, require_filled
 from m2mkd_jax.data.listing import DEEPEST, find_in_directory, is_image, listed, printable
+from m2mkd_jax.data.zips import find_in_zip
 
 
 def test_ten_names_are_shown_in_order_and_the_others_counted():
@@ -53,6 +55,27 @@ def test_folders_are_followed_so_far_and_no_further(tmp_path):
     (folder / "x").mkdir()
     with pytest.raises(ValueError, match=rf"lies more than {DEEPEST} folders deep"):
         find_in_directory(tmp_path, "train")
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_files_that_may_be_images_of_another_kind_are_counted(tmp_path, zipped, caplog):
+    folder = tmp_path / "train/ant"
+    folder.mkdir(parents=True)
+    Image.new("L", (4, 4)).save(folder / "0.png")
+    for name in ("1.avif", "2.AVIF", "3.jfif", "boxes.txt", ".4.avif", "README"):
+        (folder / name).touch()
+    if zipped:
+        with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+            for path in sorted(tmp_path.rglob("train/**/*")):
+                archive.write(path, path.relative_to(tmp_path))
+        files, _, _ = find_in_zip(tmp_path / "set.zip", "train")
+    else:
+        files, _, _ = find_in_directory(tmp_path, "train")
+    assert len(files.names) == 1
+    assert (
+        "left out 3 files that are not named like images: .avif (2), .jfif (1); those are .bmp"
+        in (caplog.text)
+    )
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])

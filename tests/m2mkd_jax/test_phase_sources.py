@@ -362,3 +362,18 @@ def test_a_frozen_network_has_the_classes_of_the_run(held, tmp_path, phase, role
     said = rf"config\.sources\.{role}='.*other' calls class 8 '9', but config\.data calls it '8'"
     with pytest.raises(ValueError, match=said):
         run_phase(dataclasses.replace(config, sources=sources), tmp_path / "run", MESH)
+
+
+def test_a_frozen_network_of_an_unfinished_run_is_warned_of(held, started, tmp_path, caplog):
+    config = config_of("train_module", held, meta="a")
+    started(config)
+    assert "is not finished" not in caplog.text  # converted weights are no run
+    other = shutil.copytree(held["a"], tmp_path / "other")
+    (other / "config.json").write_text("{}")
+    config = dataclasses.replace(config, sources=SourcesConfig(meta=str(other)))
+    started(config)
+    assert f"{other} is not finished" in caplog.text
+    caplog.clear()
+    (other / "result.json").write_text("{}")
+    started(config)
+    assert "is not finished" not in caplog.text
