@@ -116,6 +116,14 @@ def find_folder(path: str, split: str) -> SplitFiles:
     at = f"config.data.path={path!r}, split {split!r}"
     if not files.names:
         raise FileNotFoundError(f"{at}: no image ({', '.join(IMAGE_SUFFIXES)}) in SPLIT/CLASS/")
+    if all(map(str.isdecimal, classes)) and len(set(map(len, classes))) > 1:
+        logging.warning(
+            "%s: classes are numbers, but are sorted as text, so %r has label %d; weights that were "
+            "trained elsewhere may number them otherwise: pad the names with zeros, or use a table",
+            at,
+            max(classes, key=int),
+            classes.index(max(classes, key=int)),
+        )
     label_of = {name: label for label, name in enumerate(classes)}
     labels = np.array([label_of[name.split("/")[depth]] for name in files.names], np.int32)
     require_filled(labels, classes, at=at, way_out="fill or remove the folder")

@@ -43,7 +43,11 @@ def idle(config: Config) -> dict[str, str]:
     found |= idle_optim(config, pipeline=pipeline)
     found |= {path: why for path, why in _without_effect(config) if _is_set(config, path)}
     read = reads()[config.phase]
-    return {path: why for path, why in found.items() if not unread([path], read)}
+    found = {path: why for path, why in found.items() if not unread([path], read)}
+    if config.module != "all" and (pipeline or not PHASES[config.phase].modular):
+        # Also given as an argument of the config file, which no check of flags sees.
+        found["module"] = f"phase={config.phase!r} does not train single modules"
+    return found
 
 
 def warn_of_untrained_router(config: Config) -> None:

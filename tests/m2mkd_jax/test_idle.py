@@ -125,3 +125,10 @@ def test_the_warning_is_right_about_the_gradient():
     logits = jax.random.normal(jax.random.key(0), (1, 5, 4))
     assert not jnp.any(jax.grad(total)(logits, topk_softmax))
     assert jnp.any(jax.grad(total)(logits, softmax_topk))
+
+
+@pytest.mark.parametrize(
+    ("phase", "warns"), [("pipeline", True), ("end_to_end", True), ("distill", False)]
+)
+def test_a_module_is_for_phases_that_train_single_ones(phase, warns):
+    assert ("module" in idle(changed("module", "1", changed("phase", phase)))) == warns

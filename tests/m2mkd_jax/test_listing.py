@@ -105,3 +105,15 @@ def test_progress_gives_every_item_and_says_how_far_it_is(monkeypatch, caplog, t
         assert list(progress("abcd", total=4, title="reading")) == list("abcd")
     said = [] if terminal else ["reading: 50 % in 12 s", "reading: 100 % in 25 s"]
     assert [record.message for record in caplog.records] == said
+
+
+@pytest.mark.parametrize(
+    ("names", "label"), [(("2", "10"), 0), (("02", "10"), None), (("2", "9"), None)]
+)
+def test_numbers_of_classes_that_are_sorted_as_text_are_warned_of(tmp_path, names, label, caplog):
+    for name in names:
+        (tmp_path / "train" / name).mkdir(parents=True)
+        Image.new("L", (4, 4)).save(tmp_path / "train" / name / "0.png")
+    assert folders.find_folder(str(tmp_path), "train").label_names == tuple(sorted(names))
+    assert (f"'10' has label {label};" in caplog.text) == (label is not None)
+    assert bool(caplog.text) == (label is not None)
