@@ -284,5 +284,6 @@ def _blank(reader: _EvalReader) -> Example:
         if not isinstance(example, BadExample):
             return {name: np.zeros_like(value) for name, value in example.items()}
     raise ValueError(
-        f"all {len(reader.source)} examples are bad, which leaves none to evaluate: {example}"
+        f"all {len(reader.source)} examples are bad, which leaves none to evaluate: {example}; "
+        "repair or remove them"
     )

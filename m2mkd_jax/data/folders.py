@@ -118,8 +118,8 @@ def find_folder(path: str, split: str) -> SplitFiles:
         raise FileNotFoundError(f"{at}: no image ({', '.join(IMAGE_SUFFIXES)}) in SPLIT/CLASS/")
     if all(map(str.isdecimal, classes)) and len(set(map(len, classes))) > 1:
         logging.warning(
-            "%s: classes are numbers, but are sorted as text, so %r has label %d; weights that were "
-            "trained elsewhere may number them otherwise: pad the names with zeros, or use a table",
+            "%s: classes are numbers, but are sorted as text, so %r has label %d; weights from "
+            "elsewhere may number them otherwise: pad the names with zeros, or use a table",
             at,
             max(classes, key=int),
             classes.index(max(classes, key=int)),

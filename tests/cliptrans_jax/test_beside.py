@@ -85,7 +85,7 @@ def test_open_clip_says_its_activation(tmp_path):
     quick = OPEN_CLIP | {"model_cfg": OPEN_CLIP["model_cfg"] | {"quick_gelu": True}}
     folder = open_clip_folder(tmp_path / "quick", quick)
     assert pretrained.load(folder, kind="clip_text").config == TEXT
-    with pytest.raises(ValueError, match=r"says activation='quick_gelu', and .*_activation='gelu'"):
+    with pytest.raises(ValueError, match=r"says activation='quick_gelu', but .*_activation='gelu'"):
         pretrained.load(folder, activation="gelu")
 
 

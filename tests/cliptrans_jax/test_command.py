@@ -105,7 +105,7 @@ def refused(capsys, corpus, tmp_path):
             ["--config.sources.clip_text=/tower"],
             ["config.clip_tokenizer.kind='trained'", "'xlmr' for 'mclip'", "clip_tokenizer.path"],
         ),
-        (["--config.mesh.data=3"], ["config.mesh=data 3", "8 devices", "change config.mesh"]),
+        (["--config.mesh.data=3"], ["config.mesh=data 3", "are 8 here", "change config.mesh"]),
         (["--config.optim.batch=12"], ["config.optim.batch", "=12", "8 devices"]),
         (["--config.optim.batch=16", "--config.optim.accumulate=4"], ["accumulate=4", "8 devices"]),
         (["--config.decode.batch=12"], ["config.decode.batch=12", "8 devices"]),

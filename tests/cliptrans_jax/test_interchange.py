@@ -156,7 +156,7 @@ def test_a_model_of_the_hub_is_fetched_only_when_asked(tmp_path, monkeypatch, fo
         pretrained.load("facebook/mbart")
     with pytest.raises(FileNotFoundError, match="no a/b/c; give a folder"):
         pretrained.load("a/b/c", fetch=True)
-    with pytest.raises(ValueError, match="gs://a/b must be on a disk"):
+    with pytest.raises(ValueError, match="gs://a/b must be on a local disk"):
         pretrained.load("gs://a/b", fetch=True)
     assert not fetched
     found = pretrained.load("facebook/mbart", fetch=True)

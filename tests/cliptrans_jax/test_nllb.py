@@ -258,8 +258,8 @@ def test_rates_that_have_no_effect_are_noted(tmp_path):
     found = pretrained.load(folder, kind="nllb")
     assert_same(found.params, params)
     assert found.account.notes == (
-        "attention_dropout=0.1 of its config.json has no effect here, not even in training",
-        "encoder_layerdrop=0.05 of its config.json has no effect here, not even in training",
+        "attention_dropout=0.1 in its config.json has no effect here, not even in training",
+        "encoder_layerdrop=0.05 in its config.json has no effect here, not even in training",
     )
 
 

@@ -243,7 +243,8 @@ def test_heads_that_no_shape_tells_must_be_given(tmp_path):
         tmp_path / "a.safetensors", make_params(kinds.CLIPTRANS, MODEL), MODEL
     )
     with pytest.raises(
-        ValueError, match=r"a\.safetensors has a translator of width 16, whose number"
+        ValueError,
+        match=r"a\.safetensors has a translator of width 16, and its tensors do not show",
     ):
         pretrained.load(tmp_path / "a.safetensors")
 
@@ -318,7 +319,9 @@ def test_a_kind_that_does_not_fit_is_named(tmp_path):
     file = folder / "model.safetensors"
     with pytest.raises(ValueError, match=r"kind='mbert' is none of .*did you mean 'mbart'"):
         pretrained.load(folder, kind="mbert")
-    with pytest.raises(ValueError, match=r"holds no 'mclip', whose Linear.*; it holds 'mbart'"):
+    with pytest.raises(
+        ValueError, match=r"holds no 'mclip': it lacks its Linear.*; it holds 'mbart'"
+    ):
         pretrained.load(file, kind="mclip")
     with pytest.raises(
         ValueError, match=r"config is a MClipConfig, but kind='mbart' takes a MBart"

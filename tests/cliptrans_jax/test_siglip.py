@@ -179,7 +179,7 @@ def test_each_side_is_read_from_one_folder(folder):
     whole = [*tensors_of("text"), *tensors_of("vision")]
     assert sorted(taken) == sorted(whole)
     assert pretrained.load(folder).kind == "siglip_vision"
-    with pytest.raises(ValueError, match=r"holds no 'clip_text', whose .* it holds 'siglip"):
+    with pytest.raises(ValueError, match=r"holds no 'clip_text': it lacks .*; it holds 'siglip"):
         pretrained.load(folder, kind="clip_text")
 
 
@@ -247,7 +247,7 @@ def test_pictures_that_are_cut_otherwise_are_refused(folder):
         ({}, None),
         ({"interpolation": "bicubic", "resize_mode": "shortest"}, None),
         ({"interpolation": "bilinear"}, "interpolation='bilinear', .* resized with BICUBIC"),
-        ({"resize_mode": "squash"}, r"resize_mode='squash', .* cropped to a square; take one with"),
+        ({"resize_mode": "squash"}, r"resize_mode='squash', .* cropped to a square; use one with"),
     ],
 )
 def test_openclip_s_words_for_pictures_are_read_too(changes, message):

@@ -381,7 +381,7 @@ def test_published_sizes_have_the_published_count_and_split(network, rules, coun
         (lambda: resnet.ResNetConfig(image=40), "image=40 must be a multiple of 32"),
         (lambda: resnet.ResNetConfig(layers=(1, 2)), r"layers=\(1, 2\) must be four numbers"),
         (lambda: resnet.ResNetConfig(width=3), "width=3 must be even"),
-        (lambda: shapes_of(build("mclip"), *(jnp.zeros((1, 11), jnp.int32),) * 2), "allow 10;"),
+        (lambda: shapes_of(build("mclip"), *(jnp.zeros((1, 11), jnp.int32),) * 2), "allows 10;"),
         (lambda: shapes_of(build("text"), jnp.zeros((1, 11), jnp.int32), None), "positions=10;"),
         (lambda: shapes_of(build("vision"), jnp.zeros((2, 8, 4, 3))), r"takes \(2, 8, 8, 3\)"),
         (lambda: shapes_of(build("resnet"), jnp.zeros((2, 64, 64, 3))), r"takes \(2, 32, 32, 3\)"),

@@ -156,7 +156,7 @@ def test_blocks_are_numbered_through_the_stages(block, stage, within):
     listed = f"stages.{stage}.blocks.{within}.norm1.bias"
     assert WHOLE.aliases[listed] == f"blocks.{block}.norm1.bias"
     assert WHOLE.aliases["stages.2.head.bias"] == "head.bias"
-    with pytest.raises(IndexError, match=r"depths=\(2, 1, 2\) are 5 blocks"):
+    with pytest.raises(IndexError, match=r"depths=\(2, 1, 2\) have only 5 blocks"):
         locate(5, DEPTHS)
 
 
@@ -205,7 +205,7 @@ def add(name):
         (drop("blocks.0.moe.experts.1.htoh4.bias"), r"experts\.1\.htoh4\.bias \(1, 12\) is miss"),
         (
             add("blocks.0.moe.experts.htoh4.bias"),
-            r"htoh4\.bias \(1, 1\) and .*htoh4\.bias are one",
+            r"htoh4\.bias \(1, 1\) and .*htoh4\.bias are the same",
         ),
         (add("blocks.0.mlp.fc1.weight"), r"mlp\.fc1\.weight \(1, 1\) has no place"),
         (add("blocks.2.norm1.weight"), r"blocks\.2\.norm1\.weight \(1, 1\) has no place"),
