@@ -16,6 +16,7 @@ SOURCES = " ".join(
         "other_numbers_for_pixels_are_seen",
     )
 )
+FOREIGN = f"{TESTS}/test_phase_sources.py"
 FAMILIES = f"{TESTS}/test_families.py"
 CIRCUIT = f"{TESTS}/test_circuit.py"
 ASSIGNMENT = f"{TESTS}/test_assignment.py"
@@ -317,5 +318,26 @@ MISTAKES: tuple[Mistake, ...] = (
         "(scores == own_score) & earlier",
         "(scores == own_score) & ~earlier",
         TOTALS,
+    ),
+    Mistake(
+        "m2mkd_jax/phases/weights.py",
+        "frozen networks may have been trained with other fields",
+        "        if frozen:\n            flags",
+        "        if not frozen:\n            flags",
+        f"{FOREIGN}::test_a_frozen_network_is_run_as_it_was_trained",
+    ),
+    Mistake(
+        "m2mkd_jax/phases/weights.py",
+        "fields of sections within a section are named as if they were its own",
+        'differing |= {f"{name}.{path}": values for path',
+        "differing |= {path: values for path",
+        f"{FOREIGN}::test_a_trained_network_may_continue_as_another",
+    ),
+    Mistake(
+        "m2mkd_jax/phases/teachers.py",
+        "classes of the teachers alone are compared",
+        "given = getattr(config.sources, role)\n        several",
+        'given = getattr(config.sources, "teachers")\n        several',
+        f"{FOREIGN}::test_a_frozen_network_has_the_classes_of_the_run",
     ),
 )

@@ -386,4 +386,26 @@ MISTAKES: tuple[Mistake, ...] = (
         "most = min(most or 1, *(size // of for size, of in sizes))",
         GPUS,
     ),
+    Mistake(
+        "common_jax/checkpoint/writing.py",
+        "of losses the highest is the best",
+        "return -value if metric",
+        "return value if metric",
+        "tests/common_jax/test_checkpoint.py::test_of_losses_the_lowest_stays",
+    ),
+    Mistake(
+        "common_jax/hosts.py",
+        "hosts whose data differ are not noticed",
+        "if highest != lowest:",
+        "if highest < lowest:",
+        "tests/common_jax/test_hosts.py::test_what_is_not_the_same_everywhere_is_named",
+    ),
+    Mistake(
+        "common_jax/weights/warm_start.py",
+        "a regex of the user that matches nothing is not warned of",
+        "allowance.asked and not any(",
+        "allowance.asked and any(",
+        "tests/common_jax/test_weights.py::"
+        "test_a_regex_of_the_user_that_matches_nothing_is_warned_of",
+    ),
 )
