@@ -89,9 +89,10 @@ class LoadedModel:
             drops=STAGES[self.config.stage].captioning,
         )
         features, tokens = self._encode(sentences, pictures)
-        clip_room = None if tokens is None else self.data.text_tower.longest
-        limit = self.config.sentence_limit
-        inputs = Inputs(examples, features, tokens, self.tokenizer.pad, limit, clip_room)
+        limit, clip = self.config.sentence_limit, ()
+        if tokens is not None:
+            clip = (self.data.text_tower.tokenizer.pad, self.data.text_tower.longest)
+        inputs = Inputs(examples, features, tokens, self.tokenizer.pad, limit, *clip)
         batches = decode_batches(self.config, inputs, shard=(0, 1))
         hypotheses = self.search(self.params, batches)
         return [hypotheses[index] for index in range(len(sentences))]

@@ -64,9 +64,10 @@ class Inputs:
       features: one CLIP feature per example; None if the model takes none or computes its own.
       clip_tokens: sentences framed for the text tower, if the model runs one to compute features;
         else None.
-      pad: the padding id, the same for every tokenizer.
+      pad: the translator's padding id.
       room: positions that the model has left after its prefix, the limit of padded lengths.
-      clip_room: the same for the text tower; None without `clip_tokens`.
+      clip_pad, clip_room: the text tower's padding id, which may be another one, and its limit of
+        padded lengths; None without `clip_tokens`.
     """
 
     examples: Examples
@@ -74,6 +75,7 @@ class Inputs:
     clip_tokens: Sequence[np.ndarray] | None
     pad: int
     room: int
+    clip_pad: int | None = None
     clip_room: int | None = None
 
     def __len__(self) -> int:
@@ -201,7 +203,7 @@ def collate(
     if inputs.clip_tokens is not None:
         tokens = elements(inputs.clip_tokens, indices)
         length = _padded_length(tokens, batching, inputs.clip_room)
-        batch["clip_tokens"] = pad(tokens[rows], length, pad_id=inputs.pad)
+        batch["clip_tokens"] = pad(tokens[rows], length, pad_id=inputs.clip_pad)
     return batch
 
 

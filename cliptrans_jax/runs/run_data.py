@@ -263,7 +263,8 @@ class RunData:
                 name: encode_corpus(tower.tokenizer, corpus, name, frame=None, folder=folder)
                 for name in examples.read
             }
-            return Inputs(examples, None, examples.of_source(tokens), *framed, tower.longest)
+            clip = (tower.tokenizer.pad, tower.longest)
+            return Inputs(examples, None, examples.of_source(tokens), *framed, *clip)
         place = {"folder": features_folder(config, self.workdir), "mesh": self.mesh}
         images, texts = None, {}
         if examples.side is Side.IMAGE:

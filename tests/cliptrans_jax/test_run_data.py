@@ -55,6 +55,7 @@ class Tower:
     tokenizer = dataclasses.replace(
         number_tokenizer(limit=longest),
         cut=lambda texts: [[len(text)] for text in texts],
+        pad=0,
         vocab=1000,
         special=frozenset(),
     )
@@ -156,6 +157,7 @@ def test_a_step_that_runs_the_tower_gets_its_tokens(corpus, data_of, stage, chan
     english = read_split(corpus, "train")[0]
     assert found.inputs.features is None and data_of.asked == []
     assert [ids.tolist() for ids in found.inputs.clip_tokens] == [[0, len(x), 2] for x in english]
+    assert (found.inputs.pad, found.inputs.clip_pad) == (1, 0)
     assert found.inputs.clip_room == Tower.longest
 
 

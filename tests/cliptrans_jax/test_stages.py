@@ -25,7 +25,7 @@ from cliptrans_jax.data.feed import (
 from cliptrans_jax.stages import FREEZES, STAGES, TRANSLATION_STAGES, Side, trainable
 from cliptrans_jax.translators.table import TRANSLATORS
 
-SIZE, BATCH, PAD, EOS, ROOM = 22, 4, 1, 2, 24
+SIZE, BATCH, PAD, CLIP_PAD, EOS, ROOM = 22, 4, 1, 0, 2, 24
 CODES = {"en": 90, "de": 91}
 
 
@@ -195,7 +195,7 @@ def inputs_of(examples, *, clip=False):
     numbers = np.arange(len(examples), dtype=np.float32)[:, None]
     tokens = [np.array([0, 30 + i, EOS], np.int32) for i in range(len(examples))]
     if clip:
-        return Inputs(examples, None, tokens, PAD, ROOM, 3)
+        return Inputs(examples, None, tokens, PAD, ROOM, CLIP_PAD, 3)
     return Inputs(examples, numbers, None, PAD, ROOM)
 
 
@@ -315,6 +315,19 @@ def test_features_and_clip_tokens_stay_with_their_sentences():
             assert kept.tolist() == numbers(batch)
             assert batch[name].shape == (BATCH, 3 if clip else 1)  # the tower's length
             assert batch["source"][:, 1].tolist() == batch["labels"][:, 1].tolist()
+
+
+def test_the_text_tower_s_sentences_are_padded_with_its_own_id():
+    examples = choose("translate")
+    tokens = [np.full(1 + i % 3, 30, np.int32) for i in range(len(examples))]
+    inputs = Inputs(examples, None, tokens, PAD, ROOM, CLIP_PAD, 3)
+    rows = np.arange(BATCH)
+    batch = collate(
+        inputs, rows, slice(0, BATCH), BatchingConfig(), noise=NoiseConfig(), seed=0, epoch=0
+    )
+    ids = batch["clip_tokens"]
+    assert [row[row != CLIP_PAD].tolist() for row in ids] == [tokens[i].tolist() for i in rows]
+    assert PAD in batch["source"] and PAD not in ids
 
 
 def test_lengths_are_few_and_never_beyond_the_room():
