@@ -161,8 +161,11 @@ class SourcesConfig(Section):
         return self.mbart
 
     def after(self, stage: str) -> "SourcesConfig":
-        """These sources, with the workdir of the previous stage as the model, if there is one."""
-        return dataclasses.replace(self, model=stage, mbart="") if stage else self
+        """These sources, with the workdir of the previous stage as the model, if there is one. What
+        is left out of the user's sources is not left out of that stage's result."""
+        if not stage:
+            return self
+        return dataclasses.replace(self, model=stage, mbart="", fresh="", leave="")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Loss and warm start for the stages that train a translator."""
 
+import logging
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -82,7 +84,7 @@ def make_warm_start(
             published = pretrained.load(
                 sources.model, kind="cliptrans", config=config.model, weights=sources.weights
             )
-            parts.append(_published(published, published.params, rest))
+            parts.append(_published(published, published.params, rest, fresh=sources.fresh))
         elif sources.translator:
             published = pretrained.load(
                 sources.translator,
@@ -92,7 +94,8 @@ def make_warm_start(
             )
             _require_sizes(config, published.config)
             name = architecture.subtree
-            parts.append(_published(published, {name: published.params}, {name: rest[name]}))
+            params, shapes_of = {name: published.params}, {name: rest[name]}
+            parts.append(_published(published, params, shapes_of, fresh=sources.fresh))
         if tower is not None and "clip" not in rest:
             params = pretrained.place(tower.params, shapes["clip"])
             account = [{"source": "text tower", "as": "clip"} | size_of(params)]
@@ -144,9 +147,19 @@ def _take_run(config: Config, shapes: Mapping[str, Any], *, read: bool = True) -
     return take(shapes, origins, fresh=fresh, leave=leave, read=read)
 
 
-def _published(published: Any, params: Mapping[str, Any], shapes: Mapping[str, Any]) -> WarmStart:
-    arrays = pretrained.place(params, shapes)
+def _published(
+    published: Any, params: Mapping[str, Any], shapes: Mapping[str, Any], *, fresh: str
+) -> WarmStart:
+    params, shapes = (traverse_util.flatten_dict(tree, sep="/") for tree in (params, shapes))
+    left_out = sorted(path for path in shapes if fresh and re.fullmatch(fresh, path))
+    if fresh and not left_out:
+        logging.warning("config.sources.fresh=%r matches no parameter and changes nothing", fresh)
+    for path in left_out:
+        params.pop(path, None)
+        del shapes[path]
+    arrays = traverse_util.unflatten_dict(pretrained.place(params, shapes), sep="/")
     account = {
+        "fresh": [{"name": path, "reason": "config.sources.fresh"} for path in left_out],
         "taken": [{"source": published.source, "as": published.kind} | size_of(arrays)],
         "left": [{"name": name, "reason": why} for name, why in published.account.dropped],
         "notes": [*published.account.notes],

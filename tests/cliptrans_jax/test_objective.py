@@ -375,14 +375,21 @@ def test_a_run_with_a_trained_tower_is_not_taken_without_it(sources):
     assert [entry["name"] for entry in found.account["left"]] == ["clip/words"]
 
 
-def test_what_is_to_be_fresh_is_not_taken(sources):
+@pytest.mark.parametrize(
+    "source", [{"model": "plain"}, {"model": "released.safetensors"}, {"mbart": "mbart"}]
+)
+def test_what_is_to_be_fresh_is_not_taken(sources, source, caplog):
     regex = "mapper/.*|mbart/decoder/positions.*"
-    found = start(config_of(model=sources / "plain", fresh=regex))
+    given = {name: sources / folder for name, folder in source.items()}
+    found = start(config_of(**given, fresh=regex))
     paths = set(traverse_util.flatten_dict(dict(found.params), sep="/"))
     every = set(traverse_util.flatten_dict(OURS, sep="/"))
     fresh = {path for path in every if path.startswith(("mapper/", "mbart/decoder/positions"))}
     assert fresh and paths == every - fresh
     assert {entry["name"] for entry in found.account["fresh"]} == fresh
+    assert "matches no parameter" not in caplog.text
+    start(config_of(**given, fresh="maper/.*"))
+    assert "config.sources.fresh='maper/.*' matches no parameter" in caplog.text
 
 
 def test_a_run_that_kept_an_average_hands_on_what_it_trained(tmp_path):
