@@ -247,3 +247,27 @@ def test_a_command_line_that_is_not_understood_ends_with_2(capsys):
     with pytest.raises(SystemExit) as end:
         check_data.main(["check_data.py", IMAGES, "--everything"])
     assert end.value.code == 2 and "everything" in capsys.readouterr().err
+
+
+def test_lines_with_both_sentences_are_what_a_translator_learns_from(tmp_path, capsys):
+    rows = {"train": [("a", ""), ("", "b"), ("a", "b"), ("c", "d")], "val": [("a", ""), ("", "b")]}
+    for split, pairs in rows.items():
+        for place, language in enumerate(("en", "de")):
+            text = "".join(f"{pair[place]}\n" for pair in pairs)
+            (tmp_path / f"{split}.{language}").write_text(text)
+    flags = [
+        f"--config={ROOT}/configs/cliptrans/emoji.py:stage=translate,model=text_only",
+        "--config.data.source=text",
+        f"--config.data.path={tmp_path}",
+        "--config.data.train_split=train",
+        "--config.data.test_split=train",
+        "--config.data.further_tests=()",
+        "--config.languages=('en','de')",
+        "--config.optim.batch=3",
+    ]
+    status, printed, problems = check(capsys, *flags)
+    assert status == 1 and "en: 4 lines, 1 of them empty" in printed
+    assert "en and de: 2 lines with both" in printed
+    assert len(problems) == 2, problems
+    assert "a batch of 3 is more than the 2 examples of" in problems[0]
+    assert "has no line with both en and de" in problems[1]

@@ -9,7 +9,7 @@ from cliptrans_jax.config import SIDES, Config
 from cliptrans_jax.data.corpora import load_corpus
 from cliptrans_jax.data.corpus import Corpus, FolderImages
 from cliptrans_jax.runs.pipeline import plan
-from cliptrans_jax.runs.run_data import used_languages
+from cliptrans_jax.runs.run_data import pairs_of, used_languages
 from cliptrans_jax.stages import SCORED_AS, TRANSLATION_STAGES, Side, Trains, trains
 from common_jax.commands.check import NOWHERE, Findings, read_sizes, say_bad
 from common_jax.inputs.names import listed
@@ -24,7 +24,9 @@ class Need:
       filled: the languages that must not be empty.
       pictures: whether any stage reads pictures.
       strict: whether any of these stages fails if a picture is missing.
-      batch: the largest number of training examples per step.
+      batch: the largest number of pictures with sentences per step.
+      pairs: the pairs of languages, source and target, of translations.
+      batches: by the pairs that a run trains on, the largest number of examples per step.
     """
 
     languages: set[str] = dataclasses.field(default_factory=set)
@@ -32,6 +34,8 @@ class Need:
     pictures: bool = False
     strict: bool = False
     batch: int = 0
+    pairs: set[tuple[str, str]] = dataclasses.field(default_factory=set)
+    batches: dict[tuple[tuple[str, str], ...], int] = dataclasses.field(default_factory=dict)
 
 
 def needs_of(runs: Iterable[Config]) -> dict[str, Need]:
@@ -56,11 +60,12 @@ def needs_of(runs: Iterable[Config]) -> dict[str, Need]:
             side = stage.train if key == "train_split" else test_side
             needs[key].languages |= pair
             needs[key].filled |= set(used_languages(run) if trained else pair)
+            needs[key].pairs |= set(pairs_of(run) if trained else [run.data.pair])
             if run.has_prefix and side is Side.IMAGE:
                 needs[key].pictures = needs[key].strict = True
         if trained:
-            batch = run.optim.batch // (2 if run.all_languages else 1)
-            needs["train_split"].batch = max(needs["train_split"].batch, batch)
+            pairs, batches = tuple(pairs_of(run)), needs["train_split"].batches
+            batches[pairs] = max(batches.get(pairs, 0), run.optim.batch)
     return needs
 
 
@@ -81,21 +86,38 @@ def check_cliptrans(config: Config, findings: Findings) -> None:
 def _check_split(config: Config, key: str, split: str, need: Need, findings: Findings) -> None:
     data = config.data
     findings.say(f"{split} (config.data.{key})")
-    readable = []
-    for language in sorted(need.languages):
-        corpus = findings.attempt(load_corpus, data, split, (language,))
-        if corpus is not None:
-            readable.append(language)
-            empty = corpus.empty[language]
-            findings.say(f"  {language}: {len(corpus)} lines, {empty} of them empty")
-            if empty == len(corpus) and (len(corpus) == 0 or language in need.filled):
-                findings.problem(f"{corpus.name} has no sentence in {language!r}")
-    if not readable:
+    found = {
+        language: corpus
+        for language in sorted(need.languages)
+        if (corpus := findings.attempt(load_corpus, data, split, (language,))) is not None
+    }
+    if not found:
         return
     # Problems with single files are already reported, but the files may still differ in length.
-    corpus = findings.attempt(load_corpus, data, split, readable, with_images=need.pictures)
-    if corpus is None:
+    whole = findings.attempt(load_corpus, data, split, [*found], with_images=need.pictures)
+    for language, alone in found.items():
+        # Alone, a language may have fewer lines: rows without any of the sentences are left out.
+        corpus = alone if whole is None else whole
+        empty = corpus.empty[language]
+        findings.say(f"  {language}: {len(corpus)} lines, {empty} of them empty")
+        if empty == len(corpus) and (len(corpus) == 0 or language in need.filled):
+            findings.problem(f"{corpus.name} has no sentence in {language!r}")
+    if whole is None:
         return
+    corpus = whole
+    usable = {pair: len(corpus.rows_with(pair)) for pair in need.pairs if set(pair) <= set(found)}
+    for pair, count in sorted(usable.items()):
+        if len(set(pair)) > 1:
+            findings.say(f"  {' and '.join(pair)}: {count} lines with both")
+            if count == 0 and not any(corpus.empty[x] == len(corpus) for x in pair):
+                findings.problem(f"{corpus.name} has no line with both {' and '.join(pair)}")
+    for pairs, batch in need.batches.items():
+        count = sum(usable.get(pair, 0) for pair in pairs)
+        if 0 < count < batch:
+            findings.problem(
+                f"a batch of {batch} is more than the {count} examples of {corpus.name}; "
+                "lower config.optim.batch, or optim.batch in the stage's recipe"
+            )
     if 0 < len(corpus) < need.batch:
         findings.problem(
             f"a batch of {need.batch} is more than the {len(corpus)} examples of {corpus.name}; "

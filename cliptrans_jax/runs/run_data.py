@@ -189,7 +189,7 @@ class RunData:
         evaluation, training = (feature_side(config, train=x) for x in (False, True))
         if train:
             corpus = self._corpus(config.data.train_split, training)
-            count = sum(len(corpus.rows_with(pair)) for pair in _pairs(config))
+            count = sum(len(corpus.rows_with(pair)) for pair in pairs_of(config))
             steps_per_epoch(count, config.optim.batch)
             self._corpus(config.data.valid_split, evaluation)
         for split in (config.data.test_split, *config.data.further_tests):
@@ -242,7 +242,7 @@ class RunData:
         if len(corpus) == 0:
             raise ValueError(f"{corpus.name} is empty")
         corpus.require_sentences(used_languages(config), reader=f"stage {config.stage!r}")
-        for pair in _pairs(config):
+        for pair in pairs_of(config):
             if not len(corpus.rows_with(pair)):
                 raise ValueError(
                     f"{corpus.name} has no example with sentences in both {' and '.join(pair)}; "
@@ -334,7 +334,7 @@ def used_languages(config: Config) -> tuple[str, ...]:
     return config.data.pair
 
 
-def _pairs(config: Config) -> list[tuple[str, str]]:
+def pairs_of(config: Config) -> list[tuple[str, str]]:
     """The languages of encoder and decoder, for each kind of example that a stage trains on."""
     if STAGES[config.stage].captioning:
         return [(language, language) for language in used_languages(config)]

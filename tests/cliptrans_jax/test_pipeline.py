@@ -43,7 +43,9 @@ def test_what_a_pipeline_is_given_it_starts_from(tmp_path):
             assert one.features == "kept"
     runs = plan(pipeline(sources={"mbart": "published"}), tmp_path)
     assert [one.sources.mbart for _, one in runs] == ["published", "published", "", "", ""]
-    runs = plan(pipeline(sources={"model": "a", "fresh": "mapper/.*", "leave": "clip/.*"}), tmp_path)
+    runs = plan(
+        pipeline(sources={"model": "a", "fresh": "mapper/.*", "leave": "clip/.*"}), tmp_path
+    )
     fresh = [(one.sources.fresh, one.sources.leave) for name, one in runs if name != "clip"]
     assert fresh == [("mapper/.*", "clip/.*"), ("", ""), ("", ""), ("", "")]
 
