@@ -7,6 +7,7 @@ only to compute METEOR: the import takes seconds, and most commands compute no M
 
 import dataclasses
 import functools
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -19,7 +20,11 @@ from cliptrans_jax.translators.nllb_languages import CODE_BY_TOKEN
 
 # sacrebleu's tokenizers for languages written without spaces. Its better ones for Japanese and
 # Korean need packages with dictionaries.
-TOKENIZERS = {"zh": "zh", "ja": "char", "ko": "char", "th": "char", "my": "char", "km": "char"}
+TOKENIZERS = {"zh": "zh"} | dict.fromkeys(
+    ("ja", "ko", "th", "my", "km", "lo", "bo", "dz", "shn"), "char"
+)
+# Other codes of languages in TOKENIZERS.
+SAME_AS = {"cmn": "zh", "yue": "zh", "lao": "lo", "bod": "bo", "dzo": "dz"}
 DEFAULT_TOKENIZER = "13a"
 
 METRICS = ("bleu", "bleu_lower", "chrf", "meteor", "exact")  # logged fields of `Scores`
@@ -175,8 +180,10 @@ def meteor(hypothesis: Sequence[str], reference: Sequence[str]) -> float:
 
 
 def _code(language: str) -> str:
-    """The "de" of "de_DE" and of "deu_Latn"; the "ace" of "ace_Latn", which has no shorter code."""
-    return CODE_BY_TOKEN.get(language, language.partition("_")[0])
+    """The "de" of "de_DE", of "de-AT" and of "deu_Latn"; the "ace" of "ace_Latn", which has no
+    shorter code."""
+    code = CODE_BY_TOKEN.get(language, re.split("[-_]", language)[0].lower())
+    return SAME_AS.get(code, code)
 
 
 class _NoSynonyms:

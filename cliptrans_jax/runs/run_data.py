@@ -121,9 +121,11 @@ class RunData:
         config, sources = self.config, self.config.sources
         if sources.clip and not _clip_run(config).clip.lock_text:
             sizes, params = load_trained(config, "text")
+            limit = min(self.tokenizer.limit, sizes.longest)
+            tokenizer = dataclasses.replace(self.tokenizer, limit=limit)
             special = {"pad": sizes.pad}
-            require_fits(self.tokenizer, vocab=sizes.vocab, special=special, key="config.clip.text")
-            return TextTower(sizes, params, self.tokenizer, config.dtype)
+            require_fits(tokenizer, vocab=sizes.vocab, special=special, key="config.clip.text")
+            return TextTower(sizes, params, tokenizer, config.dtype)
         if sources.siglip:
             published = self._load_published("siglip", (siglip.TEXT,))
             with renamed(SIGLIP_KEYS):
@@ -352,10 +354,15 @@ def check_weights(config: Config) -> None:
 
 
 def load_trained(config: Config, name: str) -> tuple[Any, Any]:
-    """Sizes and parameters of a tower, "text" or "image", from a run of stage "clip"."""
-    source = config.sources.clip
+    """Sizes and parameters of a tower, "text" or "image", from a run of stage "clip".
+
+    Stages continue from the parameters that it trained. A config of stage "clip" itself asks for
+    its result, the average if there is one.
+    """
+    source, average = config.sources.clip, trains(config.stage) is Trains.TOWERS
     sizes = getattr(_clip_run(config).clip, name)
-    return sizes, jax.device_get(checkpoint.load(source, subtree=f"clip/{name}"))
+    params = checkpoint.load(source, subtree=f"clip/{name}", average=average)
+    return sizes, jax.device_get(params)
 
 
 def _clip_run(config: Config) -> Config:

@@ -291,11 +291,12 @@ def test_towers_of_a_run_have_the_sizes_of_that_run(corpus, monkeypatch, tmp_pat
     config = config_of("translate", corpus, sources=SourcesConfig(clip="trained"))
     tokenizer, _ = train_tokenizer(config, epath.Path(tmp_path))
     sizes = {"heads": 4, "eps": 1e-3}
+    positions = tokenizer.limit - 5
     trained = config_of(
         "clip",
         clip=dataclasses.replace(
             config.clip,
-            text=dataclasses.replace(config.clip.text, **sizes),
+            text=dataclasses.replace(config.clip.text, positions=positions, **sizes),
             image=dataclasses.replace(config.clip.image, **sizes),
         ),
     )
@@ -303,14 +304,21 @@ def test_towers_of_a_run_have_the_sizes_of_that_run(corpus, monkeypatch, tmp_pat
         run_data.checkpoint, "load_config", lambda source: unfreeze(trained).to_dict()
     )
     monkeypatch.setattr(
-        run_data.checkpoint, "load", lambda source, subtree: {source: np.array(len(subtree))}
+        run_data.checkpoint,
+        "load",
+        lambda source, subtree, average: {source: np.array(len(subtree)), "average": average},
     )
     made = RunData(config, epath.Path(tmp_path), one_device(), known=tokenizer)
     text, image = made.text_tower, made.image_tower
-    assert text.tokenizer is tokenizer
+    # Sentences are cut to what the tower reads, which may be less than what the translator reads.
+    assert text.tokenizer == dataclasses.replace(tokenizer, limit=text.longest)
+    assert text.longest < tokenizer.limit
     assert (text.config, image.config) == (trained.clip.text, trained.clip.image)
-    assert text.params == {"trained": len("clip/text")}
-    assert image.params == {"trained": len("clip/image")}
+    assert text.params == {"trained": len("clip/text"), "average": False}
+    assert image.params == {"trained": len("clip/image"), "average": False}
+    asked = dataclasses.replace(config, stage="clip")  # of the run itself: its result
+    made = RunData(asked, epath.Path(tmp_path), one_device(), known=tokenizer)
+    assert made.text_tower.params["average"] and made.image_tower.params["average"]
 
 
 def test_a_corpus_names_what_is_missing():
