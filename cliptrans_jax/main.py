@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from cliptrans_jax.config import READS, SYSTEM, Config
 from cliptrans_jax.curves import CURVES
+from cliptrans_jax.runs.idle import idle
 from cliptrans_jax.runs.pipeline import plan, run_stage
 from cliptrans_jax.runs.run_data import check_weights
 from cliptrans_jax.runs.scoring import galleries, scores_table
@@ -20,7 +21,6 @@ from common_jax import app, checkpoint
 from common_jax.config import freeze
 from common_jax.log import conclude
 from common_jax.mesh import check_batch, make_mesh
-from common_jax.optim import idle_optim
 from common_jax.report import reporting, write_report
 from common_jax.workdir import check_output, hold, holds_results
 
@@ -49,8 +49,7 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     """Checks the config and runs the stage."""
     frozen = freeze(Config, config)
     check_places(frozen, workdir)
-    if frozen.stage != "evaluate":
-        app.warn_of_idle(idle_optim(frozen, pipeline=frozen.stage == "pipeline"))
+    app.warn_of_idle(idle(frozen))
     mesh = make_mesh(frozen.mesh)
     with hold(workdir):
         pipeline = frozen.stage == "pipeline"

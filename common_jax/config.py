@@ -141,6 +141,14 @@ def parse_args(text: str | None, defaults: dict[str, Any]) -> ml_collections.Con
     return ml_collections.ConfigDict(args)
 
 
+def is_set(config: Any, path: str) -> bool:
+    """Whether a field or a section of a frozen config, such as "optim.clip", differs from its
+    default."""
+    *above, name = path.split(".")
+    section = functools.reduce(getattr, above, config)
+    return getattr(section, name) != getattr(type(section)(), name)
+
+
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields (dotted key, value) for every leaf of a nested mapping, in key order."""
     for key in sorted(config):

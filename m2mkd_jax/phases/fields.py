@@ -1,10 +1,10 @@
 """The config fields that each phase reads, and those that name sources of weights."""
 
-import functools
 import logging
 from collections.abc import Iterator
 
 from common_jax.command_line import unread
+from common_jax.config import is_set
 from common_jax.optim import idle_optim
 from common_jax.ranges import shown
 from m2mkd_jax.config import Config
@@ -41,7 +41,7 @@ def idle(config: Config) -> dict[str, str]:
         f"{section}.{name}": why for section, own in sections.items() for name, why in own.items()
     }
     found |= idle_optim(config, pipeline=pipeline)
-    found |= {path: why for path, why in _without_effect(config) if _is_set(config, path)}
+    found |= {path: why for path, why in _without_effect(config) if is_set(config, path)}
     read = reads()[config.phase]
     found = {path: why for path, why in found.items() if not unread([path], read)}
     if config.module != "all" and (pipeline or not PHASES[config.phase].modular):
@@ -94,13 +94,6 @@ def _without_effect(config: Config) -> Iterator[tuple[str, str]]:
                 if not config.baseline.active and source.path.startswith("sources.teacher"):
                     why = "config.baseline.kind='none' uses no teacher"
                 yield source.path, why
-
-
-def _is_set(config: Config, path: str) -> bool:
-    """Whether a field or section differs from its default."""
-    *above, name = path.split(".")
-    section = functools.reduce(getattr, above, config)
-    return getattr(section, name) != getattr(type(section)(), name)
 
 
 def replacing_sources() -> tuple[WeightSource, ...]:

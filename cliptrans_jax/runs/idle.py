@@ -1,0 +1,68 @@
+"""Config fields that are set but have no effect given the others."""
+
+from collections.abc import Iterator
+
+from cliptrans_jax.config import READS, Config
+from cliptrans_jax.runs.objective import is_run
+from cliptrans_jax.stages import STAGES, Trains
+from cliptrans_jax.translators.table import TRANSLATORS
+from common_jax.command_line import unread
+from common_jax.config import is_set
+from common_jax.optim import idle_optim
+
+
+def idle(config: Config) -> dict[str, str]:
+    """Why a field that is set, and that the stage reads, has no effect given the other fields; by
+    field path."""
+    found = {path: why for path, why in _without_effect(config) if is_set(config, path)}
+    if config.stage != "evaluate":
+        found |= idle_optim(config, pipeline=config.stage == "pipeline")
+    read = READS[config.stage]
+    return {path: why for path, why in found.items() if not unread([path], read)}
+
+
+def _without_effect(config: Config) -> Iterator[tuple[str, str]]:
+    """Yields fields and sections that the other fields switch off, whether set or not, and why."""
+    stages = [STAGES[x] for x in config.recipes or [config.stage] if x in STAGES]
+    yield from _of_noise(config, captions={stage.captioning for stage in stages})
+    yield from _of_sources(config)
+    if not config.valid_decode:
+        yield "valid_beams", "config.valid_decode=False translates no validation set"
+    if config.decode.beams == 1 and config.valid_beams <= 1:
+        yield "decode.length_penalty", "one beam compares no hypotheses"
+    if config.tokenizer.kind != "trained":
+        yield "tokenizer.vocab", f"config.tokenizer.kind={config.tokenizer.kind!r} has its own"
+    for name in TRANSLATORS:
+        if name != config.model.translator and hasattr(config.model, name):
+            yield f"model.{name}", f"config.model.translator={config.model.translator!r}"
+    if not config.has_prefix:
+        why = "config.model.mapper.prefix=0 uses no features"
+        names = ("test_side", "keep_text_features", "unfreeze_clip", "model.mapper.kind")
+        yield from ((name, why) for name in names)
+    elif config.unfreeze_clip:
+        yield "keep_text_features", "config.unfreeze_clip=True encodes sentences in every step"
+    if not any(stage.trains is Trains.TOWERS for stage in stages):
+        yield "data.bad_share", "a translator needs every picture"
+
+
+def _of_noise(config: Config, *, captions: set[bool]) -> Iterator[tuple[str, str]]:
+    noise = config.noise
+    if captions == {True}:
+        yield from ((f"noise.{x}", "captioning always drops tokens") for x in ("train", "test"))
+    elif not (True in captions or noise.train or noise.test):
+        yield "noise.mask_prob", "config.noise.train and config.noise.test drop no tokens"
+    if config.stage == "evaluate":
+        yield "noise.train", "an evaluation does not train"
+
+
+def _of_sources(config: Config) -> Iterator[tuple[str, str]]:
+    sources = config.sources
+    if not (sources.model or sources.mbart):
+        yield "sources.fresh", "there is no config.sources.model or config.sources.mbart"
+    if not (sources.model and is_run(sources.model)):
+        yield "sources.leave", "it is for a run in config.sources.model"
+    published = sources.mbart or sources.clip_text or sources.clip_image or sources.siglip
+    if not (published or sources.model):
+        yield "sources.weights", "there is no published source"
+    if sources.siglip or (sources.clip and not sources.clip_text):
+        yield "clip_tokenizer", "the towers in config.sources bring their own tokenizer"

@@ -1,0 +1,66 @@
+"""CLIPTrans' fields that are set but have no effect given the others."""
+
+import dataclasses
+import functools
+
+import pytest
+from tiny_cliptrans import tiny_config
+
+from cliptrans_jax.runs.idle import idle
+
+
+def changed(path, value, config):
+    *above, name = path.split(".")
+    if not above:
+        return dataclasses.replace(config, **{name: value})
+    section = changed(".".join([*above[1:], name]), value, getattr(config, above[0]))
+    return dataclasses.replace(config, **{above[0]: section})
+
+
+def set_all(stage, fields):
+    config = functools.reduce(
+        lambda config, item: changed(*item, config), fields.items(), tiny_config(stage, None)
+    )
+    return {path for path in idle(config) if any(x.startswith(path) for x in fields)}
+
+
+SWITCHED_OFF = [
+    ("translate", {"noise.mask_prob": 0.5}, {"noise.train": True}),
+    ("translate", {"noise.mask_prob": 0.5}, {"noise.test": True}),
+    (
+        "translate",
+        {"valid_beams": 3, "run.best": "val/token_accuracy", "valid_decode": False},
+        {"valid_decode": True},
+    ),
+    ("translate", {"decode.length_penalty": 0.5, "decode.beams": 1}, {"valid_beams": 2}),
+    ("translate", {"decode.length_penalty": 0.5, "decode.beams": 1}, {"decode.beams": 2}),
+    ("translate", {"model.nllb.dropout": 0.3}, {"model.translator": "nllb"}),
+    ("translate", {"test_side": "image", "model.mapper.prefix": 0}, {"model.mapper.prefix": 2}),
+    ("translate", {"sources.fresh": "x"}, {"sources.mbart": "there"}),
+    ("translate", {"sources.weights": "ema"}, {"sources.clip_text": "there"}),
+    (
+        "translate",
+        {"keep_text_features": False, "unfreeze_clip": True},
+        {"unfreeze_clip": False},
+    ),
+]
+
+
+@pytest.mark.parametrize(("stage", "fields", "reads"), SWITCHED_OFF)
+def test_fields_that_others_switch_off_are_listed_unless_these_are_on(stage, fields, reads):
+    first = next(iter(fields))
+    (path,) = set_all(stage, fields)
+    assert first.startswith(path)
+    assert set_all(stage, fields | reads) == set()
+
+
+def test_captioning_drops_tokens_whatever_the_noise_says():
+    config = changed("noise.train", True, tiny_config("caption", None))
+    assert idle(changed("noise.mask_prob", 0.5, config)) == {
+        "noise.train": "captioning always drops tokens"
+    }
+
+
+@pytest.mark.parametrize("stage", ["clip", "caption", "translate", "triplet"])
+def test_the_configs_of_the_tests_have_none(stage):
+    assert idle(tiny_config(stage, None)) == {}
