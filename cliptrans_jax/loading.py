@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -122,7 +121,7 @@ def _lines(sentences: object, *, allow_empty: bool) -> list[str]:
     lines = require_texts(sentences, name="sentences")
     if not lines:
         raise ValueError("sentences is empty; give at least one sentence")
-    lines = [re.sub(r"\s*\n\s*", " ", line.strip()) for line in lines]
+    lines = [" ".join(filter(None, map(str.strip, line.split("\n")))) for line in lines]
     if "" in lines and not allow_empty:
         raise ValueError(
             f"sentences[{lines.index('')}] is empty, which leaves nothing to translate; drop it"

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from cliptrans_jax.config import READS, SYSTEM, Config
 from cliptrans_jax.curves import CURVES
-from cliptrans_jax.runs.idle import idle
+from cliptrans_jax.runs.idle import idle, warn_of_random_parts
 from cliptrans_jax.runs.pipeline import plan, run_stage
 from cliptrans_jax.runs.run_data import check_weights
 from cliptrans_jax.runs.scoring import galleries, scores_table
@@ -55,6 +55,7 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
         pipeline = frozen.stage == "pipeline"
         runs = plan(frozen, workdir) if pipeline else [("", frozen)]
         for _, one in runs:
+            warn_of_random_parts(one)
             check_run(one, mesh, key=f"config.recipes.{one.stage}" if pipeline else "config")
         app.use_compilation_cache(frozen.run.compilation_cache)
         write = functools.partial(_report, frozen, workdir, [folder for folder, _ in runs])

@@ -46,7 +46,7 @@ def make_step(asked: "Config", mesh: "Mesh", options: "Options") -> "Step":
     examples = options.examples or max(MULTI30K, optim.batch)
     sizes = {"examples": examples, "tokens": options.tokens}
     task = translation.describe(asked, mesh, **sizes)
-    # A loop over chunks of labels has a data-dependent trip count, so its operations cannot be #
+    # A loop over chunks of labels has a data-dependent trip count, so its operations cannot be
     # counted. With all labels in one chunk there is no loop.
     whole = dataclasses.replace(asked, label_chunk=optim.batch * options.tokens)
     flops = step_flops(translation.describe(whole, mesh, **sizes), optim)

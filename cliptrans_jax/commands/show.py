@@ -42,13 +42,14 @@ def trainings(config: "Config", mesh: "Mesh") -> "Iterator[Training]":
         name = f"{folder or one.stage}, {tokens} tokens per sentence"
         if one.stage in TRANSLATION_STAGES:
             # A loop over chunks of labels has a data-dependent trip count, so its operations cannot
-            # # be counted. With all labels in one chunk there is no loop.
+            # be counted. With all labels in one chunk there is no loop.
             whole = dataclasses.replace(one, label_chunk=one.optim.batch * tokens)
             examples = EPOCH * one.optim.batch
             task = translation.describe(whole, mesh, examples=examples, tokens=tokens)
             yield Training(name, task, one.apply_parity().optim)
         elif one.stage in STAGES:
-            yield Training(name, contrastive.describe(one, steps=EPOCH, length=tokens), one.optim)
+            length = min(tokens, one.clip.text.longest)
+            yield Training(name, contrastive.describe(one, steps=EPOCH, length=length), one.optim)
 
 
 COMMAND = Command(

@@ -18,8 +18,9 @@ from cliptrans_jax.export.tokenizers import write_tokenizer
 from cliptrans_jax.export.towers import write_tower
 from cliptrans_jax.models.cliptrans_names import mapper_table
 from cliptrans_jax.runs.finished import Finished, image_tower, text_tower
-from cliptrans_jax.runs.run_data import text_tokenizer
+from cliptrans_jax.runs.run_data import caption_language, text_tokenizer
 from cliptrans_jax.runs.run_tokenizer import TOKENIZER
+from cliptrans_jax.stages import STAGES
 from common_jax import checkpoint
 from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.weights import write_tensors
@@ -123,7 +124,9 @@ def _generation(run: Finished) -> dict[str, Any]:
     """The run's search settings in the terms of `transformers`."""
     config: Config = run.config
     sizes, decode = config.model.sizes, config.decode
-    target = run.load_tokenizer().language_id(config.data.target_language)
+    captions = STAGES[config.stage].captioning
+    language = caption_language(config) if captions else config.data.target_language
+    target = run.load_tokenizer().language_id(language)
     return {
         "bos_token_id": 0,
         "pad_token_id": sizes.pad,

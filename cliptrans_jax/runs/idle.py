@@ -1,10 +1,11 @@
 """Config fields that are set but have no effect given the others."""
 
+import logging
 from collections.abc import Iterator
 
 from cliptrans_jax.config import READS, Config
 from cliptrans_jax.runs.objective import is_run
-from cliptrans_jax.stages import STAGES, Trains
+from cliptrans_jax.stages import FREEZES, STAGES, Trains
 from cliptrans_jax.translators.table import TRANSLATORS
 from common_jax.command_line import unread
 from common_jax.config import is_set
@@ -19,6 +20,21 @@ def idle(config: Config) -> dict[str, str]:
         found |= idle_optim(config, pipeline=config.stage == "pipeline")
     read = READS[config.stage]
     return {path: why for path, why in found.items() if not unread([path], read)}
+
+
+def warn_of_random_parts(config: Config) -> None:
+    """Warns about parts of the translator that a captioning stage freezes although nothing loads
+    them."""
+    stage, sources = STAGES.get(config.stage), config.sources
+    if stage is None or not stage.captioning or sources.model or sources.mbart:
+        return
+    if parts := FREEZES[config.freeze]:
+        logging.warning(
+            "stage %r freezes the translator's %s at random values: give config.sources.mbart or "
+            "config.sources.model, or config.freeze=nothing to train from scratch",
+            config.stage,
+            " and ".join(parts),
+        )
 
 
 def _without_effect(config: Config) -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ from common_jax.checkpoint.reading import (
     absolute,
     check_source,
     find_step,
+    is_unfinished,
     load,
     load_config,
     load_shapes,

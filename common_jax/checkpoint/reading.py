@@ -119,6 +119,12 @@ def check_source(key: str, source: str) -> None:
         raise type(error)(f"{key}={source!r}: {error}") from error
 
 
+def is_unfinished(source: epath.PathLike) -> bool:
+    """Whether `source` is the workdir of a run without a result; converted weights are no run."""
+    folder = absolute(source)
+    return (folder / "config.json").exists() and not (folder / "result.json").exists()
+
+
 def find_step(source: epath.PathLike) -> epath.Path:
     """Returns a step's folder: `source` itself, or the newest finished one of the run there.
 

@@ -41,6 +41,9 @@ def find_table(folder: Path, name: str) -> Path | None:
       ValueError: if there are several.
     """
     paths = [path for suffix in READERS if (path := find_text(folder / f"{name}{suffix}"))]
+    if not paths:  # only then: a disk that ignores case would find the same file twice
+        upper = map(str.upper, READERS)
+        paths = [path for suffix in upper if (path := find_text(folder / f"{name}{suffix}"))]
     if len(paths) > 1:
         names = " and ".join(path.name for path in paths)
         raise ValueError(f"{folder} has both {names}; remove or rename all but one")
@@ -55,7 +58,7 @@ def table_names(folder: Path) -> list[str]:
 
 def is_table(path: Path) -> bool:
     """Returns True if a file has the suffix of a table."""
-    return path.name.lower().removesuffix(".gz").endswith(tuple(READERS))
+    return path.name.removesuffix(".gz").lower().endswith(tuple(READERS))
 
 
 def read_table(path: Path) -> Table:

@@ -54,7 +54,7 @@ def take_weights(
     sources = config.sources
     for source in dict.fromkeys(str(origin.source) for origin in origins):
         compare_images(config, source, frozen=frozen)
-        if frozen and is_unfinished(source):
+        if frozen and checkpoint.is_unfinished(source):
             logging.warning(
                 "%s is not finished; its weights are used as its newest checkpoint has them", source
             )
@@ -76,12 +76,6 @@ def take_weights(
         )
     compare_sections(config, origins, frozen=frozen)
     return start
-
-
-def is_unfinished(source: str) -> bool:
-    """Whether `source` is the workdir of a run without a result; converted weights are no run."""
-    folder = checkpoint.absolute(source)
-    return (folder / "config.json").exists() and not (folder / "result.json").exists()
 
 
 def compare_sections(config: Config, origins: Sequence[Origin], *, frozen: bool) -> None:

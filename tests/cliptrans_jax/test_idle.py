@@ -6,7 +6,7 @@ import functools
 import pytest
 from tiny_cliptrans import tiny_config
 
-from cliptrans_jax.runs.idle import idle
+from cliptrans_jax.runs.idle import idle, warn_of_random_parts
 
 
 def changed(path, value, config):
@@ -64,3 +64,21 @@ def test_captioning_drops_tokens_whatever_the_noise_says():
 @pytest.mark.parametrize("stage", ["clip", "caption", "translate", "triplet"])
 def test_the_configs_of_the_tests_have_none(stage):
     assert idle(tiny_config(stage, None)) == {}
+
+
+@pytest.mark.parametrize(
+    ("stage", "freeze", "source", "warns"),
+    [
+        ("caption", "encoder", "", True),
+        ("caption", "nothing", "", False),
+        ("caption", "encoder", "mbart", False),
+        ("caption", "encoder", "model", False),
+        ("translate", "encoder", "", False),
+        ("clip", "encoder", "", False),
+    ],
+)
+def test_parts_that_are_frozen_at_random_values_are_warned_of(stage, freeze, source, warns, caplog):
+    config = changed("freeze", freeze, tiny_config(stage, None))
+    config = changed(f"sources.{source or 'clip'}", "there", config)
+    warn_of_random_parts(config)
+    assert ("freezes the translator's embedding and encoder at random" in caplog.text) == warns

@@ -75,6 +75,15 @@ def test_a_missing_column_names_those_there(tmp_path):
         table.require("label", "the classes")
 
 
+def test_a_suffix_may_be_in_capitals(tmp_path):
+    (tmp_path / "t.TSV").write_text("en\tde\na\tb\n")
+    assert table_names(tmp_path) == ["t"]
+    assert find_table(tmp_path, "t") == tmp_path / "t.TSV"
+    assert [row for _, row in read_table(tmp_path / "t.TSV").rows] == [{"en": "a", "de": "b"}]
+    (tmp_path / "u.tsv.GZ").touch()  # which is not unpacked
+    assert table_names(tmp_path) == ["t"]
+
+
 def test_two_tables_of_one_name_are_refused(tmp_path):
     write(tmp_path / "t.csv", CSV)
     write(tmp_path / "t.tsv", TSV)
