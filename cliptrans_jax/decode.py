@@ -47,7 +47,7 @@ class DecodeConfig(Section):
       max_new_tokens: longest output, including language code and `</s>`.
       length_penalty: a hypothesis's log-probability is divided by its length to this power.
       early_stopping: ends an example's search once `beams` hypotheses are finished; otherwise it
-        continues as long as an open one could still beat the worst of these.
+        continues as long as the best open one, at its current length, beats the worst of these.
       batch: sentences decoded at a time, over all devices.
       bucket: sources are padded to this many tokens, or to 2, 4, 8, ... times as many.
       growth: number of lengths through which the cache of decoded tokens grows. More waste less
