@@ -63,6 +63,12 @@ def run(args: argparse.Namespace) -> None:
     if _is_whole(args):
         lines = list(lines)  # checks all lines and picture names before translating the first
     settings = read_settings(args.rest) | _search_settings(args)
+    for name in settings:
+        if name == "test_side" or name.startswith("noise."):
+            raise ValueError(
+                f"--config.{name} is for `cliptrans evaluate`: sentences are translated whole, and "
+                "pictures are given with --pictures"
+            )
     trained = find(args.run, TRANSLATION_STAGES, settings)
     decode, mesh = trained.config.decode, make_mesh(trained.config.mesh)
     if args.n_best > decode.beams:

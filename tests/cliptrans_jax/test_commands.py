@@ -188,6 +188,8 @@ def test_a_users_errors_name_file_and_line(refusal, pipeline, loaded, corpus, tm
     assert "2 beams of the search; add --beams=3" in refusal(
         "translate", pipeline, "red", "--n-best", 3
     )
+    noise = "--config.noise.test=True"
+    assert "is for `cliptrans evaluate`" in refusal("translate", pipeline, "red", noise)
     assert "give one of them" in refusal("translate", pipeline, "red", "--file", file)
     assert "trains no translation model" in refusal("translate", pipeline / "clip", "red")
     assert "--config.model.mapper.prefix=2 would make a different network" in refusal(
