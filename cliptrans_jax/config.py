@@ -117,7 +117,8 @@ class SourcesConfig(Section):
       clip_text_base: base model of an M-CLIP, if the `modelBase` of its config.json is a missing
         folder: "xlm-roberta-large", or a folder with a config.json.
       weights: which weights to read from a published file with several: a key such as "model_ema",
-        or a name prefix such as "teacher.".
+        or a name prefix such as "teacher.". It is for `mbart` or a released `model` if one of them
+        is given, else for the towers.
       fetch: allows `mbart`, `clip_text`, `clip_image` and `siglip` to be Hugging Face hub ids,
         which are downloaded.
       fresh: regex of parameter paths to initialise from scratch even if `model` has them.

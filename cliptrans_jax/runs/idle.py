@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 
 from cliptrans_jax.config import READS, Config
-from cliptrans_jax.runs.objective import is_run
+from cliptrans_jax.runs.run_data import is_run
 from cliptrans_jax.stages import FREEZES, STAGES, Trains
 from cliptrans_jax.translators.table import TRANSLATORS
 from common_jax.command_line import unread

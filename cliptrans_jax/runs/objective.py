@@ -16,7 +16,7 @@ from cliptrans_jax.evaluators.translation import Encode
 from cliptrans_jax.losses import states_loss
 from cliptrans_jax.models.chunks import CHUNK
 from cliptrans_jax.models.cliptrans import Translator
-from cliptrans_jax.runs.run_data import check_weights
+from cliptrans_jax.runs.run_data import check_weights, is_run
 from common_jax import checkpoint
 from common_jax.state import merge
 from common_jax.step import Loss
@@ -182,12 +182,3 @@ def _require_sizes(config: Config, file_sizes: Any) -> None:
             + ". Set these fields to the file's values; a vocabulary may be larger than the "
             "tokenizer's"
         )
-
-
-def is_run(source: str) -> bool:
-    """True if `source` is a workdir or a step in one, not a released file."""
-    try:
-        checkpoint.find_step(source)
-    except FileNotFoundError:
-        return False
-    return True

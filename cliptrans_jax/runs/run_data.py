@@ -166,11 +166,12 @@ class RunData:
                 "config.sources.clip, a run of stage 'clip'"
             )
         _check_published(config, name)
+        of_translator = sources.mbart or (sources.model and not is_run(sources.model))
         return pretrained.load(
             getattr(sources, name),
             kind=tuple(dict.fromkeys(tower.kind for tower in towers)),
             fetch=sources.fetch,
-            weights=sources.weights,
+            weights="" if of_translator else sources.weights,
             activation=sources.clip_activation,
             base=base,
         )
@@ -342,6 +343,15 @@ def pairs_of(config: Config) -> list[tuple[str, str]]:
     if STAGES[config.stage].captioning:
         return [(language, language) for language in used_languages(config)]
     return [config.data.pair]
+
+
+def is_run(source: str) -> bool:
+    """True if `source` is a workdir or a step in one, not a released file."""
+    try:
+        checkpoint.find_step(source)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def check_weights(config: Config) -> None:

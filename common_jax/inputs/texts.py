@@ -10,7 +10,8 @@ import numpy as np
 
 from common_jax.inputs.ragged import Lines, Ragged
 
-MOST_INFLATED = 200  # largest ratio of a text to its gzip file
+MOST_INFLATED = 200  # largest ratio of a text to its gzip file ...
+HARMLESS = 1 << 26  # ... if it is larger than this: mostly blank lines shrink a thousandfold
 CHECKED = 1 << 16  # lines decoded at a time to check that they are UTF-8
 # ASCII white space, as in `str.strip`.
 BLANK = np.isin(np.arange(256), [*range(9, 14), *range(28, 33)])
@@ -49,7 +50,7 @@ def _read(path: Path) -> bytes:
     """Returns the file's bytes, unpacked and without a byte order mark."""
     content = path.read_bytes()
     if path.suffix == ".gz":
-        limit = MOST_INFLATED * len(content) + 1024
+        limit = max(MOST_INFLATED * len(content), HARMLESS)
         try:
             with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
                 content = file.read(limit + 1)

@@ -12,7 +12,7 @@ from PIL import Image
 from cliptrans_jax.data.corpora import SOURCES, DataConfig, load_corpus
 from cliptrans_jax.data.corpus import Images
 from common_jax.inputs import BadExample
-from common_jax.inputs.texts import read_lines
+from common_jax.inputs.texts import HARMLESS, read_lines
 
 ENGLISH = ("a dog runs", "two men sit", "the red car")
 GERMAN = ("ein Hund rennt", "zwei Männer sitzen", "das rote Auto")
@@ -295,7 +295,9 @@ def test_a_broken_gzip_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-12])
     with pytest.raises(ValueError, match=r"val\.de\.gz is not a complete gzip file"):
         load_corpus(config, "val", ("de",))
-    path.write_bytes(gzip.compress(bytes(1 << 22)))  # 4 kB
+    path.write_bytes(gzip.compress(b"\n" * (1 << 22)))  # 4 kB
+    assert len(read_lines(path)) == 1 << 22
+    path.write_bytes(gzip.compress(bytes(HARMLESS + 1)))
     with pytest.raises(ValueError, match=r"val\.de\.gz unpacks to more than 200 times its size"):
         read_lines(path)
 

@@ -284,6 +284,10 @@ def test_published_towers_are_read_as_the_config_says(monkeypatch, tmp_path):
         "text": both | {"kind": ("mclip", "siglip_text", "clip_text"), "base": "base"},
         "image": both | {"kind": ("clip_res", "clip_vision", "siglip_vision"), "base": ""},
     }
+    # The key is for a published translator's file if there is one.
+    sources = dataclasses.replace(sources, mbart="translator")
+    made = RunData(dataclasses.replace(config, sources=sources), epath.Path(tmp_path), one_device())
+    assert made.image_tower.config == "image" and asked["image"]["weights"] == ""
 
 
 def test_towers_of_a_run_have_the_sizes_of_that_run(corpus, monkeypatch, tmp_path):
