@@ -77,7 +77,8 @@ def load_emoji(
             raise ValueError(f"'emoji' has no language {language!r}, only {', '.join(LANGUAGES)}")
     members = tuple(emoji for emoji in members_of(split) if flags or not is_flag(emoji))
     texts = {language: tuple(map(names(language).get, members)) for language in languages}
-    logging.info("emoji %s: %d of %d groups", SPLITS[split], len(members), count_groups(members))
+    counts = len(members), count_groups(members)
+    logging.info("emoji %s: %d emoji in %d groups", SPLITS[split], *counts)
     images = None if size is None else EmojiImages(members, size)
     reason = TEXTS_ALONE if size is None else ""
     return Corpus(f"emoji {SPLITS[split]}", texts, images, members, reason)
