@@ -332,4 +332,33 @@ MISTAKES: tuple[Mistake, ...] = (
         "towers=False",
         RUN_DATA,
     ),
+    Mistake(
+        "cliptrans_jax/data/feed.py",
+        "sentences for the text tower are padded with the translator's id",
+        "pad(tokens[rows], length, pad_id=inputs.clip_pad)",
+        "pad(tokens[rows], length, pad_id=inputs.pad)",
+        "tests/cliptrans_jax/test_stages.py::"
+        "test_the_text_tower_s_sentences_are_padded_with_its_own_id",
+    ),
+    Mistake(
+        "cliptrans_jax/config.py",
+        "later stages of a pipeline forget what an earlier one learned",
+        'model=stage, mbart="", fresh="", leave="")',
+        'model=stage, mbart="")',
+        "tests/cliptrans_jax/test_pipeline.py::test_what_a_pipeline_is_given_it_starts_from",
+    ),
+    Mistake(
+        "cliptrans_jax/runs/objective.py",
+        "what is to be fresh is taken from a published file",
+        "params.pop(path, None)\n        del shapes[path]",
+        "params.get(path)",
+        "tests/cliptrans_jax/test_objective.py::test_what_is_to_be_fresh_is_not_taken",
+    ),
+    Mistake(
+        "cliptrans_jax/runs/run_data.py",
+        "what is asked of a run of towers are not its averages",
+        'f"clip/{name}", average=average)',
+        'f"clip/{name}", average=False)',
+        "tests/cliptrans_jax/test_run_data.py::test_towers_of_a_run_have_the_sizes_of_that_run",
+    ),
 )
