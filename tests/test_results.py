@@ -21,7 +21,10 @@ DATA = {
     "teacher: DINOv2-S": "cifar10_dinov2.json",
     "two small teachers, a and b": "cifar10_two_teachers.json",
     "text tower": "emoji_text_tower.json",
+    "Multi30k, texts alone": "multi30k_tiny.json",
 }
+# Translations of a test set, and their number.
+TRANSLATIONS = {"multi30k_tiny_de_0.tsv": 1000}
 # Tables whose runs are gone, which move to DATA once they are measured again, and those that
 # tools/parity.py prints.
 WITHOUT_DATA = (
@@ -105,7 +108,16 @@ def test_every_table_of_results_has_its_data_or_is_known_to_have_none():
         assert len(set(titles)) == len(titles)
     assert {name for titles in found for name in titles} == {*DATA, *WITHOUT_DATA}
     assert not set(DATA) & set(WITHOUT_DATA)
-    assert {path.name for path in (DOCS / "data").iterdir()} == set(DATA.values())
+    assert {path.name for path in (DOCS / "data").iterdir()} == {*DATA.values(), *TRANSLATIONS}
+
+
+@pytest.mark.parametrize("name", TRANSLATIONS)
+def test_translations_are_complete(name):
+    header, *lines = (DOCS / "data" / name).read_text().splitlines()
+    cells = [line.split("\t") for line in lines]
+    assert header == "key\toutput" and len(lines) == TRANSLATIONS[name]
+    assert all(len(row) == 2 and all(row) for row in cells)
+    assert len({key for key, _ in cells}) == len(lines)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
