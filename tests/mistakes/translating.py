@@ -330,7 +330,7 @@ MISTAKES: tuple[Mistake, ...] = (
         "a pipeline looks for its towers when the stage begins that needs them",
         "towers=not _awaits_towers(config)",
         "towers=False",
-        RUN_DATA,
+        f"{TESTS}/test_run_towers.py",
     ),
     Mistake(
         "cliptrans_jax/data/feed.py",
@@ -359,6 +359,6 @@ MISTAKES: tuple[Mistake, ...] = (
         "what is asked of a run of towers are not its averages",
         'f"clip/{name}", average=average)',
         'f"clip/{name}", average=False)',
-        "tests/cliptrans_jax/test_run_data.py::test_towers_of_a_run_have_the_sizes_of_that_run",
+        "tests/cliptrans_jax/test_run_towers.py::test_towers_of_a_run_have_the_sizes_of_that_run",
     ),
 )
