@@ -24,18 +24,21 @@ class Need:
       filled: the languages that must not be empty.
       pictures: whether any stage reads pictures.
       strict: whether any of these stages fails if a picture is missing.
-      batch: the largest number of pictures with sentences per step.
       pairs: the pairs of languages, source and target, of translations.
-      batches: by the pairs that a run trains on, the largest number of examples per step.
+      batches: by the pairs that a run trains on, () for all lines, the largest number of
+        examples per step.
     """
 
     languages: set[str] = dataclasses.field(default_factory=set)
     filled: set[str] = dataclasses.field(default_factory=set)
     pictures: bool = False
     strict: bool = False
-    batch: int = 0
     pairs: set[tuple[str, str]] = dataclasses.field(default_factory=set)
     batches: dict[tuple[tuple[str, str], ...], int] = dataclasses.field(default_factory=dict)
+
+    def train(self, pairs: tuple[tuple[str, str], ...], batch: int) -> None:
+        """Adds a run that trains on `batch` examples per step."""
+        self.batches[pairs] = max(self.batches.get(pairs, 0), batch)
 
 
 def needs_of(runs: Iterable[Config]) -> dict[str, Need]:
@@ -51,7 +54,7 @@ def needs_of(runs: Iterable[Config]) -> dict[str, Need]:
                 needs[key].languages |= set(run.known_languages)
                 needs[key].filled |= set(run.known_languages)
                 needs[key].pictures = True
-            needs["train_split"].batch = max(needs["train_split"].batch, run.optim.batch)
+            needs["train_split"].train((), run.optim.batch)
             continue
         trained = run.stage in TRANSLATION_STAGES
         stage = TRANSLATION_STAGES[run.stage if trained else SCORED_AS]
@@ -64,8 +67,7 @@ def needs_of(runs: Iterable[Config]) -> dict[str, Need]:
             if run.has_prefix and side is Side.IMAGE:
                 needs[key].pictures = needs[key].strict = True
         if trained:
-            pairs, batches = tuple(pairs_of(run)), needs["train_split"].batches
-            batches[pairs] = max(batches.get(pairs, 0), run.optim.batch)
+            needs["train_split"].train(tuple(pairs_of(run)), run.optim.batch)
     return needs
 
 
@@ -104,27 +106,21 @@ def _check_split(config: Config, key: str, split: str, need: Need, findings: Fin
             findings.problem(f"{corpus.name} has no sentence in {language!r}")
     if whole is None:
         return
-    corpus = whole
-    usable = {pair: len(corpus.rows_with(pair)) for pair in need.pairs if set(pair) <= set(found)}
+    usable = {pair: len(whole.rows_with(pair)) for pair in need.pairs if set(pair) <= set(found)}
     for pair, count in sorted(usable.items()):
         if len(set(pair)) > 1:
             findings.say(f"  {' and '.join(pair)}: {count} lines with both")
-            if count == 0 and not any(corpus.empty[x] == len(corpus) for x in pair):
-                findings.problem(f"{corpus.name} has no line with both {' and '.join(pair)}")
+            if count == 0 and not any(whole.empty[x] == len(whole) for x in pair):
+                findings.problem(f"{whole.name} has no line with both {' and '.join(pair)}")
     for pairs, batch in need.batches.items():
-        count = sum(usable.get(pair, 0) for pair in pairs)
+        count = sum(usable.get(pair, 0) for pair in pairs) if pairs else len(whole)
         if 0 < count < batch:
             findings.problem(
-                f"a batch of {batch} is more than the {count} examples of {corpus.name}; "
+                f"a batch of {batch} is more than the {count} examples of {whole.name}; "
                 "lower config.optim.batch, or optim.batch in the stage's recipe"
             )
-    if 0 < len(corpus) < need.batch:
-        findings.problem(
-            f"a batch of {need.batch} is more than the {len(corpus)} examples of {corpus.name}; "
-            "lower config.optim.batch, or optim.batch in the stage's recipe"
-        )
     if need.pictures:
-        _check_pictures(corpus, need, data.bad_share, findings)
+        _check_pictures(whole, need, data.bad_share, findings)
 
 
 def _check_pictures(corpus: Corpus, need: Need, bad_share: float, findings: Findings) -> None:

@@ -75,7 +75,7 @@ def _of_sources(config: Config) -> Iterator[tuple[str, str]]:
     sources = config.sources
     if not (sources.model or sources.mbart):
         yield "sources.fresh", "there is no config.sources.model or config.sources.mbart"
-    if not (sources.model and is_run(sources.model)):
+    if sources.leave and not (sources.model and is_run(sources.model)):
         yield "sources.leave", "it is for a run in config.sources.model"
     published = sources.mbart or sources.clip_text or sources.clip_image or sources.siglip
     if not (published or sources.model):

@@ -1,6 +1,5 @@
 """Loss and warm start for the stages that train a translator."""
 
-import logging
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,7 +19,7 @@ from cliptrans_jax.runs.run_data import check_weights, is_run
 from common_jax import checkpoint
 from common_jax.state import merge
 from common_jax.step import Loss
-from common_jax.weights import Allowance, Origin, WarmStart, size_of, take
+from common_jax.weights import Allowance, Origin, WarmStart, size_of, take, warn_of_no_match
 
 
 def make_encode(tower: TextTower | None) -> Encode:
@@ -152,8 +151,8 @@ def _published(
 ) -> WarmStart:
     params, shapes = (traverse_util.flatten_dict(tree, sep="/") for tree in (params, shapes))
     left_out = sorted(path for path in shapes if fresh and re.fullmatch(fresh, path))
-    if fresh and not left_out:
-        logging.warning("config.sources.fresh=%r matches no parameter and changes nothing", fresh)
+    if fresh:
+        warn_of_no_match(Allowance(fresh, "config.sources.fresh", True), shapes)
     for path in left_out:
         params.pop(path, None)
         del shapes[path]

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -372,12 +371,7 @@ def load_trained(config: Config, name: str) -> tuple[Any, Any]:
     """
     source, average = config.sources.clip, trains(config.stage) is Trains.TOWERS
     sizes = getattr(_clip_run(config).clip, name)
-    if checkpoint.is_unfinished(source):
-        logging.warning(
-            "config.sources.clip=%s is not finished; its newest checkpoint is used, and a later "
-            "start may find another one",
-            source,
-        )
+    checkpoint.warn_if_unfinished(source)
     params = checkpoint.load(source, subtree=f"clip/{name}", average=average)
     return sizes, jax.device_get(params)
 

@@ -11,11 +11,11 @@ from common_jax.checkpoint.reading import (
     absolute,
     check_source,
     find_step,
-    is_unfinished,
     load,
     load_config,
     load_shapes,
     read,
     refuse_pattern,
+    warn_if_unfinished,
 )
 from common_jax.checkpoint.writing import Checkpoints, SaveError, write_params

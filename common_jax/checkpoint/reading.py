@@ -1,5 +1,6 @@
 """Reads checkpoints, whatever mesh wrote them."""
 
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -119,10 +120,15 @@ def check_source(key: str, source: str) -> None:
         raise type(error)(f"{key}={source!r}: {error}") from error
 
 
-def is_unfinished(source: epath.PathLike) -> bool:
-    """Whether `source` is the workdir of a run without a result; converted weights are no run."""
+def warn_if_unfinished(source: epath.PathLike) -> None:
+    """Warns if `source` is the workdir of a run without a result; converted weights are no run."""
     folder = absolute(source)
-    return (folder / "config.json").exists() and not (folder / "result.json").exists()
+    if (folder / "config.json").exists() and not (folder / "result.json").exists():
+        logging.warning(
+            "%s is not finished; its newest checkpoint is used, and a later start may find another "
+            "one",
+            source,
+        )
 
 
 def find_step(source: epath.PathLike) -> epath.Path:

@@ -12,4 +12,12 @@ from common_jax.weights.files import (
     write_tensors,
     write_torch,
 )
-from common_jax.weights.warm_start import Adapt, Allowance, Origin, WarmStart, size_of, take
+from common_jax.weights.warm_start import (
+    Adapt,
+    Allowance,
+    Origin,
+    WarmStart,
+    size_of,
+    take,
+    warn_of_no_match,
+)

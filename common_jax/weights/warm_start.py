@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -117,14 +117,7 @@ def take(
         else:
             problems.append(f"{path} of shape {flat[path].shape} is in none of the sources")
     for allowance in (*leave, *fresh) if read else ():
-        if allowance.asked and not any(re.fullmatch(allowance.regex, path) for path in known):
-            logging.warning(
-                "%s=%r matches no parameter and changes nothing; the regex must match a whole "
-                "path, such as %s",
-                allowance.reason,
-                allowance.regex,
-                min(known),
-            )
+        warn_of_no_match(allowance, known)
     if problems:
         raise ValueError(
             f"the weights do not fit:{list_problems(problems)}"
@@ -132,6 +125,18 @@ def take(
             "config.sources.fresh and of what may be left out in config.sources.leave"
         )
     return WarmStart(traverse_util.unflatten_dict(params, sep="/"), account)
+
+
+def warn_of_no_match(allowance: Allowance, paths: Collection[str]) -> None:
+    """Warns about a user's regex that matches none of the `paths`."""
+    if allowance.asked and not any(re.fullmatch(allowance.regex, path) for path in paths):
+        logging.warning(
+            "%s=%r matches no parameter and changes nothing; the regex must match a whole path, "
+            "such as %s",
+            allowance.reason,
+            allowance.regex,
+            min(paths),
+        )
 
 
 def size_of(params: Mapping[str, Any]) -> dict[str, int]:

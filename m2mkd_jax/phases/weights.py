@@ -54,10 +54,8 @@ def take_weights(
     sources = config.sources
     for source in dict.fromkeys(str(origin.source) for origin in origins):
         compare_images(config, source, frozen=frozen)
-        if frozen and checkpoint.is_unfinished(source):
-            logging.warning(
-                "%s is not finished; its weights are used as its newest checkpoint has them", source
-            )
+        if frozen:
+            checkpoint.warn_if_unfinished(source)
     if sources.leave:
         leave = (*leave, Allowance(sources.leave, "config.sources.leave", not frozen))
     if sources.fresh:
