@@ -1,7 +1,7 @@
 """The train loop, shared by every run. A `Task` defines the model, the data and the loss."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -207,7 +207,6 @@ def _train(
     if not fresh:
         place = workdir / FOLDER / str(start)
         logging.info("%s resumes at step %d from %s", task.title, start, place)
-        _warn_of_other_data(task, workdir)
 
     # ----------------------------------------------------------------------------------------------
     # Log. Opening it drops the lines that a previous start wrote beyond this step.
@@ -236,7 +235,10 @@ def _train(
         # evaluation, catch up on it now. A checkpoint that was saved before its evaluation has no
         # score, so the scores are read back from the log.
         # ------------------------------------------------------------------------------------------
-        evaluations = _read_evaluations(task, workdir)
+        record = workdir / "metrics.jsonl"
+        lines = read_metrics(record) if record.exists() else []
+        _warn_of_other_data(task, workdir, lines)
+        evaluations = _evaluations(task, lines)
         if start and due.evaluation(start) and not hosts.agree(start in evaluations).any():
             evaluations[start] = evaluation = _evaluate(task, state, log, due)
         for step, values in evaluations.items():
@@ -365,10 +367,11 @@ def _write_account(task: Task, workdir: epath.Path, warm: WarmStart | None) -> N
         write_json(workdir / "warm_start.json", warm.account)
 
 
-def _warn_of_other_data(task: Task, workdir: epath.Path) -> None:
+def _warn_of_other_data(
+    task: Task, workdir: epath.Path, lines: Sequence[Mapping[str, Any]]
+) -> None:
     """Warns if an epoch has another number of steps than when the run was last logged."""
-    path = workdir / "metrics.jsonl"
-    for line in read_metrics(path)[-1:] if path.exists() else ():
+    for line in lines[-1:]:
         epoch, step = line.get("epoch"), line["step"]
         if epoch and round(step / task.steps_per_epoch, 6) != epoch:
             logging.warning(
@@ -381,15 +384,10 @@ def _warn_of_other_data(task: Task, workdir: epath.Path) -> None:
             )
 
 
-def _read_evaluations(task: Task, workdir: epath.Path) -> dict[int, dict[str, float]]:
+def _evaluations(task: Task, lines: Iterable[dict[str, float]]) -> dict[int, dict[str, float]]:
     """The evaluations in the log, by step; empty in processes that do not see process 0's disk."""
-    path = workdir / "metrics.jsonl"
     prefixes = tuple(f"{name}/" for name in task.evaluators)
-    return {
-        line["step"]: line
-        for line in (read_metrics(path) if path.exists() else ())
-        if any(name.startswith(prefixes) for name in line)
-    }
+    return {line["step"]: line for line in lines if any(name.startswith(prefixes) for name in line)}
 
 
 def _evaluate(task: Task, state: TrainState, log: Log, due: Due) -> dict[str, float]:

@@ -1,20 +1,12 @@
 """CLIPTrans' fields that are set but have no effect given the others."""
 
-import dataclasses
 import functools
 
 import pytest
+from changed import changed
 from tiny_cliptrans import tiny_config
 
 from cliptrans_jax.runs.idle import idle, warn_of_random_parts
-
-
-def changed(path, value, config):
-    *above, name = path.split(".")
-    if not above:
-        return dataclasses.replace(config, **{name: value})
-    section = changed(".".join([*above[1:], name]), value, getattr(config, above[0]))
-    return dataclasses.replace(config, **{above[0]: section})
 
 
 def set_all(stage, fields):

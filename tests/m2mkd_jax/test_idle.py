@@ -5,6 +5,7 @@ import logging
 
 import jax
 import pytest
+from changed import changed
 from jax import numpy as jnp
 
 from common_jax import app
@@ -61,14 +62,6 @@ def test_they_are_warned_of_with_the_reason(caplog):
     )
 
 
-def changed(path, value, config=START):
-    *above, name = path.split(".")
-    if not above:
-        return dataclasses.replace(config, **{name: value})
-    section = changed(".".join([*above[1:], name]), value, getattr(config, above[0]))
-    return dataclasses.replace(config, **{above[0]: section})
-
-
 SWITCHED_OFF = [
     ("augment.magnitude", 3.0, {"augment.randaugment": True}),
     ("augment.mix_probability", 0.5, {"augment.mixup": 0.2}),
@@ -86,7 +79,7 @@ SWITCHED_OFF = [
 
 @pytest.mark.parametrize(("path", "value", "reads"), SWITCHED_OFF, ids=lambda x: str(x)[:20])
 def test_fields_that_others_switch_off_are_listed_unless_these_are_on(path, value, reads):
-    off = changed("optim.decay_all", True, changed("model.moe_blocks", "none"))
+    off = changed("optim.decay_all", True, changed("model.moe_blocks", "none", START))
     config = changed(path, value, off)
     assert [*idle(config)] in ([path], [path.split(".")[0]], [path.rpartition(".")[0]])
     for name, one in reads.items():
@@ -110,7 +103,7 @@ def test_recipes_of_a_pipeline_are_looked_at_one_by_one():
     ],
 )
 def test_a_router_without_a_gradient_is_warned_of(moe, warns, caplog):
-    config = changed("model.moe", moe)
+    config = changed("model.moe", moe, START)
     warn_of_untrained_router(config)
     assert ("leaves the router untrained" in caplog.text) == warns
     caplog.clear()
@@ -131,4 +124,4 @@ def test_the_warning_is_right_about_the_gradient():
     ("phase", "warns"), [("pipeline", True), ("end_to_end", True), ("distill", False)]
 )
 def test_a_module_is_for_phases_that_train_single_ones(phase, warns):
-    assert ("module" in idle(changed("module", "1", changed("phase", phase)))) == warns
+    assert ("module" in idle(changed("module", "1", changed("phase", phase, START)))) == warns
