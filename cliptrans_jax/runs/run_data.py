@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
@@ -132,6 +133,8 @@ class RunData:
                 return published_text(published, text_tokenizer(config), dtype=config.dtype)
         if sources.clip_text:
             text_tower_of(config.clip_tokenizer.kind)  # raises ValueError if no tower has it
+        if sources.clip:
+            _warn_of_another_tower(config)
         published = self._load_published("clip_text", TEXT_TOWERS, base=sources.clip_text_base)
         return published_text(published, config.clip_tokenizer, dtype=config.dtype)
 
@@ -404,6 +407,18 @@ def _clip_run(config: Config) -> Config:
             f"config.sources.clip_text={given!r} are from another space; leave one out"
         )
     return run
+
+
+def _warn_of_another_tower(config: Config) -> None:
+    """Warns if the run in config.sources.clip was trained against another text tower."""
+    given, trained = config.sources.clip_text, _clip_run(config).sources.clip_text
+    if checkpoint.absolute(given) != checkpoint.absolute(trained):
+        logging.warning(
+            "config.sources.clip_text=%r is not the text tower that the run in "
+            "config.sources.clip=%r was trained against, %r; unless both have the same weights, "
+            "their features are from different spaces",
+            *(given, config.sources.clip, trained),
+        )
 
 
 def _check_published(config: Config, name: str) -> None:

@@ -3,6 +3,7 @@ what later runs take from it."""
 
 import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import numpy as np
@@ -143,6 +144,24 @@ def test_a_run_s_text_tower_is_given_exactly_if_it_stayed_frozen(monkeypatch):
     for name in ("text", "image"):
         with pytest.raises(ValueError, match=message):
             load_trained(bare, name)
+
+
+def test_another_text_tower_than_the_run_was_trained_against_is_warned_of(
+    monkeypatch, tmp_path, caplog
+):
+    stored = unfreeze(lock(tiny_config("clip", None), text=str(tmp_path / "tower"))).to_dict()
+    monkeypatch.setattr(checkpoint, "load_config", lambda source: stored)
+    load = mock.Mock(side_effect=FileNotFoundError("nothing is loaded here"))
+    monkeypatch.setattr(RunData, "_load_published", load)
+    for text, warnings in (("tower", 0), ("another", 1)):
+        caplog.clear()
+        config = lock(tiny_config("translate", None), text=str(tmp_path / text))
+        sources = dataclasses.replace(config.sources, clip="run")
+        config = dataclasses.replace(config, sources=sources)
+        with pytest.raises(FileNotFoundError, match="nothing is loaded"):
+            RunData(config, epath.Path(tmp_path), one_device()).text_tower  # noqa: B018
+        assert len(caplog.messages) == warnings
+    assert "is not the text tower that the run in config.sources.clip='run'" in caplog.text
 
 
 def test_a_run_is_used_with_the_text_tower_that_it_was_trained_for(tmp_path):
