@@ -317,7 +317,7 @@ def _from_first_host(
         return None
     if 4 * rows * width >= MAPPED_BYTES:
         features = read() if features is None else features
-        if not hosts.agree(features is None).any():
+        if not hosts.any_process(features is None):
             return features
     received = np.empty((rows, width), np.float32) if features is None else features
     step = max(1, BROADCAST_BYTES // max(1, 4 * width))

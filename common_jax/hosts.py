@@ -116,17 +116,25 @@ def check() -> None:
         raise signals.Stopped
 
 
-def agree(*values: float) -> np.ndarray:
-    """The maximum of each value over all processes, the same in all of them; (values,) float64.
-
-    All processes must call this at the same point.
-    """
+def largest(*values: float) -> np.ndarray:
+    """The maximum of each value over all processes; (values,) float64. All processes must call this
+    at the same point."""
     mine = np.asarray(values, np.float64)
     if jax.process_count() == 1:
         return mine
     # As bytes: jax would convert float64 to float32.
     everyone = multihost_utils.process_allgather(mine.view(np.uint8))
     return np.ascontiguousarray(everyone).view(np.float64).max(axis=0)
+
+
+def any_process(flag: bool) -> bool:
+    """True in all processes if `flag` is true in any. All must call this at the same point."""
+    return bool(largest(flag).any())
+
+
+def barrier(name: str) -> None:
+    """Waits until all processes are here; `name` is for the message if they are not."""
+    multihost_utils.sync_global_devices(name)
 
 
 def require_same(what: str, *parts: bytes | memoryview | str) -> None:
@@ -142,7 +150,7 @@ def require_same(what: str, *parts: bytes | memoryview | str) -> None:
     own = 0
     for part in parts:
         own = zlib.crc32(part.encode() if isinstance(part, str) else part, own)
-    highest, lowest = agree(own, -own) * (1, -1)
+    highest, lowest = largest(own, -own) * (1, -1)
     if highest != lowest:
         raise ValueError(
             f"{what} is not the same on all hosts (process {jax.process_index()} has checksum "
@@ -154,7 +162,7 @@ def raise_everywhere(failure: Exception | None, elsewhere: Exception) -> None:
     """Raises in all processes if one has failed: `failure` in that process, `elsewhere` in the
     others, which would otherwise wait for it forever. All processes must call this at the same
     point."""
-    if agree(failure is not None).any():
+    if any_process(failure is not None):
         raise failure or elsewhere
 
 

@@ -171,7 +171,7 @@ def _train(
         include = programs.keep("average", average_program(task, abstract))
     # Look at the checkpoints first: if they belong to another run, nothing may be written.
     stock, config = take_stock(workdir, config=config, total=total), plain(config)
-    fresh = not hosts.agree(bool(stock.steps)).any()
+    fresh = not hosts.any_process(bool(stock.steps))
     warm = task.warm_start(abstract.params) if fresh and task.warm_start is not None else None
     claim(workdir, config)
     if jax.process_index() == 0:
@@ -239,7 +239,7 @@ def _train(
         lines = read_metrics(record) if record.exists() else []
         _warn_of_other_data(task, workdir, lines)
         evaluations = _evaluations(task, lines)
-        if start and due.evaluation(start) and not hosts.agree(start in evaluations).any():
+        if start and due.evaluation(start) and not hosts.any_process(start in evaluations):
             evaluations[start] = evaluation = _evaluate(task, state, log, due)
         for step, values in evaluations.items():
             if due.checkpoint(step):
@@ -325,13 +325,13 @@ class _Saver:
     def is_late(self) -> bool:
         """Whether config.run.checkpoint_minutes have passed since the last save, on any process.
         All processes must call this together."""
-        return self._timed and bool(hosts.agree(self._alarm.rings()).any())
+        return self._timed and hosts.any_process(self._alarm.rings())
 
     def save(self, state: TrainState, step: int, metrics: Mapping[str, float] | None) -> None:
         self._log.flush()
         _require_all(self._workdir)
         self.step = step
-        if hosts.agree(not self._log.complete()).any():
+        if hosts.any_process(not self._log.complete()):
             logging.warning("step %d was not saved, since its log could not be written", step)
             return
         self._checkpoints.save(state, step=step, config=self._config, metrics=metrics)

@@ -37,6 +37,11 @@ class Stock:
     id: str | None = None
 
 
+def step_of(folder: epath.Path) -> int | None:
+    """The step that a checkpoint's folder is named after; None for other names, such as "007"."""
+    return int(folder.name) if NUMBER.fullmatch(folder.name) else None
+
+
 def finished_steps(folder: epath.PathLike) -> list[int]:
     """Returns the steps below `folder` with orbax's marker in every item, ascending.
 
@@ -45,11 +50,11 @@ def finished_steps(folder: epath.PathLike) -> list[int]:
     folder = epath.Path(folder)
     if not folder.exists():
         return []
-    steps = (path for path in folder.iterdir() if NUMBER.fullmatch(path.name))
     return sorted(
-        int(path.name)
-        for path in steps
-        if all((path / item / MARKER).exists() for item in ("", *ITEMS))
+        step
+        for path in folder.iterdir()
+        if (step := step_of(path)) is not None
+        and all((path / item / MARKER).exists() for item in ("", *ITEMS))
     )
 
 

@@ -11,7 +11,7 @@ from etils import epath
 from flax import traverse_util
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from common_jax.checkpoint.belonging import FOLDER, own_steps
+from common_jax.checkpoint.belonging import FOLDER, own_steps, step_of
 from common_jax.checkpoint.contents import JSON
 from common_jax.mesh import Rules, match_rules, replicated, with_shardings
 from common_jax.state import merge
@@ -143,7 +143,7 @@ def find_step(source: epath.PathLike) -> epath.Path:
             "backslash in a path as a slash; rename the folder, or give a link to it"
         )
     # An explicit step is not checked against its run, so that any checkpoint can be loaded.
-    if source.name.isdigit() and (source / "params").exists():
+    if step_of(source) is not None and (source / "params").exists():
         return source
     if source.exists() and not source.is_dir():
         raise FileNotFoundError(f"{source} is a file; give a run's workdir, or a step in it")

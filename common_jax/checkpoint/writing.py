@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import errno
 import logging
-import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers
 
 from common_jax import hosts
-from common_jax.checkpoint.belonging import FOLDER, finished_steps
+from common_jax.checkpoint.belonging import FOLDER, finished_steps, step_of
 from common_jax.checkpoint.contents import (
     FAILURES,
     MARK,
@@ -183,13 +182,13 @@ class Checkpoints:
         # On shared storage, a process may still see a folder that process 0 has already renamed.
         steps, damaged = sorted(set(finished_steps(self.folder)) - self._foreign), []
         # The newest that any process sees: on shared storage some may see a new folder late.
-        while (step := int(hosts.agree(max(set(steps) - set(damaged), default=-1))[0])) >= 0:
+        while (step := int(hosts.largest(max(set(steps) - set(damaged), default=-1))[0])) >= 0:
             state, failure = None, None
             try:
                 state = self._restore(step, abstract)
             except FAILURES as error:
                 failure = error
-            if not hosts.agree(failure is not None).any():
+            if not hosts.any_process(failure is not None):
                 # Only now that the run has a state to continue from; without one it must not change
                 # the folder. The manager lists the steps when it opens, so open a new one.
                 if damaged:
@@ -226,7 +225,7 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         if jax.process_index() == 0:
             _remove_unfinished(self.folder)
-        hosts.agree(0)  # a barrier: the others must not list the folder before it is cleaned up
+        hosts.barrier("the checkpoint folder is cleaned up")  # the others must not list it before
         policies = [checkpoint_managers.LatestN(self._keep)]
         if self._best is not None:
             policies.append(_Best(self._metric))
@@ -288,7 +287,7 @@ class Checkpoints:
         except FAILURES as error:
             failure = error
         # Every process gets here, failed or not, and then all take the same branch.
-        if not hosts.agree(failure is not None).any():
+        if not hosts.any_process(failure is not None):
             return
         failed, self._step = self._step, None
         # A manager with an unfinished save fails in all later calls, so replace it.
@@ -338,7 +337,7 @@ class Checkpoints:
         again."""
         for step in steps if jax.process_index() == 0 else ():
             _move(self.folder / str(step), self.folder / f"{why}_{step}")
-        hosts.agree(0)  # a barrier: the others must not list the folder before
+        hosts.barrier("checkpoints are renamed")  # the others must not list them before
 
     def _metric(self, checkpoint: Any) -> float:
         # Not orbax's own metrics, which are lost when a manager is replaced.
@@ -424,10 +423,9 @@ def _remove_unfinished(folder: epath.Path) -> None:
     """Deletes what a killed save left behind, which would block the next save of its step."""
     if not folder.exists():
         return
-    finished = {str(step) for step in finished_steps(folder)}
+    others = {None, *finished_steps(folder)}
     for path in folder.iterdir():
-        temporary = ".orbax-checkpoint-tmp" in path.name
-        if temporary or (re.fullmatch(r"\d+", path.name) and path.name not in finished):
+        if ".orbax-checkpoint-tmp" in path.name or step_of(path) not in others:
             logging.warning("removing the unfinished checkpoint %s", path)
             _remove(path)
 

@@ -64,7 +64,7 @@ def keep_identity(
     if jax.process_count() == 1:
         return identity
     # The others may not see the file yet.
-    number = int(hosts.agree(int(identity.id, 16) if identity else -1)[0])
+    number = int(hosts.largest(int(identity.id, 16) if identity else -1)[0])
     return identity or Identity(f"{number:0{DIGITS}x}")
 
 

@@ -115,7 +115,7 @@ def draw_circuit(model: NacConfig, circuit: Circuit, workdir: epath.Path) -> Non
     """Writes connectivity.png, the mediators' graph before and after training, unless it exists. A
     failure only causes a warning. If the run averages its parameters, the averages are drawn."""
     path, first = workdir / PICTURE, jax.process_index() == 0
-    if not hosts.agree(first and not is_picture(path)).any():
+    if not hosts.any_process(first and not is_picture(path)):
         return
     with dispensable(path):
         # orbax waits for every process at the end of a read, so all of them load.

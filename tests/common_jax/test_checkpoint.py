@@ -1,5 +1,7 @@
 """Checkpoints and warm starts: finding them, errors, and the record of loaded parameters."""
 
+import shutil
+
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -256,9 +258,10 @@ def test_unfinished_folders_are_not_read_and_are_removed(workdir):
     folder = workdir / "checkpoints"
     (folder / "7" / "params").mkdir(parents=True)
     (folder / "8.orbax-checkpoint-tmp").mkdir()
+    shutil.copytree(folder / "5", folder / "007")  # no name of a step, so not the run's to delete
     assert checkpoint.finished_steps(folder) == [2, 4, 5]
     Checkpoints(workdir, keep=2, best=None).close()
-    assert {path.name for path in folder.iterdir()} == {"2", "4", "5"}
+    assert {path.name for path in folder.iterdir()} == {"2", "4", "5", "007"}
 
 
 def test_a_step_is_finished_when_it_and_its_every_item_are_marked(workdir):

@@ -159,15 +159,15 @@ def others(monkeypatch):
     return rows.extend
 
 
-def test_processes_agree_on_the_greatest_of_each_value(others):
+def test_every_process_gets_the_largest_of_each_value(others):
     others([(1.0, 2**48 - 1, -3.0), (0.0, 7.0, -2.0)])
-    found = hosts.agree(0.5, 2**48 - 3, -1.0)
+    found = hosts.largest(0.5, 2**48 - 3, -1.0)
     assert (found.dtype, found.tolist()) == (np.float64, [1.0, 2**48 - 1, -1.0])
 
 
-def test_one_process_agrees_with_itself():
-    assert hosts.agree(True, 2**48 - 1).tolist() == [1.0, 2**48 - 1]
-    assert not hosts.agree(False).any()
+def test_one_process_gets_its_own_values():
+    assert hosts.largest(True, 2**48 - 1).tolist() == [1.0, 2**48 - 1]
+    assert not hosts.any_process(False)
 
 
 @pytest.mark.parametrize(("theirs", "same"), [("ab", True), ("ac", False)])

@@ -97,10 +97,10 @@ def test_all_processes_get_the_id_of_the_first(run_id, tmp_path, monkeypatch):
     assert keep_identity(tmp_path, adopt=run_id, unmarked=(4,)).unmarked == (4,)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     given = []
-    monkeypatch.setattr(hosts, "agree", lambda value: given.append(value) or np.array([value]))
+    monkeypatch.setattr(hosts, "largest", lambda value: given.append(value) or np.array([value]))
     assert keep_identity(tmp_path).id == run_id
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    monkeypatch.setattr(hosts, "agree", lambda value: np.maximum([value], float(given[0])))
+    monkeypatch.setattr(hosts, "largest", lambda value: np.maximum([value], float(given[0])))
     assert keep_identity(tmp_path / "not there yet").id == run_id
     assert not (tmp_path / "not there yet").exists()
 
