@@ -21,12 +21,10 @@ from common_jax.ranges import (
     Regex,
     Size,
     key_of,
-    one_of,
     within,
 )
 from common_jax.state import subtrees
 
-OPTIMIZERS = ("adamw", "sgd")
 # Lengths in epochs, which their counterparts in updates replace.
 REPLACED_BY = {"epochs": "steps", "warmup_epochs": "warmup_steps"}
 LONGEST = 1_000_000  # epochs; per-epoch schedules are tables of this length
@@ -76,7 +74,7 @@ class OptimConfig(Section):
     warmup_lr: NonNegative = 1e-6
     min_lr: NonNegative = 1e-5
     power: Positive = 2.0
-    optimizer: Annotated[str, one_of(*OPTIMIZERS)] = "adamw"
+    optimizer: Annotated[str, key_of(lambda: OPTIMIZERS)] = "adamw"
     weight_decay: NonNegative = 0.05
     b1: BelowOne = 0.9
     b2: BelowOne = 0.999
@@ -98,14 +96,12 @@ class OptimConfig(Section):
     def idle(self) -> dict[str, str]:
         """The fields that are set but have no effect given the others, with the reason; 0 counts
         as not set."""
-        unread = {
-            "schedule": [name for name, by in READ_BY.items() if self.schedule not in by],
-            "optimizer": ["momentum"] if self.optimizer == "adamw" else ["b1", "b2", "eps"],
-        }
         why = {
             name: f"{choice}={getattr(self, choice)!r} does not read it"
-            for choice, names in unread.items()
-            for name in names
+            for choice, kinds in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS))
+            for kind in kinds.values()
+            for name in kind.reads
+            if name not in kinds[getattr(self, choice)].reads
         }
         if self.decay_all:
             why["no_decay"] = "decay_all=True decays every parameter"
@@ -119,7 +115,7 @@ class OptimConfig(Section):
     @property
     def rises(self) -> bool:
         """True if the schedule ends at `min_lr` and that is above the peak."""
-        return self.schedule in READ_BY["min_lr"] and self.min_lr > self.peak_lr
+        return "min_lr" in SCHEDULES[self.schedule].reads and self.min_lr > self.peak_lr
 
     @property
     def micro_batch(self) -> int:
@@ -138,9 +134,10 @@ class OptimConfig(Section):
     def check_warmup(self, steps_per_epoch: int, *, key: str = "config.optim") -> None:
         """Raises ValueError, naming fields of the section `key`, unless the schedule's warm-up is
         shorter than the run; a longer warm-up would never reach the peak."""
-        if self.schedule not in WARMING:
+        reads = SCHEDULES[self.schedule].reads
+        if "warmup_epochs" not in reads:
             return
-        by_steps = self.warmup_steps is not None and self.schedule not in BY_EPOCH
+        by_steps = self.warmup_steps is not None and "warmup_steps" in reads
         name = "warmup_steps" if by_steps else "warmup_epochs"
         given, total = getattr(self, name), self.total_steps(steps_per_epoch)
         warmup = given if by_steps else given * steps_per_epoch
@@ -260,31 +257,34 @@ def constant(config: OptimConfig, steps_per_epoch: int) -> Schedule:
     return optax.constant_schedule(config.peak_lr)
 
 
+@dataclasses.dataclass(frozen=True)
+class ScheduleKind:
+    """A kind of learning-rate schedule.
+
+    Attributes:
+      make: takes the config and the steps per epoch.
+      reads: the fields that it reads and some other kind does not. One that reads `warmup_epochs`
+        but not `warmup_steps` has its warm-up in epochs.
+    """
+
+    make: Callable[[OptimConfig, int], Schedule]
+    reads: tuple[str, ...] = ()
+
+
+_BY_EPOCH = ("warmup_epochs", "warmup_lr", "min_lr")
 SCHEDULES = {
-    "epoch_cosine": epoch_cosine,
-    "epoch_cosine_unlagged": functools.partial(epoch_cosine, lag=0),
-    "warmup_cosine": warmup_cosine,
-    "inverse_sqrt": inverse_sqrt,
-    "polynomial": polynomial,
-    "constant": constant,
-}
-
-
-BY_EPOCH = ("epoch_cosine", "epoch_cosine_unlagged")  # these ignore warmup_steps
-WARMING = (*BY_EPOCH, "warmup_cosine", "inverse_sqrt")
-# The schedules that read each field that some schedules ignore.
-READ_BY = {
-    "warmup_epochs": WARMING,
-    "warmup_steps": ("warmup_cosine", "inverse_sqrt"),
-    "warmup_lr": (*BY_EPOCH, "warmup_cosine"),
-    "min_lr": (*BY_EPOCH, "warmup_cosine", "polynomial"),
-    "power": ("polynomial",),
+    "epoch_cosine": ScheduleKind(epoch_cosine, _BY_EPOCH),
+    "epoch_cosine_unlagged": ScheduleKind(functools.partial(epoch_cosine, lag=0), _BY_EPOCH),
+    "warmup_cosine": ScheduleKind(warmup_cosine, (*_BY_EPOCH, "warmup_steps")),
+    "inverse_sqrt": ScheduleKind(inverse_sqrt, ("warmup_epochs", "warmup_steps")),
+    "polynomial": ScheduleKind(polynomial, ("min_lr", "power")),
+    "constant": ScheduleKind(constant),
 }
 
 
 def make_schedule(config: OptimConfig, steps_per_epoch: int) -> Schedule:
     """The schedule that `config.schedule` names."""
-    return SCHEDULES[config.schedule](config, steps_per_epoch)
+    return SCHEDULES[config.schedule].make(config, steps_per_epoch)
 
 
 def make_optimizer(
@@ -304,12 +304,39 @@ def make_optimizer(
     """
     mask = None if config.decay_all else lambda params: decay_mask(params, config.no_decay)
     decay = optax.add_decayed_weights(config.weight_decay, mask)
-    parts = [clip_by_norm(config.clip, clip_depth)] if config.clip is not None else []
-    if config.optimizer == "adamw":
-        parts += [_adam(config.b1, config.b2, config.eps), decay]
-    else:
-        parts += [decay, _skipping(optax.trace(config.momentum, nesterov=True))]
-    return optax.chain(*parts)
+    clip = [clip_by_norm(config.clip, clip_depth)] if config.clip is not None else []
+    return optax.chain(*clip, *OPTIMIZERS[config.optimizer].make(config, decay))
+
+
+def _adamw(
+    config: OptimConfig, decay: optax.GradientTransformation
+) -> tuple[optax.GradientTransformation, ...]:
+    return _adam(config.b1, config.b2, config.eps), decay
+
+
+def _sgd(
+    config: OptimConfig, decay: optax.GradientTransformation
+) -> tuple[optax.GradientTransformation, ...]:
+    return decay, _skipping(optax.trace(config.momentum, nesterov=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerKind:
+    """A kind of optimizer.
+
+    Attributes:
+      make: takes the config and the weight decay; returns both in the order they are chained.
+      reads: the fields that it reads and some other kind does not.
+    """
+
+    make: Callable[..., tuple[optax.GradientTransformation, ...]]
+    reads: tuple[str, ...] = ()
+
+
+OPTIMIZERS = {
+    "adamw": OptimizerKind(_adamw, ("b1", "b2", "eps")),
+    "sgd": OptimizerKind(_sgd, ("momentum",)),
+}
 
 
 def _skipping(

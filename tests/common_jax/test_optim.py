@@ -395,4 +395,4 @@ def test_a_schedule_reads_the_fields_that_it_is_said_to_read(schedule, name):
     values = {"warmup_epochs": 2, "warmup_steps": 7, "warmup_lr": 0.1, "min_lr": 1e-4, "power": 3.0}
     other = dataclasses.replace(start, **{name: values[name]})
     rates = [[float(make_schedule(one, 10)(step)) for step in range(40)] for one in (start, other)]
-    assert (rates[0] != rates[1]) == (schedule in optim.READ_BY[name])
+    assert (rates[0] != rates[1]) == (name in optim.SCHEDULES[schedule].reads)
