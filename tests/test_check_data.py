@@ -64,6 +64,14 @@ def test_a_whole_set_is_described(tmp_path, capsys):
     assert "sizes of 5 images, rows x columns: 24 x 24 (5)" in printed
     assert "unreadable: 0 of 5" in printed
     assert "sizes of 15 images" in check(capsys, *flags, "--all")[1]
+    assert "sizes of 5 images" in check(capsys, *flags, "--sample", "5")[1]
+
+
+def test_a_sample_is_at_least_one_picture(capsys):
+    with pytest.raises(SystemExit) as end:
+        check_data.main(["check_data.py", IMAGES, "--sample=0"])
+    assert end.value.code == 2
+    assert "--sample: '0' must be a whole number from 1" in capsys.readouterr().err
 
 
 def test_every_problem_of_a_set_is_named(tmp_path, capsys):

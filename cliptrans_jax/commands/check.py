@@ -1,6 +1,6 @@
 """`cliptrans check`: what a config's data contains, and every problem that would stop a run."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common_jax.commands.shared import check_command
 
@@ -20,7 +20,14 @@ def checker() -> "Checker":
     from cliptrans_jax.data.own import settings_of
     from common_jax.commands.check import Checker
 
-    return Checker(Config, check_cliptrans, settings_of, EXAMPLE)
+    def fields(config: Any) -> dict[str, Any]:
+        settings = settings_of(config.data.path, config.data.to_dict())
+        values = {f"data.{name}": value for name, value in settings.items()}
+        if settings and config.languages:  # given for other data
+            values["languages"] = settings["source_language"], settings["target_language"]
+        return values
+
+    return Checker(Config, check_cliptrans, fields, EXAMPLE)
 
 
 COMMAND = check_command("cliptrans", "stage", checker)

@@ -13,6 +13,7 @@ Exits with 0 if a run could start on the data, otherwise with 1. Does not check 
 tokenizers.
 """
 
+import argparse
 import collections
 import dataclasses
 import logging
@@ -28,12 +29,14 @@ import numpy as np
 from etils import epath
 
 from common_jax import app
+from common_jax.commands.arguments import count
 from common_jax.commands.choice import choose
 from common_jax.config import freeze
 from common_jax.inputs import BadExample
 
 USER_ERRORS = (*app.USER_ERRORS, ImportError)
 SAMPLE = 500
+USAGE = "%(prog)s --config=FILE.py [--sample=N | --all] [--config.FIELD=VALUE ...]"
 NOWHERE = epath.Path("check_data")  # a workdir that is never written
 
 
@@ -80,14 +83,14 @@ class Checker:
     Attributes:
       config: the dataclass of its configs.
       look: (config, findings) -> None; records everything about the config's data.
-      settings_of: (config.data.path, config.data) -> fields of config.data that train on the user's
-        own data at that path; empty for data with a known layout.
+      settings_of: config -> fields, by path below the config, that train on the user's own data at
+        config.data.path; empty for data with a known layout.
       example: example commands for --help.
     """
 
     config: type
     look: Callable[[Any, Findings], None]
-    settings_of: Callable[[str, Any], Mapping[str, Any]]
+    settings_of: Callable[[ml_collections.ConfigDict], Mapping[str, Any]]
     example: str
 
 
@@ -118,14 +121,11 @@ def say_bad(bad: Mapping[str, str], places: Sequence[int], findings: Findings) -
         findings.say(f"    {name}: {reason}")
 
 
-def flags_for(config: ml_collections.ConfigDict, settings: Mapping[str, Any]) -> str:
-    """Returns fields of config.data as command-line flags."""
-    values = {f"data.{key}": value for key, value in settings.items()}
-    if config.get("languages"):  # these belong to other data
-        values["languages"] = settings["source_language"], settings["target_language"]
+def flags_for(settings: Mapping[str, Any]) -> str:
+    """Returns fields of the config as command-line flags."""
     # Double quotes within tuples, since shlex.quote puts single quotes around them.
-    texts = {key: str(value).replace("'", '"') for key, value in values.items()}
-    texts |= {key: value for key, value in values.items() if isinstance(value, str)}
+    texts = {key: str(value).replace("'", '"') for key, value in settings.items()}
+    texts |= {key: value for key, value in settings.items() if isinstance(value, str)}
     return " \\\n  ".join(f"--config.{key}={shlex.quote(text)}" for key, text in texts.items())
 
 
@@ -139,9 +139,8 @@ def check(config: ml_collections.ConfigDict, sample: int | None, checkers: Check
         checker.look(frozen, findings)
     if path := config.data.path:
         try:
-            settings = checker.settings_of(path, config.data.to_dict())
-            if settings:
-                findings.say(f"flags that train on {path}:\n  {flags_for(config, settings)}")
+            if settings := checker.settings_of(config):
+                findings.say(f"flags that train on {path}:\n  {flags_for(settings)}")
         except USER_ERRORS as error:
             if findings.problems and str(error) not in findings.problems:
                 findings.say(f"no flags that train on {path}: {error}")
@@ -165,24 +164,12 @@ def main(argv: Sequence[str], checkers: Checkers) -> None:
       argv: the command line, starting with the program's name.
       checkers: the checkers of the packages whose configs it accepts.
     """
-    sample: int | None = SAMPLE
-    rest = [argv[0], f"--workdir={NOWHERE}"]
-    for arg in argv[1:]:
-        if arg == "--all":
-            sample = None
-        elif arg.startswith("--sample="):
-            text = arg.removeprefix("--sample=")
-            if not text.isdecimal() or int(text) < 1:
-                print(
-                    f"error: --sample={text} must be a number from 1; or give --all",
-                    file=sys.stderr,
-                )
-                sys.exit(2)
-            sample = int(text)
-        else:
-            rest.append(arg)
+    parser = argparse.ArgumentParser(argv[0], usage=USAGE, add_help=False, allow_abbrev=False)
+    parser.add_argument("--sample", type=count, default=SAMPLE)
+    parser.add_argument("--all", dest="sample", action="store_const", const=None)
+    args, rest = parser.parse_known_args(argv[1:])
     app.run(
-        lambda config, _: sys.exit(check(config, sample, checkers)),
+        lambda config, _: sys.exit(check(config, args.sample, checkers)),
         "\n".join([__doc__, *(checker.example for checker in checkers.values())]),
-        rest,
+        [argv[0], f"--workdir={NOWHERE}", *rest],
     )

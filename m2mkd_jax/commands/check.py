@@ -1,6 +1,6 @@
 """`m2mkd check`: what is in a config's data, and all problems that would stop a run."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common_jax.commands.shared import check_command
 
@@ -20,7 +20,11 @@ def checker() -> "Checker":
     from m2mkd_jax.config import Config
     from m2mkd_jax.data.own.discover import settings_of
 
-    return Checker(Config, check_m2mkd, settings_of, EXAMPLE)
+    def fields(config: Any) -> dict[str, Any]:
+        settings = settings_of(config.data.path, config.data.to_dict())
+        return {f"data.{name}": value for name, value in settings.items()}
+
+    return Checker(Config, check_m2mkd, fields, EXAMPLE)
 
 
 COMMAND = check_command("m2mkd", "phase", checker)
