@@ -184,11 +184,7 @@ def _natural(name: str) -> list[tuple[str, int]]:
 
 def _read_json(path: epath.Path) -> dict[str, Any]:
     """A JSON file's nested object as `a.b.c` -> value; empty if there is no such file."""
-    try:
-        values = read_json(path) if path.exists() else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; fix or delete this file") from error
-    return traverse_util.flatten_dict(values, sep=".")
+    return traverse_util.flatten_dict(read_json(path) if path.exists() else {}, sep=".")
 
 
 def _text(value: Any) -> str:
