@@ -70,7 +70,7 @@ IDENTITY = named(
     "test_the_newest_checkpoint_says_which_run_it_is_where_run_json_is_lost",
 )
 REPORT = named("test_report.py", "test_shares_are_drawn_over_the_fair_share")
-AGREE = named("test_hosts.py", "test_processes_agree_on_the_greatest_of_each_value")
+LARGEST = named("test_hosts.py", "test_every_process_gets_the_largest_of_each_value")
 FLOPS = (
     "tests/test_plan_programs.py"
     "::test_products_of_batches_and_convolutions_of_groups_are_counted_by_hand"
@@ -353,10 +353,10 @@ MISTAKES: tuple[Mistake, ...] = (
     ),
     Mistake(
         "common_jax/hosts.py",
-        "processes agree on the least value",
+        "processes get the smallest of each value",
         ".max(axis=0)",
         ".min(axis=0)",
-        AGREE,
+        LARGEST,
     ),
     Mistake(
         "common_jax/commands/plan/flops.py",
