@@ -37,12 +37,7 @@ def write_npz(path: Path, arrays: "Mapping[str, np.ndarray]") -> None:
     """Writes an npz file, atomically."""
     import numpy as np
 
-    from common_jax.workdir import temporary_beside
+    from common_jax.workdir import replacing
 
-    temporary = Path(temporary_beside(path))
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as part, part.open("wb") as file:
+        np.savez(file, **arrays)

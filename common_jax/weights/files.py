@@ -6,7 +6,6 @@ import filecmp
 import itertools
 import os
 import re
-import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from common_jax.untrusted import RefusedError, brief, parse_json, plain
 from common_jax.weights import safetensors_file, torch_archive, torch_writer
 from common_jax.weights.naming import plain_names
 from common_jax.weights.torch_pickle import EXPORT
+from common_jax.workdir import replacing
 
 # File names of the weights in a folder; the first one that exists is read.
 FOLDER_FILES = (
@@ -145,14 +145,10 @@ def write_torch(path: str | os.PathLike, value: Any, *, replace: bool = False) -
 def _write(path: Path, write: Callable[[Path], None], replace: bool) -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} is not a folder; create it first")
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        write(part)
-        if path.exists() and not (replace or same_content(path, part)):
+    with replacing(path) as part:
+        write(Path(part))
+        if path.exists() and not (replace or same_content(path, Path(part))):
             raise FileExistsError(f"{path} exists and holds something else; give another name")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def same_content(a: Path, b: Path) -> bool:

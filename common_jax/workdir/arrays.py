@@ -7,20 +7,15 @@ from etils import epath
 from numpy.typing import DTypeLike
 
 from common_jax.untrusted import brief, read_npz
-from common_jax.workdir.files import temporary_beside
+from common_jax.workdir.files import replacing
 
 
 def write_arrays(path: epath.PathLike, fingerprint: str, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes arrays with their fingerprint, atomically; creates the folder."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_beside(path)
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, fingerprint=np.array(fingerprint), **arrays)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as part, part.open("wb") as file:
+        np.savez(file, fingerprint=np.array(fingerprint), **arrays)
 
 
 def read_arrays(

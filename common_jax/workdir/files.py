@@ -1,9 +1,10 @@
 """Writes JSON files atomically, and reads them with the file's name in every error."""
 
+import contextlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import UnionType
 from typing import Any
 
@@ -19,13 +20,20 @@ def write_json(path: epath.PathLike, value: Any) -> None:
 
 def write_bytes(path: epath.PathLike, content: bytes) -> None:
     """Writes a file atomically, even if the process is killed meanwhile."""
+    with replacing(path) as part:
+        part.write_bytes(content)
+
+
+@contextlib.contextmanager
+def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
+    """Yields a new file's path; the file replaces `path` if the block succeeds, else is deleted."""
     path = epath.Path(path)
-    temporary = temporary_beside(path)
+    part = temporary_beside(path)
     try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        yield part
+        part.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
 
 
