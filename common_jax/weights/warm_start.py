@@ -87,30 +87,28 @@ def take(
       ValueError: naming all parameters that are missing, of the wrong shape, or unknown, unless
         `leave` or `fresh` allows for them.
     """
-    flat = traverse_util.flatten_dict(shapes, sep="/")
-    params, account = {}, {"taken": [], "adapted": [], "left": [], "fresh": []}
-    problems, covered, known = [], set(), set(flat)
+    flat, adapt = traverse_util.flatten_dict(shapes, sep="/"), adapt or {}
+    account = {"taken": [], "adapted": [], "left": [], "fresh": []}
+    requests, problems, covered, known = [], [], set(), set(flat)
     for origin in origins:
-        step = checkpoint.find_step(origin.source)
-        leaves = _below(checkpoint.load_shapes(step), origin.subtree, step)
-        matches = {}
-        for name, shape in leaves.items():
+        request = _Request(origin, checkpoint.find_step(origin.source))
+        for name, shape in _below(request.step, origin.subtree).items():
             path = f"{origin.target}/{origin.renamed.get(name, name)}"
             known.add(path)
-            if reason := _allowed(path, fresh):
+            if _allowed(path, fresh):
                 continue
-            if path not in flat:
-                if reason := _allowed(path, leave):
-                    account["left"].append({"name": path, "reason": reason})
-                else:
-                    problems.append(f"{path} of shape {shape.shape} has no place (from {step})")
-                continue
-            matches[path] = (f"{origin.subtree}/{name}", shape)
-        values = _read(step, matches, flat, adapt or {}, account, problems, read)
-        params |= values
-        covered |= set(matches)
-        entry = {"source": str(step), "subtree": origin.subtree, "as": origin.target}
-        account["taken"].append(entry | size_of(values))
+            if path in flat:
+                covered.add(path)
+                if not request.add(path, name, shape, flat[path], adapt):
+                    problems.append(
+                        f"{path} should be {flat[path].shape} and is {shape.shape} in "
+                        f"{request.step}"
+                    )
+            elif reason := _allowed(path, leave):
+                account["left"].append({"name": path, "reason": reason})
+            else:
+                problems.append(f"{path} of shape {shape.shape} has no place (from {request.step})")
+        requests.append(request)
     for path in sorted(set(flat) - covered):
         if reason := _allowed(path, fresh):
             account["fresh"].append({"name": path, "reason": reason})
@@ -124,6 +122,13 @@ def take(
             "\ngive other config.sources, or regexes of what starts from scratch in "
             "config.sources.fresh and of what may be left out in config.sources.leave"
         )
+    params = {}
+    for request in requests:
+        values, adapted = request.read(flat) if read else ({}, [])
+        params |= values
+        source = {"source": str(request.step), "subtree": request.origin.subtree}
+        account["taken"].append(source | {"as": request.origin.target} | size_of(values))
+        account["adapted"] += adapted
     return WarmStart(traverse_util.unflatten_dict(params, sep="/"), account)
 
 
@@ -145,8 +150,67 @@ def size_of(params: Mapping[str, Any]) -> dict[str, int]:
     return {"arrays": len(sizes), "parameters": sum(sizes)}
 
 
-def _below(shapes: Mapping[str, Any], subtree: str, step: epath.Path) -> dict[str, Any]:
-    flat = traverse_util.flatten_dict(shapes, sep="/")
+@dataclasses.dataclass
+class _Request:
+    """What is read from one origin.
+
+    Attributes:
+      origin, step: the origin, and the folder of its checkpoint.
+      names: the names in the checkpoint, by path in the tree to load.
+      shapes: the arrays to read, by name in the checkpoint.
+      functions: the conversions of arrays that do not have the shape to load, by path.
+    """
+
+    origin: Origin
+    step: epath.Path
+    names: dict[str, str] = dataclasses.field(default_factory=dict)
+    shapes: dict[str, jax.ShapeDtypeStruct] = dataclasses.field(default_factory=dict)
+    functions: dict[str, Adapt] = dataclasses.field(default_factory=dict)
+
+    def add(
+        self, path: str, name: str, found: Any, target: Any, adapt: Mapping[str, Adapt]
+    ) -> bool:
+        """Adds the parameter `path`; returns False if its shape is another and cannot be adapted.
+
+        Args:
+          path: its path in the tree to load.
+          name: its name below the origin's subtree.
+          found, target: its shape in the checkpoint; its shape, dtype and sharding to load.
+          adapt: as for `take`.
+        """
+        sharding = target.sharding
+        if found.shape != target.shape:
+            function = next((f for rx, f in adapt.items() if re.fullmatch(rx, path)), None)
+            if function is None:
+                return False
+            self.functions[path] = function
+            # Adapted by numpy on the host, and resharded after that.
+            sharding = SingleDeviceSharding(jax.local_devices()[0])
+        self.names[path] = name = f"{self.origin.subtree}/{name}"
+        self.shapes[name] = jax.ShapeDtypeStruct(found.shape, target.dtype, sharding=sharding)
+        return True
+
+    def read(self, targets: Mapping[str, Any]) -> tuple[dict[str, jax.Array], list[dict[str, Any]]]:
+        """The parameters by path, in the shapes and shardings of `targets`, and an account of those
+        that were adapted."""
+        if not self.shapes:
+            return {}, []
+        tree = checkpoint.read(self.step, traverse_util.unflatten_dict(self.shapes, sep="/"))
+        values = traverse_util.flatten_dict(tree, sep="/")
+        params = {path: values[name] for path, name in self.names.items()}
+        account = []
+        for path, function in self.functions.items():
+            before, target = params[path], targets[path]
+            adapted = function(np.asarray(before), target.shape)
+            shard = adapted.__getitem__
+            params[path] = jax.make_array_from_callback(target.shape, target.sharding, shard)
+            account.append({"name": path, "from": list(before.shape), "to": list(target.shape)})
+        return params, account
+
+
+def _below(step: epath.Path, subtree: str) -> dict[str, Any]:
+    """The shapes of a checkpoint's arrays below `subtree`, by path."""
+    flat = traverse_util.flatten_dict(checkpoint.load_shapes(step), sep="/")
     prefix = subtree + "/"
     leaves = {
         path.removeprefix(prefix): leaf for path, leaf in flat.items() if path.startswith(prefix)
@@ -160,34 +224,3 @@ def _below(shapes: Mapping[str, Any], subtree: str, step: epath.Path) -> dict[st
 
 def _allowed(path: str, allowances: tuple[Allowance, ...]) -> str | None:
     return next((a.reason for a in allowances if re.fullmatch(a.regex, path)), None)
-
-
-def _read(step, matches, flat, adapt, account, problems, read) -> dict[str, jax.Array]:
-    """Reads the parameters in their target shapes. Records adapted ones in `account`, and those
-    that cannot be adapted in `problems`."""
-    requests, to_adapt = {}, {}
-    for path, (name, shape) in matches.items():
-        target = flat[path]
-        if shape.shape == target.shape:
-            sharding = target.sharding
-        elif function := next((f for rx, f in adapt.items() if re.fullmatch(rx, path)), None):
-            to_adapt[path] = function
-            # Adapted by numpy on the host, and resharded below.
-            sharding = SingleDeviceSharding(jax.local_devices()[0])
-        else:
-            problems.append(f"{path} should be {target.shape} and is {shape.shape} in {step}")
-            continue
-        requests[name] = jax.ShapeDtypeStruct(shape.shape, target.dtype, sharding=sharding)
-    if problems or not requests or not read:
-        return {}
-    tree = checkpoint.read(step, traverse_util.unflatten_dict(requests, sep="/"))
-    values = traverse_util.flatten_dict(tree, sep="/")
-    params = {path: values[name] for path, (name, _) in matches.items()}
-    for path, function in to_adapt.items():
-        before, target = params[path], flat[path]
-        adapted = function(np.asarray(before), target.shape)
-        shard = adapted.__getitem__
-        params[path] = jax.make_array_from_callback(target.shape, target.sharding, shard)
-        sizes = {"from": list(before.shape), "to": list(target.shape)}
-        account["adapted"].append({"name": path} | sizes)
-    return params

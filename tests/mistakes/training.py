@@ -263,7 +263,7 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "common_jax/weights/warm_start.py",
         "what is to be fresh is taken where it is there",
-        "if reason := _allowed(path, fresh):\n                continue",
+        "if _allowed(path, fresh):\n                continue",
         "if _allowed(path, fresh) and path not in flat:\n                continue",
         WEIGHTS,
     ),
