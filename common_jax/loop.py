@@ -1,7 +1,7 @@
 """The train loop, shared by every run. A `Task` defines the model, the data and the loss."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from common_jax.metrics import Recorder, check_tracker, open_tracker, read_metri
 from common_jax.optim import OptimConfig
 from common_jax.ranges import SEEDS
 from common_jax.report import refresh
-from common_jax.run_config import Due, RunConfig
+from common_jax.run_config import Due, RunConfig, compare_data
 from common_jax.state import TrainState, merge
 from common_jax.step import Programs
 from common_jax.task import (
@@ -237,7 +237,7 @@ def _train(
         # ------------------------------------------------------------------------------------------
         record = workdir / "metrics.jsonl"
         lines = read_metrics(record) if record.exists() else []
-        _warn_of_other_data(task, workdir, lines)
+        compare_data(due, optim, workdir, lines, start=start)
         evaluations = _evaluations(task, lines)
         if start and due.evaluation(start) and not hosts.any_process(start in evaluations):
             evaluations[start] = evaluation = _evaluate(task, state, log, due)
@@ -365,23 +365,6 @@ def _write_account(task: Task, workdir: epath.Path, warm: WarmStart | None) -> N
     )
     if jax.process_index() == 0:
         write_json(workdir / "warm_start.json", warm.account)
-
-
-def _warn_of_other_data(
-    task: Task, workdir: epath.Path, lines: Sequence[Mapping[str, Any]]
-) -> None:
-    """Warns if an epoch has another number of steps than when the run was last logged."""
-    for line in lines[-1:]:
-        epoch, step = line.get("epoch"), line["step"]
-        if epoch and round(step / task.steps_per_epoch, 6) != epoch:
-            logging.warning(
-                "%s: the training set has another size than before: an epoch has %d steps, and "
-                "had %d. The order of the examples changes, and so does every length given in "
-                "epochs",
-                workdir,
-                task.steps_per_epoch,
-                round(step / epoch),
-            )
 
 
 def _evaluations(task: Task, lines: Iterable[dict[str, float]]) -> dict[int, dict[str, float]]:

@@ -1,8 +1,13 @@
 """Config of how a run logs, evaluates and saves, and the steps at which each is due."""
 
 import dataclasses
-from typing import Annotated
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
+from etils import epath
+
+from common_jax import hosts
 from common_jax.config import FieldError, Section
 from common_jax.optim import OptimConfig
 from common_jax.ranges import Name, Positive, Size, one_of
@@ -118,3 +123,40 @@ class Due:
 
     def _epochs(self, step: int, epochs: int) -> bool:
         return step == self.total or step % (epochs * self.steps_per_epoch) == 0
+
+
+def compare_data(
+    due: Due,
+    optim: OptimConfig,
+    workdir: epath.Path,
+    lines: Sequence[Mapping[str, Any]],
+    *,
+    start: int,
+) -> None:
+    """Warns if an epoch has another number of steps than when the run was last logged.
+
+    Raises:
+      ValueError: in all processes, if an average over the last checkpoints has begun, which would
+        then be over others.
+    """
+    failure = None
+    for line in lines[-1:]:
+        epoch, step = line.get("epoch"), line["step"]
+        if not epoch or round(step / due.steps_per_epoch, 6) == epoch:
+            continue
+        before = round(step / epoch)
+        logging.warning(
+            "%s: the training set has another size than before: an epoch has %d steps, and had "
+            "%d. The order of the examples changes, and so does every length given in epochs",
+            *(workdir, due.steps_per_epoch, before),
+        )
+        old = dataclasses.replace(due, steps_per_epoch=before, total=optim.total_steps(before))
+        if start >= min((*due.averaged[:1], *old.averaged[:1]), default=start + 1):
+            failure = ValueError(
+                f"{workdir}: the average over the last {due.run.average_last} checkpoints "
+                f"(config.run.average_last) has begun, and with {due.steps_per_epoch} steps per "
+                f"epoch instead of {before} it would be over others. Restore the training set, or "
+                "give another --workdir"
+            )
+    elsewhere = ValueError(f"{workdir} cannot be resumed; another process says why")
+    hosts.raise_everywhere(failure, elsewhere)

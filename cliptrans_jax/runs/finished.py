@@ -92,8 +92,9 @@ def find(
             f"{step.parent.parent} is a run of stage {config.stage!r}, which trains no translation "
             f"model; give a run of one of {[*stages]}"
         )
-    if step != folder and trains(config.stage) is not Trains.TOWERS:
-        step = best_step(step.parent.parent, config.run.best)
+    scored = step != folder and step.parent.name == checkpoint.FOLDER
+    if scored and trains(config.stage) is not Trains.TOWERS:
+        step = best_step(step.parent.parent, config.run)
     # Even with another language pair, a trained tokenizer keeps its languages, and so its ids.
     known = config.known_languages if config.tokenizer.kind == "trained" else config.languages
     # The run's own mesh was for the machine that it was trained on.

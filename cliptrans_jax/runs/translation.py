@@ -33,6 +33,7 @@ from common_jax import checkpoint, loop
 from common_jax.inputs import steps_per_epoch
 from common_jax.mesh import Rules, match_rules, with_shardings
 from common_jax.metrics import read_metrics
+from common_jax.run_config import RunConfig
 from common_jax.step import Evaluate
 from common_jax.task import Task
 from common_jax.workdir import read_json, read_result
@@ -85,7 +86,7 @@ def run(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         task, config.run, config.optim,
         seed=config.seed, workdir=workdir, mesh=mesh, config=user_config,
     )  # fmt: skip
-    step = best_step(workdir, config.run.best)
+    step = best_step(workdir, config.run)
     params = checkpoint.load(step, mesh=mesh, rules=model.rules, average=True)
     params = {**task.helpers, **params}
     further = score_further(config, workdir, data, translate, params, step=step.name)
@@ -255,19 +256,27 @@ def validate(
     return evaluate_all([x.make(sentences) for x in chosen])
 
 
-def best_step(workdir: epath.Path, metric: str | None) -> epath.Path:
-    """The folder of the checkpoint with the highest validation metric; the earliest if several tie.
+def best_step(workdir: epath.Path, run: RunConfig) -> epath.Path:
+    """The folder of the checkpoint with the highest `run.best`; the earliest if several tie.
 
-    It is the newest if `metric` is None or, with a warning, if no finite value is on record.
+    Leaves out checkpoints of an interruption or of run.checkpoint_minutes: their timing depends on
+    the machine, and the result must not. It is the newest if `run.best` is None or, with a warning,
+    if no finite value is on record.
     """
+    metric = run.best
     if metric is None:
         return checkpoint.find_step(workdir)
+    result = workdir / "result.json"
+    total = read_json(result).get("steps") if result.exists() else None
     folder = checkpoint.absolute(workdir) / checkpoint.FOLDER
     steps, record = checkpoint.own_steps(folder), workdir / "metrics.jsonl"
     values = {
         line["step"]: line[metric]
         for line in (read_metrics(record) if record.exists() else ())
-        if metric in line and line["step"] in steps and np.isfinite(line[metric])
+        if metric in line
+        and line["step"] in steps
+        and np.isfinite(line[metric])
+        and (line.get("epoch", 0) % run.checkpoint_every == 0 or line["step"] == total)
     }
     if not values:
         step = checkpoint.find_step(workdir)

@@ -58,6 +58,28 @@ def finished_steps(folder: epath.PathLike) -> list[int]:
     )
 
 
+def unfinished_steps(folder: epath.PathLike) -> list[int]:
+    """Returns the steps below `folder` that hold something but lack one of orbax's markers.
+
+    In a bucket a killed save leaves one; on a disk only a partial copy or deletion does, since
+    orbax renames a step to its number when it is finished.
+    """
+    folder, finished = epath.Path(folder), finished_steps(folder)
+    return sorted(
+        step
+        for path in (folder.iterdir() if folder.exists() else ())
+        if (step := step_of(path)) is not None
+        and step not in finished
+        and path.is_dir()
+        and any(path.iterdir())
+    )
+
+
+def in_bucket(folder: epath.PathLike) -> bool:
+    """True for a path such as `gs://bucket/run`."""
+    return "://" in str(folder)
+
+
 def own_steps(folder: epath.PathLike) -> list[int]:
     """Returns the finished steps of the run that this `checkpoints` folder belongs to, ascending.
 
@@ -98,12 +120,18 @@ def take_stock(workdir: epath.PathLike, *, config: Any, total: int) -> Stock:
       total: total number of steps of the run.
 
     Raises:
-      ValueError: if there are checkpoints, but none belongs to the run.
+      ValueError: if there are checkpoints, but none is complete or none belongs to the run.
     """
     workdir = epath.Path(workdir)
     folder, stock, failure = workdir / FOLDER, Stock(), None
     try:
         steps = finished_steps(folder)
+        if not steps and not in_bucket(folder) and (partial := unfinished_steps(folder)):
+            raise ValueError(
+                f"none of the checkpoints {partial} in {folder} is complete: each needs "
+                f"{MARKER} in its folder and in each of {', '.join(ITEMS)}. Copy them again, or "
+                "move the folder away to start from scratch"
+            )
         stock = _take_stock(folder, workdir, steps, config=config, total=total)
         if stock.foreign and not stock.steps:
             failure = ValueError(

@@ -11,7 +11,7 @@ from etils import epath
 from flax import traverse_util
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from common_jax.checkpoint.belonging import FOLDER, own_steps, step_of
+from common_jax.checkpoint.belonging import FOLDER, in_bucket, own_steps, step_of
 from common_jax.checkpoint.contents import JSON
 from common_jax.mesh import Rules, match_rules, replicated, with_shardings
 from common_jax.state import merge
@@ -160,7 +160,7 @@ def find_step(source: epath.PathLike) -> epath.Path:
 def absolute(path: epath.PathLike) -> epath.Path:
     """Returns the absolute path, which orbax requires; bucket paths (`gs://...`) already are."""
     path = epath.Path(path)
-    return path if "://" in str(path) else path.expanduser().resolve()
+    return path if in_bucket(path) else path.expanduser().resolve()
 
 
 def refuse_pattern(path: epath.PathLike, name: str) -> None:

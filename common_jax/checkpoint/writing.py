@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import errno
 import logging
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,8 @@ from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers
 
 from common_jax import hosts
-from common_jax.checkpoint.belonging import FOLDER, finished_steps, step_of
+from common_jax.checkpoint.belonging import FOLDER, finished_steps
+from common_jax.checkpoint.clearing import clear_unfinished, move
 from common_jax.checkpoint.contents import (
     FAILURES,
     MARK,
@@ -224,7 +224,7 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         if jax.process_index() == 0:
-            _remove_unfinished(self.folder)
+            clear_unfinished(self.folder)
         hosts.barrier("the checkpoint folder is cleaned up")  # the others must not list it before
         policies = [checkpoint_managers.LatestN(self._keep)]
         if self._best is not None:
@@ -336,7 +336,7 @@ class Checkpoints:
         """Renames folders to WHY_STEP, so that nothing is lost and the run can save these steps
         again."""
         for step in steps if jax.process_index() == 0 else ():
-            _move(self.folder / str(step), self.folder / f"{why}_{step}")
+            move(self.folder / str(step), self.folder / f"{why}_{step}")
         hosts.barrier("checkpoints are renamed")  # the others must not list them before
 
     def _metric(self, checkpoint: Any) -> float:
@@ -376,15 +376,6 @@ class _Best(checkpoint_managers.PreservationPolicy):
         return [place == first for place in range(len(values))]
 
 
-def _move(source: epath.Path, target: epath.Path) -> None:
-    """Renames a folder to `target`, or to TARGET_2 and so on if that exists."""
-    free, number = target, 1
-    while free.exists():
-        number += 1
-        free = target.parent / f"{target.name}_{number}"
-    source.rename(free)
-
-
 def write_params(
     workdir: epath.PathLike, params: dict[str, Any], config: Mapping[str, Any]
 ) -> None:
@@ -417,26 +408,3 @@ def write_params(
 
 def _trainer(state: TrainState) -> dict[str, Any]:
     return {name: value for name, value in vars(state).items() if name not in ("params", "ema")}
-
-
-def _remove_unfinished(folder: epath.Path) -> None:
-    """Deletes what a killed save left behind, which would block the next save of its step."""
-    if not folder.exists():
-        return
-    others = {None, *finished_steps(folder)}
-    for path in folder.iterdir():
-        if ".orbax-checkpoint-tmp" in path.name or step_of(path) not in others:
-            logging.warning("removing the unfinished checkpoint %s", path)
-            _remove(path)
-
-
-def _remove(folder: epath.Path, *, patience: float = 10.0) -> None:
-    """Deletes a folder that the threads of a failed save may still write to for a while."""
-    deadline = time.monotonic() + patience
-    while folder.exists():
-        try:
-            folder.rmtree()
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)

@@ -4,7 +4,6 @@ compute the same on eight devices."""
 import dataclasses
 import json
 import logging
-import math
 import pathlib
 import shutil
 
@@ -29,7 +28,6 @@ from cliptrans_jax.runs.translation import best_step
 from common_jax import checkpoint
 from common_jax.config import unfreeze
 from common_jax.metrics import read_metrics
-from common_jax.state import TrainState
 
 STAGES = ("clip", "caption", "translate")
 
@@ -188,7 +186,7 @@ def test_a_run_is_scored_again(finished, runs, tmp_path):
     for name in ("scores.json", "translations.tsv"):
         assert (tmp_path / name).read_bytes() == (run / name).read_bytes()
     assert result["stage"] == "evaluate"
-    assert result["step"] == int(best_step(run, "val/bleu").name)
+    assert result["step"] == int(best_step(run, runs["translate"].run).name)
 
 
 def test_a_loaded_model_translates_as_the_run_did(finished, corpus):
@@ -333,38 +331,6 @@ def test_without_a_prefix_no_features_are_needed(corpus, tmp_path):
     assert_same(*taken, averaged)
     with pytest.raises(ValueError, match=r"config\.model\.mapper\.prefix=0"):
         model.translate(english[:1], pictures=[np.zeros((9, 9, 3), np.uint8)])
-
-
-# The best checkpoint.
-
-
-def test_the_best_checkpoint_is_the_earliest_of_the_highest(tmp_path):
-    run, none = tmp_path / "run", np.zeros((), np.int32)
-    checkpoints = checkpoint.Checkpoints(run, keep=3, best=None)
-    for step in (3, 6, 9):
-        state = TrainState(np.int32(step), {"w": np.ones(1)}, {}, None, {}, none, none)
-        checkpoints.save(state, step=step, config={}, metrics=None)
-    checkpoints.close()
-    lines = [(3, 4.0), (6, 7.0), (9, 7.0), (12, 9.0)]  # step 12 has no checkpoint left
-    (run / "metrics.jsonl").write_text(
-        "".join(json.dumps({"step": step, "val/bleu": bleu}) + "\n" for step, bleu in lines)
-    )
-    assert best_step(epath.Path(run), "val/bleu").name == "6"
-    assert best_step(epath.Path(run), None).name == "9"
-
-
-@pytest.mark.parametrize(
-    ("values", "best"), [((4.0, math.nan, 3.0), "3"), ((math.nan, 2.0, math.inf), "6")]
-)
-def test_a_metric_that_is_not_finite_makes_no_checkpoint_the_best(
-    tmp_path, monkeypatch, values, best
-):
-    monkeypatch.setattr(checkpoint, "own_steps", lambda folder: [3, 6, 9])
-    lines = [
-        {"step": step, "val/bleu": value} for step, value in zip((3, 6, 9), values, strict=True)
-    ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert best_step(epath.Path(tmp_path), "val/bleu").name == best
 
 
 @pytest.fixture(scope="module")

@@ -367,7 +367,7 @@ def test_a_run_trains_on_one_split_chooses_by_another_and_scores_the_third(
 
     monkeypatch.setattr(translation.loop, "train", train)
     monkeypatch.setattr(translation.checkpoint, "load", load)
-    monkeypatch.setattr(translation, "best_step", lambda _, metric: epath.Path(f"/{metric}/3"))
+    monkeypatch.setattr(translation, "best_step", lambda _, run: epath.Path(f"/{run.best}/3"))
     monkeypatch.setattr(translation, "score_split", scored)
     monkeypatch.setattr(
         translation, "validate", lambda config, model, valid, guess, *, mesh: (valid, guess)

@@ -254,14 +254,21 @@ def test_every_chunk_of_a_split_array_is_counted(tmp_path):
         contents.check_written(folder, outline, {"config": {}})
 
 
-def test_unfinished_folders_are_not_read_and_are_removed(workdir):
+def test_unfinished_folders_are_not_read_and_make_room(workdir):
     folder = workdir / "checkpoints"
     (folder / "7" / "params").mkdir(parents=True)
     (folder / "8.orbax-checkpoint-tmp").mkdir()
     shutil.copytree(folder / "5", folder / "007")  # no name of a step, so not the run's to delete
     assert checkpoint.finished_steps(folder) == [2, 4, 5]
     Checkpoints(workdir, keep=2, best=None).close()
-    assert {path.name for path in folder.iterdir()} == {"2", "4", "5", "007"}
+    assert {path.name for path in folder.iterdir()} == {"2", "4", "5", "007", "unfinished_7"}
+
+
+def test_a_run_does_not_start_again_over_partial_copies_of_its_checkpoints(workdir):
+    for marker in (workdir / "checkpoints").rglob("commit_success.txt"):
+        marker.unlink()
+    with pytest.raises(ValueError, match=r"none of the checkpoints \[2, 4, 5\] in .* is complete"):
+        checkpoint.take_stock(workdir, config={}, total=5)
 
 
 def test_a_step_is_finished_when_it_and_its_every_item_are_marked(workdir):

@@ -105,6 +105,22 @@ def test_a_run_resumed_with_more_or_fewer_examples_says_so(asked, tmp_path, capl
     assert "an epoch has 3 steps, and had 4" in caplog.text
 
 
+def test_an_average_that_has_begun_is_not_continued_over_other_checkpoints(asked, tmp_path):
+    task = make_task(lambda *_: {"w": 0.0})
+    for stop, spared in ((EPOCH + 1, True), (2 * EPOCH + 1, False)):
+        asked(stop)
+        with pytest.raises(signals.Stopped):
+            descent.descend(tmp_path / str(stop), task=task, average_last=2)
+        asked()
+        more = dataclasses.replace(task, steps_per_epoch=EPOCH + 2)
+        resume = functools.partial(descent.descend, tmp_path / str(stop), task=more, average_last=2)
+        if spared:
+            resume()
+            continue
+        with pytest.raises(ValueError, match=r"average_last\) has begun, and with 6 .* of 4"):
+            resume()
+
+
 @pytest.mark.parametrize("at", [EPOCH, STEPS])
 def test_stopped_in_an_evaluation_it_makes_up_for_it(train, undisturbed, tmp_path, at):
     def stopped(params, helpers, step):

@@ -1,0 +1,45 @@
+"""Renames and deletes checkpoints that would be in the way."""
+
+import logging
+import time
+
+from etils import epath
+
+from common_jax.checkpoint.belonging import in_bucket, step_of, unfinished_steps
+
+
+def clear_unfinished(folder: epath.Path) -> None:
+    """Removes what would block the next save of its step: deletes what a killed save left behind,
+    and renames a step of a disk, which only a partial copy leaves without its markers."""
+    if not folder.exists():
+        return
+    unfinished = unfinished_steps(folder)
+    for path in [*folder.iterdir()]:
+        partial = step_of(path) in unfinished
+        if ".orbax-checkpoint-tmp" in path.name or (partial and in_bucket(folder)):
+            logging.warning("removing the unfinished checkpoint %s", path)
+            _remove(path)
+        elif partial:
+            logging.warning("checkpoint %s is not complete; it is renamed", path)
+            move(path, folder / f"unfinished_{path.name}")
+
+
+def _remove(folder: epath.Path, *, patience: float = 10.0) -> None:
+    """Deletes a folder that the threads of a failed save may still write to for a while."""
+    deadline = time.monotonic() + patience
+    while folder.exists():
+        try:
+            folder.rmtree()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def move(source: epath.Path, target: epath.Path) -> None:
+    """Renames a folder to `target`, or to TARGET_2 and so on if that exists."""
+    free, number = target, 1
+    while free.exists():
+        number += 1
+        free = target.parent / f"{target.name}_{number}"
+    source.rename(free)

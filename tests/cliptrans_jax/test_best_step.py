@@ -1,0 +1,65 @@
+"""The checkpoint that is translated with, and scored: the best one by its validation metric."""
+
+import dataclasses
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+from etils import epath
+from tiny_cliptrans import tiny_config, write_corpus, write_run
+
+from cliptrans_jax.runs.finished import find
+from cliptrans_jax.runs.translation import best_step
+from common_jax import checkpoint
+from common_jax.run_config import RunConfig
+from common_jax.state import TrainState
+
+
+def test_the_best_checkpoint_is_the_earliest_of_the_highest(tmp_path):
+    run, none = tmp_path / "run", np.zeros((), np.int32)
+    checkpoints = checkpoint.Checkpoints(run, keep=3, best=None)
+    for step in (3, 6, 9):
+        state = TrainState(np.int32(step), {"w": np.ones(1)}, {}, None, {}, none, none)
+        checkpoints.save(state, step=step, config={}, metrics=None)
+    checkpoints.close()
+    lines = [(3, 4.0), (6, 7.0), (9, 7.0), (12, 9.0)]  # step 12 has no checkpoint left
+    (run / "metrics.jsonl").write_text(
+        "".join(
+            json.dumps({"step": step, "epoch": step / 3, "val/bleu": bleu}) + "\n"
+            for step, bleu in lines
+        )
+    )
+    scheduled = RunConfig(best="val/bleu")
+    assert best_step(epath.Path(run), scheduled).name == "6"
+    assert best_step(epath.Path(run), RunConfig(best=None)).name == "9"
+    # With a save every third epoch, steps 3 and 6 were saved when the run was interrupted.
+    rarely = dataclasses.replace(scheduled, checkpoint_every=3)
+    assert best_step(epath.Path(run), rarely).name == "9"
+    # The last step of a finished run counts whatever its epoch.
+    (run / "result.json").write_text('{"steps": 6}')
+    assert best_step(epath.Path(run), rarely).name == "6"
+
+
+@pytest.mark.parametrize(
+    ("values", "best"), [((4.0, math.nan, 3.0), "3"), ((math.nan, 2.0, math.inf), "6")]
+)
+def test_a_metric_that_is_not_finite_makes_no_checkpoint_the_best(
+    tmp_path, monkeypatch, values, best
+):
+    monkeypatch.setattr(checkpoint, "own_steps", lambda folder: [3, 6, 9])
+    lines = [
+        {"step": step, "val/bleu": value} for step, value in zip((3, 6, 9), values, strict=True)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert best_step(epath.Path(tmp_path), RunConfig(best="val/bleu")).name == best
+
+
+def test_a_folder_of_steps_with_another_name_is_used_itself(tmp_path):
+    run = epath.Path(tmp_path) / "run"
+    run.mkdir()
+    write_run(run, tiny_config("translate", write_corpus(tmp_path / "corpus")))
+    shutil.copytree(run / "checkpoints", run / "backup")
+    assert find(run / "checkpoints").step.parent == run / "checkpoints"
+    assert find(run / "backup").step.parent == run / "backup"
