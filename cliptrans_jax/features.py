@@ -154,7 +154,8 @@ def cached(
     If not, all hosts compute the features, and the first one writes the file atomically. Only the
     first host decides whether the file matches, so that hosts agree, and it sends the features to
     the others, so that no shared disk is needed. Files of at least MAPPED_BYTES are memory-mapped,
-    by all hosts if all of them see the file. A damaged file is replaced, with a warning.
+    by all hosts if all of them see the file. A damaged file is replaced, with a warning; one that
+    cannot be written only causes a warning.
 
     Args:
       folder: created if missing; may be in an object store.
@@ -170,7 +171,13 @@ def cached(
         return features
     features = np.asarray(compute(), np.float32)
     if jax.process_index() == 0:
-        write_arrays(path, fingerprint, {"features": features})
+        try:
+            write_arrays(path, fingerprint, {"features": features})
+        except OSError as error:
+            logging.warning(
+                "%s; features are kept in memory, and the next start recomputes them", error
+            )
+            return features
         if features.nbytes >= MAPPED_BYTES and (mapped := _read(path, fingerprint)) is not None:
             return mapped
     return features

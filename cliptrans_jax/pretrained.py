@@ -355,7 +355,7 @@ def place(params: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict[str, Any
 
 def find(source: str | os.PathLike, *, fetch: bool) -> Path:
     """The local path of `load`'s source; raises as `load` does."""
-    path, name = Path(source), str(source)
+    path, name = Path(source).expanduser(), str(source)
     if "://" in name:
         raise ValueError(f"{name} must be on a local disk; copy it to one first")
     if path.exists() or path.name.endswith(SUFFIXES):

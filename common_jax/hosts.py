@@ -46,7 +46,7 @@ def start(
     Raises:
       ValueError: if only some of the last three are given, they contradict each other, or "all"
         finds no other process.
-      RuntimeError: if the other processes cannot be reached.
+      ConnectionError: if the other processes cannot be reached.
     """
     given = {"coordinator": coordinator, "processes": processes, "process": process}
     missing = [f"--{name}" for name, value in given.items() if value is None]
@@ -64,6 +64,8 @@ def start(
         raise ValueError(
             f"--process={process} must be at least 0 and below --processes={processes}"
         )
+    if explicit and not _is_address(coordinator):
+        raise ValueError(f"--coordinator={coordinator} must be HOST:PORT, such as 10.0.0.1:8476")
     several = explicit or (hosts != "one" and cluster() is not None)
     if hosts == "all" and not several:
         raise ValueError(
@@ -72,7 +74,16 @@ def start(
         )
     if not several:
         return
-    jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT)
+    try:
+        jax.distributed.initialize(
+            coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT
+        )
+    except RuntimeError as error:
+        place = f"--coordinator={coordinator}" if explicit else f"the coordinator of {cluster()}"
+        raise ConnectionError(
+            f"{place}: the processes cannot be connected ({error}); check that process 0 runs at "
+            "this address, that the port is free there, and that no firewall blocks it"
+        ) from error
     logging.info(
         "process %d of %d, with %d of %d devices",
         jax.process_index(),
@@ -82,6 +93,11 @@ def start(
     )
     if jax.process_index() > 0:  # process 0 logs for all; warnings and errors still show
         logging.getLogger().setLevel(logging.WARNING)
+
+
+def _is_address(text: str) -> bool:
+    host, _, port = text.rpartition(":")
+    return bool(host) and port.isdecimal() and 1 <= int(port) < 2**16
 
 
 def cluster() -> str | None:

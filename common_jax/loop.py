@@ -127,16 +127,22 @@ def check_settings(
     """The part of `check` that needs no tracing.
 
     Raises:
-      ValueError: for a batch that does not divide over the mesh, a seed out of range, a warm-up
-        that is not shorter than the run, an average over more checkpoints than there will be, a
-        metric that is never measured, or a tracker that is not installed.
+      ValueError: for a batch that does not divide over the mesh, a seed out of range, a run that
+        is too long, a warm-up that is not shorter than the run, a profile of later steps, an
+        average over more checkpoints than there will be, a metric that is never measured, or a
+        tracker that is not installed.
     """
     batch = f"{key}.optim.batch / {key}.optim.accumulate"
     meshes.check_batch(mesh, batch, optim.micro_batch)
     if not 0 <= seed < SEEDS:
         raise ValueError(f"config.seed={seed} must be at least 0 and below 2**32")
+    optim.check_length(task.steps_per_epoch, key=f"{key}.optim")
     optim.check_warmup(task.steps_per_epoch, key=f"{key}.optim")
     total = optim.total_steps(task.steps_per_epoch)
+    if run.profile and run.profile[0] > total:
+        raise ValueError(
+            f"config.run.profile={run.profile} begins after the last step of {task.title}, {total}"
+        )
     Due(run, task.steps_per_epoch, total).check_average(optim, title=task.title, key=key)
     check_tracker(run.wandb)
     measured = list(task.evaluators)

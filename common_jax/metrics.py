@@ -223,7 +223,11 @@ def open_tracker(
 
 def check_tracker(project: str | None) -> None:
     """Raises ValueError if `project` asks for Weights & Biases but wandb is not installed."""
-    if project is not None and importlib.util.find_spec("wandb") is None:
+    if project is None:
+        return
+    spec = importlib.util.find_spec("wandb")
+    # A folder of W&B's records in the current directory is a package without a file.
+    if spec is None or spec.origin is None:
         raise ValueError(
             f"config.run.wandb={project!r} needs the package wandb, which is not installed: "
             "pip install wandb, or leave config.run.wandb out"

@@ -28,6 +28,7 @@ from common_jax.state import subtrees
 # Lengths in epochs, which their counterparts in updates replace.
 REPLACED_BY = {"epochs": "steps", "warmup_epochs": "warmup_steps"}
 LONGEST = 1_000_000  # epochs; per-epoch schedules are tables of this length
+LARGEST_COUNT = 2**31 - 1
 # Includes biases with several axes, such as those of layers stacked over experts.
 NO_DECAY = r"(.*/)?(bias|up_bias|down_bias)"
 
@@ -130,6 +131,22 @@ class OptimConfig(Section):
     def total_steps(self, steps_per_epoch: int) -> int:
         """Updates in the whole run."""
         return self.epochs * steps_per_epoch if self.steps is None else self.steps
+
+    def check_length(self, steps_per_epoch: int, *, key: str = "config.optim") -> None:
+        """Raises ValueError, naming fields of the section `key`, for a run of more steps than a
+        32-bit counter counts, or of more epochs than a per-epoch schedule has."""
+        length = f"epochs={self.epochs}" if self.steps is None else f"steps={self.steps}"
+        total = self.total_steps(steps_per_epoch)
+        if total > LARGEST_COUNT:
+            raise ValueError(
+                f"{key}.{length} is a run of {total} steps; there can be at most {LARGEST_COUNT}"
+            )
+        reads, epochs = SCHEDULES[self.schedule].reads, -(-total // steps_per_epoch)
+        if "warmup_epochs" in reads and "warmup_steps" not in reads and epochs > LONGEST:
+            raise ValueError(
+                f"{key}.{length} is a run of {epochs} epochs, and {key}.schedule={self.schedule!r} "
+                f"has at most {LONGEST}; use 'warmup_cosine'"
+            )
 
     def check_warmup(self, steps_per_epoch: int, *, key: str = "config.optim") -> None:
         """Raises ValueError, naming fields of the section `key`, unless the schedule's warm-up is

@@ -85,7 +85,7 @@ class Due:
         if self.run.average_last == 1:
             return ()
         stride = self.run.checkpoint_every * self.steps_per_epoch
-        return (*range(stride, self.total, stride), self.total)[-self.run.average_last :]
+        return (*range(stride, self.total, stride)[1 - self.run.average_last :], self.total)
 
     def whole_average(self, step: int) -> bool:
         """Whether the average in the state at `step`, if it has one, is ready to be evaluated."""

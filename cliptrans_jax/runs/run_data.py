@@ -286,7 +286,7 @@ class RunData:
 
 def features_folder(config: Config, workdir: epath.Path) -> epath.Path:
     """The folder in which features of frozen towers are cached."""
-    return epath.Path(config.features) if config.features else workdir / "features"
+    return epath.Path(config.features).expanduser() if config.features else workdir / "features"
 
 
 def feature_side(config: Config, *, train: bool) -> Side:

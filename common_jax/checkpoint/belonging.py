@@ -177,7 +177,10 @@ def _take_stock(
     total: int | None,
 ) -> Stock:
     contents = [_Content.of(folder / str(step)) for step in steps]
-    reasons = {c.number: _contradiction(c, config=config, total=total) for c in contents}
+    reasons = {
+        content.number: _contradiction(content, workdir, config=config, total=total)
+        for content in contents
+    }
     identity = None if workdir is None else read_identity(workdir)
     if identity is None and workdir is not None:
         # run.json is lost, or an earlier version wrote none: take the run's id from the newest
@@ -197,7 +200,9 @@ def _take_stock(
     )
 
 
-def _contradiction(content: _Content, *, config: Any, total: int | None) -> str:
+def _contradiction(
+    content: _Content, workdir: epath.Path | None, *, config: Any, total: int | None
+) -> str:
     """Returns what contradicts a step's name or its place in this run; "" if nothing does."""
     number, mark = content.number, content.mark
     if total is not None and number > total:
@@ -208,7 +213,7 @@ def _contradiction(content: _Content, *, config: Any, total: int | None) -> str:
         return f"it holds the state of step {content.stored}, so it was copied or renamed"
     if config is None or content.config is None:
         return ""
-    if lines := contradictions(content.config, config):
+    if lines := contradictions(content.config, config, workdir=workdir):
         more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
         shown = "; ".join(line[:120] for line in lines[:3])
         return f"it belongs to a run with another config ({shown}{more}, its value first)"

@@ -175,6 +175,13 @@ def refuse_pattern(path: epath.PathLike, name: str) -> None:
       name: its name in messages, for example "--workdir".
     """
     resolved = absolute(path)
+    try:
+        str(resolved).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{name}={str(path)[:300]!r} is not UTF-8, and orbax cannot write checkpoints there; "
+            "give another folder"
+        ) from None
     if special := sorted(set(PATTERN.findall(str(resolved)))):
         raise ValueError(
             f"{name}={str(path)[:300]!r}: checkpoints cannot be written below "

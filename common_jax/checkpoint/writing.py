@@ -309,9 +309,8 @@ class Checkpoints:
             full = isinstance(failure, OSError) and failure.errno in FULL
             full = full or "No space left" in str(failure) or "quota exceeded" in str(failure)
             advice = "Make room, and start" if full else "Start"
-            raise SaveError(
-                f"{message}. {advice} the same command again: it resumes from there"
-            ) from failure
+            where = "it resumes from there" if steps else "it starts from scratch"
+            raise SaveError(f"{message}. {advice} the same command again: {where}") from failure
         logging.warning("%s; the run continues", message)
 
     def _restore(self, step: int, abstract: TrainState) -> TrainState:

@@ -1,5 +1,6 @@
 """Plots of runs: a run's panels, and curves of several runs in one plot."""
 
+import hashlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from common_jax.report.gather import Curves, Family, HeatMap, Panels
 from common_jax.workdir import write_bytes
@@ -25,6 +27,7 @@ CurveGroups = Mapping[str, Sequence[Sequence[tuple[int, float]]]]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 INK = "#333333"
 DPI, SLOT, TOP, BOTTOM = 110, 5.6, 0.42, 0.55  # the last three in inches: a panel and its margins
+DRAWN = "panels"  # the key of the fingerprint in the file
 NAME, LETTER = 0.22, 0.07  # inches: the height of a curve's name or a band, and a letter's width
 
 
@@ -37,6 +40,19 @@ def is_picture(path: epath.PathLike) -> bool:
     except (OSError, SyntaxError, ValueError):  # PIL raises all three for unreadable files
         return False
     return content[-8:-4] == b"IEND"  # PIL accepts a file without this last chunk
+
+
+def read_drawn(path: epath.PathLike, panels: Panels) -> bytes | None:
+    """The file if it is a complete picture that `draw_panels` made of these panels, else None."""
+    if not is_picture(path):
+        return None
+    content = epath.Path(path).read_bytes()
+    with Image.open(BytesIO(content)) as image:
+        return content if image.info.get(DRAWN) == _fingerprint(panels) else None
+
+
+def _fingerprint(panels: Panels) -> str:
+    return hashlib.sha256(repr(panels).encode()).hexdigest()
 
 
 def overlay(curves: CurveGroups, *, label: str, path: epath.PathLike) -> None:
@@ -71,7 +87,7 @@ def overlay(curves: CurveGroups, *, label: str, path: epath.PathLike) -> None:
 
 
 def draw_panels(panels: Panels) -> bytes:
-    """A PNG of a run's panels, two per row."""
+    """A PNG of a run's panels, two per row, with their fingerprint for `read_drawn`."""
     # Laid out here, in inches, because matplotlib's layout engines draw everything twice.
     rows = []
     for _, group in itertools.groupby(panels, lambda panel: panel.height):
@@ -91,7 +107,9 @@ def draw_panels(panels: Panels) -> bytes:
             (_draw_shares if heat else _draw_curves)(axes, panel, curves)
             axes.set_title(_plain(panel.title), size=10, weight="bold", loc="left", y=1.04)
         y -= BOTTOM
-    return _png(figure)
+    about = PngInfo()
+    about.add_text(DRAWN, _fingerprint(panels))
+    return _png(figure, about)
 
 
 def _draw_curves(axes: Axes, family: Family, curves: Curves) -> None:
@@ -164,11 +182,12 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _png(figure: Figure) -> bytes:
+def _png(figure: Figure, about: PngInfo | None = None) -> bytes:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     file = BytesIO()
     # With a palette, the file is a third of the size and faster to compress.
-    image.quantize(200, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(file, "png")
+    small = image.quantize(200, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    small.save(file, "png", pnginfo=about)
     return file.getvalue()

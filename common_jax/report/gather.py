@@ -8,15 +8,16 @@ which curves share a panel; a metric in no family gets a panel named after the e
 import dataclasses
 import json
 import math
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 from flax import traverse_util
 
 from common_jax.metrics import read_metrics
-from common_jax.workdir import read_json
+from common_jax.workdir import list_folder, read_json
 
 NOT_SEARCHED = frozenset({"checkpoints", "plots", "samples"})  # large, and never hold a run
 NOT_DRAWN = frozenset({"step", "epoch", "milliseconds_per_step", "train/skipped_in_row"})
@@ -99,12 +100,24 @@ class Run:
 
 
 def find_runs(folder: epath.Path) -> list[epath.Path]:
-    """`folder` and folders below it that hold metrics, in natural sort order."""
-    runs = [folder] if (folder / "metrics.jsonl").exists() else []
-    for entry in sorted(folder.iterdir(), key=lambda entry: _natural(entry.name)):
-        if entry.name not in NOT_SEARCHED and entry.is_dir():
-            runs += find_runs(entry)
-    return runs
+    """`folder` and folders below it that hold metrics, in natural sort order, each once.
+
+    Links come last, and are followed only to runs and pipelines: others may lead anywhere.
+    """
+    return list(_walk(folder, set()))
+
+
+def _walk(folder: epath.Path, seen: set[str]) -> Iterator[epath.Path]:
+    if (real := os.path.realpath(folder)) in seen:
+        return
+    seen.add(real)
+    entries = {entry.name: entry for entry in list_folder(folder)}
+    if "metrics.jsonl" in entries:
+        yield folder
+    links = {name for name, entry in entries.items() if os.path.islink(entry)}
+    for name in sorted(entries.keys() - NOT_SEARCHED, key=lambda x: (x in links, _natural(x))):
+        if name not in links or (entries[name] / "config.json").exists():
+            yield from _walk(entries[name], seen)
 
 
 def read_run(folder: epath.Path, families: Sequence[Family | Shares]) -> Run:

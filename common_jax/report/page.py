@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from etils import epath
 
-from common_jax.report.draw import draw_panels, is_picture
+from common_jax.report.draw import draw_panels, read_drawn
 from common_jax.report.gather import FAMILIES, Family, Run, Shares, find_runs, read_run
 from common_jax.workdir import write_bytes
 
@@ -103,10 +103,10 @@ def _run_html(run: Run, name: str) -> str:
 
 
 def _read_or_draw(run: Run) -> bytes:
-    """The run's picture, redrawn if its metrics have changed since, or the picture is broken."""
+    """The run's picture, redrawn if its curves have changed since, or the picture is broken."""
     path = run.folder / "plots" / "curves.png"
-    if is_picture(path) and path.stat().mtime > (run.folder / "metrics.jsonl").stat().mtime:
-        return path.read_bytes()
+    if (picture := read_drawn(path, run.panels)) is not None:
+        return picture
     picture = draw_panels(run.panels)
     try:
         path.parent.mkdir(exist_ok=True)

@@ -12,7 +12,7 @@ from etils import epath
 
 from common_jax import config as configs
 from common_jax.workdir import versions
-from common_jax.workdir.files import read_json, write_json
+from common_jax.workdir.files import list_folder, read_json, write_json
 from common_jax.workdir.lock import require
 
 FILE = "config.json"
@@ -21,18 +21,22 @@ SHOWN, WIDTH = 12, 120  # fields in a message, and characters of each
 
 def claim(workdir: epath.PathLike, config: Any) -> None:
     """Writes `config` to a workdir, overwriting any that is there: call `refuse_other_config`
-    first. Raises as `require`."""
+    first. If it is there already, nothing is written: a finished run may be on a read-only disk.
+    Raises as `require`."""
+    path, content = epath.Path(workdir) / FILE, plain(config)
+    if path.exists() and read_json(path) == _as_read(content):
+        return
     require(workdir)
     if jax.process_index() == 0:
-        workdir = epath.Path(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / FILE, plain(config))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, content)
 
 
 def refuse_other_config(workdir: epath.PathLike, config: Any, *, apart: str = "") -> None:
     """Raises ValueError, with the fields that differ, if `workdir` has a run with another config.
 
-    A run without checkpoints and result may be replaced, which is logged.
+    A run without checkpoints and result may be replaced, which is logged. Paths of runs beside it,
+    such as those of its pipeline, may differ in the folder that holds them all: it was moved.
 
     Args:
       workdir: the run's folder.
@@ -48,7 +52,8 @@ def refuse_other_config(workdir: epath.PathLike, config: Any, *, apart: str = ""
     if dataclasses.is_dataclass(config):
         stored, removed = versions.fill(type(config), stored)
         versions.name_gone(removed, path)
-    lines = configs.difference(_lasting(stored, apart), _lasting(plain(config), apart))
+    after = _lasting(plain(config), apart)
+    lines = configs.difference(_moved(_lasting(stored, apart), after, workdir), after)
     if lines and not holds_results(workdir):
         logging.info(
             "%s was started with another config but has no checkpoint yet: this config replaces it",
@@ -69,24 +74,27 @@ BELOW = 3  # levels of nested folders: a run of a sweep, a run of its pipeline, 
 def holds_results(workdir: epath.PathLike, *, below: int = BELOW) -> bool:
     """Returns True if a run in the workdir, or in folders below it, has a checkpoint, intact or
     damaged, or a result."""
-    workdir = epath.Path(workdir)
-    if any((workdir / name).exists() for name in OUTCOMES):
-        return True
-    for entry in workdir.iterdir() if workdir.is_dir() else ():
+    for entry in list_folder(workdir):
+        if entry.name in OUTCOMES:
+            return True
         if entry.name == "checkpoints":
-            if any(".orbax-checkpoint-tmp" not in step.name for step in entry.iterdir()):
+            if any(".orbax-checkpoint-tmp" not in step.name for step in list_folder(entry)):
                 return True
         elif below and entry.is_dir() and holds_results(entry, below=below - 1):
             return True
     return False
 
 
-def contradictions(stored: Mapping[str, Any], config: Any) -> list[str]:
+def contradictions(
+    stored: Mapping[str, Any], config: Any, *, workdir: epath.PathLike | None = None
+) -> list[str]:
     """Lists the fields that both configs have and that differ, one per line, except PASSING ones.
-    If there are none, both may belong to one run, even if different versions wrote them."""
+    If there are none, both may belong to one run, even if different versions wrote them, or if it
+    was moved to `workdir`, see `refuse_other_config`."""
     before, after = _lasting(stored), _lasting(plain(config))
     shared = before.keys() & after.keys()
-    return configs.difference(*({key: one[key] for key in shared} for one in (before, after)))
+    before, after = ({key: one[key] for key in shared} for one in (before, after))
+    return configs.difference(_moved(before, after, workdir), after)
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -108,11 +116,42 @@ PASSING = re.compile(
 
 
 def _lasting(config: Mapping[str, Any], apart: str = "") -> dict[str, Any]:
-    as_read = json.loads(json.dumps(config))  # turns tuples, even nested ones, into lists
     return {
         key: value
-        for key, value in configs.flatten(as_read)
+        for key, value in configs.flatten(_as_read(config))
         if not PASSING.fullmatch(key) and not re.fullmatch(apart, key)
+    }
+
+
+def _as_read(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config as it is read from its file: tuples, even nested ones, are lists there."""
+    return json.loads(json.dumps(config))
+
+
+# Levels above a run of the folder that is moved with it: a pipeline holds `modules/module_0`.
+ABOVE = 2
+
+
+def _moved(
+    before: Mapping[str, Any], after: Mapping[str, Any], workdir: epath.PathLike | None
+) -> dict[str, Any]:
+    """Returns `before` with those paths of `after` that differ only in the folder that they share
+    with `workdir`."""
+    if workdir is None:
+        return dict(before)
+    roots = [f"{parent}/" for parent in epath.Path(workdir).parents][:ABOVE]
+
+    def same(old: Any, new: Any) -> bool:
+        if isinstance(old, list) and isinstance(new, list):
+            return len(old) == len(new) and all(map(same, old, new))
+        if old == new or not (isinstance(old, str) and isinstance(new, str)):
+            return old == new
+        tails = (new.removeprefix(root) for root in roots if new.startswith(root))
+        return any(old.endswith(f"/{tail}") for tail in tails)
+
+    return {
+        key: after[key] if key in after and same(old, after[key]) else old
+        for key, old in before.items()
     }
 
 

@@ -26,15 +26,31 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
 
 @contextlib.contextmanager
 def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
-    """Yields a new file's path; the file replaces `path` if the block succeeds, else is deleted."""
+    """Yields a new file's path; the file replaces `path` if the block succeeds, else is deleted.
+
+    Raises:
+      OSError: as the block; an error without a file name, as of a full disk, gets `path`.
+    """
     path = epath.Path(path)
     part = temporary_beside(path)
     try:
         yield part
         part.replace(path)
-    except BaseException:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            raise type(error)(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def list_folder(folder: epath.PathLike) -> list[epath.Path]:
+    """Returns the entries of a folder; [] if there is none, or if it may not be read, as
+    `lost+found` at the top of a disk."""
+    folder = epath.Path(folder)
+    try:
+        return [*folder.iterdir()] if folder.is_dir() else []
+    except PermissionError:
+        return []
 
 
 def temporary_beside(path: epath.PathLike) -> epath.Path:

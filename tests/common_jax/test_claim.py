@@ -1,14 +1,19 @@
 """Ownership of a workdir: which configs may resume there, and which files count as results."""
 
 import dataclasses
+import importlib
 import json
 import logging
 
 import pytest
+from etils import epath
 
 from common_jax.config import Section
 from common_jax.ranges import Size
+from common_jax.report.gather import find_runs
 from common_jax.workdir import claim, contradictions, holds_results, refuse_other_config, versions
+
+claim_module = importlib.import_module("common_jax.workdir.claim")  # hidden by its function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +79,36 @@ def test_one_whole_checkpoint_beside_an_unfinished_one_counts_and_an_empty_folde
     assert holds_results(tmp_path)
 
 
+def test_a_folder_that_may_not_be_read_holds_no_results(tmp_path, monkeypatch):
+    # As root, every folder may be read.
+    (tmp_path / "lost+found").mkdir()
+    make(tmp_path / "run" / "result.json")
+    kind, listed = type(epath.Path(tmp_path)), type(epath.Path(tmp_path)).iterdir
+
+    def iterdir(folder):
+        if folder.name == "lost+found":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(kind, "iterdir", iterdir)
+    assert not holds_results(tmp_path / "lost+found")
+    assert holds_results(tmp_path)
+    assert find_runs(epath.Path(tmp_path)) == []
+
+
+def test_a_config_that_is_there_is_not_written_again(tmp_path, monkeypatch):
+    claim(tmp_path, Config(sides=[(1, 2)]))
+
+    def read_only(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(claim_module, "require", read_only)
+    monkeypatch.setattr(claim_module, "write_json", read_only)
+    claim(tmp_path, Config(sides=[(1, 2)]))
+    with pytest.raises(OSError, match="Read-only"):
+        claim(tmp_path, Config(seed=1))
+
+
 def test_another_config_takes_the_place_of_one_that_came_to_nothing(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     refuse_other_config(tmp_path, Config(seed=1))  # there is none
@@ -117,6 +152,28 @@ def test_configs_contradict_each_other_in_what_both_have():
     config = {"seed": 1, "optim": {"lr": 0.1, "new": 2}, "run": {"log_every": 3}}
     assert contradictions(stored, config) == ["run.log_every: 2 -> 3", "seed: 0 -> 1"]
     assert contradictions(stored, stored) == contradictions({}, config) == []
+
+
+def test_runs_that_were_moved_together_are_still_theirs(tmp_path):
+    def config(root, teacher="teacher"):
+        runs = [f"{root}/modules/module_{i}" for i in range(2)]
+        return {"seed": 0, "sources": {"teacher": f"{root}/{teacher}", "modules": runs}}
+
+    old, new = config("/old/pipe"), config(tmp_path)
+    for workdir in (tmp_path / "network", tmp_path / "students" / "module_0"):
+        assert contradictions(old, new, workdir=workdir) == []
+        make(workdir / "result.json")
+        claim(workdir, old)
+        refuse_other_config(workdir, new)
+        other = config(tmp_path, teacher="another")
+        assert len(contradictions(old, other, workdir=workdir)) == 1
+        with pytest.raises(
+            ValueError, match=r"sources\.teacher: '/old/pipe/teacher' -> '.*/another"
+        ):
+            refuse_other_config(workdir, other)
+    # Elsewhere these are other runs.
+    assert len(contradictions(old, new, workdir="/elsewhere/pipe/network")) == 2
+    assert len(contradictions(old, new)) == 2
 
 
 @pytest.mark.parametrize("path", ["mesh.data", "run.keep", "data.bad_share", "model.vit.remat"])

@@ -92,6 +92,10 @@ def test_one_computes_what_two_do_and_each_resumes_as_the_other(undisturbed, tmp
         ({"coordinator": "localhost:1"}, "--processes, --process missing"),
         ({"processes": 2, "process": 0}, "--coordinator missing"),
         ({"coordinator": "localhost:1", "processes": 2, "process": 2}, "--process=2 must be"),
+        *(
+            ({"coordinator": text, "processes": 2, "process": 0}, f"={text} must be HOST:PORT")
+            for text in ("localhost", "localhost:", ":8476", "localhost:abc", "localhost:65536")
+        ),
         ({"hosts": "all"}, "finds neither a TPU VM nor several tasks"),
         (
             {"hosts": "one", "coordinator": "localhost:1", "processes": 2, "process": 1},
@@ -103,6 +107,15 @@ def test_one_computes_what_two_do_and_each_resumes_as_the_other(undisturbed, tmp
 def test_flags_that_connect_nobody_are_refused(settings, said):
     with pytest.raises(ValueError, match=said):
         hosts.start(**{"hosts": "auto"} | settings)
+
+
+def test_processes_that_cannot_be_reached_are_an_error_of_the_user(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("UNKNOWN: Failed to start RPC server")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    with pytest.raises(ConnectionError, match=r"--coordinator=a:1: .*Failed to start RPC server"):
+        hosts.start(coordinator="a:1", processes=2, process=0)
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,7 @@ def test_the_alarm_counts_minutes_from_the_last_save(at):
         ({}, -1, r"config\.seed=-1 must be"),
         ({"best": "val/w"}, 0, r"config\.run\.best='val/w' is not measured: .* begin with test/"),
         ({"best": "tes"}, 0, r"config\.run\.best='tes' is not measured"),
+        ({"profile": (13, 14)}, 0, r"profile=\(13, 14\) begins after the last step of descent, 12"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_anything_is_read(changes, seed, message):

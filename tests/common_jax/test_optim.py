@@ -317,6 +317,17 @@ def test_a_warmup_is_shorter_than_the_run(schedule):
         dataclasses.replace(config, steps=200).check_warmup(10)
 
 
+def test_a_run_is_not_longer_than_its_counter_or_its_schedule():
+    config = OptimConfig(epochs=10**6)
+    config.check_length(2147)
+    with pytest.raises(ValueError, match=r"config\.optim\.epochs=1000000 is a run of 2148000000"):
+        config.check_length(2148)
+    by_steps = OptimConfig(steps=10**7 + 1)
+    with pytest.raises(ValueError, match=r"x\.steps=10000001 is a run of 1000001 epochs, and x\.s"):
+        by_steps.check_length(10, key="x")
+    dataclasses.replace(by_steps, schedule="warmup_cosine").check_length(10)
+
+
 def test_a_warmup_in_steps_counts_where_the_schedule_knows_it():
     config = OptimConfig(schedule="inverse_sqrt", steps=100, warmup_steps=100)
     with pytest.raises(ValueError, match=r"config\.optim\.warmup_steps=100 is a warm-up of 100"):

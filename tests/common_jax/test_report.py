@@ -9,11 +9,13 @@ import re
 
 import numpy as np
 import pytest
+from etils import epath
 from matplotlib.axes import Axes
 from PIL import Image
 
 from common_jax.metrics import read_metrics
 from common_jax.report import FAMILIES, Family, Shares, Table, overlay, panels, write_report
+from common_jax.report.gather import find_runs
 
 WITH_SHARES = (
     *FAMILIES,
@@ -213,6 +215,23 @@ def test_every_run_is_listed_in_counting_order(tmp_path):
         with Image.open(tmp_path / name / "plots" / "curves.png") as image:
             assert image.format == "PNG"
             assert image.width > 1000
+
+
+def test_links_lead_to_runs_once_and_to_nothing_else(tmp_path):
+    top = tmp_path / "top"
+    write_run(top / "run")
+    write_run(tmp_path / "elsewhere/run")
+    write_run(tmp_path / "data/run")
+    for name, target in (
+        ("latest", top),
+        ("best", top / "run"),
+        ("other", tmp_path / "elsewhere/run"),
+        ("set", tmp_path / "data"),
+    ):
+        (top / name).symlink_to(target)
+    assert [run.name for run in find_runs(epath.Path(top))] == ["run", "other"]
+    (tmp_path / "link").symlink_to(top)
+    assert len(find_runs(epath.Path(tmp_path / "link"))) == 2
 
 
 def test_the_page_holds_summary_config_table_and_figures_and_nothing_from_outside(tmp_path):

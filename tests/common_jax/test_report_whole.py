@@ -24,12 +24,13 @@ def test_a_picture_of_no_bytes_is_drawn_again(run):
         assert curves.read_bytes() == whole
 
 
-def test_a_picture_older_than_its_metrics_is_drawn_again(run):
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_picture_of_other_curves_is_drawn_again_whatever_the_clock_says(run, hours):
     write_report(run, title="t")
     curves, metrics = run / "plots" / "curves.png", run / "metrics.jsonl"
     before = curves.read_bytes()
     metrics.write_text(metrics.read_text() + '{"step": 2, "train/loss": 1.0}\n')
-    os.utime(metrics, (time := curves.stat().st_mtime + 1, time))
+    os.utime(curves, (time := metrics.stat().st_mtime + 3600 * hours, time))
     write_report(run, title="t")
     assert curves.read_bytes() != before
 

@@ -88,8 +88,12 @@ def test_the_first_process_alone_opens_it_and_only_when_asked(package, tmp_path,
     assert package.calls == []
 
 
-def test_where_it_is_not_installed_it_is_refused_before_anything_is_written(tmp_path, monkeypatch):
-    absent = types.SimpleNamespace(util=types.SimpleNamespace(find_spec=lambda name: None))
+@pytest.mark.parametrize("spec", [None, types.SimpleNamespace(origin=None)])
+def test_where_it_is_not_installed_it_is_refused_before_anything_is_written(
+    tmp_path, monkeypatch, spec
+):
+    # A folder wandb/ of W&B's records has a spec, but no file that would be imported.
+    absent = types.SimpleNamespace(util=types.SimpleNamespace(find_spec=lambda name: spec))
     monkeypatch.setattr(metrics, "importlib", absent)
     with pytest.raises(ValueError, match=r"config\.run\.wandb='p' needs the package wandb"):
         descend(tmp_path / "run", wandb="p")

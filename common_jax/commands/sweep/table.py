@@ -59,7 +59,7 @@ def read_results(folder: epath.Path, cell: Cell, seed: int) -> dict[str, float] 
     found: dict[str, float] = {}
     if (folder / "config.json").exists():
         one = {**cell.config, "seed": seed}
-        if lines := contradictions(read_json(folder / "config.json"), one):
+        if lines := contradictions(read_json(folder / "config.json"), one, workdir=folder):
             shown = "\n  ".join(line[:120] for line in lines[:10])
             raise ValueError(
                 f"{folder} holds a run whose config differs from this cell of the sweep (its value "
