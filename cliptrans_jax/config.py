@@ -273,6 +273,7 @@ class Config(Section):
                 f"unfreeze_clip=True is for stage {' or '.join(map(repr, able))}, not "
                 f"{self.stage!r}: the text tower cannot learn from pictures"
             )
+        self._check_parity()
         self._check_lock()
         self._check_languages()
         self._check_lengths()
@@ -325,6 +326,16 @@ class Config(Section):
         side = "image" if pictures else self.test_side
         model = dataclasses.replace(self.model, prefix=prefix)
         return dataclasses.replace(self, optim=optim, model=model, test_side=side)
+
+    def _check_parity(self) -> None:
+        sections = {f"recipes.{name}.optim": one.optim for name, one in self.recipes.items()}
+        for key, optim in {"optim": self.optim, **sections}.items():
+            if self.parity and optim.accumulate > 1 and optim.optimizer != "adamw":
+                raise FieldError(
+                    f"parity=True sums the gradients of {key}.accumulate={optim.accumulate} "
+                    f"micro-batches through AdamW's eps, and {key}.optimizer={optim.optimizer!r} "
+                    "has none; set accumulate=1, or optimizer='adamw'"
+                )
 
     def _check_lock(self) -> None:
         trains_towers = self.stage == "pipeline" or trains(self.stage) is Trains.TOWERS

@@ -172,6 +172,7 @@ def load_model(source: epath.PathLike, *, mesh: Mesh | None = None) -> LoadedMod
 def load_finished(run: Finished, *, mesh: Mesh | None = None) -> LoadedModel:
     """Loads a checkpoint of a run of `TRANSLATION_STAGES`, with the settings of `run.config`."""
     mesh = make_mesh(MeshConfig(), jax.local_devices()[:1]) if mesh is None else mesh
+    run = run.with_batch(run.config.decode.batch, mesh)
     # A frozen text tower encodes the sentences before the search, not in it.
     config = dataclasses.replace(run.config.apply_parity(), keep_text_features=True)
     tokenizer = run.load_tokenizer()

@@ -156,6 +156,15 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
     )
 
 
+def constrain_rows(x: jax.Array) -> jax.Array:
+    """Constrains tokens (B, T, D) that were looked up in a table.
+
+    Their columns are split first: otherwise, to get the table's gradient, every device would gather
+    those of all tokens, full width.
+    """
+    return constrain(constrain(x, "looked_up", "tokens", "columns"), "batch", "tokens", "width")
+
+
 def batch_shards() -> int:
     """The number of shards of a batch: all devices of the current mesh; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -216,7 +225,10 @@ def match_rules(rules: Rules, params: Any, mesh: Mesh) -> Any:
         a parameter axis that the mesh axis does not divide.
     """
     shardings = {}
-    for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
+    for path, leaf in traverse_util.flatten_dict(params, keep_empty_nodes=True, sep="/").items():
+        if leaf is traverse_util.empty_node:  # kept, so that both trees have the same structure
+            shardings[path] = leaf
+            continue
         spec = next((spec for regex, spec in rules if re.search(regex, "/" + path)), None)
         if spec is None:
             raise ValueError(f"no partition rule matches parameter {path!r} of shape {leaf.shape}")

@@ -1,10 +1,12 @@
 """The record of a contrastive loss: its formula and its learned scalars."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
@@ -54,9 +56,31 @@ class Contrastive:
     def limit(self, params: Mapping[str, Any]) -> dict[str, Float[Array, ""]]:
         """The learned scalars in `params`, clipped to their bounds."""
         return {
-            name: params[name] if number.most is None else jnp.minimum(params[name], number.most)
+            name: params[name] if number.most is None else at_most(params[name], number.most)
             for name, number in self.learned.items()
         }
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def at_most(x: Float[Array, ""], most: float) -> Float[Array, ""]:
+    """min(x, most), whose gradient beyond the bound is 0 only if a step would go further beyond.
+
+    `jnp.minimum` has none there at all, so a scalar that once passed the bound would stay. CLIP
+    clips the parameter itself after every update instead.
+    """
+    return jnp.minimum(x, most)
+
+
+def _at_most_forward(x: jax.Array, most: float) -> tuple[jax.Array, jax.Array]:
+    return jnp.minimum(x, most), x >= most
+
+
+def _at_most_backward(most: float, beyond: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    del most
+    return (jnp.where(beyond & (gradient < 0), 0, gradient),)
+
+
+at_most.defvjp(_at_most_forward, _at_most_backward)
 
 
 def unit(x: Float[Array, "B M"]) -> Float[Array, "B M"]:

@@ -28,7 +28,7 @@ from cliptrans_jax.runs.run_data import RunData, features_folder
 from cliptrans_jax.runs.run_tokenizer import save_tokenizer, train_tokenizer
 from cliptrans_jax.runs.text_side import text_side
 from cliptrans_jax.towers.table import tower_of
-from common_jax import loop
+from common_jax import hosts, loop
 from common_jax.inputs import eval_batches, steps_per_epoch, train_batches
 from common_jax.inputs.ragged import lengths_of
 from common_jax.mesh import Rules
@@ -48,6 +48,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
       the first language and of names by pictures.
     """
     refuse_other_config(workdir, config)
+    _refuse_micro_batches(config)
     train, evaluated, text, tower = _load(config, workdir, mesh)
     optim, length = config.optim, _longest(train, evaluated)
     task = describe(config, steps=steps_per_epoch(len(train), optim.batch), length=length)
@@ -83,7 +84,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
                 eval_batches,
                 pairs,
                 transform=functools.partial(_prepare, config, length),
-                batch=min(optim.micro_batch, max(1, len(pairs) // mesh.size) * mesh.size),
+                batch=min(optim.micro_batch, -(-len(pairs) // mesh.size) * mesh.size),
                 workers=config.data.workers,
                 bad_share=config.data.bad_share,
                 shard=host_shard(),
@@ -113,11 +114,23 @@ def check(config: Config, workdir: epath.Path, mesh: Mesh, *, key: str) -> None:
     Raises:
       ValueError, FileNotFoundError: as `run`.
     """
+    _refuse_micro_batches(config, key)
     train, evaluated, _, _ = _load(config, workdir, mesh)
     steps = steps_per_epoch(len(train), config.optim.batch)
     task = describe(config, steps=steps, length=_longest(train, evaluated))
     run = dataclasses.replace(config.run, best=None)
     loop.check(task, run, config.optim, seed=config.seed, mesh=mesh, key=key)
+
+
+def _refuse_micro_batches(config: Config, key: str = "config") -> None:
+    """Raises ValueError for config.optim.accumulate > 1: the average over micro-batches would be
+    another loss, in which a pair has only those of its micro-batch as negatives."""
+    if config.optim.accumulate > 1:
+        raise ValueError(
+            f"{key}.optim.accumulate={config.optim.accumulate}: stage 'clip' contrasts each pair "
+            "with all others of a batch, which must not be split. Set it to 1; to save memory, "
+            f"lower {key}.optim.batch or use more devices"
+        )
 
 
 def _load(
@@ -134,6 +147,9 @@ def _load(
     train = _Pairs.of(config, config.data.train_split, tokenizer)
     splits = {"val": config.data.valid_split, **config.data.further}
     evaluated = {name: _Pairs.of(config, split, tokenizer) for name, split in splits.items()}
+    for pairs in (train, *evaluated.values()):
+        rows = (row.tobytes() for ids in pairs.names.values() for row in ids)
+        hosts.require_same(pairs.corpus.name, text, *rows)
     if tower is None:
         _check(config, tokenizer, _longest(train, evaluated))
     elif tower.config.features != config.clip.image.features:

@@ -19,7 +19,7 @@ from cliptrans_jax.towers.tower import (
     require_size,
 )
 from common_jax.config import FieldError, Section
-from common_jax.mesh import constrain
+from common_jax.mesh import constrain, constrain_rows
 from common_jax.nn import mlp
 from common_jax.nn.attention import Implementation, SelfAttention
 from common_jax.nn.mlp import INIT
@@ -205,7 +205,7 @@ class ClipText(nn.Module):
         require_length(length, config.positions)
         words = self.param("words", INIT, (config.vocab, config.width))
         positions = self.param("positions", INIT, (config.positions, config.width))
-        x = jnp.take(words, ids, axis=0, mode="fill") + positions[:length]
+        x = constrain_rows(jnp.take(words, ids, axis=0, mode="fill")) + positions[:length]
         x = constrain(x.astype(self.dtype), "batch", "tokens", "width")
         visible = jnp.tri(length, dtype=bool)[None, None]
         if mask is not None:

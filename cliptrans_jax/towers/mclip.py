@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cliptrans_jax.towers.tower import TRANSFORMER_RULES, Sentences, Tower, require_heads
 from common_jax.config import FieldError, Section
-from common_jax.mesh import constrain
+from common_jax.mesh import constrain, constrain_rows
 from common_jax.nn import mlp
 from common_jax.nn.attention import Implementation, SelfAttention
 from common_jax.nn.mlp import INIT
@@ -106,8 +106,8 @@ class Embeddings(nn.Module):
         words = self.param("words", INIT, (config.vocab, config.width))
         positions = self.param("positions", INIT, (config.positions, config.width))
         kinds = self.param("types", INIT, (config.types, config.width))
-        x = jnp.take(words, ids, axis=0, mode="fill")
-        x = x + jnp.take(positions, config.places(ids), axis=0)
+        x = constrain_rows(jnp.take(words, ids, axis=0, mode="fill"))
+        x = x + constrain_rows(jnp.take(positions, config.places(ids), axis=0))
         x = LayerNorm(config.eps, self.dtype, name="norm")(x + kinds[0])
         return nn.Dropout(config.dropout, deterministic=not train)(x)
 

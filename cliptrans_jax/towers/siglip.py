@@ -21,7 +21,7 @@ from cliptrans_jax.towers.tower import (
     require_size,
 )
 from common_jax.config import FieldError, Section
-from common_jax.mesh import constrain
+from common_jax.mesh import constrain, constrain_rows
 from common_jax.nn import mlp
 from common_jax.nn.attention import Implementation
 from common_jax.nn.mlp import INIT
@@ -205,7 +205,7 @@ class SiglipText(nn.Module):
         ids = jnp.pad(ids, ((0, 0), (0, config.positions - length)), constant_values=config.pad)
         words = self.param("words", INIT, (config.vocab, config.width))
         positions = self.param("positions", INIT, (config.positions, config.width))
-        x = jnp.take(words, ids, axis=0, mode="fill") + positions
+        x = constrain_rows(jnp.take(words, ids, axis=0, mode="fill")) + positions
         x = constrain(x.astype(self.dtype), "batch", "tokens", "width")
         for i in range(config.layers):
             x = Block(config, self.dtype, name=f"layer_{i}")(x, None)

@@ -120,6 +120,14 @@ def test_parity_is_written_into_the_fields(accumulate):
     assert math.isclose(found.optim.eps, 1e-6 / accumulate)
     assert found.model.prefix == PrefixConfig(layout="original", mask="original")
     assert found.model.mbart == config.model.mbart and found.test_side == ""
+    sgd = dataclasses.replace(optim, optimizer="sgd")
+    if accumulate == 1:
+        dataclasses.replace(config, optim=sgd)
+    else:
+        with pytest.raises(
+            ValueError, match=r"optim\.accumulate=4 .* optim\.optimizer='sgd' has no"
+        ):
+            dataclasses.replace(config, optim=sgd)
 
 
 @pytest.mark.parametrize(

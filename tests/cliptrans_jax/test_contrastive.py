@@ -14,11 +14,15 @@ from meshes import one_device
 from tiny import fill
 from tiny_cliptrans import TEST, read_split, tiny_config
 
+from cliptrans_jax.contrastive.objective import at_most
 from cliptrans_jax.data.pictures import prepare_picture
 from cliptrans_jax.evaluators import retrieval
 from cliptrans_jax.runs import contrastive, text_side
 from cliptrans_jax.runs.run_tokenizer import train_tokenizer
 from cliptrans_jax.towers.table import tower_of
+from common_jax import hosts
+from common_jax.commands.plan.steps import lower_step
+from common_jax.mesh import MeshConfig, make_mesh
 
 PAD, LENGTH = 1, 8
 MASK = np.array([1, 1, 1, 0], np.float32)
@@ -78,6 +82,46 @@ def test_the_loss_is_of_both_directions_and_its_scale_is_held(monkeypatch, log_s
     assert float(found) == pytest.approx(wanted, rel=1e-4)
     assert float(metrics["scale"]) == pytest.approx(scale, rel=1e-5)
     assert asked == ["the key"]
+
+
+def test_a_scale_beyond_its_bound_comes_back():
+    slope = jax.grad(lambda x, weight: weight * at_most(x, 4.6))
+    for x, weight, expected in (
+        *((4.5, weight, weight) for weight in (-2.0, 2.0)),
+        (4.7, 2.0, 2.0),  # a step lowers it
+        (4.7, -2.0, 0.0),  # a step would raise it further
+    ):
+        x = jnp.float32(x)
+        assert float(at_most(x, 4.6)) == pytest.approx(min(float(x), 4.6))
+        assert float(slope(x, weight)) == expected
+
+
+def test_a_batch_is_not_split(corpus, tmp_path):
+    config = config_of(root=corpus)
+    optim = dataclasses.replace(config.optim, accumulate=2)
+    config = dataclasses.replace(config, optim=optim)
+    with pytest.raises(ValueError, match=r"^config\.optim\.accumulate=2: stage 'clip' contrasts"):
+        contrastive.run(config, epath.Path(tmp_path), one_device())
+    with pytest.raises(ValueError, match=r"^config\.recipes\.clip\.optim\.accumulate=2: "):
+        contrastive.check(config, epath.Path(tmp_path), one_device(), key="config.recipes.clip")
+
+
+def test_no_device_gathers_the_embeddings_of_the_whole_batch(capfd):
+    config = config_of()
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, batch=16))
+    task = contrastive.describe(config, steps=3, length=LENGTH)
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2))
+    lower_step(task, config.optim, mesh, log_every=1)[0].compile()
+    # XLA warns of "involuntary full rematerialization".
+    assert "rematerialization" not in capfd.readouterr().err
+
+
+def test_hosts_compare_their_pairs(corpus, tmp_path, monkeypatch):
+    compared = []
+    monkeypatch.setattr(hosts, "require_same", lambda name, *parts: compared.append((name, parts)))
+    contrastive._load(config_of(root=corpus), epath.Path(tmp_path), one_device())
+    assert [name for name, _ in compared] == ["multi30k train", "multi30k val"]
+    assert all(len(parts) > 2 for _, parts in compared)
 
 
 def test_texts_drop_out_with_a_key_alone_and_hear_no_pads():

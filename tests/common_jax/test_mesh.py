@@ -181,6 +181,14 @@ def test_vectors_from_a_table_stay_with_its_columns():
         assert x.sharding.shard_shape(x.shape) == (4, 4)
 
 
+def test_a_role_without_parameters_stays_in_the_tree():
+    shapes = {"meta": {}, "module": {"w": jax.ShapeDtypeStruct((4,), jnp.float32)}}
+    shardings = match_rules([("w$", P())], shapes, one_device())
+    assert shardings["meta"] == {}
+    placed = meshes.with_shardings(shapes, shardings)
+    assert placed["meta"] == {} and placed["module"]["w"].shape == (4,)
+
+
 def test_arrays_of_numpy_are_replaced_by_those_on_the_devices():
     tree = {"a": np.ones(2), "b": {"c": np.zeros((2, 3), np.float32)}}
     before = jax.tree.map(np.array, tree)
