@@ -113,7 +113,7 @@ def choose_classes(source: Source, ood: OodConfig, *, base_names: Sequence[str])
                 f"config.ood.path={ood.path!r} lacks: {listed(unknown)}; correct the list or the "
                 "path"
             )
-    elif ood.source == "tiny_imagenet_r":
+    elif SOURCES[ood.source].shared_only:
         selection = set(names) & set(base_names)
         logging.info(
             "config.ood: %d of %d classes are the training set's", len(selection), len(names)
