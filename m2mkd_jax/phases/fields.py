@@ -55,11 +55,7 @@ def warn_of_untrained_router(config: Config) -> None:
     if unread(["model.moe"], reads()[config.phase]) or not hasattr(config.model, "moe"):
         return
     if config.model.moe_blocks != "none" and config.model.moe.untrained:
-        logging.warning(
-            "config.model.moe.chosen=1 leaves the router untrained: topk_softmax normalises over "
-            "the chosen experts, so the weight of a single one is always 1. "
-            "config.model.moe.router=softmax_topk trains it, and so does a balance loss"
-        )
+        logging.warning("config.model.moe.%s", config.model.moe.untrained)
 
 
 def _without_effect(config: Config) -> Iterator[tuple[str, str]]:
