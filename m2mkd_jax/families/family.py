@@ -161,6 +161,9 @@ class Family:
       check_noise: (section, config.evaluation.noise) -> None; raises FieldError if they conflict.
       upcycle: (section, workdir, parameter shapes) -> its initialisation from a dense ViT.
       preparation: see `Preparation`.
+      idle: section -> those of its fields, by path below it, that have no effect given the others,
+        and why; whether they are set or not.
+      warnings: section -> warnings about it, each beginning with the path of a field below it.
       savers: config fields that reduce its memory per chip.
     """
 
@@ -182,4 +185,6 @@ class Family:
     check_noise: Callable[[Any, str], None] = _accept
     upcycle: Callable[[Any, epath.PathLike, Mapping[str, Any]], Upcycling] | None = None
     preparation: Preparation | None = None
+    idle: Callable[[Any], Mapping[str, str]] = lambda section: {}
+    warnings: Callable[[Any], tuple[str, ...]] = lambda section: ()
     savers: tuple[str, ...] = ()

@@ -55,6 +55,20 @@ def check_mesh(section: VMoEConfig, mesh_sizes: Mapping[str, int], batch: int) -
         check_moe(section.moe, mesh_sizes, batch)
 
 
+def idle(section: VMoEConfig) -> dict[str, str]:
+    """What the router does not read, and all of the mixture if no block has one."""
+    fields = {f"moe.{name}": why for name, why in section.moe.idle.items()}
+    if not section.moe_positions():
+        fields["moe"] = f"config.model.moe_blocks={section.moe_blocks!r} leaves no experts"
+    return fields
+
+
+def warnings(section: VMoEConfig) -> tuple[str, ...]:
+    """A router without a gradient."""
+    why = section.moe.untrained if section.moe_positions() else ""
+    return (f"moe.{why}",) if why else ()
+
+
 def table(section: VMoEConfig, channels: int, stage: int | None) -> Table:
     """Tensor names of the whole network, or of a stage."""
     return vit.table(section, channels, stage, experts=section.moe.experts)
@@ -98,5 +112,7 @@ FAMILY = Family(
     leading_tokens=leading_tokens,
     check_mesh=check_mesh,
     upcycle=upcycle,
+    idle=idle,
+    warnings=warnings,
     savers=("config.mesh.expert",),
 )

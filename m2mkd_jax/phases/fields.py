@@ -35,8 +35,6 @@ def idle(config: Config) -> dict[str, str]:
     recipes = {f"recipes.{name}.augment": one.augment for name, one in config.recipes.items()}
     augments = recipes if pipeline else {"augment": config.augment}
     sections = {path: idle_fields(one, side) for path, one in augments.items()}
-    if hasattr(config.model, "moe"):
-        sections["model.moe"] = config.model.moe.idle
     found = {
         f"{section}.{name}": why for section, own in sections.items() for name, why in own.items()
     }
@@ -50,12 +48,11 @@ def idle(config: Config) -> dict[str, str]:
     return found
 
 
-def warn_of_untrained_router(config: Config) -> None:
-    """Warns about experts that are chosen by a router without a gradient."""
-    if unread(["model.moe"], reads()[config.phase]) or not hasattr(config.model, "moe"):
-        return
-    if config.model.moe_blocks != "none" and config.model.moe.untrained:
-        logging.warning("config.model.moe.%s", config.model.moe.untrained)
+def warn_of_student(config: Config) -> None:
+    """Logs the warnings of the student's family about config.model, if the phase reads it."""
+    if not unread(["model"], reads()[config.phase]):
+        for warning in family_of(config.model).warnings(config.model):
+            logging.warning("config.model.%s", warning)
 
 
 def _without_effect(config: Config) -> Iterator[tuple[str, str]]:
@@ -78,10 +75,10 @@ def _without_effect(config: Config) -> Iterator[tuple[str, str]]:
         yield "data.test_per_class", "config.data.train_split and test_split are the same"
     if not config.data.test_share:
         yield "data.split_seed", "config.data.test_share=0 draws no split"
-    if family_of(config.model).preparation is None:
+    family = family_of(config.model)
+    yield from ((f"model.{path}", why) for path, why in family.idle(config.model).items())
+    if family.preparation is None:
         yield "regularizers", "it is for networks that start from a graph, such as a NAC"
-    if getattr(config.model, "moe_blocks", "") == "none":
-        yield "model.moe", "config.model.moe_blocks='none' leaves no experts"
     if config.phase != "pipeline":
         used = [source.path for source in used_sources(config)]
         for source in PHASES[config.phase].sources:
