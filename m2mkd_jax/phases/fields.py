@@ -10,6 +10,7 @@ from common_jax.ranges import shown
 from m2mkd_jax.config import Config
 from m2mkd_jax.data.augment import idle_fields
 from m2mkd_jax.families import family_of
+from m2mkd_jax.losses import DISTILLATIONS
 from m2mkd_jax.phases import PHASES
 from m2mkd_jax.phases.phase import ALLOWANCES, ALWAYS, WeightSource
 
@@ -58,14 +59,13 @@ def warn_of_student(config: Config) -> None:
 def _without_effect(config: Config) -> Iterator[tuple[str, str]]:
     """Yields fields and sections that the other fields switch off, whether set or not, and why."""
     for name in ("distill", "baseline"):
-        section, path = getattr(config, name), f"config.{name}"
-        if not section.active:
-            names, why = ("alpha", "tau", "combine"), f"{path}.kind='none' distills nothing"
-        elif section.kind == "hard":
-            names, why = ("tau",), f"{path}.kind='hard' takes the teacher's best label"
+        section = getattr(config, name)
+        if section.active:
+            unused = DISTILLATIONS[section.kind].idle
         else:
-            names, why = (), ""
-        yield from ((f"{name}.{field}", why) for field in names)
+            unused = dict.fromkeys(("alpha", "tau", "combine"), "distills nothing")
+        for field, why in unused.items():
+            yield f"{name}.{field}", f"config.{name}.kind={section.kind!r} {why}"
         if section.active and len(config.sources.teachers) < 2:
             yield f"{name}.combine", "there is only one teacher"
     if not config.ood.source:

@@ -70,7 +70,7 @@ def make_loss(
             value = losses.soft_cross_entropy(outputs.logits, targets)
             parts[name] = {"label_loss": value}
             if distill.active:
-                distillation = losses.DISTILLATIONS[distill.kind]
+                distillation = losses.DISTILLATIONS[distill.kind].loss
                 if outputs.teacher.ndim == 3:
                     combine = losses.COMBINATIONS[distill.combine]
                     distillation = functools.partial(combine, distillation)

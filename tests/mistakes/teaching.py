@@ -57,10 +57,10 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "m2mkd_jax/losses.py",
         "two kinds of distillation have each other's name",
-        """    "soft": soft_distillation,
-    "soft_batch_mean": soft_distillation_batch_mean,""",
-        """    "soft": soft_distillation_batch_mean,
-    "soft_batch_mean": soft_distillation,""",
+        """    "soft": Distillation(soft_distillation),
+    "soft_batch_mean": Distillation(soft_distillation_batch_mean),""",
+        """    "soft": Distillation(soft_distillation_batch_mean),
+    "soft_batch_mean": Distillation(soft_distillation),""",
         LOSSES,
     ),
     Mistake(

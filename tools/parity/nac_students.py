@@ -95,7 +95,7 @@ def run_composition(case: Case) -> Iterator[Comparison]:
 
     def objective(teacher_logits, student_logits):
         base = losses.soft_cross_entropy(student_logits, jnp.asarray(arrays["inputs/target"]))
-        distill = losses.DISTILLATIONS[distillation]
+        distill = losses.DISTILLATIONS[distillation].loss
         term = distill(student_logits, teacher_logits, config["tau"])
         return losses.blend(base, term, config["alpha_teacher"])
 
