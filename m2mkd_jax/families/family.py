@@ -147,6 +147,8 @@ class Family:
       head: regex of the classifier's parameters.
       stitches: regex of the parameters of the stitches of a teacher's modules.
       files: its tensor names in published files.
+      streams: names of the random streams that its networks draw from in training.
+      evaluation_streams: those that they also draw from in evaluation, if it has any noise.
       adapt: section -> functions that reshape parameters, such as resizing a position table; by
         regex of paths below the role.
       left: section -> parameters of the modules that the whole network does not have.
@@ -174,6 +176,8 @@ class Family:
     rules: Rules
     head: str
     files: FileNames
+    streams: tuple[str, ...]
+    evaluation_streams: tuple[str, ...] = ()
     adapt: Callable[[Any], Mapping[str, Adapt]] = lambda section: {}
     left: Callable[[Any], tuple[Allowance, ...]] = lambda section: ()
     fresh: Callable[[Any], tuple[Allowance, ...]] = lambda section: ()

@@ -87,6 +87,7 @@ FAMILY = Family(
     head=HEAD,
     stitches=STITCHES,
     files=FILES,
+    streams=encoder.STREAMS,
     adapt=resize,
     tokens=tokens,
     leading=leading,

@@ -13,7 +13,7 @@ from m2mkd_jax.families import vit
 from m2mkd_jax.families.family import Context, Family
 from m2mkd_jax.families.upcycle import upcycle
 from m2mkd_jax.families.vit import HEAD, leading, leading_tokens, resize
-from m2mkd_jax.models import vmoe
+from m2mkd_jax.models import encoder, vmoe
 from m2mkd_jax.models.vmoe import VMoEConfig
 from m2mkd_jax.moe.config import check_moe
 from m2mkd_jax.stages import Network
@@ -106,6 +106,7 @@ FAMILY = Family(
     rules=vmoe.PARTITION_RULES,
     head=HEAD,
     files=FILES,
+    streams=encoder.STREAMS,
     adapt=resize,
     left=left,
     leading=leading,

@@ -24,7 +24,7 @@ from m2mkd_jax.moe.config import MoeConfig
 from m2mkd_jax.moe.layer import MoeMlp
 from m2mkd_jax.stages import Network, Place
 
-STREAMS = ("drop_path", "gate")  # random streams that a block may use
+STREAMS = ("drop_path", "gate")  # random streams that a block may draw from in training
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from m2mkd_jax.data.feed import prepare_evaluation, prepare_training
 from m2mkd_jax.evaluators import EVALUATORS
 from m2mkd_jax.evaluators.classification import restrict_logits
 from m2mkd_jax.families.family import Regularizer, WholeNetwork
+from m2mkd_jax.phases.networks import network_streams
 
 
 class Outputs(NamedTuple):
@@ -28,13 +29,11 @@ class Outputs(NamedTuple):
 
 
 # forward(params, helpers, images, train, rngs) -> outputs by network name. Several networks that
-# train together have disjoint parameters. In evaluation rngs has only EVALUATION_STREAMS, or is
-# None if nothing is drawn.
+# train together have disjoint parameters. In evaluation rngs has only the families'
+# `evaluation_streams`, or is None if nothing is drawn.
 Forward = Callable[
     [Any, Any, jax.Array, bool, Mapping[str, jax.Array] | None], Mapping[str, Outputs]
 ]
-
-EVALUATION_STREAMS = ("state", "pooling", "kernel")
 
 
 def whole_forward(network: WholeNetwork, role: str) -> Forward:
@@ -125,7 +124,7 @@ def evaluation_rngs(config: Config, key: jax.Array) -> Mapping[str, jax.Array] |
     """The random streams of one evaluation batch; None if nothing is drawn."""
     if config.evaluation.noise == "mean":
         return None
-    return {name: fold_name(key, name) for name in EVALUATION_STREAMS}
+    return {name: fold_name(key, name) for name in network_streams(config, train=False)}
 
 
 def _with_means(parts: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, jax.Array]:
