@@ -153,6 +153,8 @@ class Family:
         regex of paths below the role.
       left: section -> parameters of the modules that the whole network does not have.
       fresh: section -> parameters of the whole network that no module has.
+      ramp: (network or hybrid, rate) -> the same with stochastic depth that increases from 0 at
+        the first block to `rate` at the last; required for a teacher.
       tokens: (section, interface) -> number of tokens between two stages; required for a meta
         model.
       leading: section -> fields that say which tokens precede the patches between two stages; {} if
@@ -182,6 +184,7 @@ class Family:
     left: Callable[[Any], tuple[Allowance, ...]] = lambda section: ()
     fresh: Callable[[Any], tuple[Allowance, ...]] = lambda section: ()
     stitches: str = ""
+    ramp: Callable[[Network, float], Network] | None = None
     tokens: Callable[[Any, Interface], int] | None = None
     leading: Callable[[Any], Mapping[str, Any]] = lambda section: {}
     leading_tokens: Callable[[Any], int] | None = None

@@ -89,6 +89,7 @@ FAMILY = Family(
     files=FILES,
     streams=encoder.STREAMS,
     adapt=resize,
+    ramp=encoder.ramp_drop_path,
     tokens=tokens,
     leading=leading,
     leading_tokens=leading_tokens,

@@ -199,8 +199,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "m2mkd_jax/phases/train_module.py",
         "stochastic depth ramps over the module alone",
-        "encoder.ramp_drop_path(replace_stage(meta, stage, teacher), config.drop_path)",
-        "replace_stage(meta, stage, encoder.ramp_drop_path(teacher, config.drop_path))",
+        "family.ramp(replace_stage(meta, stage, teacher), config.drop_path)",
+        "replace_stage(meta, stage, family.ramp(teacher, config.drop_path))",
         RATES,
     ),
     Mistake(
