@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from common_jax.weights import Allowance, Origin, WarmStart
 from m2mkd_jax.config import Config
-from m2mkd_jax.hybrid import finish, replace_stage, shared_tokens
+from m2mkd_jax.hybrid import module_logits, replace_stage, shared_tokens
 from m2mkd_jax.phases.networks import (
     bridge,
     check_exchange,
@@ -67,7 +67,7 @@ def describe(config: Config, mesh: Mesh) -> Training:
 
     def forward(params, helpers, images, train, rngs):
         hidden = shared_tokens(hybrids, helpers["meta"], images, train=train, rngs=rngs)
-        logits, _ = finish(
+        logits, _ = module_logits(
             hybrids,
             helpers["meta"],
             params["module"],

@@ -115,8 +115,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "m2mkd_jax/hybrid.py",
         "teachers are in training as their students are",
-        "given, _ = finish_all(modules, meta_params, hidden)",
-        "given, _ = finish_all(modules, meta_params, hidden, train=train, rngs=rngs)",
+        "given, _ = hybrid_logits(modules, meta_params, hidden)",
+        "given, _ = hybrid_logits(modules, meta_params, hidden, train=train, rngs=rngs)",
         HYBRID,
     ),
     Mistake(
