@@ -109,6 +109,7 @@ def mean_of_probabilities(
     teacher's distribution except for a term that does not depend on the student.
     """
     log_p = jax.nn.log_softmax(teachers / tau)
+    # Times tau, since `distillation` divides by it: logits that soften to the mean distribution.
     log_mean = jax.nn.logsumexp(log_p, axis=0) - jnp.log(len(teachers))
     return distillation(student, tau * log_mean, tau)
 

@@ -53,7 +53,9 @@ def upcycle(section: VMoEConfig, source: epath.PathLike, student: Mapping[str, A
         )
     dense = traverse_util.flatten_dict(shapes[roles[0]], sep="/")
     renamed = _rename(dense, section, source)
-    copies = {  # without those whose shapes do not fit: `take` reports them
+    # The first axis of an expert's parameter counts experts, so broadcasting copies the MLP's to
+    # all of them. Without those whose shapes do not fit: `take` reports them.
+    copies = {
         re.escape(f"student/{path}"): np.broadcast_to
         for name, path in renamed.items()
         if "/moe/" in path and path in flat and flat[path].shape[1:] == dense[name].shape

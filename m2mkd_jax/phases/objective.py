@@ -77,6 +77,8 @@ def make_loss(
                 value = losses.blend(value, term, distill.alpha)
                 parts[name]["distillation"] = term
             recorded, balance = _moe_metrics(outputs.recorded)
+            # Summed, not averaged: modules share no parameters, so the gradient of each is that of
+            # its own loss, as if it were trained alone.
             total, moe = total + value + balance, moe | recorded
         metrics = _with_means(parts) | moe
         if regularizer is not None:
@@ -139,6 +141,7 @@ def _with_means(parts: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, jax.A
 def _moe_metrics(recorded: Mapping[str, Any]) -> tuple[dict[str, jax.Array], jax.Array]:
     """One metric per layer and quantity, and the sum of the balance losses."""
     metrics, balance = {}, jnp.zeros(())
+    # Paths are STAGE/moe/BLOCK/moe/NAME: the linen collection is below the stage that was applied.
     for path, value in traverse_util.flatten_dict(recorded).items():
         stage, collection, block, _, name = path
         assert collection == "moe", path

@@ -131,6 +131,7 @@ class Teachers:
         shapes = {}
         for name, network in self.networks.items():
             stages = tuple(stage for stage, names in self.taught_by.items() if name in names)
+            # A teacher without a student among this program's modules is not loaded.
             if stages or not self.taught_by:
                 only, own = stages or None, self.configs[name]
                 part = parameter_shapes(own, network, "teacher", mesh, only=only)
