@@ -36,6 +36,7 @@ def _assign(cost: jax.Array) -> jax.Array:
 
     def relieve(state):
         moved, labels = state
+        # (rows, from, to): what moving a row from its block costs; infinite from other blocks.
         extra = cost - jnp.take_along_axis(cost, labels[:, None], axis=1)
         member = labels[:, None] == jnp.arange(blocks)
         extra = jnp.where(member[:, :, None], extra[:, None, :], jnp.inf)
@@ -43,6 +44,8 @@ def _assign(cost: jax.Array) -> jax.Array:
         price = jnp.min(extra, axis=0)
         size = sizes(labels)
 
+        # Bellman-Ford over the blocks. Dijkstra's algorithm needs prices of at least 0, but taking
+        # back an earlier move saves cost. A shortest chain has at most blocks - 1 moves.
         def lengthen(_, paths):
             length, before = paths
             longer = length[:, None] + price
@@ -53,6 +56,8 @@ def _assign(cost: jax.Array) -> jax.Array:
         start = jnp.where(size > room, 0.0, jnp.inf).astype(cost.dtype), jnp.full(blocks, -1)
         length, before = jax.lax.fori_loop(0, blocks - 1, lengthen, start)
 
+        # Predecessors lead from the chain's end back to the crowded block at its start. No block
+        # occurs twice, so all movers are still in the blocks that they were found in.
         def step_back(_, walk):
             here, labels = walk
             origin = before[here]

@@ -104,7 +104,7 @@ class Module(NamedTuple):
     params: Params
 
 
-def finish(
+def module_logits(
     networks: Mapping[int, Network],
     meta_params: Params,
     params: Params,
@@ -114,26 +114,26 @@ def finish(
     train_meta: bool = False,
     rngs: Keys | None = None,
 ) -> tuple[dict[int, Float[Array, "B L"]], dict[str, Any]]:
-    """Runs hybrid networks from their modules to the logits, see `finish_all`.
+    """The logits of one module per stage, each in its hybrid network; see `hybrid_logits`.
 
     Args:
       networks: each module's hybrid network, by the module's stage.
       meta_params: parameters of the stages after the first of these modules.
       params: parameters of the modules, one subtree per stage.
       hidden: input of each module by stage, see `shared_tokens`.
-      train, train_meta, rngs: see `finish_all`.
+      train, train_meta, rngs: see `hybrid_logits`.
 
     Returns:
       Logits by stage, and the modules' records.
     """
     modules = {stage: Module(stage, network, params) for stage, network in networks.items()}
-    logits, recorded = finish_all(
+    logits, recorded = hybrid_logits(
         modules, meta_params, hidden, train=train, train_meta=train_meta, rngs=rngs
     )
     return logits, {name: part for records in recorded.values() for name, part in records.items()}
 
 
-def finish_all(
+def hybrid_logits(
     modules: Mapping[Hashable, Module],
     meta_params: Params,
     hidden: Mapping[int, Float[Array, "B ..."]],
@@ -142,7 +142,7 @@ def finish_all(
     train_meta: bool = False,
     rngs: Keys | None = None,
 ) -> tuple[dict[Any, Float[Array, "B L"]], dict[Any, Any]]:
-    """Runs hybrid networks from their modules to the logits; several modules may share a stage.
+    """The logits of hybrid networks, run from their modules on; several modules may share a stage.
 
     The tokens of all modules that enter the same meta stage go through it together, with the random
     numbers that each would draw on its own.
@@ -187,7 +187,7 @@ def finish_all(
     return tokens, recorded
 
 
-def taught_logits(
+def teacher_and_student_logits(
     meta: Network,
     teachers: Mapping[str, Network],
     student: Network,
@@ -226,11 +226,11 @@ def taught_logits(
         for stage, names in taught_by.items()
         for name in names
     }
-    given, _ = finish_all(modules, meta_params, hidden)
+    given, _ = hybrid_logits(modules, meta_params, hidden)
     targets = {
         stage: tuple(given[stage, name] for name in names) for stage, names in taught_by.items()
     }
-    logits, recorded = finish(
+    logits, recorded = module_logits(
         students, meta_params, params["student"], hidden, train=train, rngs=rngs
     )
     return jax.lax.stop_gradient(targets), logits, recorded
@@ -245,7 +245,7 @@ def pair_logits(
     train: bool,
     rngs: Keys | None = None,
 ) -> tuple[dict[int, Float[Array, "B L"]], dict[int, Float[Array, "B L"]], dict[str, Any]]:
-    """`taught_logits` with a single teacher, named "teacher".
+    """`teacher_and_student_logits` with a single teacher, named "teacher".
 
     Args:
       networks: meta model, teacher and students.
@@ -259,7 +259,7 @@ def pair_logits(
       the meta model after a student, but not through the shared input or a teacher.
     """
     teachers = {"teacher": networks.teacher}
-    targets, logits, recorded = taught_logits(
+    targets, logits, recorded = teacher_and_student_logits(
         networks.meta,
         teachers,
         networks.student,

@@ -1,7 +1,8 @@
 """Objectives of m2mKD: label losses, distillation terms for one or more teachers, and the weighted
 sum of both."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 
 import jax
 from jax import numpy as jnp
@@ -62,16 +63,31 @@ def hard_distillation(
 
 
 # (student logits, teacher logits, temperature) -> scalar
-Distillation = Callable[[Float[Array, "B L"], Float[Array, "B L"], float], Float[Array, ""]]
+DistillationLoss = Callable[[Float[Array, "B L"], Float[Array, "B L"], float], Float[Array, ""]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """An entry of DISTILLATIONS.
+
+    Attributes:
+      loss: the function of the logits.
+      idle: fields of `DistillConfig` that it does not read, and what it does instead.
+    """
+
+    loss: DistillationLoss
+    idle: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
 DISTILLATIONS: dict[str, Distillation] = {
-    "soft": soft_distillation,
-    "soft_batch_mean": soft_distillation_batch_mean,
-    "hard": hard_distillation,
+    "soft": Distillation(soft_distillation),
+    "soft_batch_mean": Distillation(soft_distillation_batch_mean),
+    "hard": Distillation(hard_distillation, {"tau": "takes the teacher's best label"}),
 }
 
 
 def mean_of_losses(
-    distillation: Distillation,
+    distillation: DistillationLoss,
     student: Float[Array, "B L"],
     teachers: Float[Array, "_ B L"],
     tau: float,
@@ -81,7 +97,7 @@ def mean_of_losses(
 
 
 def mean_of_probabilities(
-    distillation: Distillation,
+    distillation: DistillationLoss,
     student: Float[Array, "B L"],
     teachers: Float[Array, "_ B L"],
     tau: float,
@@ -93,12 +109,13 @@ def mean_of_probabilities(
     teacher's distribution except for a term that does not depend on the student.
     """
     log_p = jax.nn.log_softmax(teachers / tau)
+    # Times tau, since `distillation` divides by it: logits that soften to the mean distribution.
     log_mean = jax.nn.logsumexp(log_p, axis=0) - jnp.log(len(teachers))
     return distillation(student, tau * log_mean, tau)
 
 
 def mean_of_logits(
-    distillation: Distillation,
+    distillation: DistillationLoss,
     student: Float[Array, "B L"],
     teachers: Float[Array, "_ B L"],
     tau: float,
@@ -110,7 +127,9 @@ def mean_of_logits(
 # (distillation, student logits, logits of several teachers, temperature) -> scalar
 COMBINATIONS: dict[
     str,
-    Callable[[Distillation, Float[Array, "B L"], Float[Array, "_ B L"], float], Float[Array, ""]],
+    Callable[
+        [DistillationLoss, Float[Array, "B L"], Float[Array, "_ B L"], float], Float[Array, ""]
+    ],
 ] = {
     "losses": mean_of_losses,
     "probabilities": mean_of_probabilities,

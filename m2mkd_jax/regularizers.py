@@ -8,7 +8,6 @@ Axes: T latents that receive, S latents that send, Y signature.
 import dataclasses
 import functools
 import math
-import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
@@ -22,6 +21,7 @@ from common_jax.config import Section
 from common_jax.ranges import Fraction, NonNegative, Positive, Size, above, one_of
 from m2mkd_jax.assignment import assign_blocks
 from m2mkd_jax.nac.kernel import KernelConfig, cosine_distance, exp_kernel
+from m2mkd_jax.stages import stage_number
 
 LATENTS = types.MappingProxyType(
     {"mediator": ("mediator",), "all": ("input", "mediator", "output")}
@@ -281,7 +281,7 @@ def make_regularizer(
 def find_bandwidths(params: Params, kernels: Sequence[KernelConfig]) -> list[float | Scalar]:
     """The bandwidth of each iteration's propagator: the learned parameter, or else the config's
     value."""
-    stages = sorted((k for k in params if re.fullmatch(r"stage_\d+", k)), key=lambda k: int(k[6:]))
+    stages = sorted(params.keys() - {"graph"}, key=stage_number)
     propagators = [params[stage] for stage in stages[1:-1]]  # between read-in and read-out
     # A propagator shared by all iterations has a single subtree.
     if len(propagators) == 1:

@@ -7,6 +7,7 @@ whole or in part: it needs only the parameters of the stages that run.
 
 import dataclasses
 import enum
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -117,6 +118,14 @@ def module_name(stage: int) -> str:
 def stage_name(stage: int) -> str:
     """The key of a stage's parameters, such as `stage_0`."""
     return f"stage_{stage}"
+
+
+def stage_number(name: str) -> int:
+    """The inverse of `stage_name`; raises ValueError for any other name."""
+    match = re.fullmatch(r"stage_(0|[1-9][0-9]*)", name)
+    if match is None:
+        raise ValueError(f"{name!r} is not the name of a stage, such as {stage_name(0)!r}")
+    return int(match[1])
 
 
 def locate(block: int, depths: Sequence[int]) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from common_jax.commands.arguments import add_run, count
 from common_jax.commands.output import format_table
 
 if TYPE_CHECKING:
+    from m2mkd_jax.data.ood import MatchedSet
     from m2mkd_jax.data.sources import DataConfig, Source
     from m2mkd_jax.trained import Trained
 
@@ -111,7 +112,7 @@ def evaluate(args: argparse.Namespace) -> list[Scores]:
     """The scores on the test set, and on the OOD set if config.ood names one."""
     from common_jax import app
     from common_jax.mesh import check_batch
-    from m2mkd_jax.data.ood import load_ood
+    from m2mkd_jax.data.ood import MatchedSet, load_ood
     from m2mkd_jax.trained import choose_network, open_run
 
     settings = read_settings(args.rest)
@@ -126,12 +127,15 @@ def evaluate(args: argparse.Namespace) -> list[Scores]:
     # where random numbers are drawn, another batch size changes the results.
     batch = args.batch or config.optim.micro_batch
     check_batch(trained.mesh, "--batch", batch)
-    source = load_test_images(trained)
     every = tuple(range(len(trained.classes)))
-    found = [score(trained, name, "test", source, config.data, every, batch)]
+    sets = {"test": MatchedSet(load_test_images(trained), config.data, every)}
     if config.ood.source:
-        ood = load_ood(config.data, config.ood, label_names=trained.classes)
-        found.append(score(trained, name, "ood", ood.source, ood.data, ood.classes, batch))
+        sets["ood"] = load_ood(config.data, config.ood, label_names=trained.classes)
+    found = []
+    for title, images in sets.items():
+        pairs, means = predict(trained, name, images, batch)
+        counts = tally(pairs, [trained.classes[label] for label in images.classes])
+        found.append(Scores(title, config_place(images.data), means, *counts))
     return found
 
 
@@ -162,24 +166,16 @@ def load_test_images(trained: "Trained") -> "Source":
     return Subset(source, chosen, labels[chosen], trained.classes)
 
 
-def score(
-    trained: "Trained",
-    network: str,
-    name: str,
-    source: "Source",
-    data: "DataConfig",
-    classes: Sequence[int],
-    batch: int,
-) -> Scores:
-    """The scores on one set.
+def predict(
+    trained: "Trained", network: str, images: "MatchedSet", batch: int
+) -> tuple[collections.Counter[tuple[int, int]], dict[str, float]]:
+    """The network's answers on a set: (label, predicted label) -> number of images, and the mean of
+    each metric.
 
     Args:
       trained: the run.
       network: key of its network.
-      name: name of the set.
-      source: images of the set; label i is the network's class `classes[i]`.
-      data: settings for reading them.
-      classes: the network's classes that the set has.
+      images: the set; of the network's classes, only those that the set has can be predicted.
       batch: images at a time.
     """
     from jax import numpy as jnp
@@ -194,12 +190,13 @@ def score(
     evaluators = [EVALUATORS[one] for one in PHASES[trained.config.phase].evaluators]
 
     def finish(logits, batch):
-        logits = restrict_logits(logits, tuple(classes))
+        logits = restrict_logits(logits, images.classes)
         totals = {}
         for evaluator in evaluators:
             totals |= evaluator.totals(logits, batch["label"], batch["_mask"])
         return totals, jnp.argmax(logits, axis=-1)
 
+    source, data = images.source, images.data
     batches = eval_batches(
         source,
         transform=eval_transform(data, arrays=source.arrays),
@@ -208,12 +205,19 @@ def score(
         bad_share=data.bad_share,
     )
     pairs, sums = collections.Counter(), collections.Counter()
-    for images, found in run_batches(trained, batches, finish):
+    for examples, found in run_batches(trained, batches, finish):
         totals, predicted = found[network]
         sums.update({metric: float(total) for metric, total in totals.items()})
-        real = images["_mask"] > 0
-        pairs.update(zip(images["label"][real].tolist(), predicted[real].tolist(), strict=True))
-    names = [trained.classes[label] for label in classes]
+        real = examples["_mask"] > 0  # the last batch is padded
+        pairs.update(zip(examples["label"][real].tolist(), predicted[real].tolist(), strict=True))
+    return pairs, {metric: total / pairs.total() for metric, total in sums.items()}
+
+
+def tally(
+    pairs: Mapping[tuple[int, int], int], names: Sequence[str]
+) -> tuple[dict[str, int], dict[str, int], dict[tuple[str, str], int]]:
+    """The `images`, `correct` and `confused` of `Scores`, from the number of images by label and
+    predicted label; `names` are the classes by label."""
     images, correct, confused = collections.Counter(), {}, {}
     for (label, other), number in pairs.items():
         images[names[label]] += number
@@ -221,9 +225,7 @@ def score(
             correct[names[label]] = number
         else:
             confused[names[label], names[other]] = number
-    split = config_place(data)
-    means = {metric: total / images.total() for metric, total in sums.items()}
-    return Scores(name, split, means, dict(sorted(images.items())), correct, confused)
+    return dict(sorted(images.items())), correct, confused
 
 
 def config_place(data: "DataConfig") -> str:

@@ -38,12 +38,12 @@ class OodConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
-class OodSet:
-    """An OOD set, matched to a training set.
+class MatchedSet:
+    """A test set, OOD or not, whose classes are matched to those of a training set.
 
     Attributes:
       source: its examples; label i is its i-th class.
-      data: config.data with the set's own source, path and split.
+      data: settings for reading it: config.data with the set's own source, path and split.
       classes: for each of its classes, the label in the training set.
     """
 
@@ -61,7 +61,7 @@ OWN_KEYS = {
 }
 
 
-def load_ood(data: DataConfig, ood: OodConfig, *, label_names: Sequence[str]) -> OodSet:
+def load_ood(data: DataConfig, ood: OodConfig, *, label_names: Sequence[str]) -> MatchedSet:
     """Loads the set of `ood`, which must name a source.
 
     Args:
@@ -94,7 +94,7 @@ def load_ood(data: DataConfig, ood: OodConfig, *, label_names: Sequence[str]) ->
         way_out="Rename the folders to the training set's names (such as wnids), remove them, or "
         "set config.ood.source=''",
     )
-    return OodSet(source, own, classes)
+    return MatchedSet(source, own, classes)
 
 
 def choose_classes(source: Source, ood: OodConfig, *, base_names: Sequence[str]) -> Source:
@@ -113,7 +113,7 @@ def choose_classes(source: Source, ood: OodConfig, *, base_names: Sequence[str])
                 f"config.ood.path={ood.path!r} lacks: {listed(unknown)}; correct the list or the "
                 "path"
             )
-    elif ood.source == "tiny_imagenet_r":
+    elif SOURCES[ood.source].shared_only:
         selection = set(names) & set(base_names)
         logging.info(
             "config.ood: %d of %d classes are the training set's", len(selection), len(names)

@@ -44,9 +44,6 @@ from m2mkd_jax.data.own.tables import find_images, find_listed
 from m2mkd_jax.data.records import RecordSource, find_inaturalist, load_records
 from m2mkd_jax.data.subsets import first_of_each_class, share_of_each_class, with_labels_of
 
-# Sources that are always decoded in memory, with images of a single size.
-EMBEDDED = ("digits", "digits_r")
-SPLITTABLE = ("folder", "table")  # sources that `test_share` can split
 IN_MEMORY = ("auto", "always", "never")
 # Limits up to which "auto" decodes a set into memory: image side, and bytes of all images.
 MEMORY_SIDE = 64
@@ -103,14 +100,16 @@ class DataConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.name and self.source != "tfds":
+        images = SOURCES[self.source]
+        if self.name and not images.named:
+            named = " or ".join(repr(name) for name, one in SOURCES.items() if one.named)
             raise FieldError(
-                f"name={shown(self.name)} is for source='tfds'; {self.source!r} has no sets to "
+                f"name={shown(self.name)} is for source={named}; {self.source!r} has no sets to "
                 "choose from: leave it empty"
             )
-        if self.test_share and self.source not in SPLITTABLE:
+        if self.test_share and not images.splittable:
             raise FieldError(
-                f"test_share={self.test_share:g} is for the sources {', '.join(SPLITTABLE)}; "
+                f"test_share={self.test_share:g} is for the sources {', '.join(splittable())}; "
                 f"{self.source!r} is already split: leave it out"
             )
         if self.test_share and self.train_split == self.test_split:
@@ -184,7 +183,7 @@ def load_test_source(config: DataConfig, label_names: Sequence[str]) -> Source:
 
 def open_source(config: DataConfig, split: str) -> Source:
     """Like `load_source`, but for any number of classes: ignores config.labels."""
-    source = SOURCES[config.source](config, "" if config.test_share else split)
+    source = SOURCES[config.source].load(config, "" if config.test_share else split)
     if config.test_share:
         source = share_of_each_class(
             source, config.test_share, seed=config.split_seed, test=split == config.test_split
@@ -342,7 +341,7 @@ def _require_embedded(config: DataConfig, split: str, *, splits: Collection[str]
         logging.warning(
             "config.data.path=%r is ignored: config.data.source=%r needs no files; for your own "
             "images set config.data.source to one of %s",
-            *(config.path, config.source, ", ".join(SPLITTABLE)),
+            *(config.path, config.source, ", ".join(splittable())),
         )
     for key, value in (("image_size", digits.SIDE), ("channels", 1)):
         if getattr(config, key) != value:
@@ -406,14 +405,40 @@ def _folder_source(
     )
 
 
-SOURCES: dict[str, Callable[[DataConfig, str], Source]] = {
-    "digits": load_digits_source,
-    "digits_r": load_digits_r_source,
-    "folder": functools.partial(load_files, find=find_images),
-    "table": functools.partial(load_files, find=find_listed),
-    "tfds": load_tfds_source,
-    "tiny_imagenet": functools.partial(load_files, find=find_tiny_imagenet),
-    "tiny_imagenet_r": load_tiny_imagenet_r_source,
-    "imagenet_r": load_imagenet_r_source,
-    "inaturalist": functools.partial(load_files, find=find_inaturalist),
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+    """An entry of SOURCES.
+
+    Attributes:
+      load: (config.data, split) -> its images, for any number of classes.
+      exact: whether `load` refuses any other config.data.image_size than the images' own, so that
+        evaluation neither resizes nor checks them.
+      splittable: whether `test_share` can split it.
+      named: whether config.data.name chooses one of several sets in config.data.path.
+      shared_only: whether an OOD set leaves out classes that the training set lacks, instead of
+        refusing them.
+    """
+
+    load: Callable[[DataConfig, str], Source]
+    exact: bool = False
+    splittable: bool = False
+    named: bool = False
+    shared_only: bool = False
+
+
+SOURCES: dict[str, ImageSet] = {
+    "digits": ImageSet(load_digits_source, exact=True),
+    "digits_r": ImageSet(load_digits_r_source, exact=True),
+    "folder": ImageSet(functools.partial(load_files, find=find_images), splittable=True),
+    "table": ImageSet(functools.partial(load_files, find=find_listed), splittable=True),
+    "tfds": ImageSet(load_tfds_source, named=True),
+    "tiny_imagenet": ImageSet(functools.partial(load_files, find=find_tiny_imagenet)),
+    "tiny_imagenet_r": ImageSet(load_tiny_imagenet_r_source, shared_only=True),
+    "imagenet_r": ImageSet(load_imagenet_r_source),
+    "inaturalist": ImageSet(functools.partial(load_files, find=find_inaturalist)),
 }
+
+
+def splittable() -> list[str]:
+    """The sources that config.data.test_share can split."""
+    return [name for name, images in SOURCES.items() if images.splittable]

@@ -17,7 +17,7 @@ from common_jax.inputs import Example
 from common_jax.inputs.pictures import pixels_of
 from m2mkd_jax.data.augment import SMALL_SIDE, AugmentConfig, geometry_on_device
 from m2mkd_jax.data.randaugment import randaugment
-from m2mkd_jax.data.sources import EMBEDDED, DataConfig, Source
+from m2mkd_jax.data.sources import SOURCES, DataConfig, Source
 
 AREA = (0.08, 1.0)
 ASPECT = (3 / 4, 4 / 3)
@@ -51,9 +51,10 @@ def eval_transform(
     """Returns the fixed transform of an evaluation example; None if there is nothing to do.
 
     Side > 32: the shorter side is resized to int(256 / 224 * side), then the centre is cropped.
-    Smaller images and the embedded sets stay as they are. Takes the arguments of `train_transform`.
+    Smaller images stay as they are, and so do those of `exact` sets. Takes the arguments of
+    `train_transform`.
     """
-    if config.source in EMBEDDED:
+    if SOURCES[config.source].exact:
         return None
     side = config.image_size
     return _size_check(config, arrays) if side <= SMALL_SIDE else EvalTransform(side)
@@ -190,7 +191,8 @@ def _size_check(config: DataConfig, arrays: Arrays | None) -> SideCheck | None:
     """Checks the size of small images: now if they are in memory, else in the returned check."""
     if arrays is not None:
         _require_side(arrays["image"].shape[1:3], config.image_size)
-    return None if arrays is not None or config.source in EMBEDDED else SideCheck(config.image_size)
+    checked = arrays is not None or SOURCES[config.source].exact
+    return None if checked else SideCheck(config.image_size)
 
 
 def _require_side(size: tuple[int, int], side: int) -> None:

@@ -147,10 +147,14 @@ class Family:
       head: regex of the classifier's parameters.
       stitches: regex of the parameters of the stitches of a teacher's modules.
       files: its tensor names in published files.
+      streams: names of the random streams that its networks draw from in training.
+      evaluation_streams: those that they also draw from in evaluation, if it has any noise.
       adapt: section -> functions that reshape parameters, such as resizing a position table; by
         regex of paths below the role.
       left: section -> parameters of the modules that the whole network does not have.
       fresh: section -> parameters of the whole network that no module has.
+      ramp: (network or hybrid, rate) -> the same with stochastic depth that increases from 0 at
+        the first block to `rate` at the last; required for a teacher.
       tokens: (section, interface) -> number of tokens between two stages; required for a meta
         model.
       leading: section -> fields that say which tokens precede the patches between two stages; {} if
@@ -161,6 +165,9 @@ class Family:
       check_noise: (section, config.evaluation.noise) -> None; raises FieldError if they conflict.
       upcycle: (section, workdir, parameter shapes) -> its initialisation from a dense ViT.
       preparation: see `Preparation`.
+      idle: section -> those of its fields, by path below it, that have no effect given the others,
+        and why; whether they are set or not.
+      warnings: section -> warnings about it, each beginning with the path of a field below it.
       savers: config fields that reduce its memory per chip.
     """
 
@@ -171,10 +178,13 @@ class Family:
     rules: Rules
     head: str
     files: FileNames
+    streams: tuple[str, ...]
+    evaluation_streams: tuple[str, ...] = ()
     adapt: Callable[[Any], Mapping[str, Adapt]] = lambda section: {}
     left: Callable[[Any], tuple[Allowance, ...]] = lambda section: ()
     fresh: Callable[[Any], tuple[Allowance, ...]] = lambda section: ()
     stitches: str = ""
+    ramp: Callable[[Network, float], Network] | None = None
     tokens: Callable[[Any, Interface], int] | None = None
     leading: Callable[[Any], Mapping[str, Any]] = lambda section: {}
     leading_tokens: Callable[[Any], int] | None = None
@@ -182,4 +192,6 @@ class Family:
     check_noise: Callable[[Any, str], None] = _accept
     upcycle: Callable[[Any, epath.PathLike, Mapping[str, Any]], Upcycling] | None = None
     preparation: Preparation | None = None
+    idle: Callable[[Any], Mapping[str, str]] = lambda section: {}
+    warnings: Callable[[Any], tuple[str, ...]] = lambda section: ()
     savers: tuple[str, ...] = ()

@@ -112,6 +112,9 @@ FAMILY = Family(
     rules=model.PARTITION_RULES,
     head=r"\w+/stage_\d+/pooling/head/.*",
     files=FILES,
+    # Code noise, sampled edges, initial latent states and the Gumbel noise of the pooling.
+    streams=("drop_path", "code", "kernel", "state", "pooling"),
+    evaluation_streams=("state", "pooling", "kernel"),
     left=left,
     fresh=fresh,
     check_noise=check_noise,

@@ -12,7 +12,7 @@ from common_jax import checkpoint
 from common_jax.weights import Allowance, Origin
 from m2mkd_jax.families.family import Upcycling
 from m2mkd_jax.models.vmoe import VMoEConfig
-from m2mkd_jax.stages import locate, stage_name
+from m2mkd_jax.stages import locate, stage_name, stage_number
 
 # Parameters of a block's MLP -> the same parameters of all its experts.
 EXPERT_NAMES = {
@@ -53,7 +53,9 @@ def upcycle(section: VMoEConfig, source: epath.PathLike, student: Mapping[str, A
         )
     dense = traverse_util.flatten_dict(shapes[roles[0]], sep="/")
     renamed = _rename(dense, section, source)
-    copies = {  # without those whose shapes do not fit: `take` reports them
+    # The first axis of an expert's parameter counts experts, so broadcasting copies the MLP's to
+    # all of them. Without those whose shapes do not fit: `take` reports them.
+    copies = {
         re.escape(f"student/{path}"): np.broadcast_to
         for name, path in renamed.items()
         if "/moe/" in path and path in flat and flat[path].shape[1:] == dense[name].shape
@@ -67,8 +69,8 @@ def _rename(
     """For each parameter of a dense ViT, its path in the V-MoE."""
     blocks = {}
     for name in dense:
-        if match := re.match(r"stage_(\d+)/block_(\d+)/", name):
-            stage, block = int(match[1]), int(match[2])
+        if match := re.match(r"(stage_\d+)/block_(\d+)/", name):
+            stage, block = stage_number(match[1]), int(match[2])
             blocks[stage] = max(blocks.get(stage, 0), block + 1)
     dense_depths, depths = tuple(blocks[stage] for stage in sorted(blocks)), section.depths
     if sum(dense_depths) != sum(depths) or sorted(blocks) != list(range(len(blocks))):
@@ -80,7 +82,7 @@ def _rename(
     experts, renamed = section.moe_positions(), {}
     for name in dense:
         stage, rest = name.split("/", 1)
-        first = sum(dense_depths[: int(stage.removeprefix("stage_"))])
+        first = sum(dense_depths[: stage_number(stage)])
         if match := re.match(r"block_(\d+)/(.*)", rest):
             number, rest = first + int(match[1]), match[2]
             stage, block = locate(number, depths)

@@ -13,7 +13,7 @@ from m2mkd_jax.families import vit
 from m2mkd_jax.families.family import Context, Family
 from m2mkd_jax.families.upcycle import upcycle
 from m2mkd_jax.families.vit import HEAD, leading, leading_tokens, resize
-from m2mkd_jax.models import vmoe
+from m2mkd_jax.models import encoder, vmoe
 from m2mkd_jax.models.vmoe import VMoEConfig
 from m2mkd_jax.moe.config import check_moe
 from m2mkd_jax.stages import Network
@@ -55,6 +55,20 @@ def check_mesh(section: VMoEConfig, mesh_sizes: Mapping[str, int], batch: int) -
         check_moe(section.moe, mesh_sizes, batch)
 
 
+def idle(section: VMoEConfig) -> dict[str, str]:
+    """What the router does not read, and all of the mixture if no block has one."""
+    fields = {f"moe.{name}": why for name, why in section.moe.idle.items()}
+    if not section.moe_positions():
+        fields["moe"] = f"config.model.moe_blocks={section.moe_blocks!r} leaves no experts"
+    return fields
+
+
+def warnings(section: VMoEConfig) -> tuple[str, ...]:
+    """A router without a gradient."""
+    why = section.moe.untrained if section.moe_positions() else ""
+    return (f"moe.{why}",) if why else ()
+
+
 def table(section: VMoEConfig, channels: int, stage: int | None) -> Table:
     """Tensor names of the whole network, or of a stage."""
     return vit.table(section, channels, stage, experts=section.moe.experts)
@@ -92,11 +106,14 @@ FAMILY = Family(
     rules=vmoe.PARTITION_RULES,
     head=HEAD,
     files=FILES,
+    streams=encoder.STREAMS,
     adapt=resize,
     left=left,
     leading=leading,
     leading_tokens=leading_tokens,
     check_mesh=check_mesh,
     upcycle=upcycle,
+    idle=idle,
+    warnings=warnings,
     savers=("config.mesh.expert",),
 )

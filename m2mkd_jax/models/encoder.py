@@ -24,7 +24,7 @@ from m2mkd_jax.moe.config import MoeConfig
 from m2mkd_jax.moe.layer import MoeMlp
 from m2mkd_jax.stages import Network, Place
 
-STREAMS = ("drop_path", "gate")  # random streams that a block may use
+STREAMS = ("drop_path", "gate")  # random streams that a block may draw from in training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +200,8 @@ class EncoderStage(nn.Module):
 
     def _run_blocks(self, x: Float[Array, "B T _"], train: bool) -> Float[Array, "B T _"]:
         """Runs the blocks; with `scan_layers`, identical consecutive blocks as one loop."""
+        # A loop stacks parameters that exist. They are initialised block by block, so that their
+        # paths and values are the same with and without loops.
         loops = self.encoder.scan_layers and not self.is_initializing()
         block = nn.remat(Block, static_argnums=(2,)) if self.encoder.remat else Block
         blocks = [
@@ -212,6 +214,7 @@ class EncoderStage(nn.Module):
             configs, modules = zip(*alike, strict=True)
             if loops and len(modules) > 1:
                 rates = [config.drop_path for config in configs]
+                # Blocks draw for any traced rate, even 0: pass none without stochastic depth.
                 each = (jnp.asarray(rates),) if any(rates) else ()
                 remat = self.encoder.remat
                 x, outputs = layers.scan(modules, x, train, remat=remat, each=each, streams=STREAMS)

@@ -16,7 +16,7 @@ from m2mkd_jax.moe.soft import SOFT, SoftConfig
 
 # The routers, by their name in `config.model.moe.router`.
 ROUTERS: dict[str, Router] = {
-    "topk_softmax": pair_router(topk_softmax, ("importance", "gshard", "z")),
+    "topk_softmax": pair_router(topk_softmax, ("importance", "gshard", "z"), renormalised=True),
     "softmax_topk": pair_router(softmax_topk, ("importance", "load", "gshard", "z"), noisy=True),
     "expert_choice": pair_router(expert_choice, ("z",), tokens_choose=False),
     "soft": SOFT,
@@ -115,9 +115,9 @@ class MoeConfig(PairsConfig, SoftConfig):
         }
 
     @property
-    def untrained(self) -> bool:
-        """True if no gradient reaches the router: the softmax over a single chosen logit is 1."""
-        return self.router == "topk_softmax" and self.chosen == 1 and not self.balance.active()
+    def untrained(self) -> str:
+        """Why no gradient reaches the router; "" if one does."""
+        return "" if self.balance.active() else ROUTERS[self.router].untrained(self)
 
     def _refuse_fields_of_other_routers(self) -> None:
         own = {field.name for field in fields(ROUTERS[self.router].config)}

@@ -121,7 +121,12 @@ Choose = Callable[..., routers.Routes]
 
 
 def pair_router(
-    choose: Choose, balance: tuple[str, ...], *, noisy: bool = False, tokens_choose: bool = True
+    choose: Choose,
+    balance: tuple[str, ...],
+    *,
+    noisy: bool = False,
+    tokens_choose: bool = True,
+    renormalised: bool = False,
 ) -> Router:
     """The entry of ROUTERS for a routing function of routers.py.
 
@@ -130,6 +135,7 @@ def pair_router(
       balance: the balance losses that apply to it.
       noisy: whether training adds noise of `noise_std` to the logits.
       tokens_choose: whether tokens choose experts; otherwise experts choose tokens.
+      renormalised: whether the weights of a token's experts are a softmax over these alone.
     """
 
     def grouped(config: PairsConfig) -> bool:
@@ -143,6 +149,15 @@ def pair_router(
         elif not tokens_choose:
             found["order"] = "experts choose, so tokens are in no order"
         return found
+
+    def untrained(config: PairsConfig) -> str:
+        if not renormalised or config.chosen > 1:
+            return ""
+        return (
+            f"chosen=1 leaves the router untrained: {choose.__name__} normalises over the chosen "
+            "experts, so the weight of a single one is always 1. config.model.moe.router="
+            "softmax_topk trains it, and so does a balance loss"
+        )
 
     def route(
         config: PairsConfig, logits: Float[Array, "B T E"], key: PRNGKeyArray | None
@@ -164,4 +179,5 @@ def pair_router(
         noisy=lambda config: noisy and config.noise_std > 0,
         grouped=grouped,
         idle=idle,
+        untrained=untrained,
     )

@@ -152,6 +152,8 @@ def load_loss(
     `std` is as in `noisy`, and positive.
     """
     experts = logits.shape[-1]
+    # The A-th largest of all experts, e included, as in V-MoE's code. Shazeer et al. (2017) leave e
+    # out, which for a chosen e gives the A-th largest of the others, a lower threshold.
     _, best = jax.lax.top_k(noisy_logits, chosen)
     threshold = jnp.take_along_axis(noisy_logits, best[..., -1:], axis=-1)
     won = jax.scipy.stats.norm.sf((threshold - logits) * experts / std)

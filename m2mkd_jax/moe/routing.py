@@ -58,18 +58,6 @@ class Routing(Protocol):
         ...
 
 
-def never(config: RouterConfig) -> bool:
-    """False for any config."""
-    del config
-    return False
-
-
-def none(config: RouterConfig) -> Mapping[str, str]:
-    """No field, for any config."""
-    del config
-    return {}
-
-
 @dataclass(frozen=True)
 class Router:
     """An entry of `ROUTERS`.
@@ -83,12 +71,15 @@ class Router:
       noisy: config -> whether training draws a key for it from the stream `gate`.
       grouped: config -> whether the tokens of a group compete.
       idle: config -> those of its own fields that have no effect under this config, and why.
+      untrained: config -> why no gradient reaches the gate unless there is a balance loss; "" if
+        one does.
     """
 
     config: type[RouterConfig]
     gate: Callable[[Any, str], nn.Module]
     route: Callable[[Any, Array, PRNGKeyArray | None], Routing]
     balance: tuple[str, ...] = ()
-    noisy: Callable[[Any], bool] = never
-    grouped: Callable[[Any], bool] = never
-    idle: Callable[[Any], Mapping[str, str]] = none
+    noisy: Callable[[Any], bool] = lambda config: False
+    grouped: Callable[[Any], bool] = lambda config: False
+    idle: Callable[[Any], Mapping[str, str]] = lambda config: {}
+    untrained: Callable[[Any], str] = lambda config: ""

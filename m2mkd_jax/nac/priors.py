@@ -182,6 +182,8 @@ def _loss(signatures: jax.Array, target: jax.Array, truncation: float | None) ->
     distance = cosine_distance(signatures, signatures)
     if truncation is None:
         return jnp.mean((distance - target) ** 2)
+    # A pair on its right side of the truncation has a constant term and no gradient: only edges
+    # that are too long are shortened, and only other pairs that are too near moved apart.
     edge, no_edge = jnp.maximum(truncation, distance), jnp.maximum(-truncation, -distance)
     return jnp.mean(jnp.where(target > 0, edge, no_edge))
 

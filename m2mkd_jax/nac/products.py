@@ -97,6 +97,8 @@ def _shifts_backward(kept, dy):
         return jnp.stack([jnp.sum(product, axis=(0, 1, 2)) for product in products])
 
     by_kernel = jax.lax.map(row, jnp.arange(side))
+    # Sides are odd and the padding is symmetric, so the gradient of x is a convolution too: of dy,
+    # with the mirrored kernel.
     return _convolve_by_shifts(dy, kernel[::-1, ::-1]), by_kernel[:, :, None]
 
 

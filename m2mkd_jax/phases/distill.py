@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from common_jax.weights import Origin
 from m2mkd_jax.config import Config
-from m2mkd_jax.hybrid import check_stages, taught_logits
+from m2mkd_jax.hybrid import check_stages, teacher_and_student_logits
 from m2mkd_jax.phases.networks import (
     check_exchange,
     family_of_role,
@@ -56,7 +56,7 @@ def describe(config: Config, mesh: Mesh) -> Training:
     check_stages({"meta": meta, "student": students} | teachers.networks)
 
     def forward(params, helpers, images, train, rngs):
-        targets, logits, recorded = taught_logits(
+        targets, logits, recorded = teacher_and_student_logits(
             meta,
             teachers.networks,
             students,

@@ -10,6 +10,7 @@ from common_jax.ranges import shown
 from m2mkd_jax.config import Config
 from m2mkd_jax.data.augment import idle_fields
 from m2mkd_jax.families import family_of
+from m2mkd_jax.losses import DISTILLATIONS
 from m2mkd_jax.phases import PHASES
 from m2mkd_jax.phases.phase import ALLOWANCES, ALWAYS, WeightSource
 
@@ -35,8 +36,6 @@ def idle(config: Config) -> dict[str, str]:
     recipes = {f"recipes.{name}.augment": one.augment for name, one in config.recipes.items()}
     augments = recipes if pipeline else {"augment": config.augment}
     sections = {path: idle_fields(one, side) for path, one in augments.items()}
-    if hasattr(config.model, "moe"):
-        sections["model.moe"] = config.model.moe.idle
     found = {
         f"{section}.{name}": why for section, own in sections.items() for name, why in own.items()
     }
@@ -50,29 +49,23 @@ def idle(config: Config) -> dict[str, str]:
     return found
 
 
-def warn_of_untrained_router(config: Config) -> None:
-    """Warns about experts that are chosen by a router without a gradient."""
-    if unread(["model.moe"], reads()[config.phase]) or not hasattr(config.model, "moe"):
-        return
-    if config.model.moe_blocks != "none" and config.model.moe.untrained:
-        logging.warning(
-            "config.model.moe.chosen=1 leaves the router untrained: topk_softmax normalises over "
-            "the chosen experts, so the weight of a single one is always 1. "
-            "config.model.moe.router=softmax_topk trains it, and so does a balance loss"
-        )
+def warn_of_student(config: Config) -> None:
+    """Logs the warnings of the student's family about config.model, if the phase reads it."""
+    if not unread(["model"], reads()[config.phase]):
+        for warning in family_of(config.model).warnings(config.model):
+            logging.warning("config.model.%s", warning)
 
 
 def _without_effect(config: Config) -> Iterator[tuple[str, str]]:
     """Yields fields and sections that the other fields switch off, whether set or not, and why."""
     for name in ("distill", "baseline"):
-        section, path = getattr(config, name), f"config.{name}"
-        if not section.active:
-            names, why = ("alpha", "tau", "combine"), f"{path}.kind='none' distills nothing"
-        elif section.kind == "hard":
-            names, why = ("tau",), f"{path}.kind='hard' takes the teacher's best label"
+        section = getattr(config, name)
+        if section.active:
+            unused = DISTILLATIONS[section.kind].idle
         else:
-            names, why = (), ""
-        yield from ((f"{name}.{field}", why) for field in names)
+            unused = dict.fromkeys(("alpha", "tau", "combine"), "distills nothing")
+        for field, why in unused.items():
+            yield f"{name}.{field}", f"config.{name}.kind={section.kind!r} {why}"
         if section.active and len(config.sources.teachers) < 2:
             yield f"{name}.combine", "there is only one teacher"
     if not config.ood.source:
@@ -82,10 +75,10 @@ def _without_effect(config: Config) -> Iterator[tuple[str, str]]:
         yield "data.test_per_class", "config.data.train_split and test_split are the same"
     if not config.data.test_share:
         yield "data.split_seed", "config.data.test_share=0 draws no split"
-    if family_of(config.model).preparation is None:
+    family = family_of(config.model)
+    yield from ((f"model.{path}", why) for path, why in family.idle(config.model).items())
+    if family.preparation is None:
         yield "regularizers", "it is for networks that start from a graph, such as a NAC"
-    if getattr(config.model, "moe_blocks", "") == "none":
-        yield "model.moe", "config.model.moe_blocks='none' leaves no experts"
     if config.phase != "pipeline":
         used = [source.path for source in used_sources(config)]
         for source in PHASES[config.phase].sources:

@@ -1,6 +1,7 @@
 """The networks of a config by role; a role is the key of a network's parameters in a checkpoint."""
 
 import dataclasses
+import itertools
 import math
 import types
 from typing import Any
@@ -25,6 +26,13 @@ SECTIONS = types.MappingProxyType(
 def family_of_role(config: Config, role: str) -> Family:
     """The family of the network whose parameters are under `role`."""
     return family_of(getattr(config, SECTIONS[role]))
+
+
+def network_streams(config: Config, *, train: bool) -> tuple[str, ...]:
+    """The random streams that the networks of a run draw from, in training or in evaluation."""
+    families = [family_of(getattr(config, section)) for section in ("meta", "teacher", "model")]
+    names = (one.streams if train else one.evaluation_streams for one in families)
+    return tuple(dict.fromkeys(itertools.chain.from_iterable(names)))
 
 
 def whole_network(config: Config, role: str, *, drop_path: float = 0.0) -> WholeNetwork:

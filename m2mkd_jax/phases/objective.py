@@ -16,6 +16,7 @@ from m2mkd_jax.data.feed import prepare_evaluation, prepare_training
 from m2mkd_jax.evaluators import EVALUATORS
 from m2mkd_jax.evaluators.classification import restrict_logits
 from m2mkd_jax.families.family import Regularizer, WholeNetwork
+from m2mkd_jax.phases.networks import network_streams
 
 
 class Outputs(NamedTuple):
@@ -28,13 +29,11 @@ class Outputs(NamedTuple):
 
 
 # forward(params, helpers, images, train, rngs) -> outputs by network name. Several networks that
-# train together have disjoint parameters. In evaluation rngs has only EVALUATION_STREAMS, or is
-# None if nothing is drawn.
+# train together have disjoint parameters. In evaluation rngs has only the families'
+# `evaluation_streams`, or is None if nothing is drawn.
 Forward = Callable[
     [Any, Any, jax.Array, bool, Mapping[str, jax.Array] | None], Mapping[str, Outputs]
 ]
-
-EVALUATION_STREAMS = ("state", "pooling", "kernel")
 
 
 def whole_forward(network: WholeNetwork, role: str) -> Forward:
@@ -70,7 +69,7 @@ def make_loss(
             value = losses.soft_cross_entropy(outputs.logits, targets)
             parts[name] = {"label_loss": value}
             if distill.active:
-                distillation = losses.DISTILLATIONS[distill.kind]
+                distillation = losses.DISTILLATIONS[distill.kind].loss
                 if outputs.teacher.ndim == 3:
                     combine = losses.COMBINATIONS[distill.combine]
                     distillation = functools.partial(combine, distillation)
@@ -78,6 +77,8 @@ def make_loss(
                 value = losses.blend(value, term, distill.alpha)
                 parts[name]["distillation"] = term
             recorded, balance = _moe_metrics(outputs.recorded)
+            # Summed, not averaged: modules share no parameters, so the gradient of each is that of
+            # its own loss, as if it were trained alone.
             total, moe = total + value + balance, moe | recorded
         metrics = _with_means(parts) | moe
         if regularizer is not None:
@@ -125,7 +126,7 @@ def evaluation_rngs(config: Config, key: jax.Array) -> Mapping[str, jax.Array] |
     """The random streams of one evaluation batch; None if nothing is drawn."""
     if config.evaluation.noise == "mean":
         return None
-    return {name: fold_name(key, name) for name in EVALUATION_STREAMS}
+    return {name: fold_name(key, name) for name in network_streams(config, train=False)}
 
 
 def _with_means(parts: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, jax.Array]:
@@ -140,6 +141,7 @@ def _with_means(parts: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, jax.A
 def _moe_metrics(recorded: Mapping[str, Any]) -> tuple[dict[str, jax.Array], jax.Array]:
     """One metric per layer and quantity, and the sum of the balance losses."""
     metrics, balance = {}, jnp.zeros(())
+    # Paths are STAGE/moe/BLOCK/moe/NAME: the linen collection is below the stage that was applied.
     for path, value in traverse_util.flatten_dict(recorded).items():
         stage, collection, block, _, name = path
         assert collection == "moe", path

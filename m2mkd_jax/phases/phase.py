@@ -17,13 +17,12 @@ from m2mkd_jax.data.feed import Feed, batch_shapes, make_feed
 from m2mkd_jax.data.few_shot import Episode
 from m2mkd_jax.data.sources import Source
 from m2mkd_jax.families.family import Regularizer
+from m2mkd_jax.phases.networks import network_streams
 from m2mkd_jax.phases.objective import Forward, make_loss
 
 Splits = tuple[Source, Source]  # training and test
 
-# Random streams of training: image transforms, mixing, stochastic depth and router noise; for NACs
-# also code noise, sampled edges, initial latent states and the Gumbel noise of the pooling.
-STREAMS = ("augment", "mix", "drop_path", "gate", "code", "kernel", "state", "pooling")
+STREAMS = ("augment", "mix")  # random streams of training besides those of the networks
 SHOWN = ("train/loss", "train/skipped", "test/loss", "test/accuracy")  # metrics on the terminal
 
 # Config sections and fields that every phase reads.
@@ -100,7 +99,7 @@ class Training:
             init=self.init,
             rules=self.rules,
             trainable=self.trainable,
-            streams=STREAMS,
+            streams=(*STREAMS, *network_streams(config, train=True)),
             shown=SHOWN,
             clip_depth=self.clip_depth,
             loss=make_loss(

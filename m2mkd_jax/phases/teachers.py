@@ -1,5 +1,5 @@
-"""Teachers: the one that config.teacher describes, or several ViTs from other runs, each with a
-config section of its own."""
+"""Teachers: the one that config.teacher describes, or several from other runs, each with a config
+section of its own."""
 
 import dataclasses
 import logging
@@ -14,10 +14,12 @@ from common_jax.config import renamed
 from common_jax.weights import Origin
 from common_jax.workdir import freeze_stored, read_json
 from m2mkd_jax.config import SYSTEM, Config
+from m2mkd_jax.families import FAMILIES, family_of
 from m2mkd_jax.models.bridge import Layout
 from m2mkd_jax.phases.networks import (
     SECTIONS,
     bridge,
+    family_of_role,
     parameter_shapes,
     stitched_modules,
     teacher_network,
@@ -27,20 +29,19 @@ from m2mkd_jax.phases.training import find_classes
 from m2mkd_jax.phases.weights import COMPUTATION, take_weights
 from m2mkd_jax.stages import Network
 
-ROLES = ("teacher", "module", "meta")  # roles that are ViTs, in order of preference as a teacher
 ACCOUNT = "teachers.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredViT:
-    """A ViT from another run.
+class StoredTeacher:
+    """A teacher from another run.
 
     Attributes:
       key: config field that names the other run.
       source: the other run's workdir, or a step in it.
-      role: key of the ViT's parameters, one of ROLES.
+      role: key of its parameters.
       stored: the other run's config.
-      config: this run's config, with the ViT's section as config.teacher.
+      config: this run's config, with the teacher's section as config.teacher.
     """
 
     key: str
@@ -56,13 +57,13 @@ class StoredViT:
 
     @property
     def converts(self) -> bool:
-        """True if tokens must be converted between the layouts of the meta model and the ViT."""
+        """True if tokens must be converted between the layouts of the meta model and its own."""
         own, outer = self.layouts()
         # Modules trained from scratch already take the meta model's tokens as they are.
         return own != outer and (self.joined or self.role != "module")
 
     def layouts(self) -> tuple[Layout, Layout]:
-        """The token layouts between the ViT's stages and between the meta model's stages."""
+        """The token layouts between its own stages and between the meta model's stages."""
         config = self.config
         return token_layout(config, config.teacher), token_layout(config, config.meta)
 
@@ -74,8 +75,8 @@ class StoredViT:
         """The whole network; raises ValueError for a run of single modules."""
         if self.role == "module":
             raise self.refuse(
-                "holds modules, but a whole ViT is needed: give a run of phase='assemble', or "
-                "converted weights"
+                f"holds modules, but a whole {family_of(self.config.teacher).files.network} is "
+                "needed: give a run of phase='assemble', or converted weights"
             )
         with renamed({"config.teacher": self.key}):
             return teacher_network(self.config)
@@ -130,6 +131,7 @@ class Teachers:
         shapes = {}
         for name, network in self.networks.items():
             stages = tuple(stage for stage, names in self.taught_by.items() if name in names)
+            # A teacher without a student among this program's modules is not loaded.
             if stages or not self.taught_by:
                 only, own = stages or None, self.configs[name]
                 part = parameter_shapes(own, network, "teacher", mesh, only=only)
@@ -171,18 +173,18 @@ def teacher_names(config: Config) -> tuple[str, ...]:
     return tuple(f"teacher_{sources.index(source)}" for source in sources) or ("teacher",)
 
 
-def read_teachers(config: Config) -> dict[str, StoredViT]:
+def read_teachers(config: Config) -> dict[str, StoredTeacher]:
     """The networks of config.sources.teachers, by the keys of their parameters; reads no arrays.
 
     Raises:
       FileNotFoundError: if one has no finished checkpoint.
-      ValueError: if one is not a ViT, or has a different number of classes.
+      ValueError: if one cannot be a teacher, or has a different number of classes.
     """
     found = {}
     for i, source in enumerate(config.sources.teachers):
         name = teacher_names(config)[i]
         if name not in found:
-            found[name] = read_vit(config, f"config.sources.teachers[{i}]", source)
+            found[name] = read_teacher(config, f"config.sources.teachers[{i}]", source)
             labels = found[name].stored.data.labels
             if labels != config.data.labels:
                 raise found[name].refuse(
@@ -194,9 +196,9 @@ def read_teachers(config: Config) -> dict[str, StoredViT]:
     return found
 
 
-def read_vit(config: Config, key: str, source: str) -> StoredViT:
-    """The ViT of another run; raises FileNotFoundError if that run has no finished checkpoint, and
-    ValueError if its network is not a ViT.
+def read_teacher(config: Config, key: str, source: str) -> StoredTeacher:
+    """The teacher in another run; raises FileNotFoundError if that run has no finished checkpoint,
+    and ValueError if its network is of a family that cannot be a teacher.
 
     Args:
       config: this run's config.
@@ -207,16 +209,19 @@ def read_vit(config: Config, key: str, source: str) -> StoredViT:
     saved, shapes = checkpoint.load_config(source), checkpoint.load_shapes(source)
     check_system(saved, SYSTEM, source)
     stored = freeze_stored(Config, saved, source)
-    role = next((role for role in ROLES if role in shapes), None)
+    able = [role for role in SECTIONS if "teacher" in family_of_role(stored, role).roles]
+    # A whole teacher is preferred to modules, and modules to a meta model.
+    role = next((role for role in reversed(able) if role in shapes), None)
     if role is None:
+        kinds = [one.files.network for one in FAMILIES.values() if "teacher" in one.roles]
         raise ValueError(
-            f"{key}={source!r} holds {sorted(shapes)}, but a ViT is needed: give a run of phase="
-            "'train_module' or 'assemble', or converted weights"
+            f"{key}={source!r} holds {sorted(shapes)}, but a {' or '.join(kinds)} is needed: give "
+            "a run of phase='train_module' or 'assemble', or converted weights"
         )
     section = getattr(stored, SECTIONS[role])
     own = {name: getattr(config.teacher, name) for name in COMPUTATION}
     teacher = dataclasses.replace(section, **own)
-    return StoredViT(key, source, role, stored, dataclasses.replace(config, teacher=teacher))
+    return StoredTeacher(key, source, role, stored, dataclasses.replace(config, teacher=teacher))
 
 
 def load_teachers(
@@ -261,7 +266,7 @@ def load_teachers(
     return params, account
 
 
-def _compare_meta(found: StoredViT) -> None:
+def _compare_meta(found: StoredTeacher) -> None:
     """Warns about modules that were trained in another meta model. Only paths are compared, so a
     meta model whose folder was moved causes the warning too."""
     theirs, ours = found.stored.sources.meta, found.config.sources.meta

@@ -1,5 +1,5 @@
 """Phase train_module (MT): trains teacher modules, each at its own stage of the frozen meta model,
-or joins the modules of a trained ViT to it."""
+or joins the modules of a trained network to it."""
 
 import functools
 from collections.abc import Mapping
@@ -10,8 +10,7 @@ from jax.sharding import Mesh
 
 from common_jax.weights import Allowance, Origin, WarmStart
 from m2mkd_jax.config import Config
-from m2mkd_jax.hybrid import finish, replace_stage, shared_tokens
-from m2mkd_jax.models import encoder
+from m2mkd_jax.hybrid import module_logits, replace_stage, shared_tokens
 from m2mkd_jax.phases.networks import (
     bridge,
     check_exchange,
@@ -23,7 +22,7 @@ from m2mkd_jax.phases.networks import (
 )
 from m2mkd_jax.phases.objective import Outputs
 from m2mkd_jax.phases.phase import FileKind, Phase, Training, WeightSource, config_feed
-from m2mkd_jax.phases.teachers import check_classes, read_vit
+from m2mkd_jax.phases.teachers import check_classes, read_teacher
 from m2mkd_jax.phases.training import train_phase
 from m2mkd_jax.phases.weights import compare_images, require_source, take_weights
 from m2mkd_jax.stages import module_name, stage_name
@@ -32,8 +31,8 @@ from m2mkd_jax.stages import module_name, stage_name
 def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     """Trains the teacher modules that config.module names and saves them under "module/stage_K".
 
-    They start from scratch, or from the ViT in config.init.teacher; in that case only the head and
-    their stitches to the meta model are trained.
+    They start from scratch, or from the network in config.init.teacher; in that case only the head
+    and their stitches to the meta model are trained.
     """
     training = describe(config, mesh)
     meta = require_source(config, "meta")
@@ -58,7 +57,7 @@ def describe(config: Config, mesh: Mesh) -> Training:
     teacher = stitched_modules(config) if joins else module_network(config, "module")
     stages = config.modules()
     hybrids = {
-        stage: encoder.ramp_drop_path(replace_stage(meta, stage, teacher), config.drop_path)
+        stage: family.ramp(replace_stage(meta, stage, teacher), config.drop_path)
         for stage in stages
     }
     if joins:
@@ -68,7 +67,7 @@ def describe(config: Config, mesh: Mesh) -> Training:
 
     def forward(params, helpers, images, train, rngs):
         hidden = shared_tokens(hybrids, helpers["meta"], images, train=train, rngs=rngs)
-        logits, _ = finish(
+        logits, _ = module_logits(
             hybrids,
             helpers["meta"],
             params["module"],
@@ -93,7 +92,7 @@ def describe(config: Config, mesh: Mesh) -> Training:
 def _join(config: Config, shapes: Mapping[str, Any]) -> WarmStart:
     """Loads the modules from config.init.teacher; raises ValueError if config.teacher describes a
     different network."""
-    found = read_vit(config, "config.init.teacher", config.init.teacher)
+    found = read_teacher(config, "config.init.teacher", config.init.teacher)
     found.whole()
     found.require_section(config)
     compare_images(config, found.source, frozen=True)  # frozen except for stitches and head

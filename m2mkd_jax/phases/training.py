@@ -150,7 +150,7 @@ def _check_best(training: Training) -> None:
     """Raises ValueError if config.run.best names a module that the run does not train, or the phase
     has no modules."""
     config = training.config
-    module = (config.run.best or "").split("/")[1:-1]
+    module = (config.run.best or "").split("/")[1:-1]  # of "test/module_1/accuracy": ["module_1"]
     trained = [module_name(i) for i in config.modules()] if training.phase.modular else []
     if module and (len(trained) < 2 or module[0] not in trained):
         there = f", or of one module ({', '.join(trained)})" if len(trained) > 1 else ""

@@ -19,6 +19,7 @@ from m2mkd_jax.phases import PHASES
 from m2mkd_jax.pretrained.hub import Beside, read_beside, require_same
 from m2mkd_jax.pretrained.kinds import KINDS, Kind, count_blocks, guess
 from m2mkd_jax.pretrained.parts import PARTS, Tensors, find, foreign_parts, is_headless
+from m2mkd_jax.stages import stage_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +116,7 @@ def load(source: Source, config: Config, *, overridden: Collection[str] = ()) ->
         accounts.append(own)
     module = "all"
     if PHASES[kind.phase].modular:
-        module = "+".join(sorted((name.removeprefix("stage_") for name in trees), key=int))
+        module = "+".join(map(str, sorted(map(stage_number, trees))))
     made = dataclasses.replace(
         config,
         phase=kind.phase,

@@ -18,7 +18,7 @@ from m2mkd_jax.phases import PHASES
 from m2mkd_jax.phases.networks import family_of_role
 from m2mkd_jax.pretrained.kinds import KINDS, Kind
 from m2mkd_jax.pretrained.reading import without_fresh
-from m2mkd_jax.stages import stage_name
+from m2mkd_jax.stages import stage_name, stage_number
 
 
 def kind_of_run(config: Config, tree: Mapping[str, Any], *, single: bool = False) -> str:
@@ -64,14 +64,14 @@ def load_run(source: epath.PathLike, *, stage: int | None = None) -> Pretrained:
             f"module, here {stage}"
         )
     if kind.form.single:
-        there = sorted(stored[kind.role], key=lambda one: int(one.removeprefix("stage_")))
+        there = sorted(stored[kind.role], key=stage_number)
         stages = there if stage is None else [stage_name(stage)]
         if len(stages) != 1 or stages[0] not in there:
             raise ValueError(
                 f"{source} holds {', '.join(there)} of kind={name!r}, but a file holds only one: "
                 "give its number (export: --module=K; tools/convert_weights.py: --config.module=K)"
             )
-        config = dataclasses.replace(config, module=stages[0].removeprefix("stage_"))
+        config = dataclasses.replace(config, module=str(stage_number(stages[0])))
     tree = checkpoint.load(source, subtree="/".join((kind.role, *stages)), average=True)
     tree = {stages[0]: tree} if stages else tree
     # What config.sources.fresh names, a conversion leaves out, but a run initialises it and has it.

@@ -193,6 +193,14 @@ def test_an_evaluation_repeats_that_of_training(run, flags, prefix, runs, capsys
         assert list(found["ood"]["classes"]) == list(digits.RENDERED)
 
 
+def test_a_tally_is_by_class():
+    pairs = {(1, 1): 2, (0, 0): 3, (1, 0): 4, (2, 0): 1}
+    images, correct, confused = evaluation.tally(pairs, ["cat", "ant", "bee"])
+    assert list(images.items()) == [("ant", 6), ("bee", 1), ("cat", 3)]
+    assert correct == {"ant": 2, "cat": 3}
+    assert confused == {("ant", "cat"): 4, ("bee", "cat"): 1}
+
+
 def test_another_set_is_named_by_flags(runs, tmp_path, capsys):
     images, labels = digits.load_split("test")
     for label in (3, 8):  # the other classes have no image, and labels go by name

@@ -10,7 +10,7 @@ import pytest
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec
 from meshes import one_device, split_mesh
-from tiny import feed_of, tiny_config
+from tiny import NAC, feed_of, tiny_config
 
 from common_jax.checkpoint import finished_steps
 from common_jax.metrics import read_metrics
@@ -18,18 +18,21 @@ from common_jax.optim import OptimConfig
 from common_jax.state import evaluation_key, fold_name
 from m2mkd_jax.config import DistillConfig, EvaluationConfig
 from m2mkd_jax.data.ood import OodConfig
+from m2mkd_jax.families import family_of
 from m2mkd_jax.phases import PHASES
-from m2mkd_jax.phases.objective import EVALUATION_STREAMS, Outputs, make_loss, make_sums
+from m2mkd_jax.phases.objective import Outputs, make_loss, make_sums
 from m2mkd_jax.phases.phase import Training
 from m2mkd_jax.phases.training import train_phase, with_feed
 
 # 1,437 images make three steps per epoch; 360 test images make two batches, the last one padded.
 OPTIM = OptimConfig(steps=9, batch=400, lr=1e-2, lr_per=None, warmup_epochs=0)
+STREAMS = family_of(NAC).evaluation_streams
 
 
 def config_of(noise, **changes):
     config = tiny_config("end_to_end", optim=OPTIM)
-    return dataclasses.replace(config, evaluation=EvaluationConfig(noise=noise), **changes)
+    noise = EvaluationConfig(noise=noise)
+    return dataclasses.replace(config, model=NAC, evaluation=noise, **changes)
 
 
 def init(key):
@@ -40,7 +43,7 @@ def forward(params, helpers, images, train, rngs):
     """Logits, plus a draw from each evaluation stream that has keys."""
     logits = images.reshape(len(images), 64) @ params["net"]["kernel"]
     if rngs is not None and not train:
-        for name in EVALUATION_STREAMS:
+        for name in STREAMS:
             logits += jax.random.normal(rngs[name], logits.shape)
     return {"net": Outputs(logits, None, {})}
 

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax import numpy as jnp
 
 from common_jax.state import fold_name
-from m2mkd_jax.hybrid import Pair, finish, pair_logits, replace_stage, shared_tokens
+from m2mkd_jax.hybrid import Pair, module_logits, pair_logits, replace_stage, shared_tokens
 from m2mkd_jax.stages import Network, stage_name
 
 T, WIDTH = 2, 3
@@ -132,7 +132,7 @@ def test_modules_and_the_stages_around_them_are_put_in_training_apart(stages, tr
     hybrids = {own: replace_stage(PAIR.meta, own, PAIR.teacher) for own in stages}
     hidden = shared_tokens(hybrids, PARAMS["meta"], IMAGES, train=train_meta, rngs=RNGS)
     for module in (False, True):
-        logits, _ = finish(
+        logits, _ = module_logits(
             hybrids,
             PARAMS["meta"],
             PARAMS["teacher"],
@@ -172,8 +172,8 @@ def test_stages_that_differ_between_hybrids_are_not_shared():
 def test_later_stages_that_differ_between_hybrids_run_apart():
     halved = Network((Layer(), Layer(), Layer(factor=0.5, last=True)))
     arguments = PARAMS["meta"], PARAMS["teacher"], {0: IMAGES, 1: IMAGES}
-    logits, _ = finish({0: ALIKE, 1: halved}, *arguments)
-    plain, _ = finish({0: ALIKE, 1: ALIKE}, *arguments)
+    logits, _ = module_logits({0: ALIKE, 1: halved}, *arguments)
+    plain, _ = module_logits({0: ALIKE, 1: ALIKE}, *arguments)
     assert_near(logits[0], plain[0])
     assert_near(logits[1], plain[1] / 2)
 

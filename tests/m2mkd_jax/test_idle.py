@@ -14,7 +14,7 @@ from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.moe.config import BalanceConfig, MoeConfig
 from m2mkd_jax.moe.routers import softmax_topk, topk_softmax
 from m2mkd_jax.nac.model import NacConfig
-from m2mkd_jax.phases.fields import idle, warn_of_untrained_router
+from m2mkd_jax.phases.fields import idle, warn_of_student
 
 MOVED = AugmentConfig(rotate=10.0, scale=0.1, shift=1.0, padding=2)
 START = Config(phase="end_to_end", module="all")
@@ -104,10 +104,10 @@ def test_recipes_of_a_pipeline_are_looked_at_one_by_one():
 )
 def test_a_router_without_a_gradient_is_warned_of(moe, warns, caplog):
     config = changed("model.moe", moe, START)
-    warn_of_untrained_router(config)
+    warn_of_student(config)
     assert ("leaves the router untrained" in caplog.text) == warns
     caplog.clear()
-    warn_of_untrained_router(changed("phase", "pretrain_meta", config))
+    warn_of_student(changed("phase", "pretrain_meta", config))
     assert not caplog.text
 
 

@@ -52,7 +52,7 @@ def test_soft_distillation(tau):
 
 def test_batch_mean_is_as_many_times_stronger_as_there_are_labels():
     gradients = [
-        jax.grad(losses.DISTILLATIONS[kind])(STUDENT, TEACHER, 2.0)
+        jax.grad(losses.DISTILLATIONS[kind].loss)(STUDENT, TEACHER, 2.0)
         for kind in ("soft", "soft_batch_mean")
     ]
     np.testing.assert_allclose(gradients[1], L * gradients[0], rtol=1e-6)
@@ -96,9 +96,9 @@ DIVERGENCE = (-2 * LN2 - LN2) / 8 + 0.75 * LN3
 )
 def test_each_kind_of_distillation_by_hand(kind, want):
     student, teacher = jnp.asarray(HALF, jnp.float32), jnp.asarray(EIGHTH, jnp.float32)
-    assert losses.DISTILLATIONS[kind](student, teacher, 1.0) == pytest.approx(want, rel=1e-5)
+    assert losses.DISTILLATIONS[kind].loss(student, teacher, 1.0) == pytest.approx(want, rel=1e-5)
     if kind != "hard":  # doubled logits at a doubled temperature give the same distributions
-        hot = losses.DISTILLATIONS[kind](2 * student, 2 * teacher, 2.0)
+        hot = losses.DISTILLATIONS[kind].loss(2 * student, 2 * teacher, 2.0)
         assert hot == pytest.approx(4 * want, rel=1e-5)
 
 
@@ -134,12 +134,12 @@ TEACHERS = jnp.stack([TEACHER, jnp.asarray(RNG.normal(0, 3, (B, L)), jnp.float32
 
 
 def combined(name, kind, tau, teachers=TEACHERS):
-    return losses.COMBINATIONS[name](losses.DISTILLATIONS[kind], STUDENT, teachers, tau)
+    return losses.COMBINATIONS[name](losses.DISTILLATIONS[kind].loss, STUDENT, teachers, tau)
 
 
 @pytest.mark.parametrize("kind", losses.DISTILLATIONS)
 def test_several_teachers_by_hand(kind):
-    tau, one = 2.0, losses.DISTILLATIONS[kind]
+    tau, one = 2.0, losses.DISTILLATIONS[kind].loss
     each = [one(STUDENT, teacher, tau) for teacher in TEACHERS]
     assert_equal_but_for_rounding(combined("losses", kind, tau), np.mean(each))
     mean = np.mean([np.exp(log_softmax(teacher / tau)) for teacher in TEACHERS], axis=0)
@@ -154,12 +154,13 @@ def test_several_teachers_by_hand(kind):
 @pytest.mark.parametrize("kind", losses.DISTILLATIONS)
 def test_the_same_teacher_twice_is_the_teacher(name, kind):
     twice = combined(name, kind, 2.0, jnp.stack([TEACHER, TEACHER]))
-    np.testing.assert_allclose(twice, losses.DISTILLATIONS[kind](STUDENT, TEACHER, 2.0), rtol=1e-5)
+    once = losses.DISTILLATIONS[kind].loss(STUDENT, TEACHER, 2.0)
+    np.testing.assert_allclose(twice, once, rtol=1e-5)
 
 
 def test_mean_of_losses_and_of_probabilities_teach_the_same_softly():
     def gradient(name, kind):
-        one = losses.DISTILLATIONS[kind]
+        one = losses.DISTILLATIONS[kind].loss
         return jax.grad(lambda student: losses.COMBINATIONS[name](one, student, TEACHERS, 2.0))(
             STUDENT
         )

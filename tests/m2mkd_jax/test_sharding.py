@@ -7,13 +7,12 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
 from meshes import idle_rules, one_device, split_mesh
 from tiny import OPTIM, tiny_config
 
 from common_jax import checkpoint
 from common_jax.config import freeze
-from common_jax.mesh import AXES, MeshConfig, make_mesh
+from common_jax.mesh import AXES, MeshConfig, make_mesh, match_rules
 from common_jax.metrics import read_metrics
 from m2mkd_jax.config import Config
 from m2mkd_jax.models import vit, vmoe
@@ -67,6 +66,16 @@ def test_parameters_and_optimizer_state_are_split(runs):
         assert split(tree["moe"]["down"]) == (2, 32, 8)
         assert split(tree["attention"]["qkv"]["kernel"]) == (8, 3, 2, 8)
         assert split(tree["norm1"]["scale"]) == (16,)
+
+
+def test_all_parameters_and_moments_are_split_as_their_rules_say(runs):
+    _, state = runs
+    mesh, pairs = split_mesh(), {"is_leaf": lambda x: isinstance(x, tuple)}
+    for tree in (state.params, state.opt_state[1].mu):
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x[0], np.float32), tree, **pairs)
+        rules = match_rules(vmoe.PARTITION_RULES, shapes, mesh)
+        expected = jax.tree.map(lambda x, rule: rule.shard_shape(x.shape), shapes, rules)
+        assert jax.tree.map(split, tree, **pairs) == expected
 
 
 def test_activations_are_split():
@@ -129,5 +138,4 @@ def test_a_width_that_does_not_divide_is_named(tmp_path):
 
 def split(entry) -> tuple[int, ...]:
     shape, sharding = entry
-    assert sharding.spec != P() or sharding.shard_shape(shape) == shape
     return sharding.shard_shape(shape)

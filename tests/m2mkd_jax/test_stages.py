@@ -9,7 +9,7 @@ from jax import numpy as jnp
 
 from common_jax.state import fold_name
 from m2mkd_jax.models.stitch import Stitch
-from m2mkd_jax.stages import Network, stage_name
+from m2mkd_jax.stages import Network, stage_name, stage_number
 
 WIDTH = 3
 
@@ -35,6 +35,13 @@ NETWORK = Network((Layer(), Layer(), Layer()))
 KEY = jax.random.key(5)
 X = jnp.asarray(np.random.default_rng(0).normal(size=(4, WIDTH)), jnp.float32)
 PARAMS = NETWORK.init(KEY)
+
+
+def test_the_number_of_a_stage_is_read_from_its_own_name_alone():
+    assert [stage_number(stage_name(stage)) for stage in (0, 9, 10)] == [0, 9, 10]
+    for name in ("graph", "stage_", "stage_01", "stage_-1", "stage_1/head", "module_1"):
+        with pytest.raises(ValueError, match="is not the name of a stage"):
+            stage_number(name)
 
 
 def test_a_stage_starts_from_the_key_and_its_own_name():

@@ -233,8 +233,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "m2mkd_jax/regularizers.py",
         "stages are sorted as text, the tenth before the second",
-        "key=lambda k: int(k[6:]))",
-        "key=lambda k: k[6:])",
+        'sorted(params.keys() - {"graph"}, key=stage_number)',
+        'sorted(params.keys() - {"graph"})',
         f"{REGULARIZERS}::test_bandwidths_come_in_the_order_of_the_iterations",
     ),
     Mistake(

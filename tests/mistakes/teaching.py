@@ -57,10 +57,10 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "m2mkd_jax/losses.py",
         "two kinds of distillation have each other's name",
-        """    "soft": soft_distillation,
-    "soft_batch_mean": soft_distillation_batch_mean,""",
-        """    "soft": soft_distillation_batch_mean,
-    "soft_batch_mean": soft_distillation,""",
+        """    "soft": Distillation(soft_distillation),
+    "soft_batch_mean": Distillation(soft_distillation_batch_mean),""",
+        """    "soft": Distillation(soft_distillation_batch_mean),
+    "soft_batch_mean": Distillation(soft_distillation),""",
         LOSSES,
     ),
     Mistake(
@@ -115,8 +115,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "m2mkd_jax/hybrid.py",
         "teachers are in training as their students are",
-        "given, _ = finish_all(modules, meta_params, hidden)",
-        "given, _ = finish_all(modules, meta_params, hidden, train=train, rngs=rngs)",
+        "given, _ = hybrid_logits(modules, meta_params, hidden)",
+        "given, _ = hybrid_logits(modules, meta_params, hidden, train=train, rngs=rngs)",
         HYBRID,
     ),
     Mistake(
@@ -199,8 +199,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "m2mkd_jax/phases/train_module.py",
         "stochastic depth ramps over the module alone",
-        "encoder.ramp_drop_path(replace_stage(meta, stage, teacher), config.drop_path)",
-        "replace_stage(meta, stage, encoder.ramp_drop_path(teacher, config.drop_path))",
+        "family.ramp(replace_stage(meta, stage, teacher), config.drop_path)",
+        "replace_stage(meta, stage, family.ramp(teacher, config.drop_path))",
         RATES,
     ),
     Mistake(

@@ -267,7 +267,7 @@ def _objective(case: Case, base: str, kind: str) -> Callable[..., tuple]:
         label = label_loss(student)
         if name == "none":
             return label, None, label
-        term = losses.DISTILLATIONS[name](student, teacher, float(tau or 1))
+        term = losses.DISTILLATIONS[name].loss(student, teacher, float(tau or 1))
         return label, term, losses.blend(label, term, alpha)
 
     return objective

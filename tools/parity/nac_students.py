@@ -8,7 +8,7 @@ from flax import linen as nn
 from jax import numpy as jnp
 
 from m2mkd_jax import losses
-from m2mkd_jax.hybrid import Pair, finish, pair_logits, replace_stage
+from m2mkd_jax.hybrid import Pair, module_logits, pair_logits, replace_stage
 from m2mkd_jax.nac.layers import NOISE
 from m2mkd_jax.stages import Network, stage_name
 from parity.cases import Case, Comparison
@@ -95,7 +95,7 @@ def run_composition(case: Case) -> Iterator[Comparison]:
 
     def objective(teacher_logits, student_logits):
         base = losses.soft_cross_entropy(student_logits, jnp.asarray(arrays["inputs/target"]))
-        distill = losses.DISTILLATIONS[distillation]
+        distill = losses.DISTILLATIONS[distillation].loss
         term = distill(student_logits, teacher_logits, config["tau"])
         return losses.blend(base, term, config["alpha_teacher"])
 
@@ -131,7 +131,7 @@ def run_composition(case: Case) -> Iterator[Comparison]:
 def _student_side(pair: Pair, meta, params, images, stage: int, train: bool) -> jax.Array:
     shared, _ = pair.meta.apply(meta, images, stop=stage)
     hybrid = {stage: replace_stage(pair.meta, stage, pair.student)}
-    logits, _ = finish(hybrid, meta, params, {stage: shared}, train=train)
+    logits, _ = module_logits(hybrid, meta, params, {stage: shared}, train=train)
     return logits[stage]
 
 
