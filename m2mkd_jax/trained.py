@@ -1,5 +1,6 @@
 """Using a trained run: the outputs of its networks on batches of images, over a mesh."""
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -95,8 +96,10 @@ def open_run(run: epath.PathLike, settings: Mapping[str, str] | None = None) -> 
         found.config, mesh=MeshConfig(), baseline=DistillConfig(kind="none")
     )
     config = change_config(config, settings or {}, changeable=CHANGEABLE, fixed=FIXED)
-    mesh, phase = make_mesh(config.mesh), PHASES[config.phase]
+    phase = PHASES[config.phase]
     role, family = phase.role, family_of_role(config, phase.role)
+    section = getattr(config, SECTIONS[role])
+    mesh = make_mesh(config.mesh, _devices(family, section, config.mesh))
     params = {
         role: checkpoint.load(source, subtree=role, mesh=mesh, rules=family.rules, average=True)
     }
@@ -111,11 +114,24 @@ def open_run(run: epath.PathLike, settings: Mapping[str, str] | None = None) -> 
         def init(key: jax.Array) -> dict[str, Any]:
             return {role: network.init(key)}
 
-    section = getattr(config, SECTIONS[role])
     ways = {f"{role}/{regex}": way for regex, way in family.adapt(section).items()}
     shapes = jax.eval_shape(init, jax.random.key(0))
     params = _resize(params, shapes, ways, match_rules(family.rules, shapes, mesh))
     return Trained(source, config, found.classes, mesh, forward, params, helpers)
+
+
+def _devices(family: Family, section: Any, mesh: MeshConfig) -> list[jax.Device]:
+    """The devices to run on: all, unless the mesh is not given and the network can be split only
+    over fewer."""
+    devices = jax.devices()
+    for count in range(len(devices), 0, -1):
+        with contextlib.suppress(ValueError):
+            family.check_mesh(section, {"data": count}, 0)  # 0 is a multiple of any group
+            break
+    if count == len(devices) or mesh != MeshConfig() or jax.process_count() > 1:
+        return devices
+    logging.warning("the network can be split over %d of the %d devices", count, len(devices))
+    return devices[:count]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -71,8 +71,7 @@ def make_feed(
     train = load_source(data, data.train_split) if train is None else train
     test = load_test_source(data, train.label_names) if test is None else test
     for name, source in (("training", train), ("test", test)):
-        contents = np.asarray(source.labels, np.int32).tobytes(), "\n".join(source.label_names)
-        hosts.require_same(f"the {name} set of config.data", *contents)
+        _require_same(f"the {name} set of config.data", source)
     shared = {
         "workers": data.workers,
         "bad_share": data.bad_share,
@@ -93,6 +92,7 @@ def make_feed(
     ood_pass, ood_classes = None, ()
     if ood is not None:
         ood_set = load_ood(data, ood, label_names=tuple(train.label_names))
+        _require_same("the OOD set of config.ood", ood_set.source)
         ood_transform = eval_transform(ood_set.data, arrays=ood_set.source.arrays)
         ood_pass = functools.partial(passes, ood_set.source, transform=ood_transform)
         ood_classes = ood_set.classes
@@ -137,3 +137,9 @@ def prepare_training(
 def prepare_evaluation(batch: Mapping[str, jax.Array], data: DataConfig) -> Float[Array, "B I J X"]:
     """Returns the normalised images of an evaluation batch."""
     return normalise(batch["image"], mean=data.mean, std=data.std)
+
+
+def _require_same(what: str, source: Source) -> None:
+    """Raises ValueError unless all hosts have the same labels and classes."""
+    labels = np.asarray(source.labels, np.int32).tobytes()
+    hosts.require_same(what, labels, "\n".join(source.label_names))

@@ -144,7 +144,7 @@ class Family:
       whole: (section, context, stochastic depth) -> the whole network.
       modules: (section, context, stochastic depth) -> its modules, one per stage.
       rules: partition rules of both.
-      head: regex of the classifier's parameters.
+      head: section -> regex of the classifier's parameters.
       stitches: regex of the parameters of the stitches of a teacher's modules.
       files: its tensor names in published files.
       streams: names of the random streams that its networks draw from in training.
@@ -176,7 +176,7 @@ class Family:
     whole: Callable[[Any, Context, float], WholeNetwork]
     modules: Callable[[Any, Context, float], Network]
     rules: Rules
-    head: str
+    head: Callable[[Any], str]
     files: FileNames
     streams: tuple[str, ...]
     evaluation_streams: tuple[str, ...] = ()

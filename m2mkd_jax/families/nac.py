@@ -75,6 +75,12 @@ def _data_dependent(section: NacConfig) -> tuple[Allowance, ...]:
     )
 
 
+def head(section: NacConfig) -> str:
+    """The layer that makes logits: the code-conditioned head if its first slot is the logits."""
+    layer = "code_head/linear" if section.pooling == "first_slot" else "pooling/head"
+    return rf"\w+/stage_\d+/{layer}/.*"
+
+
 def check_noise(section: NacConfig, noise: str) -> None:
     """Raises FieldError if the kernel samples edges but evaluation draws no random numbers."""
     if section.kernel.evaluation == "sample" and noise == "mean":
@@ -110,7 +116,7 @@ FAMILY = Family(
     whole=build_whole,
     modules=build_modules,
     rules=model.PARTITION_RULES,
-    head=r"\w+/stage_\d+/pooling/head/.*",
+    head=head,
     files=FILES,
     # Code noise, sampled edges, initial latent states and the Gumbel noise of the pooling.
     streams=("drop_path", "code", "kernel", "state", "pooling"),

@@ -22,6 +22,7 @@ from m2mkd_jax.nac.layers import (
     CodeLinear,
     LinearConfig,
     add_code_noise,
+    can_draw,
     draw,
     norm,
     uniform,
@@ -196,7 +197,8 @@ class LatentAttention(nn.Module):
         logs = kernels.log_kernel(distance, bandwidth, kernel)[None]
         if not kernel.stochastic:
             return logs
-        if train or kernel.evaluation == "sample":
+        sampled = kernel.evaluation == "sample" and can_draw(self, "kernel", stream="kernel")
+        if train or sampled:
             shape = (batch, *distance.shape)
             u = draw(self, "kernel", uniform(shape), stream="kernel")
             return kernels.sample_log(logs, u, temperature=kernel.temperature)

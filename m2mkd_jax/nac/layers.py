@@ -226,7 +226,7 @@ def draw(
 def can_draw(module: nn.Module, name: str, *, stream: str) -> bool:
     """Returns True if `draw` has numbers or a key.
 
-    Otherwise evaluation skips its draws (states, pooling).
+    Otherwise evaluation skips its draws (states, pooling, edges).
     """
     return module.has_variable(NOISE, name) or module.has_rng(stream)
 

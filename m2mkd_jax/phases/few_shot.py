@@ -127,7 +127,7 @@ def describe(config: Config, mesh: Mesh) -> Training:
     data = dataclasses.replace(config.data, labels=config.few_shot.ways)
     episode = dataclasses.replace(config, data=data)
     return dataclasses.replace(
-        whole_training(PHASE, episode), trainable=family_of(episode.model).head
+        whole_training(PHASE, episode), trainable=family_of(episode.model).head(episode.model)
     )
 
 

@@ -84,7 +84,7 @@ def describe(config: Config, mesh: Mesh) -> Training:
         init=lambda key: {"module": teacher.init(key, only=stages)},
         rules=family.rules,
         forward=forward,
-        trainable=f"{family.stitches}|{family.head}" if joins else ".*",
+        trainable=f"{family.stitches}|{family.head(config.teacher)}" if joins else ".*",
         helpers=parameter_shapes(config, meta, "meta", mesh, only=others),
     )
 

@@ -63,13 +63,24 @@ def test_what_is_left_and_what_is_fresh_is_what_the_two_do_not_share(case):
 def test_the_head_is_the_classifier_alone(case):
     config = config_of(case)
     names = shapes(whole_student(config))
-    head = {n for n in names if re.fullmatch(family_of(config.model).head, n)}
+    head = {n for n in names if re.fullmatch(family_of(config.model).head(config.model), n)}
     place = "stage_2/head" if case == "V-MoE" else "stage_4/pooling/head"
     assert head == {f"student/{place}/{leaf}" for leaf in ("kernel", "bias")}
     episode = dataclasses.replace(config, data=dataclasses.replace(config.data, labels=3))
     other = shapes(whole_student(episode))
     moved = {n for n in names if names[n] != other[n]}
     assert moved == head
+
+
+def test_the_head_is_the_layer_that_makes_logits():
+    config = config_of("NAC")
+    model = dataclasses.replace(config.model, pooling="first_slot", read_out_head=True)
+    names = shapes(whole_student(dataclasses.replace(config, model=model)))
+    head = {n for n in names if re.fullmatch(family_of(model).head(model), n)}
+    assert head and all(name.startswith("student/stage_4/code_head/linear/") for name in head)
+    data = dataclasses.replace(config.data, labels=3)
+    other = shapes(whole_student(dataclasses.replace(config, model=model, data=data)))
+    assert {n for n in names if names[n] != other[n]} <= head
 
 
 @pytest.mark.parametrize("case", CASES)

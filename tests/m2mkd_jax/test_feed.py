@@ -1,13 +1,17 @@
 """A run's feed: which images, how many at a time, starting at which step, and what is added on the
 device."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
+import tiny
 from draws import keys_drawn_from
 from etils import epath
 from jax import numpy as jnp
 from PIL import Image
+from tiny import tiny_config
 
 from common_jax.inputs import BadExample
 from m2mkd_jax.data import feed as feeds
@@ -63,6 +67,14 @@ def test_both_sets_are_compared_between_hosts(tmp_path, monkeypatch):
         )
         for name, size in (("training", 30), ("test", 10))
     }
+
+
+def test_the_ood_set_is_compared_between_hosts_too(tmp_path, monkeypatch):
+    compared = []
+    monkeypatch.setattr(feeds.hosts, "require_same", lambda what, *parts: compared.append(what))
+    config = tiny_config("end_to_end")
+    tiny.feed_of(dataclasses.replace(config, ood=OodConfig(source="digits_r")), tmp_path)
+    assert compared[2:] == ["the OOD set of config.ood"]
 
 
 def test_batches_follow_seed_and_step(tmp_path):

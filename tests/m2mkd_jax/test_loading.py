@@ -5,16 +5,18 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from tiny import fill, tiny_config
+from tiny import MOE, NAC, fill, tiny_config
 
 import m2mkd_jax
 from common_jax import checkpoint
 from common_jax.config import unfreeze
 from common_jax.optim import OptimConfig
 from common_jax.step import init_state
-from m2mkd_jax.config import SourcesConfig
+from m2mkd_jax.config import EvaluationConfig, SourcesConfig
 from m2mkd_jax.models import encoder, vit, vmoe
+from m2mkd_jax.phases.networks import whole_student
 from m2mkd_jax.stages import stage_name
+from m2mkd_jax.trained import open_run
 
 IMAGES = encoder.Interface(image_size=8, channels=1, labels=10)
 
@@ -110,3 +112,36 @@ def test_a_converted_network_without_its_head_is_named(tmp_path):
         ValueError, match=r"headless.* was converted .* it lacks stage_2/head/bias, stage_2/hea"
     ):
         m2mkd_jax.load_model(tmp_path / "headless")
+
+
+def write_student(workdir, model, **changes):
+    """A run of phase "end_to_end" with this network."""
+    config = dataclasses.replace(tiny_config("end_to_end"), model=model, **changes)
+    params = fill(whole_student(config).init)
+    checkpoint.write_params(workdir, {"student": params}, unfreeze(config).to_dict())
+
+
+def test_a_network_from_load_model_samples_no_edges(tmp_path):
+    found = []
+    for evaluation in ("kernel", "sample"):
+        kernel = dataclasses.replace(NAC.kernel, evaluation=evaluation)
+        noise = EvaluationConfig("mean" if evaluation == "kernel" else "fixed")
+        model = dataclasses.replace(NAC, kernel=kernel)
+        write_student(tmp_path / evaluation, model, evaluation=noise)
+        apply, params = m2mkd_jax.load_model(tmp_path / evaluation)
+        found.append(jax.jit(apply)(params, np.full((2, 8, 8, 1), 100, np.uint8)))
+    np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize("groups", [1, 4, 8])
+def test_experts_for_which_tokens_compete_run_on_as_many_devices_as_there_are_groups(
+    tmp_path, groups, caplog
+):
+    moe = dataclasses.replace(MOE, dispatch="capacity", groups=groups)
+    model = dataclasses.replace(tiny_config("end_to_end").model, moe=moe)
+    write_student(tmp_path, model)
+    trained = open_run(tmp_path)
+    assert trained.mesh.size == groups
+    assert ("can be split over" in caplog.text) == (groups < 8)
+    with pytest.raises(ValueError, match="there are 8 here"):
+        open_run(tmp_path, {"mesh.data": "1"})
