@@ -11,7 +11,6 @@ from cliptrans_jax.data import byte_pairs, emoji_set
 from cliptrans_jax.data.framing import BOS, EOS, PAD, SPECIAL, FramedTokenizer, Tokenizer
 from cliptrans_jax.data.published import MBART50_CODES, PUBLISHED
 from cliptrans_jax.data.tokens import (
-    LIMITS,
     TokenizerConfig,
     load_or_train_tokenizer,
     load_tokenizer,
@@ -390,7 +389,7 @@ def test_clip_frames_with_its_own_tokens(tmp_path):
     assert tokenizer.pad == 1 and tokenizer.eos == len(vocab) - 1 == tokenizer.vocab - 1
     assert tokenizer.decode([*row, 1, 1]).strip() == "a man run"
     (long_row,) = tokenizer.encode(["a " * 100], None)
-    assert len(long_row) == LIMITS["clip"] == 77 and long_row[-1] == tokenizer.eos
+    assert len(long_row) == PUBLISHED["clip"].limit == 77 and long_row[-1] == tokenizer.eos
 
 
 def test_a_folder_of_another_tokenizer_is_refused(pieces, tmp_path):
