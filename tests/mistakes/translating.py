@@ -160,8 +160,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         f"{PACKAGE}/data/corpora.py",
         "flags are left out whatever the config says",
-        "flags=config.emoji_flags,",
-        "flags=False,",
+        "flags=config.emoji_flags)",
+        "flags=False)",
         CORPORA,
     ),
     Mistake(
