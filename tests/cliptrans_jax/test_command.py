@@ -14,7 +14,7 @@ from tiny_cliptrans import TEST, VOCAB, tiny_config, write_run
 
 from cliptrans_jax import main as command
 from cliptrans_jax.main import DESCRIPTION, main
-from cliptrans_jax.runs.objective import check_start
+from cliptrans_jax.runs.initial_weights import check_start
 from cliptrans_jax.runs.run_tokenizer import save_tokenizer, train_tokenizer
 from common_jax import app
 
