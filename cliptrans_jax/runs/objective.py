@@ -10,7 +10,7 @@ from cliptrans_jax.encoders import TextTower
 from cliptrans_jax.evaluators.translation import Encode
 from cliptrans_jax.losses import states_loss
 from cliptrans_jax.models.chunks import CHUNK
-from cliptrans_jax.models.cliptrans import Translator
+from cliptrans_jax.models.cliptrans import TOWER, Translator
 from common_jax.step import Loss
 
 
@@ -38,7 +38,7 @@ def make_loss(
 
     def loss(params, helpers, batch, rngs, step):
         dropout = rngs["dropout"]
-        key = jax.random.fold_in(dropout, 3) if "clip" in params else None
+        key = jax.random.fold_in(dropout, TOWER) if "clip" in params else None
         features = encode({**helpers, **params}, batch, key)
         source, labels = batch["source"], batch["labels"]
         states = translator.label_states(params, features, source, labels, dropout=dropout)

@@ -74,6 +74,7 @@ def plan(config: Config, workdir: epath.Path) -> list[tuple[str, Config]]:
         raise ValueError("config.recipes is empty; stage='pipeline' needs at least one recipe")
     sources, runs, last = config.sources, [], ""
     towers = sources.clip or sources.clip_image or sources.siglip
+    # With lock_text, stage "clip" trains the image tower for this text tower.
     towers = towers or (sources.clip_text and not config.clip.lock_text)
     clip = sources.clip
     for name, stage in STAGES.items():

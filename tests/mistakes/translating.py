@@ -231,8 +231,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         f"{PACKAGE}/runs/objective.py",
         "a frozen text tower drops out and one that trains does not",
-        'fold_in(dropout, 3) if "clip" in params else None',
-        'fold_in(dropout, 3) if "clip" in helpers else None',
+        'fold_in(dropout, TOWER) if "clip" in params else None',
+        'fold_in(dropout, TOWER) if "clip" in helpers else None',
         OBJECTIVE,
     ),
     Mistake(
