@@ -80,7 +80,7 @@ def test_the_loss_is_of_both_directions_and_its_scale_is_held(monkeypatch, log_s
     assert asked == ["the key"]
 
 
-def test_texts_drop_out_with_a_key_alone_and_hear_no_pads():
+def test_texts_use_dropout_only_with_a_key_and_ignore_pads():
     config = config_of()
     params = fill(functools.partial(contrastive.init, config))
     ids = np.full((2, LENGTH), PAD, np.int32)

@@ -130,7 +130,7 @@ def test_published_weights_are_read_as_the_config_says(field, wanted, monkeypatc
 @pytest.mark.parametrize(
     ("source", "from_run"), [("plain", False), ("unfrozen", True), ("", False), ("mbart", False)]
 )
-def test_a_tower_that_trains_goes_on_from_the_run_that_trained_it(sources, source, from_run):
+def test_a_trained_tower_continues_from_the_run_that_trained_it(sources, source, from_run):
     field = "mbart" if source == "mbart" else "model"
     config = config_of(**({field: sources / source} if source else {}))
     found = start(config, Trained(OWN_TOWER), OURS | {"clip": OWN_TOWER})
@@ -145,7 +145,7 @@ def test_a_tower_that_trains_goes_on_from_the_run_that_trained_it(sources, sourc
         check_start(config, Trained(OWN_TOWER), wanted(OURS | {"clip": OWN_TOWER}))
 
 
-def test_a_run_with_a_trained_tower_is_not_taken_without_it(sources):
+def test_a_run_with_a_trained_tower_is_not_loaded_without_it(sources):
     config = config_of(model=sources / "unfrozen")
     for begin in (start, lambda given: check_start(given, None, wanted(OURS))):
         with pytest.raises(ValueError, match=r"clip/words of shape \(2, 3\) has no place"):
@@ -157,7 +157,7 @@ def test_a_run_with_a_trained_tower_is_not_taken_without_it(sources):
 @pytest.mark.parametrize(
     "source", [{"model": "plain"}, {"model": "released.safetensors"}, {"mbart": "mbart"}]
 )
-def test_what_is_to_be_fresh_is_not_taken(sources, source, caplog):
+def test_fresh_parameters_are_not_loaded(sources, source, caplog):
     regex = "mapper/.*|mbart/decoder/positions.*"
     given = {name: sources / folder for name, folder in source.items()}
     found = start(config_of(**given, fresh=regex))
@@ -171,7 +171,7 @@ def test_what_is_to_be_fresh_is_not_taken(sources, source, caplog):
     assert "config.sources.fresh='maper/.*' matches no parameter" in caplog.text
 
 
-def test_a_run_that_kept_an_average_hands_on_what_it_trained(tmp_path):
+def test_a_run_with_an_average_passes_on_its_parameters(tmp_path):
     """A stage continues from the run's parameters, not from their average."""
     none = np.zeros((), np.int32)
     average = jax.tree.map(lambda x: x + 1, OURS)

@@ -117,7 +117,7 @@ def test_a_finished_pipeline_is_not_run_again(finished, corpus):
     assert {path.name for path in after} <= {"config.json"}
 
 
-def test_the_command_says_what_uses_a_pipeline(finished, corpus, monkeypatch, caplog):
+def test_the_command_suggests_how_to_use_a_pipeline(finished, corpus, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     monkeypatch.setattr("cliptrans_jax.main.make_mesh", lambda _: one_device())
     main(unfreeze(tiny_pipeline(corpus)), finished)
@@ -149,7 +149,7 @@ def test_features_are_of_the_side_of_the_stage(finished):
     assert held == {f"{name}.{what}.npz" for name in names for what in ("pictures", "en")}
 
 
-def test_a_killed_run_goes_on_byte_for_byte(finished, runs, tmp_path):
+def test_a_killed_run_resumes_byte_for_byte(finished, runs, tmp_path):
     whole, cut = finished / "translate", epath.Path(tmp_path / "cut")
     shutil.copytree(whole, cut)
     for name in ("result.json", "scores.json", "translations.tsv"):

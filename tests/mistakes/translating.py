@@ -107,7 +107,7 @@ MISTAKES: tuple[Mistake, ...] = (
         "damage of a mapped file goes unnoticed",
         "or zlib.crc32(content) != entry.CRC:",
         "or not content:",
-        f"{TESTS}/test_encode_corpus.py::test_a_damaged_file_is_named_and_made_again",
+        f"{TESTS}/test_encode_corpus.py::test_a_damaged_file_is_named_and_rewritten",
     ),
     Mistake(
         f"{PACKAGE}/data/framing.py",
@@ -353,7 +353,7 @@ MISTAKES: tuple[Mistake, ...] = (
         "what is to be fresh is taken from a published file",
         "params.pop(path, None)\n        del shapes[path]",
         "params.get(path)",
-        f"{INITIAL}::test_what_is_to_be_fresh_is_not_taken",
+        f"{INITIAL}::test_fresh_parameters_are_not_loaded",
     ),
     Mistake(
         "cliptrans_jax/runs/run_data.py",
