@@ -47,7 +47,7 @@ def needs_of(runs: Iterable[Config]) -> dict[str, Need]:
     tests = ("test_split", "further_tests")
     for run in runs:
         pair = set(run.data.pair)
-        if run.tokenizer.kind == "trained":
+        if run.tokenizer.is_trained:
             needs["train_split"].languages |= set(run.known_languages)
         if trains(run.stage) is Trains.TOWERS:
             for key in ("train_split", "valid_split", "further_tests"):

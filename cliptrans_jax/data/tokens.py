@@ -65,19 +65,24 @@ class TokenizerConfig(Section):
                 f"max_length={self.max_length} must be from 3 (a frame and a token) to {limit}, "
                 f"the limit of {self.kind!r}, or None"
             )
-        if self.kind == "trained" and self.vocab <= BYTES + len(SPECIAL) + 1:
+        if self.is_trained and self.vocab <= BYTES + len(SPECIAL) + 1:
             raise FieldError(
                 f"vocab={self.vocab} must be above {BYTES + len(SPECIAL) + 1}: {BYTES} bytes, "
                 f"{len(SPECIAL)} special tokens, a mask; and the languages"
             )
-        if self.lower and self.kind != "trained":
+        if self.lower and not self.is_trained:
             raise FieldError(
                 f"lower=True is for kind='trained': {self.kind!r} is published, which fixes "
                 "whether texts are lower-cased"
             )
-        if (self.path == "") != (self.kind == "trained"):
-            rule = "must be empty" if self.kind == "trained" else "must be its folder"
+        if (self.path == "") != self.is_trained:
+            rule = "must be empty" if self.is_trained else "must be its folder"
             raise FieldError(f"path={shown(self.path)} {rule} for kind={self.kind!r}")
+
+    @property
+    def is_trained(self) -> bool:
+        """True for a tokenizer that is trained here, on the run's sentences."""
+        return self.kind == "trained"
 
     @property
     def limit(self) -> int:
@@ -86,7 +91,7 @@ class TokenizerConfig(Section):
 
     @property
     def _most(self) -> int:
-        return LONGEST if self.kind == "trained" else PUBLISHED[self.kind].limit
+        return LONGEST if self.is_trained else PUBLISHED[self.kind].limit
 
 
 def load_tokenizer(
@@ -108,7 +113,7 @@ def load_tokenizer(
       FileNotFoundError: the folder lacks the files of the kind.
       ValueError: its files are not a tokenizer of the kind.
     """
-    if config.kind != "trained":
+    if not config.is_trained:
         return load_published(config.kind, config.path, limit=config.limit, key=key)
     assert path is not None, "a trained tokenizer needs a file"
     return load_or_train_tokenizer(config, sentences, languages, path)

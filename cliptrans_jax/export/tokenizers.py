@@ -51,7 +51,7 @@ def write_tokenizer(
         one that `transformers` needs.
     """
     settings: dict[str, Any] = {"model_max_length": limit, "clean_up_tokenization_spaces": False}
-    if config.kind == "trained":
+    if config.is_trained:
         first = SPECIAL[BOS] if pair is None else language_token(pair[0])
         _build(trained, languages, first, lower=config.lower).save(str(folder / FILE))
         tokens = {"bos": BOS, "pad": PAD, "eos": EOS, "unk": UNK}

@@ -95,7 +95,7 @@ def find(
     if step != folder and trains(config.stage) is not Trains.TOWERS:
         step = best_step(step.parent.parent, config.run.best)
     # Even with another language pair, a trained tokenizer keeps its languages, and so its ids.
-    known = config.known_languages if config.tokenizer.kind == "trained" else config.languages
+    known = config.known_languages if config.tokenizer.is_trained else config.languages
     # The run's own mesh was for the machine that it was trained on.
     config = dataclasses.replace(config, mesh=MeshConfig(), languages=known)
     return Finished(step, change_config(config, settings or {}, changeable=CHANGEABLE))

@@ -46,7 +46,7 @@ def _without_effect(config: Config) -> Iterator[tuple[str, str]]:
         yield "valid_beams", "config.valid_decode=False translates no validation set"
     if config.decode.beams == 1 and config.valid_beams <= 1:
         yield "decode.length_penalty", "one beam compares no hypotheses"
-    if config.tokenizer.kind != "trained":
+    if not config.tokenizer.is_trained:
         yield "tokenizer.vocab", f"config.tokenizer.kind={config.tokenizer.kind!r} has its own"
     for name in TRANSLATORS:
         if name != config.model.translator and hasattr(config.model, name):

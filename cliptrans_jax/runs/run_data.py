@@ -310,7 +310,7 @@ def describe_text(config: Config) -> TextTower:
     trained = config.sources.clip and not config.sources.clip_text
     if config.sources.siglip:
         sizes = siglip.TEXT.config()
-    elif trained or config.clip_tokenizer.kind == "trained":
+    elif trained or config.clip_tokenizer.is_trained:
         sizes = config.clip.text
     else:
         sizes = text_tower_of(config.clip_tokenizer.kind).config()
