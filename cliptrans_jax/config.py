@@ -20,8 +20,10 @@ from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.models.prefix import PrefixConfig
 from cliptrans_jax.stages import (
     CAPTION,
+    EVALUATE,
     FREEZES,
     MODEL,
+    PIPELINE,
     STAGES,
     TOWERS,
     TRANSLATION_STAGES,
@@ -52,8 +54,7 @@ from common_jax.ranges import (
     shown,
 )
 
-# Kinds of run: each stage, all of them in order, and scoring a trained model.
-RUNS = (*STAGES, "pipeline", "evaluate")
+RUNS = (*STAGES, PIPELINE, EVALUATE)
 SYSTEM = System("cliptrans_jax", field="stage", others={"phase": "m2mkd_jax"})
 # Sections and fields that every run reads.
 _ANY = (
@@ -62,8 +63,8 @@ _ANY = (
 )
 READS: dict[str, tuple[str, ...]] = {
     **{name: (*_ANY, *stage.reads) for name, stage in STAGES.items()},
-    "pipeline": (*_ANY, *TOWERS, *MODEL, *VALIDATION, *CAPTION, "unfreeze_clip", "recipes"),
-    "evaluate": (*_ANY, *MODEL, "unfreeze_clip"),
+    PIPELINE: (*_ANY, *TOWERS, *MODEL, *VALIDATION, *CAPTION, "unfreeze_clip", "recipes"),
+    EVALUATE: (*_ANY, *MODEL, "unfreeze_clip"),
 }
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 SIDES = {"": None} | {side.value: side for side in Side}
@@ -338,7 +339,7 @@ class Config(Section):
                 )
 
     def _check_lock(self) -> None:
-        trains_towers = self.stage == "pipeline" or trains(self.stage) is Trains.TOWERS
+        trains_towers = self.stage == PIPELINE or trains(self.stage) is Trains.TOWERS
         if self.clip.lock_text and trains_towers and not self.sources.clip_text:
             raise FieldError(
                 "clip.lock_text=True needs a text tower that is trained: give sources.clip_text, "
@@ -376,7 +377,7 @@ class Config(Section):
             )
 
     def _check_best(self) -> None:
-        stages = STAGES if self.stage == "pipeline" else (self.stage,)
+        stages = STAGES if self.stage == PIPELINE else (self.stage,)
         known = [
             f"val/{metric}"
             for evaluator in evaluators_of(*stages)
@@ -413,17 +414,17 @@ def choose_recipe(
       ValueError: if the stage has no recipe.
     """
     names = [field.name for field in dataclasses.fields(Recipe)]
-    if config.stage == "pipeline":
+    if config.stage == PIPELINE:
         for name in names:
             del config[name]
         config.recipes = unfreeze(recipes)
         return config
-    if config.stage == "evaluate":
+    if config.stage == EVALUATE:
         return config
     if config.stage not in recipes:
         raise ValueError(
             f"stage={config.stage!r} has no recipe here; choose one of "
-            f"{[*recipes, 'pipeline', 'evaluate']}"
+            f"{[*recipes, PIPELINE, EVALUATE]}"
         )
     for name, section in unfreeze(recipes[config.stage]).items():
         config[name] = section

@@ -31,7 +31,6 @@ from common_jax.mesh import batch_shards, on_own_examples, put_rows, take_rows
 from common_jax.ranges import Count, Size, at_least, within
 
 NEVER = -1e9  # score of beams that do not exist yet, as in the original
-
 FIRST = 3  # length of hypotheses after the first step: start, language code, first word
 
 LONG_SORT = 16  # for a larger k, XLA for GPUs finds the top k by sorting whole rows
@@ -164,6 +163,7 @@ class Search:
         # Each device halves its own share, since moving an example would also move its cache.
         shards = batch_shards()
         share = len(source) // shards
+        # `rows` numbers each device's share on its own, from 0, as `take_rows` expects.
         finished, rows = state.finished, jnp.arange(len(source)).reshape(shards, -1) % share
         # Only as often as 2 divides a device's share.
         halvings = min(self.config.halvings, (share & -share).bit_length() - 1)
@@ -340,12 +340,15 @@ class Search:
         if config.early_stopping:
             done = full
         else:
+            # The original's bound: the best continuation, at its present length. With a positive
+            # length_penalty a longer one may still beat it, as its negative sum is divided by more.
             bound = best[:, 0] / state.length.astype(best.dtype) ** config.length_penalty
             done = full & (finished.scores[:, -1] >= bound)
         done = state.done | done
 
         followed = jnp.take_along_axis(state.tokens, next_beams[:, :, None], axis=1)
         pad = self.translator.config.sizes.pad
+        # An example that is done still takes part in every step; `_finish` ignores what it writes.
         shown = jnp.where(state.done[:, None], pad, next_tokens)
         state = state.replace(
             length=state.length + 1,
@@ -384,6 +387,7 @@ class Search:
     ) -> Hypotheses:
         """The W best of the finished hypotheses and of the W best candidates that end in this
         step."""
+        # As in the original, an end that ranks below the W best is dropped.
         beams, old = self.config.beams, state.finished
         values = best[:, :beams] / state.length.astype(best.dtype) ** self.config.length_penalty
         counts = ends[:, :beams] & ~state.done[:, None]

@@ -10,7 +10,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, UInt32
 
 from common_jax import hosts
 from common_jax.mesh import put, replicated, to_devices
+from common_jax.step import one_behind
 from common_jax.untrusted import plain
 from common_jax.workdir import read_arrays, write_arrays
 
@@ -84,16 +85,8 @@ def encode_all(
     # Otherwise every call would transfer them again.
     whole = replicated(mesh)
     params = jax.tree.map(lambda x: put(x, whole) if isinstance(x, np.ndarray) else x, params)
-    parts, masks = [], []
 
-    def collect(encoded: Encoded) -> None:
-        features, mask, row = map(np.asarray, encoded)
-        order = np.argsort(row)  # from device order to example order
-        parts.append(features[order])
-        masks.append(mask[order])
-
-    pending = None
-    with jax.set_mesh(mesh):
+    def dispatched() -> Iterator[Encoded]:
         for batch in _progress(batches, title):
             hosts.check()
             rows = len(batch["_mask"])
@@ -105,13 +98,17 @@ def encode_all(
             row = np.arange(rows, dtype=np.int32) + rows * jax.process_index()
             on_devices = to_devices({**batch, "_row": row}, mesh)
             row = on_devices.pop("_row")
-            encoded = encode(params, on_devices, row)
-            if pending is not None:
-                collect(pending)  # while the devices compute the next batch
-            pending = encoded
-    if pending is None:
+            yield encode(params, on_devices, row)
+
+    parts, masks = [], []
+    with jax.set_mesh(mesh):
+        for encoded in one_behind(dispatched()):
+            features, mask, row = map(np.asarray, encoded)
+            order = np.argsort(row)  # from device order to example order
+            parts.append(features[order])
+            masks.append(mask[order])
+    if not parts:
         raise ValueError(f"{title}: the set is empty, so there is nothing to encode")
-    collect(pending)
     features, real = np.concatenate(parts), np.concatenate(masks) > 0
     return _checked(features, real, size, title)
 

@@ -48,6 +48,7 @@ def states_loss(
     """
     kind = jnp.promote_types(states.dtype, jnp.float32)
     bias = jnp.zeros(len(readout.matrix)) if readout.bias is None else readout.bias
+    # Numerators of p have the dtype of the states, so in bfloat16 twice as many rows fit.
     rows = max(1, chunk * jnp.dtype(jnp.float32).itemsize // states.dtype.itemsize)
     total = linear_loss(
         readout.matrix, bias, states, labels, pad=pad, smoothing=smoothing, chunk=rows

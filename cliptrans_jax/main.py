@@ -16,7 +16,7 @@ from cliptrans_jax.runs.idle import idle, warn_of_random_parts
 from cliptrans_jax.runs.pipeline import plan, run_stage
 from cliptrans_jax.runs.run_data import check_weights
 from cliptrans_jax.runs.scoring import galleries, scores_table
-from cliptrans_jax.stages import STAGES, Side, Trains, trains
+from cliptrans_jax.stages import EVALUATE, STAGES, Side, Trains, trains
 from common_jax import app, checkpoint
 from common_jax.config import freeze
 from common_jax.log import conclude
@@ -52,11 +52,10 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     app.warn_of_idle(idle(frozen))
     mesh = make_mesh(frozen.mesh)
     with hold(workdir):
-        pipeline = frozen.stage == "pipeline"
-        runs = plan(frozen, workdir) if pipeline else [("", frozen)]
-        for _, one in runs:
+        runs = plan(frozen, workdir)
+        for folder, one in runs:
             warn_of_random_parts(one)
-            check_run(one, mesh, key=f"config.recipes.{one.stage}" if pipeline else "config")
+            check_run(one, mesh, key=f"config.recipes.{one.stage}" if folder else "config")
         app.use_compilation_cache(frozen.run.compilation_cache)
         write = functools.partial(_report, frozen, workdir, [folder for folder, _ in runs])
         with reporting(workdir / "report.html", write):
@@ -111,7 +110,7 @@ def check_run(config: Config, mesh: Mesh, *, key: str = "config") -> None:
     Args:
       key: path of the section with `optim`, for messages.
     """
-    if config.stage != "evaluate":
+    if config.stage != EVALUATE:
         batch = f"{key}.optim.batch / {key}.optim.accumulate"
         check_batch(mesh, batch, config.optim.micro_batch)
     if trains(config.stage) is not Trains.TOWERS:

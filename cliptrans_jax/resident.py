@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from jaxtyping import Float32
 from cliptrans_jax.data.examples import pad
 from cliptrans_jax.encoders import BUCKET, ImageTower, TextTower, by_length
 from common_jax.mesh import move_to_devices, replicated, to_devices
+from common_jax.step import one_behind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,20 +38,22 @@ class Resident:
         limit = min(tower.tokenizer.limit, tower.longest)
         ids = dataclasses.replace(tower.tokenizer, limit=limit).encode(texts, None)
         order = by_length(ids)
-        parts = []
-        for first in range(0, len(order), self.batch):
-            rows = [ids[place] for place in order[first : first + self.batch]]
-            length = min(-(-len(rows[-1]) // BUCKET) * BUCKET, tower.longest)
-            parts.append(self._encode(pad(rows, length, pad_id=tower.tokenizer.pad)))
-        return np.concatenate(parts)[np.argsort(order)]
+
+        def batches() -> Iterator[np.ndarray]:
+            for first in range(0, len(order), self.batch):
+                rows = [ids[place] for place in order[first : first + self.batch]]
+                length = min(-(-len(rows[-1]) // BUCKET) * BUCKET, tower.longest)
+                yield pad(rows, length, pad_id=tower.tokenizer.pad)
+
+        return self._encode(batches())[np.argsort(order)]
 
     def pictures(self, pictures: Sequence[np.ndarray]) -> Float32[np.ndarray, "B M"]:
         """One feature per picture, uint8 (I, J, 3), (I, J, 4) or (I, J)."""
-        parts = (
+        batches = (
             np.stack([self.tower.prepare(x) for x in pictures[first : first + self.batch]])
             for first in range(0, len(pictures), self.batch)
         )
-        return np.concatenate([self._encode(part) for part in parts])
+        return self._encode(batches)
 
     @functools.cached_property
     def _params(self) -> Any:
@@ -61,13 +64,20 @@ class Resident:
     def _apply(self) -> Any:
         return jax.jit(self.tower.apply, out_shardings=replicated(self.mesh))
 
-    def _encode(self, inputs: np.ndarray) -> Float32[np.ndarray, "B M"]:
-        """The features of at most one batch, which is filled up with copies of the last input."""
-        count = len(inputs)
-        width = [(0, self.batch - count), *[(0, 0)] * (inputs.ndim - 1)]
-        batch = to_devices({"inputs": np.pad(inputs, width, mode="edge")}, self.mesh)
+    def _encode(self, batches: Iterable[np.ndarray]) -> Float32[np.ndarray, "B M"]:
+        """The features of all inputs. A smaller batch is filled up with copies of its last
+        input."""
+
+        def dispatched() -> Iterator[tuple[jax.Array, int]]:
+            for inputs in batches:
+                count = len(inputs)
+                width = [(0, self.batch - count), *[(0, 0)] * (inputs.ndim - 1)]
+                batch = to_devices({"inputs": np.pad(inputs, width, mode="edge")}, self.mesh)
+                yield self._apply(self._params, batch["inputs"]), count
+
         with jax.set_mesh(self.mesh):
-            features = np.asarray(self._apply(self._params, batch["inputs"]), np.float32)[:count]
+            parts = [np.asarray(x, np.float32)[:count] for x, count in one_behind(dispatched())]
+        features = np.concatenate(parts)
         if not np.isfinite(features).all():
             raise FloatingPointError("features are not finite; check the weights of the tower")
         return features

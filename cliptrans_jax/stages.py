@@ -114,11 +114,13 @@ STAGES: Mapping[str, Stage] = types.MappingProxyType(
 TRANSLATION_STAGES: Mapping[str, Stage] = types.MappingProxyType(
     {name: stage for name, stage in STAGES.items() if stage.trains is Trains.TRANSLATOR}
 )
-SCORED_AS = "translate"  # the stage whose sentences and features a run of "evaluate" reads
+# The other two kinds of run: all stages in order, and scoring a trained model.
+PIPELINE, EVALUATE = "pipeline", "evaluate"
+SCORED_AS = "translate"  # the stage whose sentences and features an evaluation reads
 
 
 def trains(stage: Any) -> Trains | None:
-    """The network that a run trains; None if it is not a stage."""
+    """The network that a run of one stage trains; None for the other kinds of run."""
     known = STAGES.get(stage) if isinstance(stage, str) else None
     return None if known is None else known.trains
 

@@ -1,8 +1,8 @@
 """The train step and the evaluation, as pure functions."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from common_jax.mesh import AXES, to_devices
 from common_jax.optim import OptimConfig, Schedule, keep, make_optimizer
 from common_jax.state import TrainState, evaluation_key, merge, partition, step_rngs, subtrees
 
+T = TypeVar("T")
 Batch = dict[str, jax.Array]
 Rngs = dict[str, jax.Array]
 # loss(params, helpers, batch, rngs, step) -> (scalar, metrics). A metric is a mean over the
@@ -208,6 +209,16 @@ def make_evaluator(
         return {name: value / count for name, value in values.items()}
 
     return evaluate
+
+
+def one_behind(results: Iterable[T]) -> Iterator[T]:
+    """Yields each result once the next has been dispatched, so that reading it on the host overlaps
+    with the devices' work."""
+    waiting: list[T] = []
+    for result in results:
+        yield from waiting
+        waiting = [result]
+    yield from waiting
 
 
 def _accumulate(objective, trained, batch: Batch, rngs: Rngs, count: int):

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from common_jax.mesh import to_devices
+from common_jax.step import one_behind
 from m2mkd_jax.data.feed import prepare_evaluation
 from m2mkd_jax.phases import PHASES
 from m2mkd_jax.phases.networks import SECTIONS, whole_network
@@ -75,8 +76,12 @@ def run_features(
         (pooled,) = recorded[stage_name(len(network) - 1)]["intermediates"]["features"]
         return Features(tokens.reshape(len(tokens), side, side, -1), pooled)
 
-    for batch in batches:
-        with jax.set_mesh(trained.mesh):
-            found = compute(trained.params, to_devices(batch, trained.mesh))
+    def dispatched() -> Iterator[tuple[Mapping[str, np.ndarray], Features]]:
+        for batch in batches:
+            with jax.set_mesh(trained.mesh):
+                found = compute(trained.params, to_devices(batch, trained.mesh))
+            yield batch, found
+
+    for batch, found in one_behind(dispatched()):
         # float32, since npz files cannot hold bfloat16.
         yield batch, jax.tree.map(lambda x: np.asarray(x, np.float32), jax.device_get(found))

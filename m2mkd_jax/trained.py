@@ -19,6 +19,7 @@ from common_jax.command_line import change_config, check_system
 from common_jax.inputs import eval_batches
 from common_jax.mesh import MeshConfig, check_batch, make_mesh, match_rules, put, to_devices
 from common_jax.state import evaluation_key
+from common_jax.step import one_behind
 from common_jax.weights import Adapt, Origin
 from common_jax.workdir import freeze_stored, read_json
 from m2mkd_jax.config import SYSTEM, Config, DistillConfig
@@ -260,10 +261,14 @@ def run_batches(
         outputs = trained.forward(params, helpers, images, False, rngs)
         return {name: finish(one.logits, batch) for name, one in outputs.items()}
 
-    for index, batch in enumerate(batches):
-        with jax.set_mesh(trained.mesh):
-            placed = to_devices(batch, trained.mesh)
-            found = compute(trained.params, trained.helpers, placed, np.int32(index))
+    def dispatched() -> Iterator[tuple[Mapping[str, np.ndarray], Any]]:
+        for index, batch in enumerate(batches):
+            with jax.set_mesh(trained.mesh):
+                placed = to_devices(batch, trained.mesh)
+                found = compute(trained.params, trained.helpers, placed, np.int32(index))
+            yield batch, found
+
+    for batch, found in one_behind(dispatched()):
         yield batch, jax.device_get(found)
 
 

@@ -47,7 +47,7 @@ def needs_of(runs: Iterable[Config]) -> dict[str, Need]:
     tests = ("test_split", "further_tests")
     for run in runs:
         pair = set(run.data.pair)
-        if run.tokenizer.kind == "trained":
+        if run.tokenizer.is_trained:
             needs["train_split"].languages |= set(run.known_languages)
         if trains(run.stage) is Trains.TOWERS:
             for key in ("train_split", "valid_split", "further_tests"):
@@ -75,10 +75,8 @@ def check_cliptrans(config: Config, findings: Findings) -> None:
     """Checks the sentences and pictures of every split that the run reads."""
     data = config.data
     findings.say(f"cliptrans, stage {config.stage}: config.data.source={data.source!r} {data.path}")
-    runs = [config.apply_parity()]
-    if config.stage == "pipeline":
-        planned = findings.attempt(plan, config, NOWHERE) or []
-        runs = [run.apply_parity() for _, run in planned]
+    planned = findings.attempt(plan, config, NOWHERE) or []
+    runs = [run.apply_parity() for _, run in planned]
     for key, need in needs_of(runs).items():
         named = getattr(data, key)
         for split in (named,) if isinstance(named, str) else named:

@@ -36,8 +36,7 @@ def trainings(config: "Config", mesh: "Mesh") -> "Iterator[Training]":
     from cliptrans_jax.stages import STAGES, TRANSLATION_STAGES
     from common_jax.commands.show import Training
 
-    runs = plan(config, epath.Path()) if config.stage == "pipeline" else [("", config)]
-    for folder, one in runs:
+    for folder, one in plan(config, epath.Path()):
         tokens = min(TOKENS, one.tokenizer.limit)
         name = f"{folder or one.stage}, {tokens} tokens per sentence"
         if one.stage in TRANSLATION_STAGES:

@@ -12,7 +12,6 @@ Example:
   cliptrans sweep --config=cliptrans/emoji.py:stage=translate --workdir=runs/rates \\
       --grid='optim.lr=1e-4,3e-4' --seeds=3 --config.sources.clip=runs/emoji/clip
 """
-OUTCOMES = {"clip": ("result.json",), "evaluate": ("scores.json",)}  # other stages: both files
 
 
 def program() -> "Program":
@@ -25,14 +24,17 @@ def program() -> "Program":
 
 def results(config: Any) -> "tuple[str | None, Files]":
     """The folder of the run whose results a cell reports, and the files that it must have."""
-    from cliptrans_jax.runs import pipeline
+    from cliptrans_jax.runs.pipeline import plan
+    from cliptrans_jax.stages import Trains, trains
     from common_jax.commands.sweep.cells import NOWHERE
 
-    runs = {"": config.stage}
-    if config.stage == "pipeline":
-        runs = {folder: one.stage for folder, one in pipeline.plan(config, NOWHERE)}
-    both = ("result.json", "scores.json")
-    return list(runs)[-1], {name: OUTCOMES.get(stage, both) for name, stage in runs.items()}
+    files = {
+        Trains.TOWERS: ("result.json",),
+        Trains.TRANSLATOR: ("result.json", "scores.json"),
+        None: ("scores.json",),  # an evaluation
+    }
+    runs = {folder: trains(one.stage) for folder, one in plan(config, NOWHERE)}
+    return list(runs)[-1], {folder: files[trained] for folder, trained in runs.items()}
 
 
 COMMAND = sweep_command("cliptrans", "stage", program, EXAMPLE)

@@ -12,6 +12,8 @@ from cliptrans_jax.data.corpus import Corpus
 from common_jax.config import FieldError, Section, did_you_mean
 from common_jax.ranges import BelowOne, Count, Name, Size, key_of, shown
 
+Languages = tuple[str, ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Section):
@@ -50,14 +52,16 @@ class DataConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        tests = (self.valid_split, self.test_split, *self.further_tests)
-        if (self.source, self.train_split) == ("emoji", "train") and "compositions" in tests:
-            raise FieldError(
-                "train_split='train' contains the split 'compositions', so training would include "
-                "these test examples; set train_split='rest'"
-            )
-        if (self.path == "") != (self.source == "emoji"):
-            rule = "must be empty" if self.source == "emoji" else "must be its folder"
+        source = SOURCES[self.source]
+        for split in (self.valid_split, self.test_split, *self.further_tests):
+            whole, rest = source.parts.get(split, (None, None))
+            if self.train_split == whole:
+                raise FieldError(
+                    f"train_split={whole!r} contains the split {split!r}, so training would "
+                    f"include these test examples; set train_split={rest!r}"
+                )
+        if (self.path == "") != source.built_in:
+            rule = "must be empty" if source.built_in else "must be its folder"
             raise FieldError(f"path={shown(self.path)} {rule} for source={self.source!r}")
         for key in ("source_language", "target_language"):
             if problem := _language_problem(self.source, getattr(self, key)):
@@ -98,21 +102,22 @@ def load_corpus(
       ValueError: an unknown split or language; files that do not match each other.
     """
     assert languages, "no language is requested"
+    source = SOURCES[config.source]
     for language in languages:
         if problem := _language_problem(config.source, language):
             raise ValueError(f"language={problem}")
-        if config.source in PAIRED and language not in config.pair:
+        if source.paired and language not in config.pair:
             raise ValueError(
                 f"language {language!r} is not of the pair {config.pair} of "
                 f"config.data.source={config.source!r}; leave it out of config.languages, or set "
                 "config.data.source_language or config.data.target_language to it"
             )
-    return SOURCES[config.source](config, split, tuple(languages), with_images)
+    return source.load(config, split, tuple(languages), with_images)
 
 
 def _language_problem(source: str, language: str) -> str | None:
     """Says why a source cannot have a language; None if it can."""
-    known = LANGUAGES.get(source)
+    known = SOURCES[source].languages
     if known is None or language in known:
         return None
     return (
@@ -122,58 +127,38 @@ def _language_problem(source: str, language: str) -> str | None:
     )
 
 
-def _load_emoji(
-    config: DataConfig, split: str, languages: tuple[str, ...], with_images: bool
-) -> Corpus:
-    return emoji_set.load_emoji(
-        split,
-        languages,
-        size=config.emoji_size if with_images else None,
-        flags=config.emoji_flags,
-    )
+def _load_emoji(config: DataConfig, split: str, languages: Languages, images: bool) -> Corpus:
+    size = config.emoji_size if images else None
+    return emoji_set.load_emoji(split, languages, size=size, flags=config.emoji_flags)
 
 
-def _load_multi30k(
-    config: DataConfig, split: str, languages: tuple[str, ...], with_images: bool
-) -> Corpus:
-    return layouts.load_multi30k(_root(config), split, languages, with_images=with_images)
+def _load_multi30k(config: DataConfig, split: str, languages: Languages, images: bool) -> Corpus:
+    return layouts.load_multi30k(_root(config), split, languages, with_images=images)
 
 
-def _load_wit(
-    config: DataConfig, split: str, languages: tuple[str, ...], with_images: bool
-) -> Corpus:
-    return layouts.load_wit(
-        _root(config), split, languages, pair=config.pair, with_images=with_images
-    )
+def _load_wit(config: DataConfig, split: str, languages: Languages, images: bool) -> Corpus:
+    root, pair = _root(config), config.pair
+    return layouts.load_wit(root, split, languages, pair=pair, with_images=images)
 
 
-def _load_wmt(
-    config: DataConfig, split: str, languages: tuple[str, ...], with_images: bool
-) -> Corpus:
-    del with_images  # the corpus itself says why it has none
+def _load_wmt(config: DataConfig, split: str, languages: Languages, images: bool) -> Corpus:
+    # It has no images, and says so itself.
     return layouts.load_wmt(_root(config), split, languages, pair=config.pair)
 
 
-def _load_coco(
-    config: DataConfig, split: str, languages: tuple[str, ...], with_images: bool
-) -> Corpus:
-    return layouts.load_coco(
-        _root(config), split, languages, language=config.source_language, with_images=with_images
-    )
+def _load_coco(config: DataConfig, split: str, languages: Languages, images: bool) -> Corpus:
+    root, language = _root(config), config.source_language
+    return layouts.load_coco(root, split, languages, language=language, with_images=images)
 
 
-def _load_text(
-    config: DataConfig, split: str, languages: tuple[str, ...], with_images: bool
-) -> Corpus:
-    return own.load_text(_root(config), split, languages, with_images=with_images)
+def _load_text(config: DataConfig, split: str, languages: Languages, images: bool) -> Corpus:
+    return own.load_text(_root(config), split, languages, with_images=images)
 
 
-def _load_table(
-    config: DataConfig, split: str, languages: tuple[str, ...], with_images: bool
-) -> Corpus:
+def _load_table(config: DataConfig, split: str, languages: Languages, images: bool) -> Corpus:
     path = Path(os.path.expanduser(config.path))
     root = path if path.is_file() else _root(config)
-    return own.load_table(root, split, languages, with_images=with_images)
+    return own.load_table(root, split, languages, with_images=images)
 
 
 def _root(config: DataConfig) -> Path:
@@ -186,20 +171,39 @@ def _root(config: DataConfig) -> Path:
     return root
 
 
-SOURCES: Mapping[str, Callable[[DataConfig, str, tuple[str, ...], bool], Corpus]] = {
-    "emoji": _load_emoji,
-    "multi30k": _load_multi30k,
-    "wit": _load_wit,
-    "wmt": _load_wmt,
-    "coco": _load_coco,
-    "text": _load_text,
-    "table": _load_table,
-}
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A source of sentences and pictures.
 
-# Languages of the sources that have a fixed set; the others have whatever their files contain.
-LANGUAGES: Mapping[str, tuple[str, ...]] = {
-    "emoji": emoji_set.LANGUAGES,
-    "multi30k": layouts.MULTI30K_LANGUAGES,
-    "wit": layouts.WIT_LANGUAGES,
+    Attributes:
+      load: (config, split, languages, whether to open pictures) -> the corpus.
+      languages: those that it has; None for whatever its files contain.
+      paired: whether it can only be read in the two languages of `DataConfig.pair`.
+      built_in: whether it comes with the code, without a folder.
+      parts: test split -> (a split that contains it, the rest of that split).
+      notice: the attribution that it requires of a published model; "" for none.
+    """
+
+    load: Callable[[DataConfig, str, Languages, bool], Corpus]
+    languages: Languages | None = None
+    paired: bool = False
+    built_in: bool = False
+    parts: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    notice: str = ""
+
+
+SOURCES: Mapping[str, Source] = {
+    "emoji": Source(
+        _load_emoji,
+        languages=emoji_set.LANGUAGES,
+        built_in=True,
+        parts={"compositions": ("train", "rest")},
+        notice="The pictures of the emoji are from [OpenMoji](https://openmoji.org), CC BY-SA 4.0.",
+    ),
+    "multi30k": Source(_load_multi30k, languages=layouts.MULTI30K_LANGUAGES),
+    "wit": Source(_load_wit, languages=layouts.WIT_LANGUAGES, paired=True),
+    "wmt": Source(_load_wmt, paired=True),
+    "coco": Source(_load_coco, paired=True),
+    "text": Source(_load_text),
+    "table": Source(_load_table),
 }
-PAIRED = ("wit", "wmt", "coco")

@@ -114,6 +114,7 @@ class FramedTokenizer:
         return tuple(self.language_ids)
 
     def language_id(self, language: str) -> int:
+        """See `Tokenizer.language_id`."""
         if language not in self.language_ids:
             known = ", ".join(self.language_ids) or "none; encode for language None"
             raise ValueError(
@@ -123,10 +124,12 @@ class FramedTokenizer:
         return self.language_ids[language]
 
     def encode(self, texts: Sequence[str], language: str | None) -> Ragged:
+        """See `Tokenizer.encode`."""
         flats, lengths = zip(*self.encode_parts(texts, language), strict=True)
         return Ragged.of(np.concatenate(flats), np.concatenate(lengths))
 
     def encode_parts(self, texts: Sequence[str], language: str | None) -> Iterator[Part]:
+        """See `Tokenizer.encode_parts`."""
         start = self._start(language)
         texts = texts if isinstance(texts, Lines) else require_texts(texts)
         # At least one part, even if it is empty.
@@ -195,10 +198,12 @@ class FramedTokenizer:
         return [] if first is None else [first]
 
     def fingerprint(self, language: str | None) -> str:
+        """See `Tokenizer.fingerprint`."""
         frame = (self._start(language), self.eos, self.limit, self.vocab, sorted(self.special))
         return hashlib.sha256(repr(frame).encode() + b"\n" + self.definition()).hexdigest()
 
     def decode(self, ids: Iterable[int | np.integer]) -> str:
+        """See `Tokenizer.decode`."""
         ids = [int(i) for i in ids]
         # The first id may be `</s>`, as decoding starts with it.
         if self.eos in ids[1:]:

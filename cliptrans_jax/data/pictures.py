@@ -119,6 +119,7 @@ def _pixel_matrix(
 ) -> tuple[float, ...]:
     """Returns PIL's six affine coefficients, which map an output pixel (column, row) to its
     source."""
+    # The inverse of the change: source = centre + matrix (output - centre - shift).
     centre = np.array(size) / 2
     cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     matrix = np.array([[cosine, -sine], [sine, cosine]]) / scale

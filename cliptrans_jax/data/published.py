@@ -5,6 +5,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 import tokenizers
@@ -45,57 +46,33 @@ class PublishedTokenizer:
     Attributes:
       repository: its repository on the Hugging Face hub.
       files: files any one of which contains the whole tokenizer, except for `order`.
+      limit: largest number of tokens per sentence, which is the network's number of positions.
+      hub_class: class of `transformers` that reads it.
+      hub_file: the file without which that class assigns other ids, if there is one.
+      hub_settings: settings of that class that differ from its defaults.
       codes: token of each language.
       last: tokens that follow the pieces, in the order of their ids.
       bpe: whether SentencePiece merges pairs, see `sentencepieces.PieceModel`.
       order: another required file, with the ids of special tokens and pieces; "" if ids follow the
         order of the model.
-      hub_file: the file without which `transformers` assigns other ids, if there is one.
+      read: (folder, limit) -> tokenizer; None for SentencePiece with fairseq's ids, to which the
+        four fields above belong.
     """
 
     repository: str
     files: tuple[str, ...]
-    codes: Mapping[str, str]
-    last: tuple[str, ...]
+    limit: int
+    hub_class: str
+    hub_file: str = ""
+    hub_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    codes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    last: tuple[str, ...] = ()
     bpe: bool = False
     order: str = ""
-    hub_file: str = ""
+    read: Callable[[Path, int], FramedTokenizer] | None = None
 
 
 PIECES, JSON, WORDS = "sentencepiece.bpe.model", "tokenizer.json", "vocab.txt"
-PUBLISHED: Mapping[str, PublishedTokenizer] = {
-    "mbart50": PublishedTokenizer(
-        "facebook/mbart-large-50",
-        (JSON, PIECES),
-        MBART50_CODES,
-        (*MBART50_TOKENS, MASK),
-    ),
-    "nllb": PublishedTokenizer(
-        "facebook/nllb-200-distilled-600M",
-        (JSON, PIECES),
-        NLLB_CODES,
-        (*NLLB_TOKENS, MASK),
-        bpe=True,
-        hub_file=JSON,
-    ),
-    "m2m100": PublishedTokenizer(
-        "facebook/m2m100_418M",
-        (PIECES,),
-        M2M100_CODES,
-        (*M2M100_CODES.values(), *M2M100_UNUSED),
-        bpe=True,
-        order="vocab.json",
-    ),
-    "xlmr": PublishedTokenizer("M-CLIP/XLM-Roberta-Large-Vit-B-32", (JSON, PIECES), {}, (MASK,)),
-    "clip": PublishedTokenizer(
-        "openai/clip-vit-base-patch32",
-        (JSON, "vocab.json"),
-        {},
-        (byte_pairs.CLIP_BOS, byte_pairs.CLIP_EOS),
-    ),
-    "siglip2": PublishedTokenizer("google/siglip2-base-patch16-224", (JSON,), {}, ()),
-    "labse": PublishedTokenizer("M-CLIP/LABSE-Vit-L-14", (JSON, WORDS), {}, ()),
-}
 
 
 def language_problem(kind: str, language: str) -> str | None:
@@ -134,8 +111,8 @@ def load_published(kind: str, path: str, *, limit: int, key: str) -> FramedToken
             f"huggingface_hub.snapshot_download({published.repository!r}, local_dir=...)"
         )
     try:
-        if kind in READERS:
-            return READERS[kind](folder, limit)
+        if published.read is not None:
+            return published.read(folder, limit)
         model = _find_model(kind, folder)
         return _sentencepiece(model, _read_order(model, published, folder), published, limit)
     except ValueError as error:
@@ -349,9 +326,65 @@ def _read_words(folder: Path) -> tuple[Path, dict[str, int]]:
     return path, vocab
 
 
-# Loaders of the kinds that do not use SentencePiece.
-READERS: Mapping[str, Callable[[Path, int], FramedTokenizer]] = {
-    "clip": _clip,
-    "siglip2": _siglip2,
-    "labse": _labse,
+PUBLISHED: Mapping[str, PublishedTokenizer] = {
+    "mbart50": PublishedTokenizer(
+        "facebook/mbart-large-50",
+        (JSON, PIECES),
+        limit=1024,
+        hub_class="MBart50Tokenizer",
+        codes=MBART50_CODES,
+        last=(*MBART50_TOKENS, MASK),
+    ),
+    "nllb": PublishedTokenizer(
+        "facebook/nllb-200-distilled-600M",
+        (JSON, PIECES),
+        limit=1024,
+        hub_class="NllbTokenizer",
+        codes=NLLB_CODES,
+        last=(*NLLB_TOKENS, MASK),
+        bpe=True,
+        hub_file=JSON,
+    ),
+    "m2m100": PublishedTokenizer(
+        "facebook/m2m100_418M",
+        (PIECES,),
+        limit=1024,
+        hub_class="M2M100Tokenizer",
+        codes=M2M100_CODES,
+        last=(*M2M100_CODES.values(), *M2M100_UNUSED),
+        bpe=True,
+        order="vocab.json",
+    ),
+    "xlmr": PublishedTokenizer(
+        "M-CLIP/XLM-Roberta-Large-Vit-B-32",
+        (JSON, PIECES),
+        limit=512,
+        hub_class="XLMRobertaTokenizer",
+        last=(MASK,),
+    ),
+    "clip": PublishedTokenizer(
+        "openai/clip-vit-base-patch32",
+        (JSON, "vocab.json"),
+        limit=77,
+        hub_class="CLIPTokenizer",
+        last=(byte_pairs.CLIP_BOS, byte_pairs.CLIP_EOS),
+        read=_clip,
+    ),
+    "siglip2": PublishedTokenizer(
+        "google/siglip2-base-patch16-224",
+        (JSON,),
+        limit=64,
+        hub_class="Siglip2Tokenizer",
+        # The default is the side for generative models.
+        hub_settings={"padding_side": "right"},
+        read=_siglip2,
+    ),
+    "labse": PublishedTokenizer(
+        "M-CLIP/LABSE-Vit-L-14",
+        (JSON, WORDS),
+        limit=512,
+        hub_class="BertTokenizer",
+        hub_settings={"do_lower_case": False},
+        read=_labse,
+    ),
 }

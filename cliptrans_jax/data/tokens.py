@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 import jax
@@ -24,16 +24,17 @@ from tokenizers import models, normalizers, pre_tokenizers, trainers
 from cliptrans_jax.data import byte_pairs
 from cliptrans_jax.data.corpus import Corpus
 from cliptrans_jax.data.framing import SPECIAL, FramedTokenizer, Tokenizer
-from cliptrans_jax.data.published import load_published
+from cliptrans_jax.data.published import PUBLISHED, load_published
 from common_jax import hosts
 from common_jax.config import FieldError, Section
 from common_jax.inputs.ragged import Chain, Lines, Ragged, joined
-from common_jax.ranges import Size, key_of, shown
+from common_jax.ranges import Size, one_of, shown
 from common_jax.untrusted import plain
 from common_jax.workdir import read_arrays, read_json, write_arrays, write_bytes
 
 # Sentences per split. Two cores encode fewer in about 2 s, so caching those would save little.
 LARGE = 1 << 17
+LONGEST = 1024  # tokens per sentence of a tokenizer that is trained here, frame included
 # A byte-level vocabulary contains all bytes, so no character is unknown.
 BYTES = 256
 
@@ -43,14 +44,14 @@ class TokenizerConfig(Section):
     """The tokenizer of sentences.
 
     Attributes:
-      kind: a key of KINDS.
+      kind: "trained", or a key of PUBLISHED.
       path: the folder of a published tokenizer's files; empty for `trained`.
       vocab: for `trained`: largest number of ids, languages included.
       lower: for `trained`: lower-cases all texts, so outputs are in lower case too.
       max_length: largest number of tokens per sentence, frame included; None for the kind's limit.
     """
 
-    kind: Annotated[str, key_of(lambda: KINDS)] = "trained"
+    kind: Annotated[str, one_of("trained", *PUBLISHED)] = "trained"
     path: str = ""
     vocab: Size = 2000
     lower: bool = False
@@ -58,30 +59,39 @@ class TokenizerConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        limit = LIMITS[self.kind]
+        limit = self._most
         if self.max_length is not None and not 3 <= self.max_length <= limit:
             raise FieldError(
                 f"max_length={self.max_length} must be from 3 (a frame and a token) to {limit}, "
                 f"the limit of {self.kind!r}, or None"
             )
-        if self.kind == "trained" and self.vocab <= BYTES + len(SPECIAL) + 1:
+        if self.is_trained and self.vocab <= BYTES + len(SPECIAL) + 1:
             raise FieldError(
                 f"vocab={self.vocab} must be above {BYTES + len(SPECIAL) + 1}: {BYTES} bytes, "
                 f"{len(SPECIAL)} special tokens, a mask; and the languages"
             )
-        if self.lower and self.kind != "trained":
+        if self.lower and not self.is_trained:
             raise FieldError(
                 f"lower=True is for kind='trained': {self.kind!r} is published, which fixes "
                 "whether texts are lower-cased"
             )
-        if (self.path == "") != (self.kind == "trained"):
-            rule = "must be empty" if self.kind == "trained" else "must be its folder"
+        if (self.path == "") != self.is_trained:
+            rule = "must be empty" if self.is_trained else "must be its folder"
             raise FieldError(f"path={shown(self.path)} {rule} for kind={self.kind!r}")
+
+    @property
+    def is_trained(self) -> bool:
+        """True for a tokenizer that is trained here, on the run's sentences."""
+        return self.kind == "trained"
 
     @property
     def limit(self) -> int:
         """Largest number of tokens per sentence, frame included."""
-        return LIMITS[self.kind] if self.max_length is None else self.max_length
+        return self._most if self.max_length is None else self.max_length
+
+    @property
+    def _most(self) -> int:
+        return LONGEST if self.is_trained else PUBLISHED[self.kind].limit
 
 
 def load_tokenizer(
@@ -103,7 +113,10 @@ def load_tokenizer(
       FileNotFoundError: the folder lacks the files of the kind.
       ValueError: its files are not a tokenizer of the kind.
     """
-    return KINDS[config.kind](config, key, sentences, languages, path)
+    if not config.is_trained:
+        return load_published(config.kind, config.path, limit=config.limit, key=key)
+    assert path is not None, "a trained tokenizer needs a file"
+    return load_or_train_tokenizer(config, sentences, languages, path)
 
 
 def encode_corpus(
@@ -332,53 +345,3 @@ def _add_frame(
         special=frozenset({*range(len(SPECIAL)), *range(pieces, vocab)}),
         limit=limit,
     )
-
-
-def _load_trained(
-    config: TokenizerConfig,
-    key: str,
-    sentences: Iterable[str] | None,
-    languages: Sequence[str],
-    path: os.PathLike | str | None,
-) -> FramedTokenizer:
-    del key
-    assert path is not None, "a trained tokenizer needs a file"
-    return load_or_train_tokenizer(config, sentences, languages, path)
-
-
-def _load_published(
-    config: TokenizerConfig,
-    key: str,
-    sentences: Iterable[str] | None,
-    languages: Sequence[str],
-    path: os.PathLike | str | None,
-) -> FramedTokenizer:
-    del sentences, languages, path  # only needed for training
-    return load_published(config.kind, config.path, limit=config.limit, key=key)
-
-
-Loader = Callable[
-    [TokenizerConfig, str, Iterable[str] | None, Sequence[str], os.PathLike | str | None],
-    FramedTokenizer,
-]
-KINDS: Mapping[str, Loader] = {
-    "trained": _load_trained,
-    "mbart50": _load_published,
-    "nllb": _load_published,
-    "m2m100": _load_published,
-    "xlmr": _load_published,
-    "clip": _load_published,
-    "siglip2": _load_published,
-    "labse": _load_published,
-}
-# Largest number of tokens per sentence: the networks' numbers of positions.
-LIMITS: Mapping[str, int] = {
-    "trained": 1024,
-    "mbart50": 1024,
-    "nllb": 1024,
-    "m2m100": 1024,
-    "xlmr": 512,
-    "clip": 77,
-    "siglip2": 64,
-    "labse": 512,
-}

@@ -1,7 +1,7 @@
 """Translates a set of sentences, during or after training, and scores it."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from cliptrans_jax.models.chunks import CHUNK
 from cliptrans_jax.models.cliptrans import Translator
 from common_jax import hosts
 from common_jax.mesh import replicated, to_devices
-from common_jax.step import Evaluate
+from common_jax.step import Evaluate, one_behind
 
 # encode(params, batch) -> features (B, M); None if the model takes none
 Encode = Callable[[Any, Mapping[str, jax.Array]], jax.Array | None]
@@ -45,16 +45,16 @@ class Translate:
           common_jax.signals.Stopped: on a request to stop.
           FloatingPointError: if no output of an example has a finite score.
         """
-        hypotheses, pending = {}, None
-        with jax.set_mesh(self.mesh):
+
+        def dispatched() -> Iterator[tuple[Hypotheses, jax.Array, jax.Array]]:
             for batch in batches:
                 hosts.check()
-                outputs = self.run(params, to_devices(batch, self.mesh))
-                if pending is not None:
-                    hypotheses |= self._read(*pending)  # while the devices compute the next batch
-                pending = outputs
-            if pending is not None:
-                hypotheses |= self._read(*pending)
+                yield self.run(params, to_devices(batch, self.mesh))
+
+        hypotheses = {}
+        with jax.set_mesh(self.mesh):
+            for outputs in one_behind(dispatched()):
+                hypotheses |= self._read(*outputs)
         return hypotheses
 
     def _read(

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from cliptrans_jax.config import Config
+from cliptrans_jax.data.corpora import SOURCES
 from cliptrans_jax.export.towers import HUB
 from cliptrans_jax.runs.finished import Finished
 from cliptrans_jax.runs.scoring import SCORES
@@ -32,10 +33,6 @@ ABOUT = {
     "text_tower/config.json": "the text tower",
     "text_tower/projection.safetensors": "its last layer, on the mean over a sentence's tokens",
     "image_tower/config.json": "the image tower",
-}
-# Attributions that data sources require.
-NOTICES = {
-    "emoji": "The pictures of the emoji are from [OpenMoji](https://openmoji.org), CC BY-SA 4.0."
 }
 WHOLE = "It has no prefix, so this folder is the whole model."
 PLAIN = """**`transformers` loads this folder as a plain {name}, without the prefix**, as it has no
@@ -173,8 +170,8 @@ def _licence(config: Config) -> Iterator[str]:
         "To be filled in, here and as `license` at the top. The terms of the data apply, and those "
         "of published weights that the model started from."
     )
-    if config.data.source in NOTICES:
-        yield NOTICES[config.data.source]
+    if notice := SOURCES[config.data.source].notice:
+        yield notice
 
 
 def _table(header: tuple[str, str], rows: Mapping[str, Any]) -> str:

@@ -18,17 +18,6 @@ from common_jax.workdir import read_json
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 # Files that a published tokenizer may have in addition to those in `PUBLISHED`.
 OTHERS = ("special_tokens_map.json", "merges.txt")
-CLASSES = {
-    "mbart50": "MBart50Tokenizer",
-    "nllb": "NllbTokenizer",
-    "m2m100": "M2M100Tokenizer",
-    "xlmr": "XLMRobertaTokenizer",
-    "clip": "CLIPTokenizer",
-    "siglip2": "Siglip2Tokenizer",
-    "labse": "BertTokenizer",
-}
-# Other settings; the default padding side is the one for generative models.
-SETTINGS_OF = {"siglip2": {"padding_side": "right"}, "labse": {"do_lower_case": False}}
 
 
 def language_token(language: str) -> str:
@@ -62,7 +51,7 @@ def write_tokenizer(
         one that `transformers` needs.
     """
     settings: dict[str, Any] = {"model_max_length": limit, "clean_up_tokenization_spaces": False}
-    if config.kind == "trained":
+    if config.is_trained:
         first = SPECIAL[BOS] if pair is None else language_token(pair[0])
         _build(trained, languages, first, lower=config.lower).save(str(folder / FILE))
         tokens = {"bos": BOS, "pad": PAD, "eos": EOS, "unk": UNK}
@@ -74,10 +63,10 @@ def write_tokenizer(
         }
     else:
         _copy(folder, config)
-        settings["tokenizer_class"] = CLASSES[config.kind]
-        settings |= SETTINGS_OF.get(config.kind, {})
+        published = PUBLISHED[config.kind]
+        settings |= {"tokenizer_class": published.hub_class, **published.hub_settings}
         if pair is not None:
-            codes = PUBLISHED[config.kind].codes
+            codes = published.codes
             # M2M-100's class expects "de" for the language whose token is "__de__".
             source, target = (codes[language].strip("_") for language in pair)
             settings |= {"src_lang": source, "tgt_lang": target}

@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cliptrans_jax.towers import clip_names, mclip_names, siglip_names
+from cliptrans_jax.tensors import siglip_json
+from cliptrans_jax.tensors.config_json import (
+    CLIP_FEATURES,
+    CLIP_TEXT_FIELDS,
+    CLIP_VISION_FIELDS,
+    MCLIP_FIELDS,
+    written,
+)
+from cliptrans_jax.tensors.kinds import KINDS
 from cliptrans_jax.towers.clip import ClipTextConfig, ClipVisionConfig
 from cliptrans_jax.towers.labse import LabseConfig
 from cliptrans_jax.towers.mclip import MClipConfig
@@ -17,9 +25,10 @@ from cliptrans_jax.towers.siglip import SiglipTextConfig, SiglipVisionConfig
 from cliptrans_jax.towers.table import tower_of
 from cliptrans_jax.towers.tower import Pictures
 from common_jax.weights import write_tensors
-from common_jax.weights.table import Table, write
+from common_jax.weights.table import write
 
 PROJECTION = "LinearTransformation."  # M-CLIP's last layer, which XLM-RoBERTa lacks
+SIGLIP = {"hidden_act": "gelu_pytorch_tanh", "attention_dropout": 0.0}
 # Code for the model card. `cls` is the class, `output` the field with the features.
 MCLIP_USE = """Vectors of sentences:
 
@@ -65,16 +74,14 @@ class HubTower:
     Attributes:
       cls: class that loads the folder.
       config: sizes -> the content of config.json, except for the class.
-      table: sizes -> names of its tensors.
       use: Python code for the model card.
-      prefix: prefix of those names that the class does not use.
+      prefix: prefix of the published names that the class does not use.
       beside: prefix of the tensors that the class does not have; they go into
         `projection.safetensors`.
     """
 
     cls: str
     config: Callable[[Any], dict[str, Any]]
-    table: Callable[[Any], Table]
     use: str
     prefix: str = ""
     beside: str | None = None
@@ -89,9 +96,10 @@ def write_tower(folder: Path, params: Mapping[str, Any], config: Any) -> None:
       config: its sizes, an instance of a class in `HUB`.
     """
     tower = HUB[type(config)]
+    table = KINDS[tower_of(config).kind][0].table  # the first layout is that of Hugging Face
     tensors = {
         name.removeprefix(tower.prefix): np.asarray(x, np.float32)
-        for name, x in write(tower.table(config), params).items()
+        for name, x in write(table(config), params).items()
     }
     beside = {
         name: tensors.pop(name)
@@ -109,82 +117,29 @@ def write_tower(folder: Path, params: Mapping[str, Any], config: Any) -> None:
 
 
 def _mclip(config: MClipConfig) -> dict[str, Any]:
-    return {
-        "model_type": "xlm-roberta",
-        "vocab_size": config.vocab,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "intermediate_size": config.hidden,
-        "max_position_embeddings": config.positions,
-        "type_vocab_size": config.types,
-        "layer_norm_eps": config.eps,
-        "pad_token_id": config.pad,
-        "hidden_dropout_prob": config.dropout,
-        "attention_probs_dropout_prob": 0.0,
-        "hidden_act": config.activation,
-    }
-
-
-def _clip(config: ClipTextConfig | ClipVisionConfig) -> dict[str, Any]:
-    return {
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "intermediate_size": config.hidden,
-        "layer_norm_eps": config.eps,
-        "hidden_act": config.activation,
-        "projection_dim": config.features,
-        "attention_dropout": 0.0,
-    }
+    fixed = {"model_type": "xlm-roberta", "attention_probs_dropout_prob": 0.0}
+    return written(config, MCLIP_FIELDS) | fixed
 
 
 def _clip_text(config: ClipTextConfig) -> dict[str, Any]:
-    return _clip(config) | {
-        "model_type": "clip_text_model",
-        "vocab_size": config.vocab,
-        "max_position_embeddings": config.positions,
-        "bos_token_id": config.vocab - 2,
-        "eos_token_id": config.vocab - 1,
-    }
+    ids = {"bos_token_id": config.vocab - 2, "eos_token_id": config.vocab - 1}
+    fixed = {"model_type": "clip_text_model", "attention_dropout": 0.0}
+    return written(config, CLIP_TEXT_FIELDS | CLIP_FEATURES) | ids | fixed
 
 
 def _clip_vision(config: ClipVisionConfig) -> dict[str, Any]:
-    return _clip(config) | {
-        "model_type": "clip_vision_model",
-        "image_size": config.image,
-        "patch_size": config.patch,
-    }
-
-
-def _siglip(config: SiglipTextConfig | SiglipVisionConfig) -> dict[str, Any]:
-    return {
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "intermediate_size": config.hidden,
-        "layer_norm_eps": config.eps,
-        "hidden_act": "gelu_pytorch_tanh",
-        "attention_dropout": 0.0,
-    }
+    fixed = {"model_type": "clip_vision_model", "attention_dropout": 0.0}
+    return written(config, CLIP_VISION_FIELDS | CLIP_FEATURES) | fixed
 
 
 def _siglip_text(config: SiglipTextConfig) -> dict[str, Any]:
-    return _siglip(config) | {
-        "model_type": "siglip_text_model",
-        "vocab_size": config.vocab,
-        "max_position_embeddings": config.positions,
-        "projection_size": config.features,
-        "pad_token_id": config.pad,
-    }
+    fields = siglip_json.TEXT_FIELDS | {"pad": "pad_token_id"}
+    return written(config, fields) | SIGLIP | {"model_type": "siglip_text_model"}
 
 
 def _siglip_vision(config: SiglipVisionConfig) -> dict[str, Any]:
-    return _siglip(config) | {
-        "model_type": "siglip_vision_model",
-        "image_size": config.image,
-        "patch_size": config.patch,
-    }
+    fixed = SIGLIP | {"model_type": "siglip_vision_model"}
+    return written(config, siglip_json.VISION_FIELDS) | fixed
 
 
 def _preprocessor(pictures: Pictures, side: int) -> dict[str, Any]:
@@ -218,7 +173,6 @@ HUB: Mapping[type, HubTower] = {
     MClipConfig: HubTower(
         "XLMRobertaModel",
         _mclip,
-        mclip_names.table,
         MCLIP_USE.format(cls="XLMRobertaModel"),
         prefix="transformer.",
         beside=PROJECTION,
@@ -226,7 +180,6 @@ HUB: Mapping[type, HubTower] = {
     LabseConfig: HubTower(
         "BertModel",
         lambda config: _mclip(config) | {"model_type": "bert"},
-        mclip_names.table,
         MCLIP_USE.format(cls="BertModel"),
         prefix="transformer.",
         beside=PROJECTION,
@@ -234,25 +187,21 @@ HUB: Mapping[type, HubTower] = {
     SiglipTextConfig: HubTower(
         "SiglipTextModel",
         _siglip_text,
-        siglip_names.text_table,
         TEXT_USE.format(cls="SiglipTextModel", output="pooler_output"),
     ),
     ClipTextConfig: HubTower(
         "CLIPTextModelWithProjection",
         _clip_text,
-        clip_names.text_table,
         TEXT_USE.format(cls="CLIPTextModelWithProjection", output="text_embeds"),
     ),
     ClipVisionConfig: HubTower(
         "CLIPVisionModelWithProjection",
         _clip_vision,
-        clip_names.vision_table,
         PICTURE_USE.format(cls="CLIPVisionModelWithProjection", output="image_embeds"),
     ),
     SiglipVisionConfig: HubTower(
         "SiglipVisionModel",
         _siglip_vision,
-        siglip_names.vision_table,
         PICTURE_USE.format(cls="SiglipVisionModel", output="pooler_output"),
     ),
 }

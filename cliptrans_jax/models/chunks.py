@@ -31,7 +31,8 @@ def sum_chunks(
     Args:
       sums: returns a tree of totals, to which pads must not contribute.
     """
-    # At least one slot per chunk; the last chunk is filled up with pads.
+    # Along T, so that every device computes its own examples in each chunk. At least one slot per
+    # chunk; the last chunk is filled up with pads.
     rows = min(max(1, chunk * batch_shards() // len(labels)), states.shape[1])
     more = -states.shape[1] % rows
     states = jnp.pad(states, ((0, 0), (0, more), (0, 0)))

@@ -22,6 +22,8 @@ from common_jax.mesh import Rules
 from common_jax.ranges import key_of
 
 Params = dict[str, Any]
+# Folded into a step's dropout key, so that no two parts draw alike; the encoder has the key itself.
+MAPPER, DECODER, TOWER = 1, 2, 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Translator:
         if not self.prefix_length:
             return jnp.zeros((batch, 0, self.config.sizes.width), self.dtype)
         assert features is not None
-        rngs = {} if dropout is None else {"dropout": jax.random.fold_in(dropout, 1)}
+        rngs = {} if dropout is None else {"dropout": jax.random.fold_in(dropout, MAPPER)}
         variables = {"params": params["mapper"]}
         return self._mapper.apply(variables, features, dropout is not None, rngs=rngs)
 
@@ -181,7 +183,7 @@ class Translator:
             states,
             source != self.config.sizes.pad,
             visible,
-            dropout=None if dropout is None else jax.random.fold_in(dropout, 2),
+            dropout=None if dropout is None else jax.random.fold_in(dropout, DECODER),
         )
 
     def decoder_input(
@@ -204,6 +206,7 @@ class Translator:
             return embeddings, jnp.tril(jnp.ones((1, 1, length, length), bool))
         vectors = self.prefix(params, features, labels.shape[0], dropout=dropout)
         mask = jnp.pad(ids[:, 1:] != config.sizes.pad, ((0, 0), (1 + count, 0)))
+        # The start token is visible whatever its id: without it, its slot would attend to nothing.
         mask = mask.at[:, : 1 + count].set(True)
         visible = prefix.visibility(mask, count=count, rule=config.prefix.mask)
         return prefix.insert(embeddings, vectors), visible

@@ -61,6 +61,7 @@ def _total(task: "_Task", matrix: Any, bias: Any, states: Any, labels: Any) -> j
 
 def _forward(task: "_Task", matrix: Any, bias: Any, states: Any, labels: Any):
     """The total, and its gradients by matrix, bias and states; None for those not trained."""
+    # With symbolic zeros, `perturbed` says whether the gradient by an argument is needed.
     task = dataclasses.replace(task, by_matrix=matrix.perturbed, by_bias=bias.perturbed)
     values = (x.value for x in (matrix, bias, states, labels))
     total, by_matrix, by_bias, by_states = _compute(task, *values)
@@ -203,7 +204,7 @@ class _Task:
         share = self.smoothing / len(matrix)
         if self.by_matrix:
             by_matrix = jnp.concatenate(sums.by_matrix)
-            if share:
+            if share:  # smoothing subtracts the same from the gradient of every token's row
                 by_matrix = by_matrix - share * (real.astype(kind) @ rows.astype(kind))
             by_matrix = by_matrix.at[labels].add(sums.by_labels[:, None] * rows)
         if self.by_bias:
@@ -254,6 +255,7 @@ class _Task:
         vectors = sum(x[:, None] * part.vectors for x, part in scaled_parts)
         log_z = top + jnp.log(total)
         losses = log_z - (1 - smoothing) * label_logits
+        # p - (1 - smoothing) of the label; expm1(log p) = p - 1 stays exact where p is close to 1.
         by_labels = real * (jnp.expm1(label_logits - log_z) + smoothing)
         by_rows = by_labels[:, None] * own + (real / total)[:, None] * vectors
         if smoothing:

@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from cliptrans_jax.config import Config
 from cliptrans_jax.contrastive.table import CONTRASTIVE
@@ -197,14 +198,19 @@ def init(config: Config, key: jax.Array) -> dict[str, Any]:
     return {"clip": {**params, **CONTRASTIVE[config.clip.loss].init(config.clip.scale)}}
 
 
-def _embed(config: Config, params: Any, batch: Any, dropout: jax.Array | None):
+def _embed(
+    config: Config, params: Any, batch: Mapping[str, jax.Array], dropout: jax.Array | None
+) -> tuple[Float[Array, "B M"], Float[Array, "B M"]]:
+    """The features of texts and of images."""
     image, tree = config.clip.image, params["clip"]
     texts = text_side(config).features(config, tree, batch, dropout)
     images = tower_of(image).apply(image, config.dtype, tree["image"], batch["image"])
     return texts, images
 
 
-def _loss(config: Config, params, helpers, batch, rngs, step):
+def _loss(
+    config: Config, params, helpers, batch, rngs, step
+) -> tuple[Float[Array, ""], Mapping[str, Float[Array, ""]]]:
     texts, images = _embed(config, params, batch, rngs["dropout"])
     objective = CONTRASTIVE[config.clip.loss]
     learned = objective.limit(params["clip"])

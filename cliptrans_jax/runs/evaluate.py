@@ -10,11 +10,11 @@ from jax.sharding import Mesh
 
 from cliptrans_jax.config import Config
 from cliptrans_jax.runs.finished import Finished, find
-from cliptrans_jax.runs.objective import is_run, make_warm_start
-from cliptrans_jax.runs.run_data import RunData
+from cliptrans_jax.runs.initial_weights import make_warm_start
+from cliptrans_jax.runs.run_data import RunData, is_run
 from cliptrans_jax.runs.scoring import score_further, score_split
 from cliptrans_jax.runs.translation import Model
-from cliptrans_jax.stages import SCORED_AS, TRANSLATION_STAGES
+from cliptrans_jax.stages import EVALUATE, SCORED_AS, TRANSLATION_STAGES
 from common_jax import checkpoint
 from common_jax.mesh import match_rules, with_shardings
 from common_jax.weights import list_problems
@@ -54,7 +54,7 @@ def evaluate(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, 
     scores = score_split(config, workdir, test, translate, params, step=name)
     for found in (scores, *further.values()):
         logging.info("%s: BLEU %.2f", found["set"], found["bleu"])
-    return {"stage": "evaluate"} | further | scores
+    return {"stage": EVALUATE} | further | scores
 
 
 def rescore(run: Finished, folder: epath.Path, mesh: Mesh) -> dict[str, Any]:

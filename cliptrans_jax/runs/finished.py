@@ -15,7 +15,7 @@ from cliptrans_jax.encoders import ImageTower, TextTower
 from cliptrans_jax.runs.run_data import RunData
 from cliptrans_jax.runs.run_tokenizer import TOKENIZER
 from cliptrans_jax.runs.translation import best_step
-from cliptrans_jax.stages import STAGES, Trains, trains
+from cliptrans_jax.stages import PIPELINE, STAGES, Trains, trains
 from cliptrans_jax.translators.table import TRANSLATORS
 from common_jax import checkpoint
 from common_jax.command_line import change_config, check_system
@@ -96,7 +96,7 @@ def find(
     if scored and trains(config.stage) is not Trains.TOWERS:
         step = best_step(step.parent.parent, config.run)
     # Even with another language pair, a trained tokenizer keeps its languages, and so its ids.
-    known = config.known_languages if config.tokenizer.kind == "trained" else config.languages
+    known = config.known_languages if config.tokenizer.is_trained else config.languages
     # The run's own mesh was for the machine that it was trained on.
     config = dataclasses.replace(config, mesh=MeshConfig(), languages=known)
     return Finished(step, change_config(config, settings or {}, changeable=CHANGEABLE))
@@ -105,7 +105,7 @@ def find(
 def _last_run(folder: epath.Path, stages: Collection[str]) -> epath.Path:
     """The folder of a pipeline's last run if `folder` is a pipeline's, else `folder`."""
     path = folder / "config.json"
-    if not path.exists() or read_json(path).get("stage") != "pipeline":
+    if not path.exists() or read_json(path).get("stage") != PIPELINE:
         return folder
     runs = [folder / name for name in STAGES if name in stages]
     return next((run for run in reversed(runs) if (run / checkpoint.FOLDER).exists()), folder)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from cliptrans_jax.config import READS, Config
 from cliptrans_jax.runs.run_data import is_run
-from cliptrans_jax.stages import FREEZES, STAGES, Trains
+from cliptrans_jax.stages import EVALUATE, FREEZES, PIPELINE, STAGES, Trains
 from cliptrans_jax.translators.table import TRANSLATORS
 from common_jax.command_line import unread
 from common_jax.config import is_set
@@ -16,8 +16,8 @@ def idle(config: Config) -> dict[str, str]:
     """Why a field that is set, and that the stage reads, has no effect given the other fields; by
     field path."""
     found = {path: why for path, why in _without_effect(config) if is_set(config, path)}
-    if config.stage != "evaluate":
-        found |= idle_optim(config, pipeline=config.stage == "pipeline")
+    if config.stage != EVALUATE:
+        found |= idle_optim(config, pipeline=config.stage == PIPELINE)
     read = READS[config.stage]
     return {path: why for path, why in found.items() if not unread([path], read)}
 
@@ -46,7 +46,7 @@ def _without_effect(config: Config) -> Iterator[tuple[str, str]]:
         yield "valid_beams", "config.valid_decode=False translates no validation set"
     if config.decode.beams == 1 and config.valid_beams <= 1:
         yield "decode.length_penalty", "one beam compares no hypotheses"
-    if config.tokenizer.kind != "trained":
+    if not config.tokenizer.is_trained:
         yield "tokenizer.vocab", f"config.tokenizer.kind={config.tokenizer.kind!r} has its own"
     for name in TRANSLATORS:
         if name != config.model.translator and hasattr(config.model, name):
@@ -67,7 +67,7 @@ def _of_noise(config: Config, *, captions: set[bool]) -> Iterator[tuple[str, str
         yield from ((f"noise.{x}", "captioning always drops tokens") for x in ("train", "test"))
     elif not (True in captions or noise.train or noise.test):
         yield "noise.mask_prob", "config.noise.train and config.noise.test drop no tokens"
-    if config.stage == "evaluate":
+    if config.stage == EVALUATE:
         yield "noise.train", "an evaluation does not train"
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from cliptrans_jax.config import Config, Recipe
 from cliptrans_jax.runs import contrastive, translation
 from cliptrans_jax.runs.evaluate import evaluate
-from cliptrans_jax.stages import STAGES, Trains
+from cliptrans_jax.stages import EVALUATE, PIPELINE, STAGES, Trains
 from common_jax.config import in_recipe, under
 from common_jax.nn.dense import matmul_precision
 from common_jax.workdir import claim, refuse_other_config
@@ -26,8 +26,8 @@ def run_stage(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]
     """Runs config.stage and returns its result; for the pipeline, the result of the last stage."""
     runs: dict[str, Run] = {
         **{name: MODULES[stage.trains].run for name, stage in STAGES.items()},
-        "evaluate": evaluate,
-        "pipeline": run_pipeline,
+        EVALUATE: evaluate,
+        PIPELINE: run_pipeline,
     }
     with matmul_precision(config.matmul_precision):
         return runs[config.stage](config, workdir, mesh)
@@ -62,15 +62,19 @@ def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
 
 
 def plan(config: Config, workdir: epath.Path) -> list[tuple[str, Config]]:
-    """The pipeline's runs in order, as pairs of a folder below `workdir` and a config.
+    """The runs of a config in order, as pairs of a folder below `workdir` and a config: those of a
+    pipeline, or the config itself in the folder "".
 
     Raises:
-      ValueError: if there are no recipes.
+      ValueError: if a pipeline has no recipes.
     """
+    if config.stage != PIPELINE:
+        return [("", config)]
     if not config.recipes:
         raise ValueError("config.recipes is empty; stage='pipeline' needs at least one recipe")
     sources, runs, last = config.sources, [], ""
     towers = sources.clip or sources.clip_image or sources.siglip
+    # With lock_text, stage "clip" trains the image tower for this text tower.
     towers = towers or (sources.clip_text and not config.clip.lock_text)
     clip = sources.clip
     for name, stage in STAGES.items():

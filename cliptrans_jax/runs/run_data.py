@@ -122,6 +122,7 @@ class RunData:
         config, sources = self.config, self.config.sources
         if sources.clip and not _clip_run(config).clip.lock_text:
             sizes, params = load_trained(config, "text")
+            # The translator's tokenizer, which may allow longer sentences than the tower.
             limit = min(self.tokenizer.limit, sizes.longest)
             tokenizer = dataclasses.replace(self.tokenizer, limit=limit)
             special = {"pad": sizes.pad}
@@ -168,6 +169,7 @@ class RunData:
                 "config.sources.clip, a run of stage 'clip'"
             )
         _check_published(config, name)
+        # config.sources.weights then names weights in the translator's file, not in the tower's.
         of_translator = sources.mbart or (sources.model and not is_run(sources.model))
         return pretrained.load(
             getattr(sources, name),
@@ -308,7 +310,7 @@ def describe_text(config: Config) -> TextTower:
     trained = config.sources.clip and not config.sources.clip_text
     if config.sources.siglip:
         sizes = siglip.TEXT.config()
-    elif trained or config.clip_tokenizer.kind == "trained":
+    elif trained or config.clip_tokenizer.is_trained:
         sizes = config.clip.text
     else:
         sizes = text_tower_of(config.clip_tokenizer.kind).config()

@@ -27,7 +27,7 @@ def train_tokenizer(config: Config, workdir: epath.Path) -> tuple[Tokenizer, str
       ValueError: if it has more tokens than the translator's vocabulary.
     """
     languages, sentences = config.known_languages, None
-    if config.tokenizer.kind == "trained":
+    if config.tokenizer.is_trained:
         corpus = load_corpus(config.data, config.data.train_split, languages)
         sentences = Chain(tuple(corpus.texts[language] for language in languages))
     cut = dataclasses.replace(config.tokenizer, max_length=config.sentence_limit)

@@ -25,7 +25,7 @@ class TextSide:
       shapes: (config, B, T) -> shapes of the texts in a batch.
       init: (config, key) -> initial parameters by tower.
       rules: config -> partition rules of these parameters.
-      features: (config, params, batch, dropout key or None) -> features (B, F).
+      features: (config, params, batch, dropout key or None) -> features (B, M).
       example: (config, T, an item: ids or features) -> the texts of an example.
     """
 

@@ -24,7 +24,8 @@ from cliptrans_jax.evaluators.translation import Encode, SentenceSet, Translate,
 from cliptrans_jax.models import cliptrans
 from cliptrans_jax.models.cliptrans import Translator
 from cliptrans_jax.pretrained import place
-from cliptrans_jax.runs.objective import check_start, make_encode, make_loss, make_warm_start
+from cliptrans_jax.runs.initial_weights import check_start, make_warm_start
+from cliptrans_jax.runs.objective import make_encode, make_loss
 from cliptrans_jax.runs.run_data import RunData, Split, describe_text, encodes_texts
 from cliptrans_jax.runs.scoring import SCORES, decode_batches, score_further, score_split
 from cliptrans_jax.stages import STAGES, trainable

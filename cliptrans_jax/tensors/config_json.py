@@ -95,7 +95,7 @@ MCLIP_BASES: Mapping[str, MClipConfig] = types.MappingProxyType(
 )
 # Tower configs, by the model type in the base model's own config.json.
 _MCLIP_CLASSES = {"xlm-roberta": MClipConfig, "roberta": MClipConfig, "bert": LabseConfig}
-_MCLIP_FIELDS = {
+MCLIP_FIELDS = {
     "vocab": "vocab_size",
     "width": "hidden_size",
     "layers": "num_hidden_layers",
@@ -123,8 +123,9 @@ _CLIP_FIELDS = {
     "eps": "layer_norm_eps",
     "activation": "hidden_act",
 }
-_CLIP_VISION_FIELDS = _CLIP_FIELDS | {"image": "image_size", "patch": "patch_size"}
-_CLIP_TEXT_FIELDS = _CLIP_FIELDS | {"vocab": "vocab_size", "positions": "max_position_embeddings"}
+CLIP_VISION_FIELDS = _CLIP_FIELDS | {"image": "image_size", "patch": "patch_size"}
+CLIP_TEXT_FIELDS = _CLIP_FIELDS | {"vocab": "vocab_size", "positions": "max_position_embeddings"}
+CLIP_FEATURES = {"features": "projection_dim"}  # beside a tower's section
 _CLIP_FILE, _MCLIP_FILE = "CLIP's config.json", "M-CLIP's config.json"
 _BASE_FILE = "the base's config.json"
 _CLIP_ALLOWED = {
@@ -194,9 +195,9 @@ def mclip_config(hf: Hf, transformer_hf: Hf | None) -> MClipConfig:
         config = dataclasses.replace(MCLIP_BASES[name], **features)
     else:
         require_supported(transformer_hf, _MCLIP_ALLOWED, _BASE_FILE)
-        for key in _MCLIP_FIELDS.values():
+        for key in MCLIP_FIELDS.values():
             _required(transformer_hf, key, _BASE_FILE)
-        sizes = checked(transformer_hf, _MCLIP_FIELDS, MClipConfig, _BASE_FILE)
+        sizes = checked(transformer_hf, MCLIP_FIELDS, MClipConfig, _BASE_FILE)
         cls = _MCLIP_CLASSES[transformer_hf.get("model_type", "xlm-roberta")]
         config = cls(**features, **sizes)
     if (width := _required(hf, "transformerDimensions", _MCLIP_FILE)) != config.width:
@@ -244,8 +245,8 @@ def clip_vision_config(hf: Hf) -> ClipVisionConfig:
     """
     tower, where = tower_section(hf, "vision", family="clip", file=_CLIP_FILE)
     require_supported(tower, _CLIP_ALLOWED | {"num_channels": (3,)}, where)
-    features = checked(hf, {"features": "projection_dim"}, ClipVisionConfig, _CLIP_FILE)
-    sizes = checked(tower, _CLIP_VISION_FIELDS, ClipVisionConfig, where)
+    features = checked(hf, CLIP_FEATURES, ClipVisionConfig, _CLIP_FILE)
+    sizes = checked(tower, CLIP_VISION_FIELDS, ClipVisionConfig, where)
     return ClipVisionConfig(**sizes, **features)
 
 
@@ -253,8 +254,8 @@ def clip_text_config(hf: Hf) -> ClipTextConfig:
     """The same for a text tower, with section `text_config` or `text_config_dict`."""
     tower, where = tower_section(hf, "text", family="clip", file=_CLIP_FILE)
     require_supported(tower, _CLIP_ALLOWED, where)
-    features = checked(hf, {"features": "projection_dim"}, ClipTextConfig, _CLIP_FILE)
-    config = ClipTextConfig(**checked(tower, _CLIP_TEXT_FIELDS, ClipTextConfig, where), **features)
+    features = checked(hf, CLIP_FEATURES, ClipTextConfig, _CLIP_FILE)
+    config = ClipTextConfig(**checked(tower, CLIP_TEXT_FIELDS, ClipTextConfig, where), **features)
     # The tower pools at the largest id, which must be the end token. So does Hugging Face if
     # eos_token_id=2, as it is in OpenAI's files.
     require_supported(tower, {"eos_token_id": (2, config.vocab - 1)}, where)
@@ -290,6 +291,11 @@ def checked(hf: Hf, fields: Mapping[str, str], cls: type, where: str) -> dict[st
     return values
 
 
+def written(config: Any, fields: Mapping[str, str]) -> dict[str, Any]:
+    """The keys of a config.json for the `fields` of a config; the inverse of `checked`."""
+    return {key: getattr(config, field) for field, key in fields.items()}
+
+
 def require_supported(hf: Hf, allowed: Mapping[str, tuple], where: str) -> None:
     """Raises ValueError for a key whose value is not `allowed`; `where` as in `checked`."""
     for key, values in allowed.items():
@@ -315,9 +321,8 @@ def _read_translator(
 
 
 def _write_translator(config: TransformerConfig, fixed: Mapping[str, Any]) -> dict[str, Any]:
-    plain = {key: getattr(config, field) for field, key in TRANSLATOR_FIELDS.items()}
     ids = {"bos_token_id": 0, "forced_eos_token_id": config.eos}
-    return fixed | plain | ids | {"dtype": "float32"}
+    return fixed | written(config, TRANSLATOR_FIELDS) | ids | {"dtype": "float32"}
 
 
 def tower_section(hf: Hf, side: str, *, family: str, file: str) -> tuple[Hf, str]:

@@ -42,26 +42,6 @@ OPENAI_FILES = (
     *("RN50.pt", "RN101.pt", "RN50x4.pt", "RN50x16.pt", "RN50x64.pt"),
     *("ViT-B-32.pt", "ViT-B-16.pt", "ViT-L-14.pt", "ViT-L-14-336px.pt"),
 )
-# Kinds by model type or class in config.json; a whole CLIP or SigLIP counts as its image tower.
-KIND_BY_NAME = types.MappingProxyType(
-    {
-        "mbart": "mbart",
-        "MBartForConditionalGeneration": "mbart",
-        "m2m_100": "nllb",
-        "M2M100ForConditionalGeneration": "nllb",
-        "M-CLIP": "mclip",
-        "MultilingualCLIP": "mclip",
-        "clip": "clip_vision",
-        "CLIPModel": "clip_vision",
-        "clip_vision_model": "clip_vision",
-        "clip_text_model": "clip_text",
-        "siglip": "siglip_vision",
-        "SiglipModel": "siglip_vision",
-        "siglip_vision_model": "siglip_vision",
-        "siglip_text_model": "siglip_text",
-        siglip_json.NAFLEX: "siglip_vision",  # reading its config explains why it is refused
-    }
-)
 # Model types that resemble supported ones but are not, and what to say about them.
 UNSUPPORTED = types.MappingProxyType(
     {
@@ -82,6 +62,8 @@ class Layout:
       shapes: config -> shapes of our parameters.
       table: config -> table of names.
       pictures: how an image tower's pictures are preprocessed.
+      names: model types and classes in config.json that mean this kind; a whole CLIP or SigLIP
+        counts as its image tower.
       about: name of the JSON file beside the weights.
       from_about: (content of that file, the weights' file) -> config; None if it has no config.
       to_about: config -> content of that file, for export; None if this layout is not written.
@@ -99,6 +81,7 @@ class Layout:
     table: Callable[[Any], Table]
     foreign: str = ""
     pictures: Pictures | None = None
+    names: tuple[str, ...] = ()
     about: str = CONFIG
     from_about: Callable[[Hf, str], Any] | None = None
     to_about: Callable[[Any], dict[str, Any]] | None = None
@@ -137,8 +120,8 @@ def kind_of_config(hf: Hf | None, file: str) -> str | None:
         return "mclip"
     classes = hf.get("architectures")
     names = [hf.get("model_type"), *(classes if isinstance(classes, list) else ())]
-    known = (KIND_BY_NAME.get(x) for x in names if isinstance(x, str))
-    if kind := next(filter(None, known), None):
+    kinds = {x: kind for kind, layouts in KINDS.items() for one in layouts for x in one.names}
+    if kind := next((kinds[x] for x in names if isinstance(x, str) and x in kinds), None):
         return kind
     if any(names):
         raise ValueError(
@@ -235,6 +218,7 @@ MBART = Layout(
     config_type=mbart.ARCHITECTURE.config,
     shapes=mbart.ARCHITECTURE.shapes,
     table=mbart_names.table,
+    names=("mbart", "MBartForConditionalGeneration"),
     from_tensors=sizes.mbart_config,
     from_about=lambda hf, file: config_json.mbart_config(hf),
     to_about=config_json.mbart_hf_config,
@@ -247,6 +231,7 @@ NLLB = Layout(
     config_type=nllb.ARCHITECTURE.config,
     shapes=nllb.ARCHITECTURE.shapes,
     table=nllb_names.table,
+    names=("m2m_100", "M2M100ForConditionalGeneration"),
     from_tensors=sizes.nllb_config,
     from_about=lambda hf, file: config_json.nllb_config(hf),
     to_about=config_json.nllb_hf_config,
@@ -270,6 +255,7 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
                 marker=r"LinearTransformation\.weight",
                 **_facts(mclip.TOWER),
                 table=mclip_names.table,
+                names=("M-CLIP", "MultilingualCLIP"),
                 from_about=config_json.mclip_folder_config,
                 unstated=("heads", "eps", "pad", "dropout", "activation"),
             ),
@@ -279,6 +265,7 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
                 marker=r"vision_model\.pre_layrnorm\.weight",
                 **_facts(clip.VISION),
                 table=clip_names.vision_table,
+                names=("clip", "CLIPModel", "clip_vision_model"),
                 from_about=lambda hf, file: config_json.clip_vision_config(hf),
             ),
             _open_clip(
@@ -302,6 +289,7 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
                 marker=r"text_projection\.weight",
                 **_facts(clip.TEXT),
                 table=clip_names.text_table,
+                names=("clip_text_model",),
                 from_about=lambda hf, file: config_json.clip_text_config(hf),
             ),
             _open_clip(
@@ -317,6 +305,8 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
                 marker=r"vision_model\.head\.probe",
                 **_facts(siglip.VISION),
                 table=siglip_names.vision_table,
+                # Reading NaFlex's config explains why it is refused.
+                names=("siglip", "SiglipModel", "siglip_vision_model", siglip_json.NAFLEX),
                 from_about=lambda hf, file: siglip_json.vision_config(hf),
                 unstated=("heads", "eps"),
             ),
@@ -326,6 +316,7 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
                 marker=r"text_model\.head\.weight",
                 **_facts(siglip.TEXT),
                 table=siglip_names.text_table,
+                names=("siglip_text_model",),
                 from_about=lambda hf, file: siglip_json.text_config(hf),
                 unstated=("heads", "eps", "pad"),
             ),

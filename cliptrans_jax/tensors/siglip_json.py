@@ -13,8 +13,8 @@ _FIELDS = {
     "hidden": "intermediate_size",
     "eps": "layer_norm_eps",
 }
-_VISION_FIELDS = _FIELDS | {"image": "image_size", "patch": "patch_size"}
-_TEXT_FIELDS = _FIELDS | {
+VISION_FIELDS = _FIELDS | {"image": "image_size", "patch": "patch_size"}
+TEXT_FIELDS = _FIELDS | {
     "vocab": "vocab_size",
     "positions": "max_position_embeddings",
     "features": "projection_size",
@@ -37,13 +37,13 @@ def vision_config(hf: Hf) -> SiglipVisionConfig:
       ValueError: naming a key with an unsupported value, such as the model type of NaFlex.
     """
     tower, where = _section(hf, "vision")
-    return SiglipVisionConfig(**checked(tower, _VISION_FIELDS, SiglipVisionConfig, where))
+    return SiglipVisionConfig(**checked(tower, VISION_FIELDS, SiglipVisionConfig, where))
 
 
 def text_config(hf: Hf) -> SiglipTextConfig:
     """The same for a text tower. Pads have id 0, as in every SigLIP 2, whatever the file says."""
     tower, where = _section(hf, "text")
-    sizes = checked({"vocab_size": 32000} | tower, _TEXT_FIELDS, SiglipTextConfig, where)
+    sizes = checked({"vocab_size": 32000} | tower, TEXT_FIELDS, SiglipTextConfig, where)
     return SiglipTextConfig(**{"features": sizes.get("width", 768)} | sizes)
 
 

@@ -75,7 +75,7 @@ def open_clip_folder(folder, content, *, name="open_clip_model.safetensors"):
     return folder
 
 
-def test_open_clip_says_its_activation(tmp_path):
+def test_the_activation_is_read_from_open_clips_config(tmp_path):
     folder = open_clip_folder(tmp_path / "gelu", OPEN_CLIP)
     for source in (folder, folder / "open_clip_model.safetensors"):
         found = pretrained.load(source)
@@ -163,7 +163,7 @@ def test_a_tower_of_no_size_is_named(tmp_path, name):
         pretrained.load(tmp_path / "a.safetensors", activation="gelu")
 
 
-def test_an_activation_that_nothing_says_is_asked_for(tmp_path, caplog):
+def test_an_unknown_activation_is_an_error(tmp_path, caplog):
     folder = open_clip_folder(tmp_path / "a", None)
     with pytest.raises(
         ValueError, match=r"does not say which activation .*open_clip_config\.json b"
@@ -186,7 +186,7 @@ def test_an_activation_that_nothing_says_is_asked_for(tmp_path, caplog):
         pretrained.load(tmp_path / "tower.safetensors")
 
 
-def test_openai_s_files_say_it_by_their_modules_or_their_name(tmp_path, caplog):
+def test_the_activation_follows_from_openais_modules_or_file_names(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     tensors = make_tensors("clip_text", OPENAI_TEXT, layout=1)
     torch_files.save(tmp_path / "ViT-B-32.pt", tensors)
@@ -329,7 +329,7 @@ def test_pictures_that_were_normalised_otherwise_are_refused(tmp_path):
             pretrained.load(folder)
 
 
-def test_a_missing_bias_of_the_logits_is_zeros_and_said(tmp_path):
+def test_a_missing_logits_bias_becomes_zeros_with_a_note(tmp_path):
     tensors = make_tensors("mbart")
     del tensors["final_logits_bias"]
     found = pretrained.load(write_folder(tmp_path / "mbart", hf_mbart(), tensors))
@@ -341,7 +341,7 @@ def test_a_missing_bias_of_the_logits_is_zeros_and_said(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "model.", "net.translator."])
-def test_a_consistent_prefix_is_taken_off(tmp_path, prefix):
+def test_a_common_prefix_is_removed(tmp_path, prefix):
     tensors = {prefix + name: x for name, x in make_tensors("mbart").items()}
     tensors |= {"criterion.weight": np.ones(3, np.float32)} if prefix == "model." else {}
     found = pretrained.load(write_folder(tmp_path / "mbart", hf_mbart(), tensors))
@@ -407,7 +407,7 @@ def test_an_mclip_made_from_a_folder_is_read_by_that_folder(tmp_path):
         pretrained.load(clip, kind="clip_text", base="x")
 
 
-def test_what_shapes_do_not_tell_is_listed(tmp_path):
+def test_fields_that_shapes_do_not_show_are_listed(tmp_path):
     shapes = {"vocab": 20, "encoder_layers": 1, "decoder_layers": 1, "positions": 9}
     small = dataclasses.replace(type(UNEVEN)(), encoder_hidden=8, decoder_hidden=4, **shapes)
     assumed = {name: getattr(small, name) for name in kinds.MBART.unstated}

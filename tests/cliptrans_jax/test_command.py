@@ -14,7 +14,7 @@ from tiny_cliptrans import TEST, VOCAB, tiny_config, write_run
 
 from cliptrans_jax import main as command
 from cliptrans_jax.main import DESCRIPTION, main
-from cliptrans_jax.runs.objective import check_start
+from cliptrans_jax.runs.initial_weights import check_start
 from cliptrans_jax.runs.run_tokenizer import save_tokenizer, train_tokenizer
 from common_jax import app
 
@@ -139,7 +139,7 @@ def refused(capsys, corpus, tmp_path):
     ],
     ids=lambda value: value[-1] if value and value[0].startswith("-") else "",
 )  # fmt: skip
-def test_a_users_error_is_said_before_anything_is_written(refused, flags, said):
+def test_user_errors_are_raised_before_anything_is_written(refused, flags, said):
     refused(flags, said)
 
 
@@ -235,7 +235,7 @@ def test_a_mapper_is_not_left_behind_unnoticed(refused, runs):
     refused(flags, said)
 
 
-def test_a_tokenizer_of_a_start_that_came_to_nothing_is_replaced(runs, corpus, tmp_path):
+def test_the_tokenizer_of_a_failed_start_is_replaced(runs, corpus, tmp_path):
     """Otherwise it would refuse the corrected command, as a tokenizer of another config."""
     config, workdir = tiny_config("clip", corpus), epath.Path(tmp_path)
     tokenizer = dataclasses.replace(config.tokenizer, vocab=290)
@@ -294,7 +294,7 @@ def test_a_pipeline_that_cannot_begin_leaves_its_folder_free(refused):
     refused(["--config.recipes={}"], ["config.recipes is empty"], stage="pipeline")
 
 
-def test_a_pipeline_is_looked_through_first(refused):
+def test_a_pipeline_is_checked_before_it_starts(refused):
     recipe = "--config.recipes.translate.optim"
     refused(
         [f"{recipe}.schedule=inverse_sqrt", f"{recipe}.warmup_steps=6"],
@@ -327,7 +327,7 @@ def test_a_start_imports_neither_other_frameworks_nor_what_takes_seconds():
 
 
 @pytest.mark.parametrize(("stage", "pictures"), [("caption", True), ("text_recon", False)])
-def test_the_command_says_what_uses_a_captioning_run(stage, pictures, caplog):
+def test_the_command_suggests_how_to_use_a_captioning_run(stage, pictures, caplog):
     with caplog.at_level(logging.INFO):
         command._conclude({}, tiny_config(stage, None), epath.Path("runs/x"))
     wanted = 'cliptrans translate runs/x "SENTENCE"' + " --pictures PICTURE" * pictures

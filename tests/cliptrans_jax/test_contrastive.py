@@ -124,7 +124,7 @@ def test_hosts_compare_their_pairs(corpus, tmp_path, monkeypatch):
     assert all(len(parts) > 2 for _, parts in compared)
 
 
-def test_texts_drop_out_with_a_key_alone_and_hear_no_pads():
+def test_texts_use_dropout_only_with_a_key_and_ignore_pads():
     config = config_of()
     params = fill(functools.partial(contrastive.init, config))
     ids = np.full((2, LENGTH), PAD, np.int32)

@@ -14,7 +14,7 @@ from tiny import fill
 
 from cliptrans_jax.config import SourcesConfig
 from cliptrans_jax.models.cliptrans import Translator
-from cliptrans_jax.runs.objective import make_warm_start
+from cliptrans_jax.runs.initial_weights import make_warm_start
 from cliptrans_jax.tensors.kinds import CLIPTRANS
 from common_jax import checkpoint
 from common_jax.config import unfreeze

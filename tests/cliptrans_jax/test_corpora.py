@@ -129,7 +129,7 @@ def test_images_of_coco_may_lie_as_coco_has_them(tmp_path, below):
         images[0]
 
 
-def test_images_of_coco_that_are_nowhere_say_where_they_are_looked_for(tmp_path):
+def test_missing_coco_images_name_the_folders_searched(tmp_path):
     config = multi30k(tmp_path, split="test_2017_mscoco", names=["COCO_val2014_07.jpg"] * 3)
     corpus = load_corpus(config, "test_2017_mscoco", ("en",), with_images=True)
     with pytest.raises(ValueError, match=r"images/test_2017_mscoco .*; .*val2014/COCO_val2014_07"):
@@ -251,7 +251,7 @@ def test_a_missing_language_file_is_named_with_those_there(tmp_path):
         load_corpus(config, "vall", ("en",))
 
 
-def test_a_folder_that_is_no_multi30k_says_what_it_has(tmp_path):
+def test_a_folder_that_is_not_multi30k_lists_its_content(tmp_path):
     (tmp_path / "raws").mkdir()
     with pytest.raises(FileNotFoundError, match=r"neither raw/ nor .*\(there: raws\)"):
         load_corpus(DataConfig("multi30k", str(tmp_path)), "val", ("en",))
@@ -334,7 +334,7 @@ def test_wit_leaves_rows_without_an_image_out_of_texts_and_images(tmp_path, capl
     assert whole.texts == {"en": ENGLISH, "de": GERMAN} and whole.images is None
 
 
-def test_wit_believes_the_list_where_a_file_is_there_all_the_same(tmp_path):
+def test_wit_leaves_out_listed_images_even_if_their_file_exists(tmp_path):
     config = wit(tmp_path, unfetched="2, 0")
     draw(tmp_path / "en_de/images")  # arbitrary bytes, as from a failed download
     corpus = load_corpus(config, "train", ("en",), with_images=True)
@@ -382,7 +382,7 @@ def test_wit_refuses_a_broken_list_of_missing_images(tmp_path, line, message):
         load_corpus(config, "train", ("en",), with_images=True)
 
 
-def test_wit_without_images_says_why(tmp_path):
+def test_wit_without_images_gives_the_reason(tmp_path):
     config = wit(tmp_path, unfetched="1")
     corpus = load_corpus(config, "train", ("en",), with_images=True)
     assert corpus.texts == {"en": ENGLISH}

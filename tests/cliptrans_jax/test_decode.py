@@ -189,7 +189,7 @@ def assert_same_hypotheses(found, wanted):
     np.testing.assert_allclose(found.scores, wanted.scores, rtol=1e-5, atol=1e-5)
 
 
-def test_neither_other_examples_nor_pads_matter():
+def test_outputs_do_not_depend_on_other_examples_or_pads():
     config = {"beams": 5, "early_stopping": False, "length_penalty": 2.0}
     features, source, language = inputs(model("training")[0])
     together = search("training", features, source, language, **config)
@@ -332,7 +332,7 @@ def test_a_search_begins_with_one_beam_that_is_start_and_language(begun):
     assert not chosen.beams.any()
 
 
-def test_a_search_that_is_over_stays_as_it_is(begun):
+def test_a_finished_search_does_not_change(begun):
     step, _, state, logits = begun
     over = {}
     while int(state.length) < TWO_BEAMS.max_length:

@@ -106,7 +106,7 @@ def test_the_best_that_ended_stay(finished, left):
         assert state.finished.tokens[place].tolist().index(PAD) == length
 
 
-def test_of_equals_the_earlier_beam_and_the_smaller_id_come_first():
+def test_ties_prefer_the_earlier_beam_and_the_smaller_id():
     _, chosen = one_step(TWO_BEAMS, *[{4: 0.5, 3: 0.5}] * 2, scores=(-0.5, -0.5))
     assert chosen.tokens.tolist() == [3, 4, 3, 4]
     assert chosen.beams.tolist() == [0, 0, 1, 1]
@@ -126,7 +126,7 @@ def test_a_search_ends_when_nothing_open_can_be_better(worst, over):
     assert bool(state.done) is (worst > -np.inf)  # early stopping needs only their number
 
 
-def test_a_search_that_is_over_reads_pads_and_takes_nothing():
+def test_a_finished_search_is_fed_pads_and_adds_nothing():
     rows = {END: 0.9, 3: 0.1}, {END: 0.8, 4: 0.2}
     state, _ = one_step(LONG_PENALTY, *rows, finished=(-9.0,), done=True)
     assert state.done

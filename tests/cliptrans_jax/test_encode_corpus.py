@@ -149,7 +149,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_named_and_made_again(tmp_path, caplog, damage):
+def test_a_damaged_file_is_named_and_rewritten(tmp_path, caplog, damage):
     cut = Cut()
     ids_of(tmp_path, tokenizer(cut))
     path = only(tmp_path)

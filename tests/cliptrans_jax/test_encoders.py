@@ -57,7 +57,7 @@ def encode(tower, corpus, folder, **settings):
     return image_features(tower, corpus, folder=folder, mesh=mesh, **settings)
 
 
-def test_a_picture_of_several_examples_is_encoded_and_kept_once(tower, corpus, tmp_path):
+def test_a_picture_shared_by_examples_is_encoded_and_stored_once(tower, corpus, tmp_path):
     found = encode(tower, corpus, tmp_path / "features")
     pictures = [prepare_picture(np.asarray(draw(DRAWN[name])), 16) for name in NAMES]
     wanted = tower.apply(tower.params, jnp.stack(pictures))
@@ -159,7 +159,7 @@ def test_every_sentence_gets_its_own_feature_back(batch, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_no_feature_hears_the_padding(kind):
+def test_features_ignore_padding(kind):
     tower = text_tower(kind)
     ids = [x for x in ids_of(tower) if len(x) <= 6]
     found, wanted = padded(tower, ids, 6), padded(tower, ids, 9)

@@ -89,7 +89,7 @@ def test_sharded_parameters_and_half_precision_give_float32():
     np.testing.assert_allclose(features, TEXT @ KERNEL, rtol=2e-2, atol=2e-2)
 
 
-def test_examples_that_cannot_be_read_stop_it():
+def test_unreadable_examples_are_an_error():
     with pytest.raises(ValueError, match=r"2 examples could not be read, .* number 3;"):
         encode_all(apply, PARAMS, batches(broken=(3, 9)), mesh=mesh_of(1))
     # The last one looks like padding, unless the number of examples is known.
@@ -239,7 +239,7 @@ class Counter:
         return self.value
 
 
-def test_what_was_computed_once_is_read(tmp_path, caplog):
+def test_stored_features_are_reused(tmp_path, caplog):
     folder, compute = tmp_path / "new" / "features", Counter()
     with caplog.at_level(logging.INFO):
         for _ in range(3):
@@ -251,7 +251,7 @@ def test_what_was_computed_once_is_read(tmp_path, caplog):
     assert f"{SIZE} feature vectors read" in messages[1]
 
 
-def test_another_fingerprint_computes_anew_and_says_why(tmp_path, caplog):
+def test_another_fingerprint_recomputes_and_logs_why(tmp_path, caplog):
     cached(tmp_path, "x", "f00d", Counter())
     second = Counter(WANTED + 1)
     with caplog.at_level(logging.INFO):
@@ -332,7 +332,7 @@ ODD = [
 
 
 @pytest.mark.parametrize("spoil", [cut, flip, drop, other_kind, no_archive, emptied, half, *ODD])
-def test_a_broken_file_is_named_and_made_anew(tmp_path, caplog, spoil):
+def test_a_broken_file_is_named_and_recomputed(tmp_path, caplog, spoil):
     compute = Counter()
     cached(tmp_path, "x", "f00d", compute)
     spoil(tmp_path / "x.npz")

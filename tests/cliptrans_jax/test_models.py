@@ -142,7 +142,7 @@ def shapes_of(model):
     return jax.eval_shape(model.init, jax.random.key(0))
 
 
-def test_labels_are_shifted_behind_the_last_real_one():
+def test_labels_are_shifted_and_start_with_the_last_real_one():
     labels = jnp.array([[31, 7, EOS, -1, PAD], [31, 7, 8, 9, EOS]])
     assert shift_right(labels, pad=PAD).tolist() == [[2, 31, 7, 2, 1], [2, 31, 7, 8, 9]]
 
@@ -189,7 +189,7 @@ def visibility(mask, *, count, rule):
     return np.asarray(find(jnp.array([mask]), count=count, rule=rule))[0, 0]
 
 
-def test_a_prefix_hears_itself_and_nothing_else_hears_what_comes_later():
+def test_a_prefix_attends_to_itself_and_the_rest_is_causal():
     visible = visibility([True] * 5, count=2, rule="prefix")
     assert (visible == matrix("x....", "xxx..", "xxx..", "xxxx.", "xxxxx")).all()
     visible = visibility([True, True, True, True, False], count=2, rule="prefix")
@@ -198,7 +198,7 @@ def test_a_prefix_hears_itself_and_nothing_else_hears_what_comes_later():
     assert (visible == matrix("x..", "xx.", "xxx")).all()
 
 
-def test_the_original_opens_slots_1_to_10_whatever_they_hold():
+def test_the_original_mask_always_shows_slots_1_to_10():
     visible = visibility([True, True, True, False], count=2, rule="original")
     assert (visible == matrix("x...", "xxxx", "xxxx", "xxxx")).all()
     visible = visibility([True] * 12 + [False], count=12, rule="original")
@@ -262,7 +262,7 @@ def test_what_the_decoder_reads_in_training():
 
 
 @pytest.mark.parametrize("count", [0, 4, 13])
-def test_no_word_is_heard_before_its_turn(count):
+def test_decoder_is_causal(count):
     model = translator(count)
     labels = LABELS.copy()
     for place in range(1, BATCH):
@@ -294,7 +294,7 @@ def test_padding_changes_nothing():
     np.testing.assert_allclose(alone, whole, rtol=1e-4, atol=1e-5)
 
 
-def test_the_source_and_the_features_are_heard():
+def test_logits_depend_on_source_and_features():
     source, clip = SOURCE.copy(), CLIP.copy()
     source[1, 2] = 20
     clip[2] += 1
@@ -341,7 +341,7 @@ def test_decoding_begins_as_training_did(count):
     np.testing.assert_allclose(hidden, trained[:, : count + 2], rtol=1e-4, atol=1e-5)
 
 
-def test_the_original_layout_begins_otherwise():
+def test_the_original_layout_starts_with_the_prefix():
     hidden, trained = prefilled(translator(10, rule=PrefixConfig("original", "original")))
     assert np.abs(hidden[:, -1] - trained[:, 11]).max() > 1e-3
 
@@ -349,7 +349,7 @@ def test_the_original_layout_begins_otherwise():
 # Dropout and precision.
 
 
-def test_dropout_is_the_keys():
+def test_dropout_depends_on_the_key():
     model = translator(4)
     plain = logits(model)
     one, again, other = (logits(model, dropout=jax.random.key(i)) for i in (0, 0, 1))

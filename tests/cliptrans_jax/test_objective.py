@@ -1,5 +1,4 @@
-"""The stages' losses and sums worked out by hand, their keys and helpers, and the sources of a
-stage's initial weights."""
+"""The stages' losses and sums worked out by hand, their keys and helpers."""
 
 import dataclasses
 
@@ -8,28 +7,19 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from jax import numpy as jnp
-from jax.sharding import SingleDeviceSharding
 from meshes import one_device
-from same import assert_same
-from tiny import random_like
-from tiny_cliptrans import MBART, OPTIM, tiny_config
+from tiny_cliptrans import tiny_config
 
-from cliptrans_jax import pretrained
 from cliptrans_jax.evaluators.labels import make_sums
 from cliptrans_jax.models.cliptrans import Translator
 from cliptrans_jax.runs import objective, translation
 from cliptrans_jax.runs.objective import (
-    check_start,
-    is_run,
     make_encode,
     make_loss,
-    make_warm_start,
 )
 from cliptrans_jax.stages import TRANSLATION_STAGES
 from cliptrans_jax.translators.translator import Readout
-from common_jax import checkpoint
-from common_jax.config import unfreeze
-from common_jax.state import TrainState, partition
+from common_jax.state import partition
 
 MODEL = tiny_config("translate", None).model
 PAD, VOCAB = 1, 9
@@ -237,171 +227,3 @@ def test_the_parameters_that_a_stage_trains(stage, freeze):
     assert any(path.startswith("mbart/encoder/") for path in fixed) is (
         captions and freeze != "nothing"
     )
-
-
-# Where weights come from.
-
-
-def wanted(tree):
-    one = SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), tree)
-
-
-def config_of(network=None, **sources):
-    """A config of stage "translate"; sources may be path objects."""
-    config = tiny_config("translate", None)
-    given = dataclasses.replace(
-        config.sources, **{name: str(value) for name, value in sources.items()}
-    )
-    return dataclasses.replace(config, model=network or config.model, sources=given)
-
-
-OURS = random_like(jax.eval_shape(Translator(MODEL).init, jax.random.key(0)), seed=3)
-OWN_TOWER = {"words": np.arange(6, dtype=np.float32).reshape(2, 3)}
-ANOTHER = {"words": -OWN_TOWER["words"] - 1}
-
-
-@dataclasses.dataclass
-class Trained:
-    """A text tower, with only what a start looks at."""
-
-    params: dict
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    """Workdirs of a run with and without its own text tower, and a published mBART."""
-    folder = tmp_path_factory.mktemp("sources")
-    settings = unfreeze(tiny_config("translate", None)).to_dict()
-    checkpoint.write_params(folder / "plain", OURS, settings)
-    checkpoint.write_params(folder / "unfrozen", OURS | {"clip": ANOTHER}, settings)
-    pretrained.save(folder / "mbart", OURS["mbart"], MBART)
-    pretrained.save_cliptrans(folder / "released.safetensors", OURS, MODEL)
-    return folder
-
-
-def start(config, tower=None, tree=None):
-    return make_warm_start(config, tower)(wanted(OURS if tree is None else tree))
-
-
-def test_without_sources_all_is_fresh():
-    assert make_warm_start(config_of(), None) is None
-
-
-@pytest.mark.parametrize("source", ["plain", "plain/checkpoints/0", "released.safetensors"])
-def test_a_model_gives_all_of_its_weights(sources, source):
-    config = config_of(model=sources / source)
-    assert is_run(config.sources.model) is not source.endswith("safetensors")
-    check_start(config, None, wanted(OURS))
-    found = start(config)
-    assert_same(jax.tree.map(np.asarray, found.params), OURS)
-    assert found.account["fresh"] == found.account["left"] == []
-
-
-def test_a_published_mbart_leaves_the_mapper_fresh(sources):
-    found = start(config_of(mbart=sources / "mbart"))
-    assert_same(jax.tree.map(np.asarray, found.params), {"mbart": OURS["mbart"]})
-    sizes = [leaf.size for leaf in jax.tree.leaves(OURS["mbart"])]
-    (taken,) = found.account["taken"]
-    assert (taken["as"], taken["arrays"], taken["parameters"]) == ("mbart", len(sizes), sum(sizes))
-    mapper = traverse_util.flatten_dict(OURS["mapper"], sep="/")
-    assert {entry["name"] for entry in found.account["fresh"]} == {f"mapper/{x}" for x in mapper}
-
-
-def test_a_published_mbart_of_other_sizes_is_refused(sources):
-    for change, said in (
-        ({"dropout": 0.3, "remat": True}, None),  # which does not affect weights
-        ({"pad": 3}, "config.model.mbart.pad=3, and the file has 1"),
-        ({"scale_embedding": False}, "scale_embedding=False, and the file has True"),
-        ({"decoder_heads": 4}, "decoder_heads=4, and the file has 2"),
-    ):
-        network = dataclasses.replace(MODEL, mbart=dataclasses.replace(MBART, **change))
-        config = config_of(network, mbart=sources / "mbart")
-        if said is None:
-            assert set(start(config).params) == {"mbart"}
-            continue
-        with pytest.raises(ValueError, match=r"is not the config's model") as error:
-            start(config)
-        assert said in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("field", "wanted"),
-    [
-        ("model", {"kind": "cliptrans", "config": MODEL, "weights": "ema"}),
-        ("mbart", {"kind": "mbart", "fetch": True, "weights": "ema"}),
-    ],
-)
-def test_published_weights_are_read_as_the_config_says(field, wanted, monkeypatch):
-    class Asked(Exception):
-        pass
-
-    def load(source, **settings):
-        raise Asked(source, settings)
-
-    monkeypatch.setattr(objective.pretrained, "load", load)
-    sources = dataclasses.replace(
-        config_of().sources, fetch=True, weights="ema", **{field: "somewhere"}
-    )
-    with pytest.raises(Asked) as asked:
-        start(dataclasses.replace(config_of(), sources=sources))
-    assert asked.value.args == ("somewhere", wanted)
-
-
-@pytest.mark.parametrize(
-    ("source", "from_run"), [("plain", False), ("unfrozen", True), ("", False), ("mbart", False)]
-)
-def test_a_tower_that_trains_goes_on_from_the_run_that_trained_it(sources, source, from_run):
-    field = "mbart" if source == "mbart" else "model"
-    config = config_of(**({field: sources / source} if source else {}))
-    found = start(config, Trained(OWN_TOWER), OURS | {"clip": OWN_TOWER})
-    np.testing.assert_array_equal(
-        found.params["clip"]["words"], (ANOTHER if from_run else OWN_TOWER)["words"]
-    )
-    names = {"": set(), "mbart": {"mbart"}}.get(source, {"mbart", "mapper"})
-    assert set(found.params) == names | {"clip"}
-    for name in names:
-        assert_same(jax.tree.map(np.asarray, found.params[name]), OURS[name])
-    if field == "model" and source:
-        check_start(config, Trained(OWN_TOWER), wanted(OURS | {"clip": OWN_TOWER}))
-
-
-def test_a_run_with_a_trained_tower_is_not_taken_without_it(sources):
-    config = config_of(model=sources / "unfrozen")
-    for begin in (start, lambda given: check_start(given, None, wanted(OURS))):
-        with pytest.raises(ValueError, match=r"clip/words of shape \(2, 3\) has no place"):
-            begin(config)
-    found = start(config_of(model=sources / "unfrozen", leave="clip/.*"))
-    assert [entry["name"] for entry in found.account["left"]] == ["clip/words"]
-
-
-@pytest.mark.parametrize(
-    "source", [{"model": "plain"}, {"model": "released.safetensors"}, {"mbart": "mbart"}]
-)
-def test_what_is_to_be_fresh_is_not_taken(sources, source, caplog):
-    regex = "mapper/.*|mbart/decoder/positions.*"
-    given = {name: sources / folder for name, folder in source.items()}
-    found = start(config_of(**given, fresh=regex))
-    paths = set(traverse_util.flatten_dict(dict(found.params), sep="/"))
-    every = set(traverse_util.flatten_dict(OURS, sep="/"))
-    fresh = {path for path in every if path.startswith(("mapper/", "mbart/decoder/positions"))}
-    assert fresh and paths == every - fresh
-    assert {entry["name"] for entry in found.account["fresh"]} == fresh
-    assert "matches no parameter" not in caplog.text
-    start(config_of(**given, fresh="maper/.*"))
-    assert "config.sources.fresh='maper/.*' matches no parameter" in caplog.text
-
-
-def test_a_run_that_kept_an_average_hands_on_what_it_trained(tmp_path):
-    """A stage continues from the run's parameters, not from their average."""
-    none = np.zeros((), np.int32)
-    average = jax.tree.map(lambda x: x + 1, OURS)
-    state = TrainState(np.int32(1), OURS, {}, average, {}, none, none)
-    checkpoints = checkpoint.Checkpoints(tmp_path / "run", keep=1, best=None)
-    config = dataclasses.replace(config_of(), optim=dataclasses.replace(OPTIM, ema=0.9))
-    checkpoints.save(state, step=1, config=unfreeze(config).to_dict(), metrics=None)
-    checkpoints.close()
-    found = start(config_of(model=tmp_path / "run"))
-    assert_same(jax.tree.map(np.asarray, found.params), OURS)
-    averaged = checkpoint.load(tmp_path / "run", average=True)
-    assert_same(jax.tree.map(np.asarray, averaged), average)

@@ -76,7 +76,7 @@ def test_no_augmentation_changes_nothing():
     np.testing.assert_array_equal(found, image)
 
 
-def test_augmentation_is_the_generators():
+def test_augmentation_depends_on_the_generator_alone():
     image = random_image(24, 24)
     one, same, other = (
         augment_picture(image, AugmentConfig(), np.random.default_rng(s)) for s in (1, 1, 2)

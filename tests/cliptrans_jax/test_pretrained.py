@@ -33,7 +33,7 @@ from common_jax.weights import read_tensors, write_tensors
 from common_jax.weights import table as tables
 
 
-def test_a_saved_folder_comes_back_bit_for_bit(tmp_path):
+def test_a_saved_folder_round_trips_exactly(tmp_path):
     params = make_params(kinds.MBART, UNEVEN)
     config = dataclasses.replace(UNEVEN, scale_embedding=False, start=7, pad=3, dropout=0.2)
     vocabulary = tmp_path / "sentencepiece.bpe.model"
@@ -65,7 +65,7 @@ def test_nothing_else_is_overwritten(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mbart", "vocab.json"]
 
 
-def test_a_save_that_is_cut_short_leaves_nothing(tmp_path, monkeypatch):
+def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
     def fail(path, tensors):
         path.write_bytes(b"half")
         raise OSError("No space left on device")
@@ -96,7 +96,7 @@ def test_what_cannot_be_saved_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("mapper", ["mlp", "hidden_mlp", "transformer", None])
-def test_a_whole_model_comes_back_bit_for_bit(tmp_path, mapper):
+def test_a_whole_model_round_trips_exactly(tmp_path, mapper):
     config = MapperConfig(mapper or "mlp", prefix=3 if mapper else 0, features=6)
     model = dataclasses.replace(MODEL, mapper=config)
     params = make_params(kinds.CLIPTRANS, model)
@@ -174,7 +174,7 @@ def hollow(config):
 
 
 @pytest.mark.parametrize("mapper", ["mlp", "hidden_mlp", "transformer", None])
-def test_sizes_are_told_by_shapes(mapper):
+def test_sizes_are_inferred_from_shapes(mapper):
     small = MBartConfig(
         vocab=20,
         encoder_layers=1,
@@ -202,7 +202,7 @@ def test_sizes_are_told_by_shapes(mapper):
             kinds.CLIPTRANS.config(tensors, None, "model.pth")
 
 
-def test_towers_under_openai_s_names_tell_their_sizes():
+def test_sizes_of_openais_towers_are_inferred_from_shapes():
     """All but the heads, which have width 64 in OpenAI's models, and the activation."""
     shapes = {
         "visual.conv1.weight": (192, 3, 5, 5),
@@ -225,7 +225,7 @@ def test_towers_under_openai_s_names_tell_their_sizes():
         sizes.openai_vision_config(tensors | {"visual.proj": np.zeros(7)}, "a.pt")
 
 
-def test_a_resnet_tells_its_sizes():
+def test_sizes_of_a_resnet_are_inferred_from_shapes():
     shapes = {
         "visual.attnpool.positional_embedding": (10, 64),
         "visual.attnpool.c_proj.weight": (7, 64),
@@ -238,7 +238,7 @@ def test_a_resnet_tells_its_sizes():
     assert sizes.resnet_config(tensors, "a.pt") == wanted
 
 
-def test_heads_that_no_shape_tells_must_be_given(tmp_path):
+def test_heads_must_be_given_where_shapes_do_not_show_them(tmp_path):
     pretrained.save_cliptrans(
         tmp_path / "a.safetensors", make_params(kinds.CLIPTRANS, MODEL), MODEL
     )
@@ -308,7 +308,7 @@ def test_half_precision_is_widened(tmp_path):
         (np.inf, np.float16, "not finite, in logits_bias"),
     ],
 )
-def test_weights_that_are_no_numbers_are_refused(tmp_path, value, dtype, message):
+def test_non_finite_weights_are_refused(tmp_path, value, dtype, message):
     tensors = make_tensors("mbart") | {"final_logits_bias": np.full((1, 40), value, dtype)}
     with pytest.raises(ValueError, match=message):
         pretrained.load(write_folder(tmp_path / "mbart", hf_mbart(), tensors))

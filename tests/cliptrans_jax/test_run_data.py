@@ -127,7 +127,7 @@ def test_captions_in_both_languages_are_trained_on_and_one_is_evaluated(corpus, 
 
 
 @pytest.mark.parametrize(("side", "looks"), [("image", "pictures"), ("text", "en"), ("", "en")])
-def test_evaluation_may_look_at_the_other_side(corpus, data_of, side, looks):
+def test_evaluation_may_use_the_other_side(corpus, data_of, side, looks):
     made = data_of(config_of("triplet", corpus, test_side=side, features="/kept"))
     made.load("train", train=True)
     made.load("val", train=False)
@@ -152,7 +152,7 @@ def test_a_step_that_runs_the_tower_gets_its_tokens(corpus, data_of, stage, chan
     assert found.inputs.clip_room == Tower.longest
 
 
-def test_a_model_without_a_prefix_looks_at_nothing(corpus, data_of):
+def test_a_model_without_a_prefix_has_no_features(corpus, data_of):
     config = config_of("caption", corpus)
     mapper = dataclasses.replace(config.model.mapper, prefix=0)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, mapper=mapper))

@@ -115,7 +115,7 @@ def test_a_finished_pipeline_is_not_run_again(finished, corpus):
     assert {path.name for path in after} <= {"config.json"}
 
 
-def test_the_command_says_what_uses_a_pipeline(finished, corpus, monkeypatch, caplog):
+def test_the_command_suggests_how_to_use_a_pipeline(finished, corpus, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     monkeypatch.setattr("cliptrans_jax.main.make_mesh", lambda _: one_device())
     main(unfreeze(tiny_pipeline(corpus)), finished)
@@ -147,7 +147,7 @@ def test_features_are_of_the_side_of_the_stage(finished):
     assert held == {f"{name}.{what}.npz" for name in names for what in ("pictures", "en")}
 
 
-def test_a_killed_run_goes_on_byte_for_byte(finished, runs, tmp_path):
+def test_a_killed_run_resumes_byte_for_byte(finished, runs, tmp_path):
     whole, cut = finished / "translate", epath.Path(tmp_path / "cut")
     shutil.copytree(whole, cut)
     for name in ("result.json", "scores.json", "translations.tsv"):
@@ -379,12 +379,16 @@ def test_validation_chooses_and_the_test_set_is_scored_once(longer):
 def test_the_chosen_checkpoint_is_what_was_scored(longer):
     workdir, _, _ = longer
     rows = read_translations(workdir / "translations.tsv")
-    scored = [row.score for row in rows]
-    for step, same in (("3", True), ("9", False)):
-        model = cliptrans_jax.load_model(workdir / "checkpoints" / step)  # on one device
-        found = model.translate([row.source for row in rows])
-        assert ([h[0].score for h in found] == pytest.approx(scored, rel=1e-5)) is same
-        assert ([h[0].text for h in found] == [row.output for row in rows]) or not same
+    scored = pytest.approx([row.score for row in rows], rel=1e-5)
+
+    def translated(step):  # on one device
+        model = cliptrans_jax.load_model(workdir / "checkpoints" / step)
+        return [found[0] for found in model.translate([row.source for row in rows])]
+
+    chosen = translated("3")
+    assert [found.text for found in chosen] == [row.output for row in rows]
+    assert [found.score for found in chosen] == scored
+    assert [found.score for found in translated("9")] != scored
 
 
 def test_eight_devices_compute_what_one_computes(longer, finished):

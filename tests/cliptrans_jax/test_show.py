@@ -24,7 +24,7 @@ def row(index, *, others=(), picture=None):
     return Row(index, *texts, -1 / (index + 3), others, picture)
 
 
-def test_any_text_reads_back(tmp_path):
+def test_any_text_round_trips(tmp_path):
     path = tmp_path / "new" / "translations.tsv"
     rows = [row(index) for index in range(len(NASTY))]
     write_translations(path, rows)
@@ -35,7 +35,7 @@ def test_any_text_reads_back(tmp_path):
     assert lines[1].split("\t")[1] == r"a\tb\nc\rd"
 
 
-def test_further_outputs_stand_in_further_columns(tmp_path):
+def test_other_outputs_are_in_extra_columns(tmp_path):
     path = tmp_path / "translations.tsv"
     others = (Hypothesis("second\n", -0.5), Hypothesis("", -2.0))
     rows = [row(0), row(1, others=others), row(2, others=others[:1])]

@@ -340,7 +340,15 @@ def test_stage_clip_trains_the_towers_that_a_flag_names():
         return contrastive._loss(config, params, {}, batch, {"dropout": None}, 0)[0]
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(params)
-    assert np.isfinite(value)
+    text, image = (
+        np.asarray(program(side)(params["clip"][name], INPUTS[side]), np.float64)
+        for side, name in (("text", "text"), ("vision", "image"))
+    )
+    text, image = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (text, image))
+    scale, bias = np.exp(params["clip"]["log_scale"]), params["clip"]["bias"]
+    signs = np.array([[1, -1], [-1, 1]])
+    wanted = np.log1p(np.exp(-signs * (scale * text @ image.T + bias))).sum() / 2
+    assert float(value) == pytest.approx(wanted, rel=1e-4)
     flat = traverse_util.flatten_dict(gradient, sep="/")
     assert {"clip/log_scale", "clip/bias", "clip/image/pool/probe"} < flat.keys()
     assert [path for path, x in flat.items() if not np.any(np.asarray(x))] == []

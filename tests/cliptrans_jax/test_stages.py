@@ -238,7 +238,7 @@ def test_hosts_bring_the_rows_of_the_same_batches(window, clip, hosts):
 
 
 @pytest.mark.parametrize("window", [1, 3])
-def test_a_run_goes_on_with_the_batches_it_would_have_had(window):
+def test_resuming_continues_with_the_same_batches(window):
     feed = feed_of(choose("caption"), window=window, mask_prob=0.5)
     whole, later = take(feed, 0, 14), take(feed_of(feed.inputs.examples, window=window,
                                                    mask_prob=0.5), 8, 6)  # fmt: skip
@@ -248,7 +248,7 @@ def test_a_run_goes_on_with_the_batches_it_would_have_had(window):
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 99])
-def test_every_example_stands_in_an_epoch_once(window):
+def test_every_example_occurs_once_per_epoch(window):
     feed = feed_of(choose("translate"), window=window)
     assert feed.steps_per_epoch == SIZE // BATCH == 5
     epochs = [
@@ -293,7 +293,7 @@ def test_a_window_sorts_the_batches_that_the_epoch_has_there(window):
         assert joined == sorted(joined)
 
 
-def test_the_batches_of_a_window_are_shuffled_anew_in_every_epoch_and_seed():
+def test_batches_of_a_window_are_reshuffled_by_epoch_and_seed():
     def places(seed, epoch):
         """Positions of the shortest batch, of the next, and so on."""
         feed = dataclasses.replace(feed_of(choose("translate"), window=5), seed=seed)
@@ -356,7 +356,7 @@ def test_empty_sources_stay_of_two_tokens():
         assert batch["labels"].shape[1] in (8, 16, ROOM)
 
 
-def test_shapes_say_what_batches_are_of():
+def test_shapes_match_the_batches():
     for clip in (False, True):
         feed = feed_of(choose("translate"), clip=clip)
         batch, shapes = take(feed, 0, 1)[0], feed.shapes(2)
@@ -366,7 +366,7 @@ def test_shapes_say_what_batches_are_of():
             assert len(shape.shape) == batch[name].ndim
 
 
-def test_tokens_are_dropped_anew_in_every_epoch():
+def test_dropped_tokens_change_with_the_epoch():
     feed = feed_of(choose("caption"), mask_prob=0.5)
 
     def kept(epoch):

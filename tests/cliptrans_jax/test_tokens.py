@@ -11,7 +11,6 @@ from cliptrans_jax.data import byte_pairs, emoji_set
 from cliptrans_jax.data.framing import BOS, EOS, PAD, SPECIAL, FramedTokenizer, Tokenizer
 from cliptrans_jax.data.published import MBART50_CODES, PUBLISHED
 from cliptrans_jax.data.tokens import (
-    LIMITS,
     TokenizerConfig,
     load_or_train_tokenizer,
     load_tokenizer,
@@ -68,7 +67,7 @@ def test_a_sentence_is_framed(trained, language, first):
         "<s> text that looks </s> like <pad> tokens <mask>",
     ],
 )
-def test_every_text_comes_back(trained, text):
+def test_every_text_round_trips(trained, text):
     (row,) = trained.encode([text], "fr")
     assert trained.decode(row) == text
     assert row[0] == 417 and row[-1] == EOS and not set(row[1:-1]) & {0, 1, 2, 3}
@@ -86,7 +85,7 @@ def test_no_text_is_a_frame_alone(trained):
     assert len(trained.encode([], "en")) == 0
 
 
-def test_decoding_drops_what_has_no_text(trained):
+def test_decoding_drops_special_tokens(trained):
     (row,) = trained.encode(["a man"], "de")
     pieces = row[1:-1].tolist()
     generated = [EOS, 416, *pieces, EOS, PAD, PAD]
@@ -137,7 +136,7 @@ def test_an_exported_tokenizer_lower_cases_as_well(tmp_path):
         np.testing.assert_array_equal(exported.encode(text.title()).ids, ids)
 
 
-def test_training_is_the_same_every_time(tmp_path):
+def test_training_is_deterministic(tmp_path):
     sentences = emoji_set.load_emoji("test", ("en", "de")).texts
     sentences = [*sentences["en"], *sentences["de"]]
     files = [tmp_path / "a" / "t.json", tmp_path / "b" / "t.json"]
@@ -147,7 +146,7 @@ def test_training_is_the_same_every_time(tmp_path):
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["t.json"]
 
 
-def test_emoji_names_come_back_in_every_language(tmp_path):
+def test_emoji_names_round_trip_in_every_language(tmp_path):
     languages = emoji_set.LANGUAGES
     train, test = (emoji_set.load_emoji(s, languages).texts for s in ("train", "test"))
     tokenizer = load_or_train_tokenizer(
@@ -390,7 +389,7 @@ def test_clip_frames_with_its_own_tokens(tmp_path):
     assert tokenizer.pad == 1 and tokenizer.eos == len(vocab) - 1 == tokenizer.vocab - 1
     assert tokenizer.decode([*row, 1, 1]).strip() == "a man run"
     (long_row,) = tokenizer.encode(["a " * 100], None)
-    assert len(long_row) == LIMITS["clip"] == 77 and long_row[-1] == tokenizer.eos
+    assert len(long_row) == PUBLISHED["clip"].limit == 77 and long_row[-1] == tokenizer.eos
 
 
 def test_a_folder_of_another_tokenizer_is_refused(pieces, tmp_path):

@@ -92,7 +92,7 @@ def features(name, params, ids, mask, **options):
 
 
 @pytest.mark.parametrize("name", TOWERS)
-def test_features_leave_in_float32_and_are_nearly_the_same_in_bfloat16(name, params, plain):
+def test_features_are_float32_and_nearly_equal_in_bfloat16(name, params, plain):
     network, exact = build(name, jnp.bfloat16), plain[name]
     rough = np.asarray(jax.jit(network.apply)({"params": params[name]}, *inputs(name)))
     assert exact.shape == (2, 8)
@@ -211,7 +211,7 @@ def test_a_batch_norm_by_hand():
     np.testing.assert_allclose(found[0, 0, 0], [3 * 2 / 1.25**0.5 + 1, 6 / 2 - 1], rtol=1e-6)
 
 
-def test_mclip_is_the_mean_of_what_is_heard(params):
+def test_mclip_averages_the_visible_tokens(params):
     mask = MASK.copy()
     mask[0, 2] = 0
     found, recorded = features("mclip", params, IDS, mask, mutable=["intermediates"])
@@ -225,7 +225,7 @@ def test_mclip_is_the_mean_of_what_is_heard(params):
     np.testing.assert_array_equal(found, features("mclip", params, IDS, mask.astype(bool)))
 
 
-def test_mclip_does_not_hear_what_the_mask_hides(params):
+def test_mclip_ignores_masked_tokens(params):
     mask = MASK.copy()
     mask[0, 2] = 0  # a hole inside the sentence
     changed = IDS.copy()
@@ -241,7 +241,7 @@ def test_mclip_gives_a_row_without_tokens_the_mean_zero(params):
     np.testing.assert_array_equal(found, np.broadcast_to(bias, found.shape))
 
 
-def test_positions_count_what_is_no_pad():
+def test_positions_count_tokens_that_are_not_pads():
     ids = jnp.asarray([[0, 5, 1, 9, 2, 1], [1, 1, 0, 2, 1, 1]])
     want = [[2, 3, 1, 4, 5, 1], [1, 1, 2, 3, 1, 1]]
     np.testing.assert_array_equal(mclip.position_ids(ids, 1), want)
@@ -264,7 +264,7 @@ def test_mclip_drops_out_in_training_alone(params, plain):
     np.testing.assert_allclose(found, plain["mclip"], rtol=1e-5, atol=1e-6)
 
 
-def test_clip_pools_the_first_of_the_largest_ids_and_hears_nothing_behind_it(params):
+def test_clip_pools_the_first_end_token_and_ignores_what_follows(params):
     np.testing.assert_array_equal(clip.end_position(jnp.asarray(IDS)), [4, 2])
     before = features("text", params, IDS, MASK)
     padded = np.where(MASK == 1, IDS, 39)
@@ -276,7 +276,7 @@ def test_clip_pools_the_first_of_the_largest_ids_and_hears_nothing_behind_it(par
     assert np.all(np.max(np.abs(features("text", params, changed, MASK) - before), axis=1) > 1e-3)
 
 
-def test_clip_does_not_hear_what_the_mask_hides(params):
+def test_clip_ignores_masked_tokens(params):
     mask, changed = MASK.copy(), IDS.copy()
     mask[:, 1], changed[:, 1] = 0, 12
     before = features("text", params, IDS, mask)
@@ -284,7 +284,7 @@ def test_clip_does_not_hear_what_the_mask_hides(params):
     assert np.max(np.abs(features("text", params, IDS, MASK) - before)) > 1e-3
 
 
-def test_clip_states_do_not_hear_what_follows(params):
+def test_clip_is_causal(params):
     def states(ids):
         _, recorded = features("text", params, ids, None, mutable=["intermediates"])
         return np.asarray(recorded["intermediates"]["last_hidden"][0])
@@ -295,7 +295,7 @@ def test_clip_states_do_not_hear_what_follows(params):
     np.testing.assert_array_equal(moved, [False] * 3 + [True] * 5)
 
 
-def test_ids_outside_the_vocabulary_give_no_number(params):
+def test_ids_outside_the_vocabulary_give_nan(params):
     ids = IDS.copy()
     ids[0, 1] = 40
     for name in ("mclip", "text"):

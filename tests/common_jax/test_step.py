@@ -12,7 +12,15 @@ from meshes import one_device
 
 from common_jax.optim import OptimConfig, make_schedule
 from common_jax.state import evaluation_key, step_rngs
-from common_jax.step import Programs, _split, init_state, make_evaluator, make_step, part_norms
+from common_jax.step import (
+    Programs,
+    _split,
+    init_state,
+    make_evaluator,
+    make_step,
+    one_behind,
+    part_norms,
+)
 
 CONFIG = OptimConfig(
     steps=8, batch=8, lr=0.1, lr_per=None, schedule="warmup_cosine", warmup_epochs=0, warmup_lr=0.0
@@ -364,3 +372,36 @@ def test_a_compiled_step_copies_no_moments(average):
     # The gradient and little else; with copies of both moments, it would be three times the size.
     size = sum(leaf.nbytes for leaf in params.values())
     assert size <= compiled.memory_analysis().temp_size_in_bytes < 1.5 * size
+
+
+class Result:
+    """Records when it is dispatched, and when it is read on the host."""
+
+    def __init__(self, number, events):
+        self.number, self.events = number, events
+        events.append(f"dispatch {number}")
+
+    def read(self):
+        self.events.append(f"read {self.number}")
+        return self.number
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_result_is_read_once_the_next_is_dispatched(count):
+    events = []
+    results = (Result(number, events) for number in range(count))
+    assert [result.read() for result in one_behind(results)] == [*range(count)]
+    order = ["dispatch 0", "dispatch 1", "read 0", "dispatch 2", "read 1", "read 2"]
+    assert events == {0: [], 1: ["dispatch 0", "read 0"], 3: order}[count]
+
+
+def test_an_error_of_the_next_result_is_raised():
+    def results():
+        yield 0
+        yield 1
+        raise ValueError("out of memory")
+
+    found = one_behind(results())
+    assert next(found) == 0
+    with pytest.raises(ValueError, match="out of memory"):
+        next(found)

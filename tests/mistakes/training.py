@@ -129,6 +129,13 @@ MISTAKES: tuple[Mistake, ...] = (
     ),
     Mistake(
         "common_jax/step.py",
+        "a result is read before the next is dispatched",
+        "        yield from waiting\n        waiting = [result]",
+        "        yield result",
+        STEP,
+    ),
+    Mistake(
+        "common_jax/step.py",
         "neighbouring examples make a micro-batch",
         "x = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)",
         "x = x.reshape(count, x.shape[0] // count, *x.shape[1:])",

@@ -5,6 +5,7 @@ from mistakes.mistake import Mistake
 PACKAGE, TESTS = "cliptrans_jax", "tests/cliptrans_jax"
 ENCODERS, FEED = f"{TESTS}/test_encoders.py", f"{TESTS}/test_stages.py"
 OBJECTIVE, RUN_DATA = f"{TESTS}/test_objective.py", f"{TESTS}/test_run_data.py"
+INITIAL = f"{TESTS}/test_initial_weights.py"
 KEPT = (
     f"{ENCODERS}::test_every_sentence_gets_its_own_feature_back "
     f"{ENCODERS}::test_text_features_are_kept_for_one_tower_and_one_text "
@@ -106,7 +107,7 @@ MISTAKES: tuple[Mistake, ...] = (
         "damage of a mapped file goes unnoticed",
         "or zlib.crc32(content) != entry.CRC:",
         "or not content:",
-        f"{TESTS}/test_encode_corpus.py::test_a_damaged_file_is_named_and_made_again",
+        f"{TESTS}/test_encode_corpus.py::test_a_damaged_file_is_named_and_rewritten",
     ),
     Mistake(
         f"{PACKAGE}/data/framing.py",
@@ -160,8 +161,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         f"{PACKAGE}/data/corpora.py",
         "flags are left out whatever the config says",
-        "flags=config.emoji_flags,",
-        "flags=False,",
+        "flags=config.emoji_flags)",
+        "flags=False)",
         CORPORA,
     ),
     Mistake(
@@ -230,16 +231,16 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         f"{PACKAGE}/runs/objective.py",
         "a frozen text tower drops out and one that trains does not",
-        'fold_in(dropout, 3) if "clip" in params else None',
-        'fold_in(dropout, 3) if "clip" in helpers else None',
+        'fold_in(dropout, TOWER) if "clip" in params else None',
+        'fold_in(dropout, TOWER) if "clip" in helpers else None',
         OBJECTIVE,
     ),
     Mistake(
-        f"{PACKAGE}/runs/objective.py",
+        f"{PACKAGE}/runs/initial_weights.py",
         "a text tower that an earlier run trained starts again from the published one",
-        'trained = tower is not None and "clip" in checkpoint.load_shapes(source)',
-        'trained = tower is not None and "clip" not in checkpoint.load_shapes(source)',
-        OBJECTIVE,
+        'from_run and "clip" in checkpoint.load_shapes(source)',
+        'from_run and "clip" not in checkpoint.load_shapes(source)',
+        INITIAL,
     ),
     Mistake(
         f"{PACKAGE}/evaluators/labels.py",
@@ -348,11 +349,11 @@ MISTAKES: tuple[Mistake, ...] = (
         "tests/cliptrans_jax/test_pipeline.py::test_what_a_pipeline_is_given_it_starts_from",
     ),
     Mistake(
-        "cliptrans_jax/runs/objective.py",
+        f"{PACKAGE}/runs/initial_weights.py",
         "what is to be fresh is taken from a published file",
         "params.pop(path, None)\n        del shapes[path]",
         "params.get(path)",
-        "tests/cliptrans_jax/test_objective.py::test_what_is_to_be_fresh_is_not_taken",
+        f"{INITIAL}::test_fresh_parameters_are_not_loaded",
     ),
     Mistake(
         "cliptrans_jax/runs/run_data.py",

@@ -26,7 +26,7 @@ NAMES = " ".join(
         "test_what_is_missing_unknown_or_of_another_shape_is_named",
     )
 )
-SIZES = f"{TESTS}/test_pretrained.py::test_towers_under_openai_s_names_tell_their_sizes"
+SIZES = f"{TESTS}/test_pretrained.py::test_sizes_of_openais_towers_are_inferred_from_shapes"
 
 MISTAKES: tuple[Mistake, ...] = (
     Mistake(

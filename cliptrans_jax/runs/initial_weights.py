@@ -1,0 +1,156 @@
+"""The initial weights of the stages that train a translator."""
+
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from flax import traverse_util
+
+from cliptrans_jax import pretrained
+from cliptrans_jax.config import Config
+from cliptrans_jax.encoders import TextTower
+from cliptrans_jax.runs.run_data import check_weights, is_run
+from common_jax import checkpoint
+from common_jax.state import merge
+from common_jax.weights import Allowance, Origin, WarmStart, size_of, take, warn_of_no_match
+
+Shapes = Mapping[str, Any]  # ShapeDtypeStructs with shardings, in a nested dict
+
+
+def make_warm_start(
+    config: Config, tower: TextTower | None
+) -> Callable[[Shapes], WarmStart] | None:
+    """Makes a function that loads a stage's initial weights: from another run, a released
+    checkpoint or a published translator, and from a text tower if the stage trains it. None to
+    train from scratch."""
+    sources = config.sources
+    if not (sources.model or sources.translator or tower is not None):
+        return None
+    return functools.partial(_warm_start, config, tower)
+
+
+def _warm_start(config: Config, tower: TextTower | None, shapes: Shapes) -> WarmStart:
+    sources, parts = config.sources, []
+    of_model = _shapes_of_model(sources.model, tower, shapes)
+    if sources.model:
+        take_model = _take_run if is_run(sources.model) else _take_released
+        parts.append(take_model(config, of_model))
+    elif sources.translator:
+        parts.append(_take_translator(config, of_model))
+    if tower is not None and "clip" not in of_model:
+        parts.append(_take_tower(tower, shapes["clip"]))
+    return _join(parts, shapes)
+
+
+def check_start(config: Config, tower: TextTower | None, shapes: Shapes) -> None:
+    """Checks the sources of a stage's weights without reading arrays.
+
+    Args:
+      tower: the text tower, if it is trained.
+      shapes: shapes of all parameters.
+
+    Raises:
+      FileNotFoundError: if a folder or file is missing.
+      ValueError: if a run's parameters do not fit.
+    """
+    sources = config.sources
+    if sources.model and is_run(sources.model):
+        _take_run(config, _shapes_of_model(sources.model, tower, shapes), read=False)
+    else:
+        check_weights(config)
+
+
+def _shapes_of_model(source: str, tower: TextTower | None, shapes: Shapes) -> dict[str, Any]:
+    """The shapes that the source of the model has: all, but those of a text tower only if it is a
+    run that trained it."""
+    from_run = bool(source) and is_run(source)
+    trained = tower is not None and from_run and "clip" in checkpoint.load_shapes(source)
+    return {name: tree for name, tree in shapes.items() if name != "clip" or trained}
+
+
+def _take_run(config: Config, shapes: Shapes, *, read: bool = True) -> WarmStart:
+    sources = config.sources
+    fresh = (Allowance(sources.fresh, "config.sources.fresh", True),) if sources.fresh else ()
+    leave = (Allowance(sources.leave, "config.sources.leave", True),) if sources.leave else ()
+    subtrees = checkpoint.load_shapes(sources.model)
+    origins = [Origin(sources.model, name, name) for name in subtrees]
+    return take(shapes, origins, fresh=fresh, leave=leave, read=read)
+
+
+def _take_released(config: Config, shapes: Shapes) -> WarmStart:
+    sources = config.sources
+    published = pretrained.load(
+        sources.model, kind="cliptrans", config=config.model, weights=sources.weights
+    )
+    return _published(published, published.params, shapes, fresh=sources.fresh)
+
+
+def _take_translator(config: Config, shapes: Shapes) -> WarmStart:
+    sources, architecture = config.sources, config.model.architecture
+    published = pretrained.load(
+        sources.translator, kind=architecture.kind, fetch=sources.fetch, weights=sources.weights
+    )
+    _require_sizes(config, published.config)
+    name = architecture.subtree
+    params, of_translator = {name: published.params}, {name: shapes[name]}
+    return _published(published, params, of_translator, fresh=sources.fresh)
+
+
+def _take_tower(tower: TextTower, shapes: Shapes) -> WarmStart:
+    params = pretrained.place(tower.params, shapes)
+    account = [{"source": "text tower", "as": "clip"} | size_of(params)]
+    return WarmStart({"clip": params}, {"taken": account})
+
+
+def _join(parts: Sequence[WarmStart], shapes: Shapes) -> WarmStart:
+    """All parts with one account, in which `fresh` also has what is in none of them."""
+    params = merge(*(part.params for part in parts))
+    account = {
+        key: [entry for part in parts for entry in part.account.get(key, ())]
+        for key in ("taken", "adapted", "left", "fresh", "notes", "assumed")
+    }
+    listed = {entry["name"] for entry in account["fresh"]}
+    every, loaded = (set(traverse_util.flatten_dict(tree, sep="/")) for tree in (shapes, params))
+    account["fresh"] += [
+        {"name": name, "reason": "in none of the sources"}
+        for name in sorted(every - loaded - listed)
+    ]
+    return WarmStart(params, account)
+
+
+def _published(
+    published: Any, params: Mapping[str, Any], shapes: Shapes, *, fresh: str
+) -> WarmStart:
+    params, shapes = (traverse_util.flatten_dict(tree, sep="/") for tree in (params, shapes))
+    left_out = sorted(path for path in shapes if fresh and re.fullmatch(fresh, path))
+    if fresh:
+        warn_of_no_match(Allowance(fresh, "config.sources.fresh", True), shapes)
+    for path in left_out:
+        params.pop(path, None)
+        del shapes[path]
+    arrays = traverse_util.unflatten_dict(pretrained.place(params, shapes), sep="/")
+    account = {
+        "fresh": [{"name": path, "reason": "config.sources.fresh"} for path in left_out],
+        "taken": [{"source": published.source, "as": published.kind} | size_of(arrays)],
+        "left": [{"name": name, "reason": why} for name, why in published.account.dropped],
+        "notes": [*published.account.notes],
+        "assumed": [{"field": name, "value": value} for name, value in published.account.assumed],
+    }
+    return WarmStart(arrays, account)
+
+
+def _require_sizes(config: Config, file_sizes: Any) -> None:
+    model = config.model
+    differing = [
+        f"{model.key}.{name}={getattr(model.sizes, name)!r}, and the file has "
+        f"{getattr(file_sizes, name)!r}"
+        for name in model.architecture.differing_sizes(model.sizes, file_sizes)
+    ]
+    if differing:
+        raise ValueError(
+            f"config.sources.mbart={config.sources.translator!r} is not the config's model: "
+            + "; ".join(differing)
+            + ". Set these fields to the file's values; a vocabulary may be larger than the "
+            "tokenizer's"
+        )
