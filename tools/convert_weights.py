@@ -9,9 +9,9 @@ executes anything in a file. Every tensor must have a place: if any is missing, 
 wrong shape, all such tensors are listed and nothing is written.
 
 IN may be a folder of files with one module each. --kind is optional if the tensor names identify
-the kind. Sizes come from --config; without it they are inferred from the tensors, and printed along
-with those that are assumed. Override them with --config.x=y, for example
---config.teacher.depths=6,6,6,6.
+the kind. Sizes come from --config, or else from the run_config.json that `m2mkd export` wrote
+beside the weights; without both they are inferred from the tensors, and printed along with those
+that are assumed. Override them with --config.x=y, for example --config.teacher.depths=6,6,6,6.
 """
 
 import argparse
@@ -43,6 +43,7 @@ from common_jax.weights.table import Pretrained
 from common_jax.workdir import freeze_stored
 from m2mkd_jax import config as m2mkd_config
 from m2mkd_jax import pretrained as m2mkd
+from m2mkd_jax.pretrained.folder import RUN, read_run_config
 
 CLIPTRANS = "cliptrans"
 EXAMPLES = {
@@ -207,7 +208,9 @@ def _take_m2mkd(command: Command) -> Pretrained:
     if source.guessed:
         print(f"kind {source.kind}, from the tensor names: {ABOUT[source.kind]}")
     inferred, assumed = None, {}
-    if command.config is None:
+    if command.config is None and (inferred := read_run_config(pathlib.Path(command.source))):
+        print(f"the config is that of the exported run, in {RUN} beside the weights")
+    elif command.config is None:
         sizes = m2mkd.infer_config(source, command.settings)
         inferred, assumed = sizes.config, sizes.assumed
         _show_sizes("read from the file", sizes.read, command)

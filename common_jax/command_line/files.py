@@ -88,23 +88,33 @@ def _find(name: str, text: str) -> pathlib.Path:
         raise IsADirectoryError(
             f"--config={name} is a folder; give a file in it{_listed(files)}, or an absolute path"
         )
+    if path.suffix == ".json":
+        raise ValueError(
+            f"--config={name} is JSON, and a config is a Python file, such as the one that the run "
+            "was started with"
+        )
     if path.is_file():
         return path
     name = name.removeprefix("configs/")
-    for folder in () if path.is_absolute() else INSTALLED:
-        if (folder / name).is_file():
-            return folder / name
+    installed = {
+        str(file.relative_to(folder)): file
+        for folder in (() if path.is_absolute() else INSTALLED)
+        for file in folder.glob("**/*.py")
+    }
+    if name in installed:
+        return installed[name]
     folder = pathlib.Path(os.path.abspath(path)).parent
     # A wrong working directory is a more common mistake than a wrong name.
     here = "" if path.is_absolute() else f"; relative paths start at {pathlib.Path.cwd()}"
-    if not folder.is_dir():
+    known = {one.stem: one.name for one in folder.glob("*.py")}
+    known = {pathlib.Path(one).stem: one for one in installed} | known
+    close = difflib.get_close_matches(path.name.removesuffix(".py"), known, n=1)
+    hint = f" (did you mean {known[close[0]]!r}?)" if close else ""
+    if not folder.is_dir() and not hint:
         nearest = next(one for one in folder.parents if one.is_dir())
         raise FileNotFoundError(
             f"--config={name}: there is no folder {folder}; only {nearest} exists{here}"
         )
-    known = {one.stem: one.name for one in folder.glob("*.py")}
-    close = difflib.get_close_matches(path.name.removesuffix(".py"), known, n=1)
-    hint = f" (did you mean {known[close[0]]!r}?)" if close else ""
     raise FileNotFoundError(f"--config={name}: there is no such file in {folder}{hint}{here}")
 
 

@@ -12,7 +12,7 @@ from etils import epath
 from common_jax.config import flatten, unfreeze
 from common_jax.weights import write_tensors
 from common_jax.weights.table import Pretrained
-from common_jax.workdir import read_json, write_json
+from common_jax.workdir import freeze_stored, read_json, write_json
 from common_jax.workdir.results import RESULT
 from m2mkd_jax.config import Config
 from m2mkd_jax.pretrained.kinds import KINDS
@@ -33,7 +33,7 @@ names = model.pretrained_cfg["label_names"]
 ```"""
 USE_OWN = """No other framework has this network: {reason}. `run_config.json` is its config, and the
 tensors have the names of the method's original code. `python tools/convert_weights.py FOLDER OUT`
-makes a checkpoint of them again."""
+makes a checkpoint of them again, with this config."""
 
 
 def write_folder(
@@ -76,6 +76,16 @@ def write_folder(
     return found
 
 
+def read_run_config(source: Path) -> Config | None:
+    """The config that `write_folder` wrote beside the weights in `source`, a folder or a file in
+    one; None if there is none. Raises ValueError if it is damaged."""
+    path = (source if source.is_dir() else source.parent) / RUN
+    if not path.exists():
+        return None
+    stored = {name: value for name, value in read_json(path).items() if name != "classes"}
+    return freeze_stored(Config, stored, path)
+
+
 def write_card(found: Pretrained, source: epath.Path, classes: tuple[str, ...], reason: str) -> str:
     """The text of the model card.
 
@@ -100,8 +110,8 @@ def write_card(found: Pretrained, source: epath.Path, classes: tuple[str, ...], 
     library = "" if reason else "library_name: timm\n"
     head = (
         f"---\nlicense: unknown  # to be filled in\n{library}"
-        f"pipeline_tag: image-classification\n---\n\n# {config.phase} of {PAPER}\n\n"
-        f"This is {_about(found)}, on images of "
+        f"pipeline_tag: image-classification\n---\n\n# {PAPER}: {config.phase}\n\n"
+        f"This is {_about(found)}, for images of "
         f"{config.data.image_size} x {config.data.image_size} pixels.\n"
     )
     return head + "".join(f"\n## {title}\n\n{text}\n" for title, text in sections.items())

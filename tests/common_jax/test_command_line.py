@@ -226,6 +226,11 @@ def test_a_config_file_that_is_not_there_is_looked_for(file, tmp_path, monkeypat
     missing = rf"no folder {tmp_path}/configs/m2mkd; only {tmp_path} exists.* start at {tmp_path}$"
     with pytest.raises(FileNotFoundError, match=missing):
         read_config_file("configs/m2mkd/mine.py")
+    with pytest.raises(FileNotFoundError, match=r"\(did you mean 'm2mkd/digits.py'\?\)"):
+        read_config_file("m2mkd/digitz.py")
+    (tmp_path / "config.json").write_text('{"seed": true}')
+    with pytest.raises(ValueError, match="config.json is JSON, and a config is a Python file"):
+        read_config_file("config.json")
     with pytest.raises(
         FileNotFoundError, match=r"^--config=/nowhere/x.py: there is no folder /now"
     ):

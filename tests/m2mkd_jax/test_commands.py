@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 
+import convert_weights
 import jax
 import numpy as np
 import pytest
@@ -286,6 +287,17 @@ def test_an_exported_vit_is_read_as_timm_s(runs, tmp_path, capsys):
         assert text in card
     status, _, err = call(capsys, "export", runs / "meta", tmp_path / "out")
     assert status == 2 and "exists; give a new folder" in err
+
+
+def test_an_exported_network_is_converted_back_with_the_config_of_its_run(runs, tmp_path, capsys):
+    assert call(capsys, "export", runs / "student", tmp_path / "out")[0] == 0
+    convert_weights.main([str(tmp_path / "out"), str(tmp_path / "back")])
+    assert "the config is that of the exported run" in capsys.readouterr().out
+    ours, theirs = (checkpoint.load_config(x) for x in (runs / "student", tmp_path / "back"))
+    for section in ("model", "data"):
+        assert theirs[section] == ours[section]
+    found = [checkpoint.load(x, subtree="student") for x in (runs / "student", tmp_path / "back")]
+    jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 def test_timm_loads_the_folder(runs, tmp_path, capsys):
