@@ -342,7 +342,7 @@ class Config(Section):
         trains_towers = self.stage == PIPELINE or trains(self.stage) is Trains.TOWERS
         if self.clip.lock_text and trains_towers and not self.sources.clip_text:
             raise FieldError(
-                "clip.lock_text=True needs a text tower that is trained: give sources.clip_text, "
+                "clip.lock_text=True needs a trained text tower: give sources.clip_text, "
                 "its folder, and clip_tokenizer"
             )
 

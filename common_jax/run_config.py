@@ -28,7 +28,8 @@ class RunConfig(Section):
       on_failed_save: "stop" ends the run when a checkpoint or a log line cannot be written, "go_on"
         warns and tries again at the next one. The final ones must succeed either way.
       keep: number of newest checkpoints to keep.
-      best: metric whose highest value also keeps its checkpoint; None for none.
+      best: metric whose best value, of losses the lowest, also keeps its checkpoint; None for
+        none.
       average_last: number of per-epoch checkpoints, counted back from the last step, whose mean
         parameters are evaluated at the end and loaded from the last checkpoint; 1 uses the last
         step's own parameters. The mean is updated during training, so the checkpoints need not be

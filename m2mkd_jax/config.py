@@ -126,7 +126,7 @@ class SourcesConfig(Section):
       modules: workdirs of the trained modules, one per stage in order, or one that has all of them.
       teacher: workdir of the teacher.
       teachers: workdirs of several teachers, instead of `teacher`: ViTs of any size, each from a
-        run of phase train_module or assemble, or converted.
+        run of phase pretrain_meta, train_module or assemble, or converted.
       students: workdirs of the distilled students, one per stage in order, or one that has all of
         them. () trains from scratch.
       network: workdir of a trained whole student.

@@ -61,8 +61,10 @@ class DataConfig(Section):
                     f"include these test examples; set train_split={rest!r}"
                 )
         if (self.path == "") != source.built_in:
-            rule = "must be empty" if source.built_in else "must be its folder"
-            raise FieldError(f"path={shown(self.path)} {rule} for source={self.source!r}")
+            rule, hint = "must be its folder", ""
+            if source.built_in:
+                rule, hint = "must be empty", "; for your own data set source to 'table' or 'text'"
+            raise FieldError(f"path={shown(self.path)} {rule} for source={self.source!r}{hint}")
         for key in ("source_language", "target_language"):
             if problem := _language_problem(self.source, getattr(self, key)):
                 raise FieldError(f"{key}={problem}")

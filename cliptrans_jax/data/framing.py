@@ -148,8 +148,10 @@ class FramedTokenizer:
                 yield flat, lengths
         if too_long:
             logging.warning(
-                "%d of %d sentences have more than %d tokens and are truncated",
-                *(too_long, len(texts), self.limit - len(start) - 1),
+                "%d of %d sentences%s have more than %d tokens and are truncated; with room in the "
+                "network, raise the tokenizer's max_length",
+                *(too_long, len(texts), f" in {language}" if language else ""),
+                self.limit - len(start) - 1,
             )
 
     def _encode_part(

@@ -157,10 +157,9 @@ def _scores(run: Finished) -> str:
 
 
 def _split_scores(scores: Mapping[str, Any]) -> str:
-    rows = {
-        f"{name} | {scores[name]:.2f}": f"`{signature}`"
-        for name, signature in scores["signatures"].items()
-    }
+    # A bar would end the table's cell, even in code.
+    signatures = {name: x.replace("|", r"\|") for name, x in scores["signatures"].items()}
+    rows = {f"{name} | {scores[name]:.2f}": f"`{x}`" for name, x in signatures.items()}
     table = _table(("score | value", "signature"), rows)
     return f"{scores['sentences']} sentences of {scores['set']}:\n\n{table}"
 

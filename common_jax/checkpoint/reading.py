@@ -150,10 +150,9 @@ def find_step(source: epath.PathLike) -> epath.Path:
     for folder in (source / FOLDER, source):
         if steps := own_steps(folder):
             return folder / str(steps[-1])
-    state = "exists and has none" if source.exists() else "does not exist"
+    problem = "has no finished checkpoint" if source.exists() else "does not exist"
     raise FileNotFoundError(
-        f"no finished checkpoint at {source}, which {state}; give a run's workdir, its {FOLDER} "
-        "folder, or a step in it"
+        f"{source} {problem}; give a run's workdir, its {FOLDER} folder, or a step in it"
     )
 
 

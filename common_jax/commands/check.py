@@ -1,10 +1,10 @@
-"""Reports what a config's data holds, and every problem that would keep a run from starting.
+"""Reports what a config's data contain, and every problem that would keep a run from starting.
 
 Takes the config and flags of a run, and uses no device. For image sets, counts the classes and
 their images, reads a sample, and reports its sizes and unreadable files. For sentences, counts
 lines and empty lines by language and split, and all, missing and unreadable pictures. Lists all
 problems, not only the first. For a user's own folder or table, ends with the flags that train on
-it, whatever flags were given.
+it: without further flags, those of the layout that it finds.
 
   --sample=N  read N pictures per split, evenly spaced (default 500)
   --all       read every picture

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def check_command(program: str, field: str, checker: Callable[[], "Checker"]) -> Command:
-    """`PROGRAM check`: what a config's data holds, and all problems that keep a run from starting.
+    """`PROGRAM check`: what a config's data contain, and what keeps a run from starting.
 
     Args:
       program: the program's name, as a user types it.
@@ -28,7 +28,7 @@ def check_command(program: str, field: str, checker: Callable[[], "Checker"]) ->
         main([f"{program} check", *args.rest], {field: checker()})
 
     return passing(
-        "what a config's data holds, and every problem that keeps a run from starting", run
+        "what a config's data contain, and every problem that keeps a run from starting", run
     )
 
 

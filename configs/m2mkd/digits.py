@@ -2,7 +2,7 @@
 
     python -m m2mkd_jax.main --config=configs/m2mkd/digits.py:phase=pipeline --workdir=runs/digits
 
-Arguments: `phase` (pipeline, pretrain_meta, train_module, assemble, distill, end_to_end, few_shot)
+Arguments: `phase` (pipeline, pretrain_meta, train_module, assemble, distill, end_to_end, few_shot),
   `module` ("all", or stage numbers such as 2 or 0+3), and `scale`, which multiplies the length of
   every phase: `scale=0.1` for a quick try.
 """

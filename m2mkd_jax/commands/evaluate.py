@@ -27,8 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="all numbers, as one JSON object")
     parser.epilog = (
-        "The images are those of the run's config.data and, if it has one, config.ood. Any field\n"
-        "of these, and of config.mesh, can be changed:\n"
+        "The images are those of the run's config.data and, if it has one, config.ood. Fields\n"
+        "of these (but not labels and channels), config.mesh, config.evaluation, config.sources\n"
+        "and config.precision can be changed:\n"
         "  --data.source=folder --data.path=/data/mine --data.test_split=val\n"
         "  --ood.source=folder --ood.path=/data/sketches --ood.split=test"
     )

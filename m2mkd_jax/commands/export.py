@@ -27,4 +27,8 @@ def run(args: argparse.Namespace) -> None:
     conclude(out, args.push)
 
 
-COMMAND = Command("write a folder that timm loads, with a model card: RUN OUT", add_arguments, run)
+COMMAND = Command(
+    "write weights, config and a model card to a folder: RUN OUT",
+    add_arguments,
+    run,
+)

@@ -28,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--module", metavar="K", help="which of a run's several modules")
     parser.add_argument("--batch", type=count, metavar="N", help="pictures at a time")
     parser.epilog = (
-        "Any field of the run's config.data and config.mesh can be changed: --config.mesh.fsdp=2"
+        "Fields of the run's config.data (but not labels and channels), config.mesh, "
+        "config.evaluation, config.sources and config.precision can be changed: "
+        "--config.mesh.fsdp=2"
     )
 
 

@@ -152,10 +152,10 @@ def _as_published(
     values = {name: {getattr(config, name) for config in same} for name in UNSEEN}
     agreed = {name: one.pop() for name, one in values.items() if len(one) == 1 and None not in one}
     if not {"heads", "norm_eps"} <= agreed.keys() and f"{section}.heads" not in given:
-        sizes = {name: seen[name] for name in SIZES}
+        sizes = ", ".join(f"{name} {seen[name]}" for name in SIZES)
         raise ValueError(
-            f"{file.path} is not a published network, {sizes}, and its tensors do not reveal the "
-            f"number of heads: give --config.{section}.heads=N, or a --config"
+            f"{file.path} has the sizes of no published network ({sizes}), and its tensors do not "
+            f"reveal the number of heads: give --config.{section}.heads=N, or a --config"
         )
     needed = [*(f"{section}.{name}" for name in OF_CLIP), *IMAGENET]
     missing = [f"--config.{name}" for name in needed if name not in given]

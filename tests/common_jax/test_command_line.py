@@ -229,7 +229,7 @@ def test_a_config_file_that_is_not_there_is_looked_for(file, tmp_path, monkeypat
     with pytest.raises(FileNotFoundError, match=r"\(did you mean 'm2mkd/digits.py'\?\)"):
         read_config_file("m2mkd/digitz.py")
     (tmp_path / "config.json").write_text('{"seed": true}')
-    with pytest.raises(ValueError, match="config.json is JSON, and a config is a Python file"):
+    with pytest.raises(ValueError, match=r"config\.json is JSON, and a config is a Python file"):
         read_config_file("config.json")
     with pytest.raises(
         FileNotFoundError, match=r"^--config=/nowhere/x.py: there is no folder /now"

@@ -145,7 +145,7 @@ def test_an_unreadable_picture_has_its_line(runs, pictures, capsys):
         (("meta", "{pictures}", "--module=1"), "holds a whole network"),
         (("meta", "/nowhere/x.png"), "/nowhere/x.png does not exist; beside it: there is no"),
         (("meta", "{pictures}/c.png"), "TIFF, WEBP; repair or remove them\n"),
-        (("nowhere", "{pictures}"), "no finished checkpoint at"),
+        (("nowhere", "{pictures}"), "does not exist"),
         (("meta", "{pictures}", "--config.meta.width=8"), "would make a different network"),
         (("meta", "{pictures}", "--config.data.labels=8"), "would make a different network"),
         (("meta", "{pictures}", "--batch=3"), "--batch=3 must be a multiple of the mesh's 8"),

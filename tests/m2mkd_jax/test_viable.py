@@ -58,7 +58,7 @@ def episodes(**changes):
         ("run.best", "val/bleu", r"config\.run\.best='val/bleu' must be a metric of test/"),
         ("run.best", "test/acuracy", r"best='test/acuracy' must be .* accuracy or accuracy_top5"),
         ("run.best", "test/module_1/accuracy", r"best='test/module_1/accuracy' is never measured"),
-        ("sources.teacher", "/nowhere", r"no finished checkpoint at /nowhere"),
+        ("sources.teacher", "/nowhere", r"/nowhere does not exist"),
     ],
 )
 def test_a_pipeline_is_looked_through_first(tmp_path, path, value, said):
@@ -96,7 +96,7 @@ def test_episodes_are_looked_through_first(tmp_path):
 def test_a_network_that_is_not_there_claims_nothing(tmp_path):
     config = episodes()
     config.sources.network = "/nowhere"
-    with pytest.raises(FileNotFoundError, match="no finished checkpoint at /nowhere"):
+    with pytest.raises(FileNotFoundError, match="/nowhere does not exist"):
         main(config, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 

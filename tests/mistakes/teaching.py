@@ -80,7 +80,7 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "m2mkd_jax/phases/train_module.py",
         "joined modules are trained as a whole",
-        'trainable=f"{family.stitches}|{family.head}" if joins else ".*",',
+        'trainable=f"{family.stitches}|{family.head(config.teacher)}" if joins else ".*",',
         'trainable=".*",',
         f"{TESTS}/test_teachers.py::test_joining_trains_the_stitches_and_the_head_alone",
     ),
