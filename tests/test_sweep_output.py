@@ -123,6 +123,16 @@ def test_a_metric_that_no_run_has_is_said(tmp_path, capsys, stand_in):
     assert list(read_csv(tmp_path / "s")[0])[1::3] == ["test/accuracy mean", "steps mean"]
 
 
+def test_a_table_leaves_the_record_of_a_sweep_that_has_just_begun(tmp_path, capsys, stand_in):
+    workdir = tmp_path / "s"
+    assert start(workdir, "--emit=commands") == 0  # no run has begun yet
+    files = [workdir / name for name in ("sweep.json", "config.json")]
+    before = [file.read_bytes() for file in files]
+    assert start(workdir, "--emit=table", grid="optim.batch=64") == 1  # it is not finished
+    assert [file.read_bytes() for file in files] == before
+    assert start(workdir) == 0
+
+
 # Scripts that start the runs elsewhere.
 
 

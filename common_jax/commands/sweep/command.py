@@ -19,7 +19,8 @@ import contextlib
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from etils import epath
 
@@ -161,7 +162,11 @@ def sweep(flags: argparse.Namespace) -> int:
 
 
 def _sweep(flags: argparse.Namespace, workdir: epath.Path) -> int:
-    cells, asked = plan(flags, workdir)
+    cells, asked, record = plan(flags, workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    if flags.emit != "table":  # which holds no lock: another process may run this sweep
+        write_json(workdir / "sweep.json", record)
+        write_json(workdir / "config.json", cells[0].config)  # later starts are compared to it
     runs = [Run.of(cell, seed) for seed in range(flags.seeds) for cell in asked]
     left = [run for run in runs if run.results(workdir) is None]
     emits = flags.emit in FORMS
@@ -176,7 +181,7 @@ def _sweep(flags: argparse.Namespace, workdir: epath.Path) -> int:
     if flags.emit is None and left:
         jobs = {run.name: Job(run.command) for run in left}
         outcome = run_each(jobs, pathlib.Path(workdir), at_a_time=flags.jobs or 1)
-    wrong = make_table(flags, workdir, cells)
+    wrong = make_table(flags, workdir, cells, record)
     unfinished = [run.name for run in left if run.results(workdir) is None]
     report(unfinished, outcome, workdir)
     if wrong:
@@ -192,9 +197,11 @@ def plan_asked(flags: argparse.Namespace) -> list[Cell]:
     return plan_cells(flags.config, flags.common, settings, flags.programs)
 
 
-def plan(flags: argparse.Namespace, workdir: epath.Path) -> tuple[list[Cell], list[Cell]]:
-    """Returns all cells in the folder, including those of earlier starts, and the requested ones;
-    writes sweep.json.
+def plan(
+    flags: argparse.Namespace, workdir: epath.Path
+) -> tuple[list[Cell], list[Cell], dict[str, Any]]:
+    """Returns all cells in the folder, including those of earlier starts; the requested ones; and
+    the content of sweep.json. Writes nothing.
 
     Raises:
       ValueError: for cells that cannot run, and for a folder that holds something else.
@@ -222,7 +229,6 @@ def plan(flags: argparse.Namespace, workdir: epath.Path) -> tuple[list[Cell], li
         refuse_other_config(workdir, freeze(program.config, config))
         found = {cell.name: cell for cell in earlier}
     cells = list((found | {cell.name: cell for cell in asked}).values())
-    workdir.mkdir(parents=True, exist_ok=True)
     content = {
         "config": flags.config,
         "flags": flags.common,
@@ -230,18 +236,21 @@ def plan(flags: argparse.Namespace, workdir: epath.Path) -> tuple[list[Cell], li
         "seeds": max(flags.seeds, before["seeds"]),
         "cells": {cell.name: {key: cell.values[key] for key in keys} for cell in cells},
     }
-    write_json(record, content)
-    write_json(workdir / "config.json", cells[0].config)  # later starts are compared to it
-    return cells, asked
+    return cells, asked, content
 
 
-def make_table(flags: argparse.Namespace, workdir: epath.Path, cells: Sequence[Cell]) -> str:
-    """Writes and prints the table of all cells; returns what is wrong with --metric, or ""."""
-    content = read_json(workdir / "sweep.json", FIELDS)
+def make_table(
+    flags: argparse.Namespace,
+    workdir: epath.Path,
+    cells: Sequence[Cell],
+    record: Mapping[str, Any],
+) -> str:
+    """Writes and prints the table of all cells of a `record` that `plan` returned; returns what is
+    wrong with --metric, or ""."""
     rows = []
     for cell in cells:
-        found = (Run.of(cell, seed).results(workdir) for seed in range(content["seeds"]))
-        values = {key: cell.values[key] for key in content["keys"]}
+        found = (Run.of(cell, seed).results(workdir) for seed in range(record["seeds"]))
+        values = {key: cell.values[key] for key in record["keys"]}
         rows.append(Row(values, [result for result in found if result is not None]))
     program = choose(cells[0].config, flags.programs)
     metrics = (flags.metric or program.metric).split(",")
