@@ -44,6 +44,11 @@ class LoadedModel:
     search: Translate
     mesh: Mesh
 
+    def __repr__(self) -> str:
+        """A line: all parameters and tokens would fill a notebook."""
+        count = sum(np.size(leaf) for leaf in jax.tree.leaves(self.params))
+        return f"LoadedModel(stage={self.config.stage!r}, pair={self.pair}, {count:,} parameters)"
+
     @property
     def pair(self) -> tuple[str, str]:
         """Languages of input and output; in captioning, both are the language of the captions."""

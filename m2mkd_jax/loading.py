@@ -18,6 +18,7 @@ from m2mkd_jax.data.feed import prepare_evaluation
 from m2mkd_jax.phases import PHASES
 from m2mkd_jax.phases.networks import family_of_role, module_network, whole_network
 from m2mkd_jax.stages import stage_name
+from m2mkd_jax.trained import product
 
 Apply = Callable[[Any, jax.Array], jax.Array]
 
@@ -28,7 +29,8 @@ def load_model(
     """The network that a run trained.
 
     Args:
-      source: the run's workdir (its newest checkpoint) or one step's folder.
+      source: the run's workdir (its newest checkpoint), a pipeline's workdir (its run of the whole
+        student), or one step's folder.
       module: stage of the module to load, if the run trained several.
       mesh: mesh to shard the parameters over, as in training; None puts them on the first device.
 
@@ -46,7 +48,7 @@ def load_model(
         parameters that the network needs, such as its head. `apply` raises it if x has the wrong
         shape or type.
     """
-    source = checkpoint.find_step(source)
+    source = checkpoint.find_step(product(epath.Path(source)))
     saved = checkpoint.load_config(source)
     check_system(saved, SYSTEM, str(source))
     config = freeze_stored(Config, saved, source)
@@ -101,10 +103,10 @@ def _stage(config: Config, module: int | None) -> int | None:
     if module is None and len(stages) < 2:
         return stages[0] if modular else None
     if module not in stages:
-        way_out = f"give one of its modules, {list(stages)}" if modular else "leave it out"
+        trained = f"trained modules {list(stages)}: give module=K, one of these"
         raise ValueError(
-            f"module={module} does not select anything in this run of phase={config.phase!r}: "
-            f"{way_out}"
+            f"module={module}: this run of phase={config.phase!r} "
+            + (trained if modular else "trained a whole network: leave module out")
         )
     return module
 

@@ -146,7 +146,7 @@ class Finished:
 
 def read_run(run: epath.PathLike) -> Finished:
     """Finds the checkpoint of a run, or of a pipeline's result; raises like `open_run`."""
-    source = checkpoint.find_step(_product(epath.Path(run)))
+    source = checkpoint.find_step(product(epath.Path(run)))
     saved = checkpoint.load_config(source)
     check_system(saved, SYSTEM, str(source))
     config = freeze_stored(Config, saved, source)
@@ -272,7 +272,7 @@ def run_batches(
         yield batch, jax.device_get(found)
 
 
-def _product(run: epath.Path) -> epath.Path:
+def product(run: epath.Path) -> epath.Path:
     """The folder of a pipeline's result; any other folder unchanged."""
     config = run / "config.json"
     if config.exists() and read_json(config).get("phase") == "pipeline":

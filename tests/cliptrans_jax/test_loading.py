@@ -127,3 +127,8 @@ def test_lines_are_read_as_lines_of_a_file():
     model, _ = loaded()
     texts = [outputs[0].text for outputs in model.translate([" 4 5\n", "4 \n 5", "4\t5"])]
     assert texts == [f"{ENGLISH} 4 5 2"] * 3
+
+
+def test_a_loaded_model_prints_as_a_line():
+    model, _ = loaded()
+    assert repr(model) == "LoadedModel(stage='translate', pair=('en', 'de'), 1 parameters)"

@@ -12,9 +12,11 @@ from common_jax import checkpoint
 from common_jax.config import unfreeze
 from common_jax.optim import OptimConfig
 from common_jax.step import init_state
+from common_jax.workdir import write_json
 from m2mkd_jax.config import EvaluationConfig, SourcesConfig
 from m2mkd_jax.models import encoder, vit, vmoe
 from m2mkd_jax.phases.networks import whole_student
+from m2mkd_jax.phases.pipeline import result_folder
 from m2mkd_jax.stages import stage_name
 from m2mkd_jax.trained import open_run
 
@@ -86,9 +88,9 @@ def test_the_running_average_is_loaded_where_there_is_one(ema, tmp_path):
 @pytest.mark.parametrize(
     ("phase", "asked", "message"),
     [
-        ("distill", 2, r"module=2 does not select .* give one of its modules, \[0, 1\]"),
-        ("distill", None, r"module=None does not select .* \[0, 1\]"),
-        ("end_to_end", 0, r"module=0 does not select .*phase='end_to_end': leave it out"),
+        ("distill", 2, r"module=2: .* trained modules \[0, 1\]: give module=K"),
+        ("distill", None, r"module=None: .* \[0, 1\]: give module=K"),
+        ("end_to_end", 0, r"module=0: .*phase='end_to_end' trained a whole .* leave module out"),
     ],
 )
 def test_a_module_that_the_run_did_not_train_is_refused(phase, asked, message, tmp_path):
@@ -119,6 +121,14 @@ def write_student(workdir, model, **changes):
     config = dataclasses.replace(tiny_config("end_to_end"), model=model, **changes)
     params = fill(whole_student(config).init)
     checkpoint.write_params(workdir, {"student": params}, unfreeze(config).to_dict())
+
+
+def test_of_a_pipeline_the_whole_student_is_loaded(tmp_path):
+    config = tiny_config("end_to_end")
+    write_student(tmp_path / result_folder(), config.model)
+    write_json(tmp_path / "config.json", {"phase": "pipeline"})
+    _, params = m2mkd_jax.load_model(tmp_path)
+    assert params.keys() == {"stage_0", "stage_1", "stage_2"}
 
 
 def test_a_network_from_load_model_samples_no_edges(tmp_path):
