@@ -14,12 +14,12 @@ from jaxtyping import Array, Float, Float32, Int, Int32, Int64
 
 from cliptrans_jax.data.corpus import Corpus, Images
 from cliptrans_jax.data.examples import pad
-from cliptrans_jax.data.feed import host_shard
 from cliptrans_jax.data.framing import Tokenizer
 from cliptrans_jax.data.pictures import prepare_picture
 from cliptrans_jax.data.tokens import TokenizerConfig, encode_corpus, load_tokenizer
 from cliptrans_jax.features import cached, encode_all, fingerprint
 from cliptrans_jax.towers.table import tower_of
+from common_jax import hosts
 from common_jax.inputs import BadExample, eval_batches
 from common_jax.inputs.ragged import Ragged, lengths_of, take
 from common_jax.mesh import move_to_devices, replicated
@@ -223,7 +223,7 @@ def image_features(
             _Pictures(images, firsts),
             transform=tower.prepare_example,
             batch=whole_batch(min(len(firsts), IMAGE_BATCH), mesh),
-            shard=host_shard(),
+            shard=hosts.shard(),
             workers=workers,
         )
         title = f"features of {corpus.name}, pictures"

@@ -8,14 +8,11 @@ import functools
 import hashlib
 import logging
 import math
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 from etils import epath
 from flax import traverse_util
 from jax import numpy as jnp
@@ -24,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt32
 
 from common_jax import hosts
+from common_jax.log import progress
 from common_jax.mesh import put, replicated, to_devices
 from common_jax.step import one_behind
 from common_jax.untrusted import plain
@@ -36,7 +34,6 @@ Apply = Callable[[Any, Batch], Float[Array, "B M"]]
 Encoded = tuple[Float[Array, "B M"], Float[Array, " B"], Int[Array, " B"]]  # features, mask, rows
 
 BLOCK = 1 << 22  # values of a leaf per checksum call
-LOG_SECONDS = 20  # seconds between log lines, if there is no terminal for a progress bar
 # Larger files are memory-mapped, and batches read their rows from disk; smaller ones are read
 # whole.
 MAPPED_BYTES = 1 << 26
@@ -87,7 +84,7 @@ def encode_all(
     params = jax.tree.map(lambda x: put(x, whole) if isinstance(x, np.ndarray) else x, params)
 
     def dispatched() -> Iterator[Encoded]:
-        for batch in _progress(batches, title):
+        for batch in progress(batches, title=title, unit="batch"):
             hosts.check()
             rows = len(batch["_mask"])
             if rows * jax.process_count() % mesh.size:
@@ -178,20 +175,6 @@ def cached(
         if features.nbytes >= MAPPED_BYTES and (mapped := _read(path, fingerprint)) is not None:
             return mapped
     return features
-
-
-def _progress(batches: Iterable[Batch], title: str) -> Iterable[Batch]:
-    if jax.process_index():
-        yield from batches
-    elif sys.stderr.isatty():
-        yield from tqdm.tqdm(batches, desc=title, unit="batch")
-    else:
-        start = last = time.monotonic()
-        for number, batch in enumerate(batches):
-            if (now := time.monotonic()) - last >= LOG_SECONDS:
-                last = now
-                logging.info("%s: %d batches in %.0f s", title, number, now - start)
-            yield batch
 
 
 def _checked(

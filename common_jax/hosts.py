@@ -143,6 +143,11 @@ def largest(*values: float) -> np.ndarray:
     return np.ascontiguousarray(everyone).view(np.float64).max(axis=0)
 
 
+def shard() -> tuple[int, int]:
+    """(index of this process, number of processes): its share of every batch."""
+    return jax.process_index(), jax.process_count()
+
+
 def any_process(flag: bool) -> bool:
     """True in all processes if `flag` is true in any. All must call this at the same point."""
     return bool(largest(flag).any())

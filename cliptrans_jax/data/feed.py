@@ -280,8 +280,3 @@ def _padded_length(sentences: Sequence[np.ndarray], batching: BatchingConfig, ro
     longest = max(len(ids) for ids in sentences)
     # Sources without words are not padded to a bucket: in captioning all of it would be padding.
     return longest if longest <= TRIVIAL else min(batching.padded(longest), room)
-
-
-def host_shard() -> tuple[int, int]:
-    """Returns (this host, number of hosts)."""
-    return jax.process_index(), jax.process_count()

@@ -17,7 +17,6 @@ from cliptrans_jax.config import Config
 from cliptrans_jax.contrastive.table import CONTRASTIVE
 from cliptrans_jax.data.corpora import load_corpus
 from cliptrans_jax.data.corpus import Corpus
-from cliptrans_jax.data.feed import host_shard
 from cliptrans_jax.data.framing import Tokenizer, require_fits
 from cliptrans_jax.data.pictures import augment_picture, prepare_picture
 from cliptrans_jax.encoders import TextTower, text_features
@@ -72,7 +71,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
             start_step=start,
             workers=config.data.workers,
             bad_share=config.data.bad_share,
-            shard=host_shard(),
+            shard=hosts.shard(),
             report_path=workdir / "bad_examples.jsonl",
         )
 
@@ -88,7 +87,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
                 batch=min(optim.micro_batch, -(-len(pairs) // mesh.size) * mesh.size),
                 workers=config.data.workers,
                 bad_share=config.data.bad_share,
-                shard=host_shard(),
+                shard=hosts.shard(),
             ),
             mesh=mesh,
             seed=config.seed,

@@ -11,11 +11,12 @@ from etils import epath
 from cliptrans_jax.config import Config
 from cliptrans_jax.data.corpora import load_corpus
 from cliptrans_jax.data.corpus import Corpus
-from cliptrans_jax.data.feed import Batch, BatchingConfig, Inputs, evaluation_batches, host_shard
+from cliptrans_jax.data.feed import Batch, BatchingConfig, Inputs, evaluation_batches
 from cliptrans_jax.evaluators.scores import METRICS, as_metrics, score
 from cliptrans_jax.evaluators.show import Row, picture_table, read_translations, write_translations
 from cliptrans_jax.evaluators.translation import Translate
 from cliptrans_jax.runs.run_data import RunData, Split
+from common_jax import hosts
 from common_jax.inputs import BadExample
 from common_jax.report import Table
 from common_jax.workdir import read_json, write_json
@@ -34,7 +35,7 @@ def decode_batches(
         batching=BatchingConfig(config.decode.bucket),
         noise=config.noise,
         seed=config.seed,
-        shard=host_shard() if shard is None else shard,
+        shard=hosts.shard() if shard is None else shard,
         by_length=True,
     )
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from cliptrans_jax.config import Config
 from cliptrans_jax.data.examples import empties_source
-from cliptrans_jax.data.feed import TRIVIAL, TrainFeed, batch_shapes, evaluation_batches, host_shard
+from cliptrans_jax.data.feed import TRIVIAL, TrainFeed, batch_shapes, evaluation_batches
 from cliptrans_jax.data.framing import require_fits
 from cliptrans_jax.decode import Search
 from cliptrans_jax.encoders import TextTower
@@ -30,7 +30,7 @@ from cliptrans_jax.runs.run_data import RunData, Split, describe_text, encodes_t
 from cliptrans_jax.runs.scoring import SCORES, decode_batches, score_further, score_split
 from cliptrans_jax.stages import STAGES, trainable
 from cliptrans_jax.towers.table import tower_of
-from common_jax import checkpoint, loop
+from common_jax import checkpoint, hosts, loop
 from common_jax.inputs import steps_per_epoch
 from common_jax.mesh import Rules, match_rules, with_shardings
 from common_jax.metrics import read_metrics
@@ -73,7 +73,7 @@ def run(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     beams = config.valid_beams
     valid_translate = model.translate(data, beams=beams) if beams else translate
     feed = TrainFeed(
-        train.inputs, config.noise, config.batching, config.optim.batch, config.seed, host_shard()
+        train.inputs, config.noise, config.batching, config.optim.batch, config.seed, hosts.shard()
     )
     task = dataclasses.replace(
         task,
@@ -239,7 +239,7 @@ def validate(
     """
     batches = functools.partial(
         evaluation_batches, valid.inputs, batch=config.optim.micro_batch, batching=config.batching,
-        noise=config.noise, seed=config.seed, shard=host_shard(),
+        noise=config.noise, seed=config.seed, shard=hosts.shard(),
     )  # fmt: skip
     sentences = SentenceSet(
         translator=model.translator,

@@ -134,7 +134,7 @@ def introduce(
         config.get("precision", "float32"),
     )
     logging.info(
-        "%s: trains %s parameters, with %s frozen, for %s steps of %s examples (epochs: %.4g)",
+        "%s: trains %s parameters, with %s frozen, for %s steps of %s examples (%.4g epochs)",
         task.title,
         f"{_count(trained):,}",
         f"{_count(frozen) + _count(task.helpers):,}",

@@ -75,7 +75,7 @@ def make_feed(
     shared = {
         "workers": data.workers,
         "bad_share": data.bad_share,
-        "shard": (jax.process_index(), jax.process_count()),
+        "shard": hosts.shard(),
         "report_path": workdir / "bad_examples.jsonl",
     }
     transform = train_transform(data, augmentation, arrays=train.arrays)

@@ -6,15 +6,11 @@ Splits are listed without reading any image. Messages name the location as `conf
 import dataclasses
 import logging
 import os
-import sys
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
-import tqdm
 from PIL import Image
 
 from common_jax.inputs import BadExample, Example
@@ -27,10 +23,6 @@ from m2mkd_jax.data.listing import (
     printable,
 )
 from m2mkd_jax.data.zips import ZipFiles, find_in_zip
-
-LOG_SECONDS = 10
-T = TypeVar("T")
-
 
 Files = DirectoryFiles | ZipFiles
 
@@ -246,20 +238,6 @@ def read_text(path: Path) -> str:
             f"{path} is not UTF-8 ({error.reason} at byte {error.start}); convert the file, for "
             "example with iconv"
         ) from error
-
-
-def progress(items: Iterable[T], *, total: int, title: str) -> Iterator[T]:
-    """Yields the items, with a progress bar on terminals and a log line every LOG_SECONDS
-    otherwise."""
-    if sys.stderr.isatty():
-        yield from tqdm.tqdm(items, total=total, desc=title)
-        return
-    start = last = time.monotonic()
-    for number, item in enumerate(items, start=1):
-        if (now := time.monotonic()) - last >= LOG_SECONDS:
-            last = now
-            logging.info("%s: %.0f %% in %.0f s", title, 100 * number / total, now - start)
-        yield item
 
 
 def require_path(path: str, what: str) -> Path:

@@ -21,12 +21,12 @@ from PIL import Image
 
 from common_jax.inputs import BadExample, Example
 from common_jax.inputs.pictures import decode_picture, pixels_of
+from common_jax.log import progress
 from common_jax.untrusted import brief, read_npz
 from common_jax.workdir import write_bytes
 from m2mkd_jax.data.folders import (
     SplitFiles,
     label_rows,
-    progress,
     read_text,
     require_distinct,
     require_filled,

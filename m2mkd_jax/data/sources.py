@@ -19,6 +19,7 @@ from common_jax import inputs
 from common_jax.config import FieldError, Section
 from common_jax.inputs import BadExample, Example
 from common_jax.inputs.pictures import MODES
+from common_jax.log import progress
 from common_jax.ranges import (
     BelowOne,
     Count,
@@ -37,7 +38,6 @@ from m2mkd_jax.data.folders import (
     SplitFiles,
     find_folder,
     find_tiny_imagenet,
-    progress,
 )
 from m2mkd_jax.data.listing import listed
 from m2mkd_jax.data.own.tables import find_images, find_listed

@@ -114,15 +114,6 @@ def test_features_that_are_not_finite_are_refused():
         )
 
 
-def test_progress_goes_to_the_log_without_a_terminal(monkeypatch, caplog):
-    monkeypatch.setattr("cliptrans_jax.features.LOG_SECONDS", 0)
-    with caplog.at_level(logging.INFO):
-        encode_all(apply, PARAMS, batches(), mesh=mesh_of(1), title="train.en")
-    assert [record.message.split(" in ")[0] for record in caplog.records] == [
-        f"train.en: {number} batches" for number in range(3)
-    ]
-
-
 # Fingerprints.
 
 

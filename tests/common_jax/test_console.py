@@ -9,7 +9,7 @@ import pytest
 from descent import OPTIM, descend, make_task
 from meshes import one_device
 
-from common_jax.log import Console, conclude, console, introduce
+from common_jax.log import Console, bars, conclude, console, introduce, progress
 from common_jax.optim import OptimConfig
 from common_jax.task import abstract_state
 
@@ -152,3 +152,25 @@ def test_at_the_end_are_the_scores_and_the_command(said):
         "to use it: use RUN",
         "finished",
     ]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_gives_every_item_and_says_how_far_it_is(monkeypatch, caplog, terminal):
+    times = iter([0.0, 4.0, 12.0, 15.0, 25.0])
+    monkeypatch.setattr(bars.sys.stderr, "isatty", lambda: terminal, raising=False)
+    if not terminal:
+        monkeypatch.setattr(bars.time, "monotonic", lambda: next(times))
+    with caplog.at_level(logging.INFO):
+        assert list(progress("abcd", total=4, title="reading")) == list("abcd")
+    said = [] if terminal else ["reading: 50 % in 12 s", "reading: 100 % in 25 s"]
+    assert [record.message for record in caplog.records] == said
+
+
+def test_progress_of_an_unknown_length_is_counted_and_only_process_0_tells(monkeypatch, caplog):
+    monkeypatch.setattr(bars, "LOG_SECONDS", 0)
+    for process in (0, 1):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        with caplog.at_level(logging.INFO):
+            assert list(progress("ab", title="encoding", unit="batch")) == list("ab")
+    messages = [record.message for record in caplog.records]
+    assert messages == ["encoding: 1 x batch in 0 s", "encoding: 2 x batch in 0 s"]

@@ -1,6 +1,5 @@
 """Image names: which files are images, how lists of them are displayed, and lists of classes."""
 
-import logging
 import zipfile
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 from PIL import Image
 
 from m2mkd_jax.data import folders
-from m2mkd_jax.data.folders import label_rows, progress, read_names, require_filled
+from m2mkd_jax.data.folders import label_rows, read_names, require_filled
 from m2mkd_jax.data.listing import DEEPEST, find_in_directory, is_image, listed, printable
 from m2mkd_jax.data.zips import find_in_zip
 
@@ -93,18 +92,6 @@ def test_labels_are_places_in_the_classes():
         require_filled(np.array([0, 1, 2, 3]), "xyz", at="list", way_out="")
     with pytest.raises(ValueError, match="no image for class z; fill it"):
         require_filled(np.array([0, 1]), "xyz", at="list", way_out="fill it")
-
-
-@pytest.mark.parametrize("terminal", [False, True])
-def test_progress_gives_every_item_and_says_how_far_it_is(monkeypatch, caplog, terminal):
-    times = iter([0.0, 4.0, 12.0, 15.0, 25.0])
-    monkeypatch.setattr(folders.sys.stderr, "isatty", lambda: terminal, raising=False)
-    if not terminal:
-        monkeypatch.setattr(folders.time, "monotonic", lambda: next(times))
-    with caplog.at_level(logging.INFO):
-        assert list(progress("abcd", total=4, title="reading")) == list("abcd")
-    said = [] if terminal else ["reading: 50 % in 12 s", "reading: 100 % in 25 s"]
-    assert [record.message for record in caplog.records] == said
 
 
 @pytest.mark.parametrize(
