@@ -236,6 +236,7 @@ def _accumulate(objective, trained, batch: Batch, rngs: Rngs, count: int):
     micro_batches = jax.tree.map(lambda x: _split(x, count), batch)
     first = jax.tree.map(lambda x: x[0], micro_batches)
     shapes = jax.eval_shape(differentiate, trained, first, rngs)
+    # From zeros: starting from the first micro-batch's result would compile the loss twice.
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
     total, _ = jax.lax.scan(micro_step, zeros, (jnp.arange(count), micro_batches))
     (value, metrics), gradient = jax.tree.map(lambda x: x / count, total)

@@ -35,6 +35,8 @@ def _log_gamma(key: Array, alpha: float) -> Float[Array, ""]:
     x = _first(normals(keys[:, 0]), lambda x: 1 + c * x > 0)
     uniform = jax.vmap(jax.random.uniform)(keys[:, 1])
     v = (1 + c * x) ** 3
+    # In scalar code the squeeze saves the logarithm. Here both are computed, and it is kept only so
+    # that the same draws are accepted as in jax, whatever the rounding.
     squeezed = uniform < 1 - 0.0331 * x**4
     accepted = squeezed | (jnp.log(uniform) < 0.5 * x**2 + d * (1 - v + jnp.log(v)))
     log_sample = jnp.log(d) + jnp.log(_first(v, lambda _: accepted))

@@ -49,6 +49,8 @@ def scan(
       The output of the last layer, and the stacked outputs of all layers.
     """
     first = layers[0]
+    # Detached: as a child of its parent it would look up its own parameters there, not take those of
+    # the layer that the scan has reached.
     single = first.clone(parent=None, name=None)
     keys = {
         name: jnp.stack([layer.make_rng(name) for layer in layers])
@@ -69,6 +71,7 @@ def scan(
         # Inside a scan, CSE cannot undo the recomputation, so it need not be prevented.
         run = jax.checkpoint(run, prevent_cse=False, policy=_keep)
     x, (outputs, sown) = jax.lax.scan(run, x, (stacked, keys, tuple(each)))
+    # What the layers sowed goes under their own names, so that callers see no difference to a loop.
     for i, layer in enumerate(layers):
         for collection, values in jax.tree.map(lambda leaf, i=i: leaf[i], sown).items():
             for name, value in values.items():

@@ -49,6 +49,7 @@ def resize_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
         centre = (i + 0.5) * old / new - 0.5
         first = math.floor(centre)
         for tap in range(first - 1, first + 3):
+            # Taps beyond the border count for the border itself, as in torch.
             weights[i, min(max(tap, 0), old - 1)] += _cubic(abs(centre - tap))
     return weights
 
