@@ -290,8 +290,8 @@ def _train(
         if evaluation is None:  # killed between the last checkpoint and result.json
             evaluation = _measure(task, state, due)
     except signals.Stopped:
-        # Only hosts.check raises this, never between the donation of a state and its replacement, so
-        # the state is that of step `done`.
+        # Only hosts.check raises this, never between a state's donation and its replacement, so the
+        # state is that of step `done`.
         if done > saver.step:
             saver.save(state, done, None)
         checkpoints.close()

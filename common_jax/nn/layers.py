@@ -49,8 +49,8 @@ def scan(
       The output of the last layer, and the stacked outputs of all layers.
     """
     first = layers[0]
-    # Detached: as a child of its parent it would look up its own parameters there, not take those of
-    # the layer that the scan has reached.
+    # Detached: as a child of its parent it would look up its own parameters there, not those of the
+    # layer that the scan has reached.
     single = first.clone(parent=None, name=None)
     keys = {
         name: jnp.stack([layer.make_rng(name) for layer in layers])
