@@ -131,8 +131,9 @@ def settings_of(path: str, given: Mapping[str, Any]) -> dict[str, Any]:
     for key, usual in SPLITS.items():
         likely = [name for name in (given[key], *usual) if name in splits]
         settings[key] = likely[0] if likely else given[key]
+    # Also if it is the given one: the flags must load the same without those that were given.
     further = tuple(split for split in given["further_tests"] if split in splits)
-    return settings | ({"further_tests": further} if further != given["further_tests"] else {})
+    return settings | {"further_tests": further}
 
 
 def _columns(root: Path, train_split: str) -> tuple[list[str], Sequence[str]]:

@@ -187,4 +187,5 @@ def test_settings_are_found(tmp_path):
             *PAIR,
         )
         assert tuple(found[key] for key in splits) == expected
+        assert found["further_tests"] == ()
     assert own.settings_of(str(tmp_path), given) == {}
