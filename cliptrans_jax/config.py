@@ -36,8 +36,7 @@ from cliptrans_jax.towers.clip import ACTIVATIONS, ClipVisionConfig
 from cliptrans_jax.towers.mclip import MClipConfig
 from cliptrans_jax.towers.table import IMAGE_TOWERS, TEXT_TOWERS, section_type
 from common_jax.command_line import System
-from common_jax.config import FieldError, Section, unfreeze
-from common_jax.loop import RunConfig
+from common_jax.config import FieldError, Section
 from common_jax.mesh import MeshConfig
 from common_jax.nn.dense import MatmulPrecision
 from common_jax.optim import OptimConfig
@@ -53,6 +52,7 @@ from common_jax.ranges import (
     one_of,
     shown,
 )
+from common_jax.run_config import RunConfig, apply_recipe
 
 RUNS = (*STAGES, PIPELINE, EVALUATE)
 SYSTEM = System("cliptrans_jax", field="stage", others={"phase": "m2mkd_jax"})
@@ -413,19 +413,4 @@ def choose_recipe(
     Raises:
       ValueError: if the stage has no recipe.
     """
-    names = [field.name for field in dataclasses.fields(Recipe)]
-    if config.stage == PIPELINE:
-        for name in names:
-            del config[name]
-        config.recipes = unfreeze(recipes)
-        return config
-    if config.stage == EVALUATE:
-        return config
-    if config.stage not in recipes:
-        raise ValueError(
-            f"stage={config.stage!r} has no recipe here; choose one of "
-            f"{[*recipes, PIPELINE, EVALUATE]}"
-        )
-    for name, section in unfreeze(recipes[config.stage]).items():
-        config[name] = section
-    return config
+    return apply_recipe(config, recipes, kind="stage", bare=(EVALUATE,))

@@ -5,10 +5,11 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
+import ml_collections
 from etils import epath
 
 from common_jax import hosts
-from common_jax.config import FieldError, Section
+from common_jax.config import FieldError, Section, unfreeze
 from common_jax.optim import OptimConfig
 from common_jax.ranges import Name, Positive, Size, one_of
 
@@ -124,6 +125,41 @@ class Due:
 
     def _epochs(self, step: int, epochs: int) -> bool:
         return step == self.total or step % (epochs * self.steps_per_epoch) == 0
+
+
+PIPELINE = "pipeline"  # the phase or stage of a config that has a recipe for each of its runs
+
+
+def apply_recipe(
+    config: ml_collections.ConfigDict,
+    recipes: Mapping[str, Any],
+    *,
+    kind: str,
+    bare: Sequence[str] = (),
+) -> ml_collections.ConfigDict:
+    """Fills in the recipe of a run; a pipeline gets all of them under `config.recipes`.
+
+    Args:
+      config: it is modified and returned.
+      recipes: by the value of `kind`: dataclasses whose fields are sections of the config.
+      kind: the field that says which run it is, "phase" or "stage".
+      bare: values of `kind` that need no recipe.
+
+    Raises:
+      ValueError: if there is no recipe for the value.
+    """
+    run = config[kind]
+    if run == PIPELINE:
+        for name in (field.name for field in dataclasses.fields(next(iter(recipes.values())))):
+            del config[name]
+        config.recipes = unfreeze(dict(recipes))
+    elif run not in bare:
+        if run not in recipes:
+            choices = [*recipes, PIPELINE, *bare]
+            raise ValueError(f"{kind}={run!r} has no recipe here; choose one of {choices}")
+        for name, section in unfreeze(recipes[run]).items():
+            config[name] = section
+    return config
 
 
 def compare_data(

@@ -7,8 +7,7 @@ import ml_collections
 from jax import numpy as jnp
 
 from common_jax.command_line import System
-from common_jax.config import FieldError, Section, unfreeze
-from common_jax.loop import RunConfig
+from common_jax.config import FieldError, Section
 from common_jax.mesh import MeshConfig
 from common_jax.nn.dense import MatmulPrecision
 from common_jax.optim import OptimConfig
@@ -27,6 +26,7 @@ from common_jax.ranges import (
     one_of,
     shown,
 )
+from common_jax.run_config import RunConfig, apply_recipe
 from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.data.ood import OodConfig
 from m2mkd_jax.data.sources import DataConfig
@@ -387,15 +387,4 @@ def choose_recipe(
     Raises:
       ValueError: if the phase has no recipe.
     """
-    if config.phase == "pipeline":
-        for name in (field.name for field in dataclasses.fields(Recipe)):
-            del config[name]
-        config.recipes = unfreeze(recipes)
-        return config
-    if config.phase not in recipes:
-        raise ValueError(
-            f"phase={config.phase!r} has no recipe here; choose one of {[*recipes, 'pipeline']}"
-        )
-    for name, section in unfreeze(recipes[config.phase]).items():
-        config[name] = section
-    return config
+    return apply_recipe(config, recipes, kind="phase")
