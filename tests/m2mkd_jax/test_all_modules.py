@@ -101,7 +101,7 @@ def differentiate(config: Config, *, mesh=None):
         ("train_module", "vmoe", RAGGED),
     ],
 )
-def test_gradients_are_those_of_each_module_alone(phase, student, depths, monkeypatch):
+def test_gradients_match_single_module_runs(phase, student, depths, monkeypatch):
     monkeypatch.setitem(PRECISIONS, "float64", np.float64)
     # jax's own attention computes logits in float32 for any input.
     monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
@@ -125,7 +125,7 @@ def test_gradients_are_those_of_each_module_alone(phase, student, depths, monkey
 
 
 @pytest.mark.parametrize("phase", ["distill", "train_module"])
-def test_the_meta_model_sees_the_images_once(phase):
+def test_meta_model_stages_run_once_for_all_modules(phase):
     config = modular(phase, depths=EVEN)
     flops = lambda config: step_flops(make_task(config), config.optim).model  # noqa: E731
     meta = meta_network(config)
@@ -160,7 +160,7 @@ def together(sources, tmp_path_factory):
     return workdir, config
 
 
-def test_a_run_leaves_what_runs_of_single_modules_leave(together, tmp_path):
+def test_run_matches_single_module_runs(together, tmp_path):
     workdir, config = together
     lines = read_metrics(workdir / "metrics.jsonl")
     for stage in (0, 2):  # the gradient of the one in between is compared above
@@ -183,13 +183,13 @@ def test_a_run_leaves_what_runs_of_single_modules_leave(together, tmp_path):
                     np.testing.assert_allclose(line[together], own[metric], 1e-4)
 
 
-def test_metrics_without_a_module_are_means(together):
+def test_overall_metrics_are_means_over_modules(together):
     last = read_metrics(together[0] / "metrics.jsonl")[-1]
     own = [last[f"test/module_{stage}/accuracy"] for stage in range(3)]
     np.testing.assert_allclose(last["test/accuracy"], np.mean(own), 1e-6)
 
 
-def test_one_of_several_modules_is_loaded_by_its_number(together):
+def test_load_model_selects_module_by_number(together):
     workdir, _ = together
     apply, params = m2mkd_jax.load_model(workdir, module=1)
     assert list(params) == ["stage_1"]
@@ -199,7 +199,7 @@ def test_one_of_several_modules_is_loaded_by_its_number(together):
             m2mkd_jax.load_model(workdir, module=wrong)
 
 
-def test_a_program_holds_no_more_modules_than_allowed(sources, tmp_path):
+def test_pairs_at_once_limits_modules_per_program(sources, tmp_path):
     config = modular("distill", sources=sources, distill=PairsConfig(pairs_at_once=2))
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, steps=1))
     run_phase(config, tmp_path, one_device())
@@ -213,12 +213,12 @@ def test_a_program_holds_no_more_modules_than_allowed(sources, tmp_path):
         PairsConfig(pairs_at_once=-1)
 
 
-def test_a_module_is_named_once():
+def test_duplicate_modules_are_refused():
     with pytest.raises(ValueError, match=r"'0\+0' must be .* each once"):
         modular("distill", module="0+0")
 
 
-def test_on_a_mesh_the_gradients_are_the_same():
+def test_gradients_match_on_mesh():
     config, gradients = modular("distill"), []
     for sizes in (MeshConfig(data=1), MeshConfig(data=2, fsdp=2, expert=2)):
         mesh = make_mesh(sizes, jax.devices()[: sizes.data * sizes.fsdp * sizes.expert])
@@ -229,7 +229,7 @@ def test_on_a_mesh_the_gradients_are_the_same():
         assert error <= 1e-4 * np.abs(wanted).max(), path
 
 
-def test_the_table_of_a_pipeline_has_a_row_for_every_module(tmp_path):
+def test_results_table_has_a_row_per_module(tmp_path):
     result = {"steps": 5, "test/accuracy": 0.3, "test/loss": 1.5}
     for stage in (10, 9):
         result |= {f"test/module_{stage}/{term}": stage / 100 for term in ("accuracy", "loss")}

@@ -31,7 +31,7 @@ def same(left, right):
         ({"magnitude": 11.0}, r"^magnitude=11.0"),
     ],
 )
-def test_a_wrong_config_names_its_key(settings, message):
+def test_invalid_config_names_its_key(settings, message):
     with pytest.raises(ValueError, match=message):
         AugmentConfig(**settings)
 
@@ -41,7 +41,7 @@ def test_defaults_only_normalise():
     np.testing.assert_allclose(got, (np.asarray(PIXELS) / 255 - 0.5) / 0.25, rtol=1e-5, atol=1e-6)
 
 
-def test_everything_together_runs_under_jit_and_follows_its_key():
+def test_augment_jits_and_depends_on_key():
     config = AugmentConfig(padding=2, flip=True, erasing=0.5, rotate=10.0, scale=0.1, shift=1.0)
     step = jax.jit(lambda images, key: augment.augment(images, key, config=config, **GREY))
     first = step(PIXELS, KEY)
@@ -50,7 +50,7 @@ def test_everything_together_runs_under_jit_and_follows_its_key():
     assert (np.asarray(first) != np.asarray(step(PIXELS, jax.random.key(1)))).any()
 
 
-def test_every_channel_has_its_own_mean_and_std():
+def test_normalise_is_per_channel():
     pixels = jnp.asarray([[[[0, 51, 255]]]], jnp.uint8)
     got = augment.normalise(pixels, mean=(0.5, 0.1, 0.25), std=(0.5, 0.2, 0.125))
     np.testing.assert_allclose(got, [[[[-1, 0.5, 6]]]], rtol=1e-5)
@@ -59,7 +59,7 @@ def test_every_channel_has_its_own_mean_and_std():
 @pytest.mark.parametrize(
     "setting", [{"padding": 2}, {"flip": True}, {"erasing": 1.0}, {"rotate": 20.0}]
 )
-def test_each_change_alone_differs_by_image_and_by_key(setting):
+def test_augmentations_differ_by_image_and_key(setting):
     images = jnp.tile(PIXELS[:1, :6, :6, :1], (16, 1, 1, 1))
     mean_and_std = {"mean": (0.5,), "std": (0.25,)}
     config = AugmentConfig(**setting)
@@ -70,11 +70,11 @@ def test_each_change_alone_differs_by_image_and_by_key(setting):
 
 
 @pytest.mark.parametrize("setting", [{"rotate": 20.0}, {"scale": 0.3}, {"shift": 1.5}])
-def test_each_movement_alone_moves(setting):
+def test_each_affine_setting_counts_as_movement(setting):
     assert AugmentConfig(**setting).moves and not AugmentConfig().moves
 
 
-def test_every_step_gets_its_settings_in_this_order(monkeypatch):
+def test_augment_steps_run_in_order_with_their_settings(monkeypatch):
     asked = []
 
     def watch(name):
@@ -106,7 +106,7 @@ def test_no_two_draws_share_a_key(monkeypatch):
     assert len(keys) == 8 == len(set(keys))  # one each to move, crop and flip; five to erase
 
 
-def test_geometry_moves_pixels_and_noise_fills_normalised_images():
+def test_geometry_precedes_and_erasing_follows_normalisation():
     """Black pixels that move in are normalised with the rest; noise is not normalised again."""
     config = AugmentConfig(padding=2, flip=True, erasing=0.5)
     images = jnp.full((400, 8, 8, 1), 255, jnp.uint8)
@@ -117,7 +117,7 @@ def test_geometry_moves_pixels_and_noise_fills_normalised_images():
     assert abs(noise.std() - 1) < 0.1 and noise.size > 1000
 
 
-def test_large_images_and_randaugment_leave_the_geometry_to_the_host():
+def test_geometry_is_on_host_for_large_images_and_randaugment():
     assert augment.geometry_on_device(AugmentConfig(), 32)
     assert not augment.geometry_on_device(AugmentConfig(), 33)
     config = AugmentConfig(padding=2, flip=True, randaugment=True, shift=2.0)
@@ -141,7 +141,7 @@ def test_padded_crops_are_windows_of_the_padded_image():
     assert len(set(corners)) > 3 and crops.dtype == np.uint8
 
 
-def test_padded_crops_reach_every_corner_alike():
+def test_padded_crop_offsets_are_uniform():
     one = PIXELS[0, :5, :4]
     padded = np.pad(np.asarray(one), ((2, 2), (2, 2), (0, 0)))
     windows = np.stack(
@@ -163,13 +163,13 @@ def test_flip_mirrors_about_half():
 
 
 @pytest.mark.parametrize("images", [PIXELS, IMAGES])
-def test_no_movement_is_the_identity(images):
+def test_random_affine_with_zero_ranges_is_identity(images):
     still = augment.random_affine(images, KEY, degrees=0.0, scale=0.0, shift=0.0)
     same(still, images)
     assert still.dtype == images.dtype
 
 
-def test_affine_moves_the_way_it_says():
+def test_affine_shifts_rotates_and_scales():
     def move(images, *, angle=0.0, size=1.0, shift=(0.0, 0.0)):
         count = len(images)
         return np.asarray(
@@ -194,7 +194,7 @@ def test_affine_moves_the_way_it_says():
     np.testing.assert_allclose(half[:, 1:], middle, atol=1e-5)
 
 
-def test_moved_integers_are_rounded():
+def test_affine_rounds_integer_pixels():
     column = jnp.asarray([[[0], [10], [13]]], jnp.uint8)[..., None]
     still = {"angle": jnp.zeros(1), "size": jnp.ones(1)}
     for down, want in ((0.75, [0, 2, 11]), (0.25, [0, 8, 12])):
@@ -219,7 +219,7 @@ def movement(moved):
     return np.arctan2(sine, cosine), 1 / np.hypot(cosine, sine), down, right
 
 
-def test_every_image_has_its_own_movement():
+def test_affine_parameters_are_per_image():
     angle, size = np.array([0.1, -0.2, 0.3]), np.array([1.0, 1.1, 0.9])
     shift = np.array([[1.0, -0.5], [0.0, 0.25], [0.5, 1.0]])
     moved = augment.affine(
@@ -231,7 +231,7 @@ def test_every_image_has_its_own_movement():
     np.testing.assert_allclose(movement(moved), [angle, size, *shift.T], atol=1e-5)
 
 
-def test_random_affine_reaches_both_ends_of_each_range_on_its_own():
+def test_random_affine_draws_are_uniform_and_independent():
     images = jnp.tile(PLACES, (2000, 1, 1, 1))
     run = jax.jit(lambda key: augment.random_affine(images, key, degrees=9.0, scale=0.2, shift=1.5))
     angle, size, down, right = movement(run(KEY))
@@ -242,7 +242,7 @@ def test_random_affine_reaches_both_ends_of_each_range_on_its_own():
         assert abs(share.mean()) < 0.05 and abs(share.std() - 3**-0.5) < 0.02  # uniform
 
 
-def test_erasing_leaves_one_rectangle_of_noise():
+def test_random_erasing_fills_one_rectangle_with_noise():
     images = jnp.full((400, 24, 20, 3), 100.0)
     erased = np.asarray(augment.random_erasing(images, KEY, probability=0.25))
     touched = (erased != 100).any(axis=-1)
@@ -269,7 +269,7 @@ def rectangles(images):
     return hit, top, left, rows.sum(axis=1), columns.sum(axis=1)
 
 
-def test_erased_rectangles_reach_both_ends_of_area_shape_and_place():
+def test_erased_rectangles_cover_range_of_area_aspect_and_position():
     side = 48
     images = jnp.full((2000, side, side, 1), 100.0)
     run = jax.jit(lambda key: augment.random_erasing(images, key, probability=0.5))
@@ -300,7 +300,7 @@ def sides_by_trying(rng, height, width):
     return None
 
 
-def test_both_sides_are_of_the_first_of_ten_tries_that_fits():
+def test_random_erasing_takes_first_fitting_try_of_ten():
     """In this strip, every other try is too tall."""
     images = jnp.full((1600, 12, 64, 1), 100.0)
     run = jax.jit(lambda key: augment.random_erasing(images, key, probability=1.0))

@@ -17,24 +17,24 @@ def assert_near(found, expected):
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_tokens_of_the_same_layout_stay_as_they_are():
+def test_convert_tokens_to_same_layout_is_identity():
     assert convert_tokens(TOKENS, FOUR, FOUR) is TOKENS
 
 
-def test_four_patches_become_their_mean_and_one_becomes_four():
+def test_convert_tokens_averages_four_patches_and_repeats_one():
     mean = TOKENS[:, 1:].mean(axis=1, keepdims=True)
     assert_near(convert_tokens(TOKENS, FOUR, ONE), jnp.concatenate([TOKENS[:, :1], mean], axis=1))
     assert_near(convert_tokens(TOKENS[:, :2], ONE, FOUR), TOKENS[:, jnp.asarray([0, 1, 1, 1, 1])])
 
 
-def test_a_larger_grid_is_interpolated_along_rows_and_columns():
+def test_convert_tokens_interpolates_to_larger_grid():
     grid = jnp.arange(4.0).reshape(1, 4, 1)  # value 2 row + column
     found = convert_tokens(grid, Layout(False, 0, 2), Layout(False, 0, 4)).reshape(4, 4)
     along = np.asarray([0, 0.25, 0.75, 1])
     assert_near(found, 2 * along[:, None] + along)
 
 
-def test_missing_tokens_are_the_mean_of_the_patches_and_surplus_ones_are_dropped():
+def test_missing_tokens_are_patch_means_and_surplus_tokens_are_dropped():
     bare, registers = Layout(False, 0, 2), Layout(True, 2, 2)
     mean = TOKENS[:, 1:].mean(axis=1, keepdims=True)
     assert_near(convert_tokens(TOKENS, FOUR, bare), TOKENS[:, 1:])
@@ -45,7 +45,7 @@ def test_missing_tokens_are_the_mean_of_the_patches_and_surplus_ones_are_dropped
     assert (registers.count, str(registers)) == (7, "class token, 2 registers, 2 x 2 patches")
 
 
-def test_a_bridged_stage_has_the_stage_s_parameters_and_takes_and_gives_other_tokens():
+def test_bridged_stage_converts_tokens_around_the_stage():
     network = build(ViTConfig(depths=(1, 1, 1), **SIZES), Interface(8, 1, 10))
     for i, stage in enumerate(network.stages):
         bridged = BridgedStage(stage, FOUR, ONE, embeds=i == 0, classifies=i == 2)

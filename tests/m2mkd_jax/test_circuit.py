@@ -41,7 +41,7 @@ def start_of(config):
     return config.model, config.seed
 
 
-def test_signatures_are_drawn_for_each_set_of_latents_from_the_seed_and_its_name():
+def test_draw_signatures_folds_set_name_into_seed():
     signatures = draw_signatures(*start_of(config_of(FREE, seed=3)))
     counts = {"input": FREE.inputs, "mediator": 256, "output": FREE.outputs}
     for name, count in counts.items():
@@ -56,7 +56,7 @@ def test_signatures_are_drawn_for_each_set_of_latents_from_the_seed_and_its_name
     assert all(np.all(other[name] != signatures[name]) for name in counts)
 
 
-def test_a_run_starts_from_drawn_signatures_without_a_prior(tmp_path):
+def test_start_circuit_without_prior_draws_signatures(tmp_path):
     config = config_of(FREE)
     started, drawn = start_circuit(*start_of(config), tmp_path), draw_signatures(*start_of(config))
     assert started.prior is None and not list(tmp_path.iterdir())
@@ -65,7 +65,7 @@ def test_a_run_starts_from_drawn_signatures_without_a_prior(tmp_path):
         np.testing.assert_array_equal(started.signatures[name], signatures)
 
 
-def test_mediators_alone_start_from_the_prior(monkeypatch, tmp_path):
+def test_only_mediators_start_from_prior(monkeypatch, tmp_path):
     fitted, given = np.full((8, 8), 0.5, np.float32), []
 
     def prepare(*arguments, **settings):
@@ -82,7 +82,7 @@ def test_mediators_alone_start_from_the_prior(monkeypatch, tmp_path):
     assert given == [((NAC.prior,), settings)]
 
 
-def test_all_latents_of_a_complete_graph_are_alike(tmp_path):
+def test_complete_graph_gives_identical_signatures(tmp_path):
     complete = dataclasses.replace(NAC, prior=PriorConfig("complete"))
     started = start_circuit(*start_of(config_of(complete)), tmp_path)
     first = [1.0] + [0.0] * (NAC.signature_width - 1)
@@ -90,7 +90,7 @@ def test_all_latents_of_a_complete_graph_are_alike(tmp_path):
         np.testing.assert_array_equal(started.signatures[name], [first] * count)
 
 
-def test_a_graph_that_does_not_fit_is_refused_and_none_always_fits():
+def test_check_circuit_refuses_mismatched_graph():
     odd = dataclasses.replace(NAC, prior=PriorConfig("grid", dims=(3, 3)))
     with pytest.raises(ValueError, match=r"config\.model\.prior\.dims"):
         check_circuit(*start_of(config_of(odd)))
@@ -116,7 +116,7 @@ def params_of(signatures):
         (OptimConfig(steps=3), 1),
     ],
 )
-def test_a_weight_moves_epoch_by_epoch(optim, epochs):
+def test_regularizer_weight_changes_per_epoch(optim, epochs):
     """(1 - p) 2 + p 6, where p is the fraction of epochs that are over."""
     terms = RegularizersConfig(hinge=HingeConfig(weight=2.0, weight_end=6.0, hinge=1.5))
     config = config_of(regularizers=terms, optim=optim)
@@ -132,7 +132,7 @@ def test_a_weight_moves_epoch_by_epoch(optim, epochs):
         assert weight == pytest.approx((1 - done) * 2 + done * 6, rel=1e-5), step
 
 
-def test_every_iteration_has_the_kernel_of_its_own(monkeypatch):
+def test_each_iteration_has_its_own_kernel(monkeypatch):
     given = []
     monkeypatch.setattr(circuit, "make_regularizer", lambda *args, **named: given.append(named))
     layered = dataclasses.replace(NAC, iterations=2, layerwise={"kernel/truncation": (0.4, 0.7)})
@@ -164,7 +164,7 @@ class Drawn:
         return {"signatures": self.learned}
 
 
-def test_the_picture_is_of_the_start_and_of_what_was_learned(monkeypatch, tmp_path):
+def test_picture_shows_initial_and_learned_signatures(monkeypatch, tmp_path):
     before, learned = np.random.default_rng(0).normal(size=(2, 8, 8))
     drawn = Drawn(monkeypatch, learned)
     communities = np.arange(8) % 3
@@ -177,7 +177,7 @@ def test_the_picture_is_of_the_start_and_of_what_was_learned(monkeypatch, tmp_pa
     assert drawn.loaded == [{"subtree": "student/graph/mediator", "average": True}]
 
 
-def test_the_picture_without_prior_and_truncation(monkeypatch, tmp_path):
+def test_picture_without_prior_or_truncation(monkeypatch, tmp_path):
     before = np.ones((8, 8))
     drawn = Drawn(monkeypatch, before)
     model = dataclasses.replace(FREE, kernel=KernelConfig(truncation=None))
@@ -187,7 +187,7 @@ def test_the_picture_without_prior_and_truncation(monkeypatch, tmp_path):
     assert settings["truncation"] == 2.0  # the largest possible distance: all are connected
 
 
-def test_a_picture_that_is_there_stays(monkeypatch, tmp_path):
+def test_existing_picture_is_kept(monkeypatch, tmp_path):
     drawn = Drawn(monkeypatch, np.ones((8, 8)))
     started = Circuit({"mediator": np.ones((8, 8))}, None)
     monkeypatch.setattr(circuit, "is_picture", lambda path: path.name == "connectivity.png")
@@ -195,7 +195,7 @@ def test_a_picture_that_is_there_stays(monkeypatch, tmp_path):
     assert not drawn.calls
 
 
-def test_a_picture_that_fails_is_a_warning(monkeypatch, tmp_path, caplog):
+def test_failed_picture_only_warns(monkeypatch, tmp_path, caplog):
     def fail(*arguments, **settings):
         raise RuntimeError("no ink")
 
@@ -205,7 +205,7 @@ def test_a_picture_that_fails_is_a_warning(monkeypatch, tmp_path, caplog):
     assert "no ink" in caplog.text
 
 
-def test_two_processes_end_with_one_picture(tmp_path):
+def test_two_processes_write_one_picture(tmp_path):
     """Every process takes part in the read before the picture, or all would wait for the rest."""
     run = (
         "m2mkd_jax.main",

@@ -54,7 +54,7 @@ def labels_by_class(feed):
     return found
 
 
-def test_a_test_class_that_training_lacks_is_refused_before_anything_is_written(tmp_path):
+def test_unknown_test_class_is_refused_before_writing(tmp_path):
     three = {"cat": 2, "dog": 2, "fox": 2}
     root = make(tmp_path / "set", train=three, test={"ant": 2, "cat": 2, "dog": 2})
     workdir = tmp_path / "run"
@@ -66,7 +66,7 @@ def test_a_test_class_that_training_lacks_is_refused_before_anything_is_written(
     assert not workdir.exists()
 
 
-def test_a_test_set_of_fewer_classes_has_the_labels_of_training(tmp_path):
+def test_fewer_test_classes_keep_training_labels(tmp_path):
     root = make(tmp_path / "set", train={"ant": 2, "cat": 2, "dog": 2}, test={"cat": 3, "dog": 1})
     feed = feed_of(config_of(root, 3), tmp_path)
     assert feed.label_names == ("ant", "cat", "dog")
@@ -77,28 +77,28 @@ def test_a_test_set_of_fewer_classes_has_the_labels_of_training(tmp_path):
 
 
 @pytest.mark.parametrize("held", ["never", "always"])
-def test_the_same_classes_are_left_as_they_are(tmp_path, held):
+def test_identical_classes_keep_their_labels(tmp_path, held):
     same = {"ant": 2, "cat": 2}
     root = make(tmp_path / "set", train=same, test=same)
     feed = feed_of(config_of(root, 2, in_memory=held), tmp_path)
     assert labels_by_class(feed) == {"a": {0}, "c": {1}}
 
 
-def test_class_numbers_without_names_are_refused_beside_names(tmp_path):
+def test_class_numbers_are_refused_against_class_names(tmp_path):
     wnids = {f"n{i:02}": 1 for i in range(11)}
     root = make(tmp_path / "set", train=wnids, test={str(i): 1 for i in range(11)})
     with pytest.raises(ValueError, match=r"class numbers without names, as in ImageNetV2.*Rename"):
         feed_of(config_of(root, 11), tmp_path)
 
 
-def test_numbers_are_names_where_both_sets_have_them(tmp_path):
+def test_class_numbers_are_matched_as_names(tmp_path):
     """Sorted as text, 10 comes before 2; a test set without 10 must not shift the other labels."""
     root = make(tmp_path / "set", train={"1": 1, "10": 1, "2": 1}, test={"1": 1, "2": 1})
     _, test = load_splits(config_of(root, 3))
     assert test.labels.tolist() == [0, 2]
 
 
-def test_images_without_class_folders_say_what_to_do(tmp_path):
+def test_images_without_class_folders_error_suggests_a_fix(tmp_path):
     root = make(tmp_path / "set", train={"ant": 1, "bee": 1})
     for number in range(3):
         draw(root / f"test/ILSVRC2012_val_{number:08}.JPEG")
@@ -111,14 +111,14 @@ def test_images_without_class_folders_say_what_to_do(tmp_path):
             feed_of(config_of(path, 2), tmp_path)
 
 
-def test_images_beside_class_folders_are_left_out_with_a_warning(tmp_path, caplog):
+def test_images_outside_class_folders_are_skipped_with_a_warning(tmp_path, caplog):
     root = make(tmp_path / "set", train={"ant": 1})
     draw(root / "train/loose.png")
     assert len(load_source(data_of(root, 1), "train")) == 1
     assert "1 images that are in no class folder" in caplog.text
 
 
-def test_hidden_files_and_folders_are_no_data(tmp_path):
+def test_hidden_files_and_folders_are_ignored(tmp_path):
     root = make(tmp_path / "set", train={"ant": 2, "bee": 1})
     for name in ("ant/.DS_Store", "ant/._0.png", ".ipynb_checkpoints/0.png", "bee/.x/0.png"):
         draw(root / "train" / "x.png")
@@ -135,7 +135,7 @@ def test_hidden_files_and_folders_are_no_data(tmp_path):
         assert source.labels.tolist() == [0, 0, 1]
 
 
-def test_a_link_to_a_parent_adds_nothing(tmp_path, caplog):
+def test_symlink_to_parent_is_ignored(tmp_path, caplog):
     root = make(tmp_path / "set", train={"ant": 1, "bee": 2})
     (root / "train/ant/all").symlink_to("..", target_is_directory=True)
     (root / "train/ant/root").symlink_to(root.parent, target_is_directory=True)
@@ -156,7 +156,7 @@ def test_classes_that_share_a_folder_are_refused(tmp_path):
         load_source(data_of(root, 2), "train")
 
 
-def test_a_folder_linked_twice_within_its_class_counts_once(tmp_path):
+def test_folder_symlinked_twice_within_its_class_counts_once(tmp_path):
     root = make(tmp_path / "set", train={"ant": 1})
     draw(tmp_path / "elsewhere/a.png")
     for name in ("y", "x"):
@@ -175,7 +175,7 @@ def test_a_split_may_end_in_a_slash(tmp_path):
         load_source(data_of(root, 2), "/")
 
 
-def test_links_to_files_are_images_and_those_that_lead_nowhere_are_bad(tmp_path):
+def test_file_symlinks_are_images_and_dangling_ones_are_bad_examples(tmp_path):
     root = make(tmp_path / "set", train={"ant": 1})
     draw(tmp_path / "other.png", 7)
     (root / "train/ant/1.png").symlink_to(tmp_path / "other.png")
@@ -190,7 +190,7 @@ def test_links_to_files_are_images_and_those_that_lead_nowhere_are_bad(tmp_path)
             source[index]
 
 
-def test_names_that_are_not_utf8(tmp_path):
+def test_non_utf8_names(tmp_path):
     root = make(tmp_path / "set", train={"ant": 1})
     odd = os.fsdecode(b"x\xff.png")
     (root / "train/ant" / odd).write_bytes(b"no image")
@@ -203,7 +203,7 @@ def test_names_that_are_not_utf8(tmp_path):
         load_source(data_of(root, 1), "train")
 
 
-def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+def test_unreadable_folder_is_named(tmp_path, monkeypatch):
     root, scandir = make(tmp_path / "set", train={"ant": 1, "bee": 1}), os.scandir
 
     def locked(path):

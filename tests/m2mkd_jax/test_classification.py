@@ -22,13 +22,13 @@ def sums(logits, labels, mask=None):
     return {name: float(value) for name, value in found.items()}
 
 
-def test_equal_logits_are_a_hit_for_the_first_label_alone():
+def test_tied_logits_predict_the_first_label():
     found = sums(np.zeros((10, 10)), range(10))
     assert (found["accuracy"], found["accuracy_top5"]) == (1, 5)
     assert found["loss"] == pytest.approx(10 * np.log(10))
 
 
-def test_what_is_not_finite_is_never_a_hit():
+def test_non_finite_logits_are_never_correct():
     for value in (NAN, np.inf, -np.inf):
         found = sums(np.full((10, 10), value), range(10))
         assert (found["accuracy"], found["accuracy_top5"]) == (0, 0)
@@ -38,13 +38,13 @@ def test_what_is_not_finite_is_never_a_hit():
     assert np.isnan(found["loss"])
 
 
-def test_a_tie_at_the_fifth_place_goes_to_the_first():
+def test_top5_tie_goes_to_the_first_label():
     logits = [5.0, 4.0, 3.0, 2.0, 1.0, 1.0]
     found = sums([logits, logits, logits], [4, 5, 0])
     assert (found["accuracy"], found["accuracy_top5"]) == (1, 2)
 
 
-def test_padding_counts_for_nothing_even_where_it_is_not_finite():
+def test_non_finite_padding_is_ignored():
     found = sums([[0.0, 1.0], [NAN, NAN]], [1, 0], mask=[1.0, 0.0])
     assert found["accuracy"] == 1
     assert found["loss"] == pytest.approx(np.log(1 + np.exp(-1)))
@@ -59,7 +59,7 @@ def test_totals_by_hand():
     assert found == pytest.approx(want, rel=1e-5)
 
 
-def test_a_class_that_is_not_asked_about_may_be_anything():
+def test_restrict_logits_ignores_other_classes():
     chosen = restrict_logits(jnp.asarray([[NAN, 2.0, 2.0, 1.0]]), (1, 2, 3))
     assert (sums(chosen, [0])["accuracy"], sums(chosen, [1])["accuracy"]) == (1, 0)
 
@@ -76,7 +76,7 @@ HEADS = {
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_logits_of_a_bfloat16_network_are_not_rounded_to_bfloat16(name):
+def test_bfloat16_network_has_unrounded_float32_logits(name):
     build, changes = HEADS[name]
     config = dataclasses.replace(tiny_config("end_to_end"), precision="bfloat16", **changes)
     network = build(config)

@@ -86,7 +86,7 @@ def refusal(capsys, *flags) -> str:
     ],
     ids=lambda value: value[0] if value[0].startswith("-") else "",
 )
-def test_a_users_error_is_said_before_anything_is_written(capsys, tmp_path, flags, said):
+def test_user_errors_are_reported_before_writing(capsys, tmp_path, flags, said):
     message = refusal(capsys, DIGITS, f"--workdir={tmp_path / 'run'}", *flags)
     for text in said:
         assert text in message
@@ -101,7 +101,7 @@ def test_missing_flags_and_files_are_named(capsys, tmp_path):
     assert "did you mean 'phase'" in refusal(capsys, misspelt, f"--workdir={tmp_path}")
 
 
-def test_a_source_that_is_not_there_is_named(capsys, tmp_path):
+def test_missing_source_is_named(capsys, tmp_path):
     distill = DIGITS.replace("end_to_end", "distill,module=1")
     run = f"--workdir={tmp_path / 'run'}"
     assert "config.sources.meta is empty" in refusal(capsys, distill, run)
@@ -124,7 +124,7 @@ def test_help_shows_the_flags(capsys):
     assert all(flag in shown for flag in ("--config", "--workdir", "--debug", "digits.py"))
 
 
-def test_a_run_of_nans_stops_and_keeps_its_checkpoint(tmp_path, capsys):
+def test_nan_run_stops_and_keeps_its_checkpoint(tmp_path, capsys):
     flags = ["m2mkd", DIGITS, f"--workdir={tmp_path / 'run'}", *SMALL, "--config.optim.lr=1e9"]
     flags += ["--config.run.nan_patience=2", "--config.optim.steps=300", "--config.optim.clip=None"]
     with pytest.raises(SystemExit) as stopped:
@@ -149,7 +149,7 @@ def folder(tmp_path):
     return tmp_path / "images"
 
 
-def test_a_folder_of_images_is_trained_on_by_flags_alone(folder, tmp_path, monkeypatch, capsys):
+def test_image_folder_trains_from_flags_alone(folder, tmp_path, monkeypatch, capsys):
     flags = [
         f"--config={ROOT}/configs/m2mkd/vmoe_base.py:phase=end_to_end",
         f"--config.data.path={folder}",
@@ -184,7 +184,7 @@ def test_a_folder_of_images_is_trained_on_by_flags_alone(folder, tmp_path, monke
     assert list((workdir / "profile").rglob("*.xplane.pb"))
 
 
-def test_a_folder_without_splits_is_tried_for_a_short_while(folder, tmp_path):
+def test_short_run_on_folder_without_splits(folder, tmp_path):
     (folder / "train" / "cat" / "3.jpg").unlink()
     flags = [
         f"{DIGITS},scale=0.05",
@@ -208,7 +208,7 @@ def test_a_folder_without_splits_is_tried_for_a_short_while(folder, tmp_path):
     assert result["steps"] == 2  # 17 images in one epoch
 
 
-def test_a_start_imports_neither_other_frameworks_nor_what_takes_seconds():
+def test_startup_imports_no_other_framework_or_slow_module():
     slow = "{'tensorflow', 'torch', 'scipy.stats', 'sklearn'}"
     code = f"import sys, m2mkd_jax.main; print(sorted({slow} & set(sys.modules)))"
     result = subprocess.run(
@@ -223,7 +223,7 @@ def test_a_start_imports_neither_other_frameworks_nor_what_takes_seconds():
 
 
 @pytest.mark.parametrize(("result", "run"), [({}, "x"), ({"episodes": 3}, "x/episode_0")])
-def test_the_command_says_which_folder_can_be_used(result, run, caplog):
+def test_command_says_which_folder_to_predict_with(result, run, caplog):
     with caplog.at_level(logging.INFO):
         command._conclude(result, PHASES["few_shot"], epath.Path("x"))
     assert caplog.messages[-1].endswith(f"m2mkd predict {run} PICTURE")

@@ -75,7 +75,7 @@ def call(capsys, *argv):
 # Class names.
 
 
-def test_names_are_the_run_s_or_those_of_its_training_set(runs):
+def test_class_names_come_from_run_or_training_set(runs):
     assert read_run(runs / "student").classes == digits.NAMES
     write_json(runs / "modules" / "classes.json", {"names": NAMES})
     assert read_run(runs / "modules" / "checkpoints" / "0").classes == NAMES
@@ -87,7 +87,7 @@ def test_names_are_the_run_s_or_those_of_its_training_set(runs):
 
 
 @pytest.mark.parametrize("content", [{"names": ["a"]}, {"names": list(range(10))}, {}])
-def test_names_that_do_not_fit_are_refused(content, runs, tmp_path):
+def test_mismatched_class_names_are_refused(content, runs, tmp_path):
     config, params = checkpoint.load_config(runs / "meta"), checkpoint.load(runs / "meta")
     checkpoint.write_params(tmp_path / "run", params, config)
     write_json(tmp_path / "run" / "classes.json", content)
@@ -98,7 +98,7 @@ def test_names_that_do_not_fit_are_refused(content, runs, tmp_path):
 # predict
 
 
-def test_a_prediction_is_what_the_network_says(runs, pictures, capsys):
+def test_predict_matches_the_network(runs, pictures, capsys):
     status, out, _ = call(capsys, "predict", runs / "student", pictures / "a.png", "--json")
     assert status == 0
     found = json.loads(out)
@@ -113,7 +113,7 @@ def test_a_prediction_is_what_the_network_says(runs, pictures, capsys):
     )
 
 
-def test_a_folder_s_pictures_are_classified_whatever_their_size(runs, pictures, capsys):
+def test_predict_reads_a_folder_of_pictures_of_any_size(runs, pictures, capsys):
     status, out, err = call(
         capsys, "predict", runs / "modules", "--module=2", pictures, "--csv", "--top=2"
     )
@@ -127,7 +127,7 @@ def test_a_folder_s_pictures_are_classified_whatever_their_size(runs, pictures, 
     assert err == ""
 
 
-def test_an_unreadable_picture_has_its_line(runs, pictures, capsys):
+def test_predict_lists_unreadable_pictures(runs, pictures, capsys):
     status, out, _ = call(capsys, "predict", runs / "meta", pictures)
     lines = out.splitlines()
     assert status == 1 and len(lines) == 3
@@ -151,14 +151,14 @@ def test_an_unreadable_picture_has_its_line(runs, pictures, capsys):
         (("meta", "{pictures}", "--batch=3"), "--batch=3 must be a multiple of the mesh's 8"),
     ],
 )
-def test_what_cannot_be_predicted_is_said(flags, message, runs, pictures, capsys):
+def test_predict_error_messages(flags, message, runs, pictures, capsys):
     run, *rest = (one.format(pictures=pictures) for one in flags)
     status, out, err = call(capsys, "predict", runs / run, *rest)
     assert (status, out) == (2, "")
     assert message in err
 
 
-def test_few_pictures_make_a_small_batch(runs):
+def test_choose_batch_is_small_for_few_pictures(runs):
     trained = open_run(runs / "meta", {"mesh.data": "8"})
     assert [choose_batch(trained, count) for count in (1, 9, 17, 1000)] == [8, 16, 32, 64]
 
@@ -170,7 +170,7 @@ def test_few_pictures_make_a_small_batch(runs):
     ("run", "flags", "prefix"),
     [("meta", (), ""), ("modules", ("--module=2",), "module_2/"), ("student", (), "")],
 )
-def test_an_evaluation_repeats_that_of_training(run, flags, prefix, runs, capsys):
+def test_evaluate_matches_evaluation_in_training(run, flags, prefix, runs, capsys):
     status, out, _ = call(capsys, "evaluate", runs / run, "--json", *flags)
     assert status == 0
     found, trained, config = json.loads(out), open_run(runs / run), configs(runs)[run]
@@ -194,7 +194,7 @@ def test_an_evaluation_repeats_that_of_training(run, flags, prefix, runs, capsys
         assert list(found["ood"]["classes"]) == list(digits.RENDERED)
 
 
-def test_a_tally_is_by_class():
+def test_tally_counts_by_class():
     pairs = {(1, 1): 2, (0, 0): 3, (1, 0): 4, (2, 0): 1}
     images, correct, confused = evaluation.tally(pairs, ["cat", "ant", "bee"])
     assert list(images.items()) == [("ant", 6), ("bee", 1), ("cat", 3)]
@@ -202,7 +202,7 @@ def test_a_tally_is_by_class():
     assert confused == {("ant", "cat"): 4, ("bee", "cat"): 1}
 
 
-def test_another_set_is_named_by_flags(runs, tmp_path, capsys):
+def test_evaluate_takes_another_dataset_by_flags(runs, tmp_path, capsys):
     images, labels = digits.load_split("test")
     for label in (3, 8):  # the other classes have no image, and labels go by name
         (tmp_path / "val" / str(label)).mkdir(parents=True)
@@ -216,7 +216,7 @@ def test_another_set_is_named_by_flags(runs, tmp_path, capsys):
     assert classes.split() == ["class", "images", "accuracy"]
 
 
-def test_a_set_with_splits_is_whole_for_a_run_that_drew_its_test_images(tmp_path, monkeypatch):
+def test_evaluate_resets_test_share_for_a_dataset_with_splits(tmp_path, monkeypatch):
     def opened(run, settings):
         raise ValueError(settings)
 
@@ -239,7 +239,7 @@ def test_a_set_with_splits_is_whole_for_a_run_that_drew_its_test_images(tmp_path
 # features
 
 
-def test_maps_have_the_image_s_rows_and_columns(runs, pictures, tmp_path, capsys):
+def test_feature_maps_have_the_rows_and_columns_of_the_image(runs, pictures, tmp_path, capsys):
     out = tmp_path / "features.npz"
     flags = (pictures / "a.png", pictures / "below", "--out", out)
     status, said, _ = call(capsys, "features", runs / "student", *flags)
@@ -270,7 +270,7 @@ def test_maps_have_the_image_s_rows_and_columns(runs, pictures, tmp_path, capsys
 # export
 
 
-def test_an_exported_vit_is_read_as_timm_s(runs, tmp_path, capsys):
+def test_exported_vit_reads_as_a_timm_folder(runs, tmp_path, capsys):
     status, said, _ = call(capsys, "export", runs / "meta", tmp_path / "out")
     assert status == 0 and "README.md, config.json, model.safetensors, run_config.json" in said
     source = pretrained.find_source(pretrained.read_files(tmp_path / "out"), "meta")
@@ -289,7 +289,7 @@ def test_an_exported_vit_is_read_as_timm_s(runs, tmp_path, capsys):
     assert status == 2 and "exists; give a new folder" in err
 
 
-def test_an_exported_network_is_converted_back_with_the_config_of_its_run(runs, tmp_path, capsys):
+def test_exported_network_converts_back_with_its_run_config(runs, tmp_path, capsys):
     assert call(capsys, "export", runs / "student", tmp_path / "out")[0] == 0
     convert_weights.main([str(tmp_path / "out"), str(tmp_path / "back")])
     assert "the config is that of the exported run" in capsys.readouterr().out
@@ -300,7 +300,7 @@ def test_an_exported_network_is_converted_back_with_the_config_of_its_run(runs, 
     jax.tree.map(np.testing.assert_array_equal, *found)
 
 
-def test_timm_loads_the_folder(runs, tmp_path, capsys):
+def test_timm_loads_exported_folder(runs, tmp_path, capsys):
     torch, timm = pytest.importorskip("torch"), pytest.importorskip("timm")
     call(capsys, "export", runs / "meta", tmp_path / "out")
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
@@ -312,7 +312,7 @@ def test_timm_loads_the_folder(runs, tmp_path, capsys):
     np.testing.assert_allclose(found, apply(params, images[:4]), rtol=1e-3, atol=1e-4)
 
 
-def test_a_network_that_timm_has_not_is_exported_with_its_own_config(runs, tmp_path, capsys):
+def test_network_unknown_to_timm_is_exported_without_timm_config(runs, tmp_path, capsys):
     status, said, _ = call(capsys, "export", runs / "modules", tmp_path / "m", "--module=2")
     assert status == 0 and "of kind module" in said
     assert not (tmp_path / "m" / "config.json").exists()
@@ -324,7 +324,7 @@ def test_a_network_that_timm_has_not_is_exported_with_its_own_config(runs, tmp_p
 # show
 
 
-def test_a_run_and_a_config_are_shown(runs, capsys):
+def test_show_prints_a_run_and_a_config(runs, capsys):
     status, out, _ = call(capsys, "show", runs / "student")
     assert status == 0
     assert "config.optim.batch = 64   (default " in out

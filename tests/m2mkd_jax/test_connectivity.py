@@ -23,7 +23,7 @@ def draw(before, after, communities, path, truncation=0.8):
 
 
 @pytest.mark.parametrize("nodes", [8, 300])
-def test_a_picture_of_any_size(nodes, tmp_path):
+def test_picture_of_few_or_many_nodes(nodes, tmp_path):
     before, after = RNG.normal(size=(2, nodes, 8)).astype(np.float32)
     pixels = draw(before, after, np.arange(nodes) % 4, tmp_path / "connectivity.png")
     assert pixels.shape[0] > 800 and pixels.shape[1] > 800
@@ -42,7 +42,7 @@ def quarters(pixels):
     return np.asarray(red), np.asarray(dark)
 
 
-def test_near_mediators_are_red_and_joined_on_their_own_side(tmp_path):
+def test_near_mediators_are_red_and_joined_in_their_own_panels(tmp_path):
     # All at distance 1, beyond the truncation, and all at distance 0.
     none, every = np.eye(9, dtype=np.float32), np.ones((9, 9), np.float32)
     red, dark = quarters(draw(none, every, np.zeros(9, int), tmp_path / "connectivity.png"))
@@ -50,7 +50,7 @@ def test_near_mediators_are_red_and_joined_on_their_own_side(tmp_path):
     assert dark[1, 1] > 2 * dark[1, 0]
 
 
-def test_the_order_of_the_mediators_does_not_matter(tmp_path):
+def test_picture_is_independent_of_mediator_order(tmp_path):
     # Each community is a single point, so sorting by community restores the order.
     communities = np.repeat(np.arange(3), 4)
     signatures = circle(communities * 2.0)
@@ -67,7 +67,7 @@ def test_edges_are_the_pairs_within_the_truncation():
     assert {tuple(edge) for edge in edges.tolist()} == {(0, 1), (1, 2)}
 
 
-def test_every_mediator_s_nearest_come_first():
+def test_edges_to_nearest_mediators_come_first():
     # With two tight groups and a lone node, the lone one keeps an edge among the first few.
     points = np.concatenate([RNG.normal(0, 0.01, 20), RNG.normal(1, 0.01, 20), [2.0]])
     distance = np.abs(points[:, None] - points)
@@ -83,7 +83,7 @@ def test_a_caption_says_when_edges_are_left_out():
     assert few == "10 edges before training (0.2% of pairs)"
 
 
-def test_nodes_without_edges_stand_around_the_others():
+def test_isolated_nodes_surround_the_others():
     edges = np.array([[0, 1], [1, 2], [0, 2]])
     places = connectivity._lay_out(6, edges)
     assert np.isfinite(places).all()
@@ -91,14 +91,14 @@ def test_nodes_without_edges_stand_around_the_others():
     assert radius[3:].min() > radius[:3].max()
 
 
-def test_an_edge_at_the_truncation_is_there_and_none_beyond_it():
+def test_edges_include_the_truncation_distance():
     distance = np.array([[0, 0.5, 0.75], [0.5, 0, 2.0], [0.75, 2.0, 0]])
     assert connectivity._edges(distance, 0.5).tolist() == [[0, 1]]
     assert connectivity._edges(distance, np.nextafter(0.5, 0)).tolist() == []
     assert connectivity._edges(distance, 0.75).tolist() == [[0, 1], [0, 2]]
 
 
-def test_the_order_of_edges_by_hand():
+def test_edge_order_by_hand():
     # On a line at 0, 1, 3, 7. Nearest: 0-1 (for both), 1-2 (for 2), 2-3 (for 3). Then the second
     # nearest: 0-2 (for 0) and 1-3 (for 3). Then 0-3, the third for both.
     places = np.array([0.0, 1.0, 3.0, 7.0])
@@ -114,7 +114,7 @@ def axes_of(draw_on, *arguments):
 
 
 @pytest.mark.parametrize("communities", [1, 3, 20, 21, 40])
-def test_every_community_has_a_colour_of_its_own(communities):
+def test_communities_have_distinct_colours(communities):
     groups = np.arange(80) % communities
     places = RNG.normal(size=(80, 2))
     axes = axes_of(connectivity._draw_graph, np.zeros((0, 2), int), groups, places)
@@ -129,7 +129,7 @@ def test_every_community_has_a_colour_of_its_own(communities):
     np.testing.assert_allclose(nodes.get_offsets(), places)
 
 
-def test_edges_are_lines_between_their_nodes_and_the_first_are_drawn():
+def test_draw_graph_joins_nodes_by_the_first_edges():
     count = connectivity.MOST_EDGES
     edges = np.stack([np.arange(count + 5), np.arange(count + 5) + 1], axis=1)
     places = RNG.normal(size=(count + 6, 2))
@@ -139,7 +139,7 @@ def test_edges_are_lines_between_their_nodes_and_the_first_are_drawn():
 
 
 @pytest.mark.parametrize(("communities", "borders"), [(1, []), (3, [3.5, 7.5]), (40, None)])
-def test_borders_stand_between_communities_where_they_are_few(communities, borders):
+def test_borders_separate_communities_if_there_are_few(communities, borders):
     groups = np.repeat(np.arange(communities), 4)
     distance = np.zeros((len(groups), len(groups)))
     axes = axes_of(connectivity._draw_distances, distance, groups, TwoSlopeNorm(0.5, 0, 1))
@@ -163,7 +163,7 @@ def spied(monkeypatch):
     return given
 
 
-def test_both_sides_share_order_colours_and_places(monkeypatch, tmp_path):
+def test_before_and_after_share_order_colours_and_positions(monkeypatch, tmp_path):
     given, communities = spied(monkeypatch), np.array([1, 0, 1, 0, 2])
     before, after = circle(np.array([0.0, 2, 0.1, 2.2, 4])), circle(np.array([0.0, 1, 2, 3, 3.1]))
     draw_connectivity(before, after, communities, truncation=0.3, path=tmp_path / "c.png")
@@ -183,7 +183,7 @@ def test_both_sides_share_order_colours_and_places(monkeypatch, tmp_path):
     np.testing.assert_array_equal(places, connectivity._lay_out(5, edges))
 
 
-def test_colours_reach_beyond_a_truncation_that_nothing_exceeds(monkeypatch, tmp_path):
+def test_colour_range_extends_beyond_truncation(monkeypatch, tmp_path):
     given = spied(monkeypatch)
     same = np.ones((4, 3), np.float32)
     draw_connectivity(same, same, np.zeros(4, int), truncation=2.0, path=tmp_path / "c.png")

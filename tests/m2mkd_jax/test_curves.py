@@ -4,7 +4,7 @@ from common_jax.report import panels
 from m2mkd_jax.curves import CURVES
 
 
-def test_a_run_with_experts_has_panels_of_them_and_one_of_all_losses():
+def test_panels_of_a_run_with_experts():
     layer = "train/moe/stage_1/block_2"
     lines = [
         {

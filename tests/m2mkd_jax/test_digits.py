@@ -9,7 +9,7 @@ from m2mkd_jax.data import digits
 STEPS = [0, 16, 32, 48, 64, 80, 96, 112, 128, 143, 159, 175, 191, 207, 223, 239, 255]
 
 
-def test_values_are_stretched_to_bytes_and_the_last_images_are_for_tests():
+def test_load_split_scales_to_bytes_and_holds_out_the_last_images():
     published = load_digits()
     (images, labels), (test_images, test_labels) = map(digits.load_split, ("train", "test"))
     assert len(images) == 1437 and len(test_images) == 360
@@ -31,13 +31,13 @@ def centre(row):
 
 
 @pytest.mark.parametrize(("name", "sign"), [("turned left", -1), ("turned right", 1)])
-def test_turning_left_moves_the_top_to_the_left(name, sign):
+def test_turned_digits_lean_by_25_degrees(name, sign):
     turned = digits.RENDITIONS[name](bar())
     lean = (centre(turned[1]) - centre(turned[6])) / 5  # should be 25 degrees
     assert sign * lean == pytest.approx(np.tan(np.radians(25)), abs=0.08)
 
 
-def test_strokes_grow_and_shrink_by_three_eighths_of_a_pixel_a_side():
+def test_stroke_width_changes_by_three_quarters_of_a_pixel():
     row = bar()[4]
     thick, thin = (digits.RENDITIONS[name](bar())[4] for name in ("thickened", "thinned"))
     width = row.sum() / 255
@@ -46,7 +46,7 @@ def test_strokes_grow_and_shrink_by_three_eighths_of_a_pixel_a_side():
     np.testing.assert_array_equal(digits.RENDITIONS["inverted"](bar()), 255 - bar())
 
 
-def test_every_test_image_but_of_6_and_9_is_rendered_in_every_way():
+def test_renditions_cover_all_test_images_except_6_and_9():
     images, labels = digits.load_renditions()
     originals, classes = digits.load_split("test")
     kept = [i for i, label in enumerate(classes) if label not in (6, 9)]

@@ -94,7 +94,7 @@ WAYS = {
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "capacity"])
-def test_equals_a_loop_over_experts(way, routing):
+def test_dispatch_matches_loop_over_experts(way, routing):
     with jax.enable_x64(True):
         inputs = make_inputs(ROUTINGS[routing])
         got = with_gradients(WAYS[way], *inputs)
@@ -109,7 +109,7 @@ def share_dropped(name, x, routes, experts):
 
 
 @pytest.mark.parametrize("routing", ["random", "all on one expert"])
-def test_capacity_equals_a_loop_that_leaves_out_pairs_beyond_the_slots(routing):
+def test_capacity_matches_loop_with_overflow_dropped(routing):
     with jax.enable_x64(True):
         x, routes, experts = make_inputs(ROUTINGS[routing])
         expert = np.asarray(routes.expert)
@@ -127,7 +127,7 @@ def test_capacity_equals_a_loop_that_leaves_out_pairs_beyond_the_slots(routing):
 
 
 @pytest.mark.parametrize("way", ["dropless", "capacity"])
-def test_starved_experts_get_zero_gradients_exactly(way):
+def test_unused_experts_get_zero_gradients(way):
     with jax.enable_x64(True):
         inputs = make_inputs(ROUTINGS["most experts starved"])
         _, (_, _, experts) = with_gradients(WAYS[way], *inputs)
@@ -136,7 +136,7 @@ def test_starved_experts_get_zero_gradients_exactly(way):
             assert np.all(leaf[[0, 5]].any(axis=-1))
 
 
-def test_rows_beyond_those_in_use_may_hold_anything(monkeypatch):
+def test_unused_rows_do_not_affect_results(monkeypatch):
     def poisoned(a, b, sizes, contract, groups, ragged=grouped._ragged):
         y = ragged(a, b, sizes, contract, groups)
         used = (jnp.arange(len(y)) < jnp.sum(sizes))[:, None]
@@ -149,7 +149,7 @@ def test_rows_beyond_those_in_use_may_hold_anything(monkeypatch):
         assert_close(got, with_gradients(plain, *inputs))
 
 
-def test_pairs_of_foreign_experts_cost_no_block_and_give_zero():
+def test_nonlocal_pairs_take_no_block_and_give_zero():
     token = jnp.arange(40, dtype=jnp.int32)
     rows = grouped.arrange(token, jnp.full(40, E), tokens=40, experts=E, block=8)
     assert int(jnp.sum(rows.sizes)) == 0
@@ -165,7 +165,7 @@ def test_pairs_of_foreign_experts_cost_no_block_and_give_zero():
         np.testing.assert_array_equal(leaf, np.zeros(leaf.shape))
 
 
-def test_blocks_hold_one_expert_each_and_every_pair_once():
+def test_arrange_gives_one_expert_per_block_and_each_pair_once():
     expert = jnp.asarray(np.random.default_rng(2).integers(0, 5, 200))
     rows = grouped.arrange(
         jnp.arange(200, dtype=jnp.int32), expert, tokens=200, experts=4, block=16
@@ -181,7 +181,7 @@ def test_blocks_hold_one_expert_each_and_every_pair_once():
 
 
 @pytest.mark.parametrize(("pairs", "experts"), [(15, 4), (4, 4), (9, 1)])
-def test_there_is_a_row_for_every_pair_however_they_fall(pairs, experts):
+def test_arrange_has_a_row_for_every_pair(pairs, experts):
     draw = np.random.default_rng(pairs)
     share = draw.dirichlet(np.full(experts, 0.7), 100)
     expert = np.stack([draw.choice(experts, pairs, p=p) for p in share])
@@ -207,13 +207,13 @@ def test_block_size(pairs, experts, block):
 
 
 @pytest.mark.parametrize(("pairs", "block"), [(64, 256), (8192, 1024), (10**6, 2048)])
-def test_blocks_of_a_gpu_are_larger(pairs, block):
+def test_gpu_blocks_are_larger(pairs, block):
     assert grouped.block_size(pairs, 8, "gpu") == block
 
 
 @pytest.mark.parametrize("way", ["dropless", "capacity"])
 @pytest.mark.parametrize("shape", MESHES, ids=str)
-def test_any_mesh_gives_the_local_values_and_gradients(way, shape):
+def test_dispatch_on_any_mesh_matches_one_device(way, shape):
     with jax.enable_x64(True):
         x, routes, experts = make_inputs()
         expected = with_gradients(WAYS[way], x, routes, experts)
@@ -258,7 +258,7 @@ def compiled_text(shape, name):
         return run.lower(x, routes, experts).compile().as_text()
 
 
-def test_collectives_are_those_meant():
+def test_dispatch_uses_expected_collectives():
     text = compiled_text((2, 1, 2), "capacity")
     assert "all-to-all(" in text
     assert "all-gather(" not in text
@@ -327,7 +327,7 @@ def test_bfloat16(way):
 
 
 @pytest.mark.parametrize("way", ["blockwise", "ragged", "capacity with room for all"])
-def test_bfloat16_is_summed_in_float32(way):
+def test_bfloat16_accumulates_in_float32(way):
     # In bfloat16, 256 + 1 is 256. These are the experts' outputs for a token, and then the
     # gradients of an expert's tokens: one of 256, one of 2, and 1 otherwise.
     half = jnp.bfloat16
@@ -351,7 +351,7 @@ def test_bfloat16_is_summed_in_float32(way):
         np.testing.assert_array_equal(gradient, np.full((E, D), 304, half))
 
 
-def test_a_tpu_multiplies_by_ragged_dot_and_a_cpu_block_by_block():
+def test_tpu_uses_ragged_dot_and_cpu_loops_over_blocks():
     rows = grouped.arrange(jnp.arange(8), jnp.zeros(8, jnp.int32), tokens=8, experts=E, block=8)
     given = jnp.ones((8, D)), jnp.ones(8), make_experts(dtype=np.float32)
     slope = jax.grad(lambda *given: jnp.sum(grouped.grouped_mlp(*given, rows)), (0, 1, 2))

@@ -28,7 +28,7 @@ from m2mkd_jax.pretrained import KINDS, kind_of_run
 
 
 @pytest.mark.parametrize("name", PHASES)
-def test_a_record_names_roles_sections_and_evaluators_that_exist(name):
+def test_phase_records_name_existing_roles_sections_and_evaluators(name):
     phase, config = PHASES[name], tiny_config(name)
     assert phase.role in SECTIONS and set(phase.evaluators) <= set(EVALUATORS)
     assert all(hasattr(config, section) for section in phase.differentiates)
@@ -40,7 +40,7 @@ def test_a_record_names_roles_sections_and_evaluators_that_exist(name):
         assert isinstance(source.value(config), str | tuple)
 
 
-def test_a_source_is_made_by_an_earlier_phase():
+def test_sources_are_made_by_earlier_phases():
     made = set()
     for name, phase in PHASES.items():
         needed = {one.field for one in phase.sources if one.section == "sources" and one.made}
@@ -49,7 +49,7 @@ def test_a_source_is_made_by_an_earlier_phase():
     assert pipeline.PRODUCT in made
 
 
-def test_the_teacher_is_a_source_of_a_student_that_is_taught_its_logits():
+def test_logit_distillation_needs_a_teacher_source():
     config = tiny_config("end_to_end")
     assert [one.path for one in fields.used_sources(config)] == ["sources.students", "init.upcycle"]
     taught = dataclasses.replace(config, baseline=DistillConfig("soft"))
@@ -58,7 +58,7 @@ def test_the_teacher_is_a_source_of_a_student_that_is_taught_its_logits():
     assert paths == ["sources.meta", "sources.teacher"]
 
 
-def test_another_phase_is_planned_and_read_by_its_record_alone(monkeypatch):
+def test_new_phase_needs_only_a_record(monkeypatch):
     """It replaces few_shot, whose name the config knows."""
     probe = Phase(
         describe=PHASES["few_shot"].describe,
@@ -86,7 +86,7 @@ def test_another_phase_is_planned_and_read_by_its_record_alone(monkeypatch):
 # Families.
 
 
-def test_a_section_belongs_to_the_family_of_its_own_type():
+def test_section_type_determines_family():
     sections = {"vit": ViTConfig(), "vmoe": VMoEConfig(), "nac": NacConfig()}
     assert {kind: kind_of(section) for kind, section in sections.items()} == {
         kind: kind for kind in FAMILIES
@@ -95,7 +95,7 @@ def test_a_section_belongs_to_the_family_of_its_own_type():
         assert family_of(section) is FAMILIES[kind]
 
 
-def test_a_section_takes_every_family_of_its_role():
+def test_section_accepts_every_family_of_its_role():
     hints = typing.get_type_hints(Config)
     for section in ("meta", "teacher", "model"):
         types = typing.get_args(hints[section]) or (hints[section],)
@@ -103,7 +103,7 @@ def test_a_section_takes_every_family_of_its_role():
     assert section_type("meta") is ViTConfig
 
 
-def test_another_family_joins_the_type_of_its_section(monkeypatch):
+def test_new_family_extends_section_type(monkeypatch):
     class OtherConfig(VMoEConfig):
         """The config of a family that does not exist."""
 
@@ -115,12 +115,12 @@ def test_another_family_joins_the_type_of_its_section(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_a_meta_model_says_how_many_tokens_it_has(kind):
+def test_meta_model_families_define_token_count(kind):
     family = FAMILIES[kind]
     assert ("meta" in family.roles) <= (family.tokens is not None)
 
 
-def test_a_context_is_the_run_s():
+def test_context_is_built_from_run_config():
     config = dataclasses.replace(tiny_config("distill"), seed=4, precision="bfloat16", model=NAC)
     context = config.context
     assert (context.seed, context.dtype, context.meta_width) == (4, jnp.bfloat16, 16)
@@ -140,7 +140,7 @@ KIND_OF = {
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_run_makes_a_kind_of_file_of_its_phase_s_record(phase):
+def test_kind_of_run_matches_phase_record(phase):
     config = tiny_config(phase)
     kind, role = KINDS[KIND_OF[phase]], PHASES[phase].role
     whole = {role: dict.fromkeys(("stage_0", "stage_1", "stage_2"))}
@@ -150,7 +150,7 @@ def test_a_run_makes_a_kind_of_file_of_its_phase_s_record(phase):
     assert phase in (kind.phase, "few_shot")
 
 
-def test_a_part_of_a_teacher_and_a_student_of_another_family_have_kinds_of_their_own():
+def test_teacher_modules_and_nac_students_have_their_own_kinds():
     config = tiny_config("assemble")
     assert kind_of_run(config, {"teacher": {"stage_1": None}}) == "teacher_module"
     assert kind_of_run(config, {"teacher": dict.fromkeys("abc")}, single=True) == "teacher_module"
@@ -161,7 +161,7 @@ def test_a_part_of_a_teacher_and_a_student_of_another_family_have_kinds_of_their
 
 
 @pytest.mark.parametrize("kind", ["nac", "nac_student"])
-def test_a_file_of_another_family_than_the_config_s_is_named(kind):
+def test_kind_of_another_family_than_config_is_refused(kind):
     for read in (KINDS[kind].table, KINDS[kind].shapes):
         with pytest.raises(ValueError, match=r"config\.model is a VMoEConfig, .* a NacConfig"):
             read(tiny_config("end_to_end"), None)
@@ -170,7 +170,7 @@ def test_a_file_of_another_family_than_the_config_s_is_named(kind):
 # Evaluators.
 
 
-def test_another_evaluator_is_summed_over_its_line_alone(monkeypatch):
+def test_new_evaluator_needs_only_a_table_entry(monkeypatch):
     def count_sure(logits, labels, mask):
         return {"sure": jnp.sum(mask * (jnp.max(logits, axis=-1) > 2))}
 
@@ -194,6 +194,6 @@ def test_another_evaluator_is_summed_over_its_line_alone(monkeypatch):
     assert (both["accuracy"], both["sure"], both["count"]) == (2, 1, 2)
 
 
-def test_a_mean_is_shown_as_its_evaluator_writes_it():
+def test_show_formats_metrics_by_evaluator():
     assert show("accuracy", 0.5) == "50.0 %" and show("loss", 1.23456) == "1.235"
     assert show("accuracy", None) == "none"

@@ -22,7 +22,7 @@ IMAGES = encoder.Interface(image_size=8, channels=3, labels=5)
 MOE = MoeConfig(experts=3)
 
 
-def test_a_network_computes_what_its_equations_say():
+def test_network_matches_its_equations():
     sizes = SIZES | {"depths": (2, 1, 1), "norm_eps": 0.1}
     config = vmoe.VMoEConfig(moe=MOE, moe_blocks="1,3", **sizes)
     network = vmoe.build(config, IMAGES, stitch_width=12)
@@ -41,7 +41,7 @@ def test_a_network_computes_what_its_equations_say():
     np.testing.assert_allclose(kept[2]["features"][0], features, rtol=1e-4, atol=1e-4)
 
 
-def test_stitches_have_an_epsilon_of_their_own():
+def test_stitches_use_their_own_epsilon():
     # With a variance of 1e-6, outputs stay small with an epsilon of 1e-5, but not with one of 1e-6.
     stitch = Stitch(12, jnp.float32)
     x = jnp.asarray(np.random.default_rng(1).normal(0, 1e-3, (2, 5, 8)), jnp.float32)
@@ -56,7 +56,7 @@ def test_stitches_have_an_epsilon_of_their_own():
     np.testing.assert_allclose(stitch.apply(params, x), wanted, atol=1e-5)
 
 
-def test_norms_hold_where_the_mean_is_large():
+def test_norms_are_accurate_for_large_means():
     x = 3000 + np.random.default_rng(0).normal(size=(1, 4, 64))
     wanted = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
     norm = {"scale": np.ones(64), "bias": np.zeros(64)}
@@ -70,7 +70,7 @@ def test_norms_hold_where_the_mean_is_large():
         np.testing.assert_allclose(found, wanted, atol=2e-3)
 
 
-def test_every_parameter_starts_as_the_original_s():
+def test_initialisation_matches_original():
     sizes = {"patch": 8, "width": 48, "heads": 3, "depths": (1, 1, 1)}
     config = vmoe.VMoEConfig(moe=MOE, moe_blocks="1", **sizes)
     students = vmoe.build_students(config, encoder.Interface(32, 3, 40), meta_width=24)
@@ -109,7 +109,7 @@ def assert_normal(leaf, std, name):
 
 
 @pytest.mark.parametrize("name", ["vit", "vmoe", "students"])
-def test_in_bfloat16_tokens_are_narrow_and_logits_exact(name):
+def test_bfloat16_network_has_bfloat16_tokens_and_float32_logits(name):
     sizes = SIZES | {"depths": (1, 1, 1)}
     network = _build(name, sizes, dtype=jnp.bfloat16)
     params = jax.eval_shape(network.init, jax.random.key(0))
@@ -131,7 +131,7 @@ def _build(name, sizes, *, dtype):
     return vmoe.build_students(config, IMAGES, meta_width=12, dtype=dtype)
 
 
-def test_a_branch_is_dropped_where_the_draw_is_below_the_rate():
+def test_drop_path_drops_branches_with_draws_below_rate():
     branch = jnp.arange(1.0, 25.0).reshape(4, 3, 2)
     uniform = jnp.array([0.0, 0.2499, 0.25, 0.999])[:, None, None]
     kept = np.array([0, 0, 1, 1])[:, None, None] / 0.75
@@ -171,7 +171,7 @@ def kept_branches(network, keys, *, batch=400):
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
-def test_each_example_draws_for_each_branch(scan_layers):
+def test_drop_path_draws_per_example_and_branch(scan_layers):
     config = vit.ViTConfig(depths=(1, 2), scan_layers=scan_layers, **SIZES)
     network = vit.build(config, IMAGES, drop_path=0.5)
     kept = np.hstack(kept_branches(network, jax.random.split(jax.random.key(0), 2)))

@@ -66,7 +66,7 @@ def evaluator(config, tmp_path, mesh):
 
 
 @pytest.mark.parametrize("noise", ["mean", "fixed", "sampled"])
-def test_forward_gets_the_evaluation_streams_or_nothing(tmp_path, noise):
+def test_forward_gets_evaluation_streams_unless_noise_is_mean(tmp_path, noise):
     config, seen = config_of(noise), []
 
     def spy(params, helpers, images, train, rngs):
@@ -100,7 +100,7 @@ def test_only_sampled_noise_differs_between_steps(tmp_path):
 
 
 @pytest.mark.parametrize("noise", ["mean", "fixed", "sampled"])
-def test_draws_depend_on_the_seed_of_the_run(tmp_path, noise):
+def test_evaluation_draws_depend_on_run_seed(tmp_path, noise):
     params = init(jax.random.key(1))
     first, second = (
         evaluator(config_of(noise, seed=seed), tmp_path, one_device())(params, {}, 3)["loss"]
@@ -109,7 +109,7 @@ def test_draws_depend_on_the_seed_of_the_run(tmp_path, noise):
     assert (first == second) == (noise == "mean")
 
 
-def test_a_set_of_other_classes_is_scored_among_these(tmp_path):
+def test_ood_set_is_scored_among_its_own_classes(tmp_path):
     """A model that is right among all ten; no rendition shows the digits 6 and 9."""
     config = config_of("mean", ood=OodConfig(source="digits_r"))
     feed = feed_of(config, tmp_path)
@@ -125,7 +125,7 @@ def test_a_set_of_other_classes_is_scored_among_these(tmp_path):
 
 
 @pytest.mark.parametrize("noise", ["mean", "fixed", "sampled"])
-def test_eight_devices_draw_what_one_draws(tmp_path, noise):
+def test_evaluation_draws_match_on_eight_devices(tmp_path, noise):
     params, config = init(jax.random.key(2)), config_of(noise)
     one, eight = (
         evaluator(config, tmp_path, mesh)(params, {}, 3) for mesh in (one_device(), split_mesh())
@@ -134,7 +134,7 @@ def test_eight_devices_draw_what_one_draws(tmp_path, noise):
     assert one["loss"] == pytest.approx(eight["loss"], rel=1e-6)
 
 
-def test_padding_counts_for_nothing(tmp_path):
+def test_padding_is_ignored(tmp_path):
     config, params = config_of("mean"), init(jax.random.key(3))
     found = evaluator(config, tmp_path, one_device())(params, {}, 0)
     batches = list(feed_of(config, tmp_path).evaluation())
@@ -159,7 +159,7 @@ def regularizer(params, step):
     return 2.0 * term, {"penalty": term}
 
 
-def test_a_regularizer_joins_loss_and_metrics():
+def test_regularizer_adds_to_loss_and_metrics():
     config, params = config_of("mean"), init(jax.random.key(4))
     batch = {"image": jnp.zeros((4, 8, 8, 1), jnp.uint8), "label": jnp.arange(4)}
     rngs = {name: jax.random.key(0) for name in ("augment", "mix")}
@@ -172,7 +172,7 @@ def test_a_regularizer_joins_loss_and_metrics():
     assert more == few | {"penalty": 3 * jnp.sum(params["net"]["kernel"] ** 2)}
 
 
-def test_a_run_with_draws_goes_on_byte_for_byte(tmp_path):
+def test_run_with_draws_resumes_byte_for_byte(tmp_path):
     config = config_of("sampled", ood=OodConfig(source="digits_r"))
 
     def run(workdir):

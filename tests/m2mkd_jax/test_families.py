@@ -47,7 +47,7 @@ def matched(allowances, names):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_left_and_what_is_fresh_is_what_the_two_do_not_share(case):
+def test_left_and_fresh_are_exactly_the_unshared_parameters(case):
     config = config_of(case)
     students, whole = shapes(student_modules(config)), shapes(whole_student(config))
     smaller = {n for n in whole if case == "Tiny-ImageNet" and re.fullmatch(SMALLER, n)}
@@ -60,7 +60,7 @@ def test_what_is_left_and_what_is_fresh_is_what_the_two_do_not_share(case):
 
 
 @pytest.mark.parametrize("case", ["V-MoE", "NAC"])
-def test_the_head_is_the_classifier_alone(case):
+def test_head_is_only_the_classifier(case):
     config = config_of(case)
     names = shapes(whole_student(config))
     head = {n for n in names if re.fullmatch(family_of(config.model).head(config.model), n)}
@@ -84,7 +84,7 @@ def test_the_head_is_the_layer_that_makes_logits():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_reason_names_what_it_is_for(case):
+def test_allowance_reasons_name_config_fields(case):
     config = config_of(case)
     kind = family_of(config.model)
     allowances = kind.left(config.model) + kind.fresh(config.model)
@@ -98,7 +98,7 @@ def test_a_reason_names_what_it_is_for(case):
     assert reasons == {f"config.model.{reason}" for reason in want}
 
 
-def test_the_students_of_a_nac_are_fixed_by_the_seed_and_fit_the_meta_model():
+def test_nac_students_use_run_seed_and_meta_model_sizes():
     config = dataclasses.replace(config_of("NAC"), seed=9)
     config = dataclasses.replace(config, meta=dataclasses.replace(config.meta, width=24))
     students = student_modules(config, drop_path=0.2)

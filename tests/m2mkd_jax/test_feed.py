@@ -54,7 +54,7 @@ def test_training_batches_by_hand(tmp_path):
     assert values(feed.batches(0), 2) == [[6, 6, 6, 3], [3, 3, 5, 5]]
 
 
-def test_both_sets_are_compared_between_hosts(tmp_path, monkeypatch):
+def test_training_and_test_sets_are_compared_across_hosts(tmp_path, monkeypatch):
     compared = {}
     monkeypatch.setattr(
         feeds.hosts, "require_same", lambda what, *parts: compared.update({what: parts})
@@ -69,7 +69,7 @@ def test_both_sets_are_compared_between_hosts(tmp_path, monkeypatch):
     }
 
 
-def test_the_ood_set_is_compared_between_hosts_too(tmp_path, monkeypatch):
+def test_ood_set_is_compared_across_hosts(tmp_path, monkeypatch):
     compared = []
     monkeypatch.setattr(feeds.hosts, "require_same", lambda what, *parts: compared.append(what))
     config = tiny_config("end_to_end")
@@ -77,14 +77,14 @@ def test_the_ood_set_is_compared_between_hosts_too(tmp_path, monkeypatch):
     assert compared[2:] == ["the OOD set of config.ood"]
 
 
-def test_batches_follow_seed_and_step(tmp_path):
+def test_batches_depend_on_seed_and_step(tmp_path):
     feed = feed_of(tmp_path)
     assert feed.steps_per_epoch == 3
     assert values(feed.batches(4), 2) == values(feed.batches(0), 6)[4:]
     assert values(feed.batches(0), 1) != values(feed_of(tmp_path, seed=1).batches(0), 1)
 
 
-def test_evaluation_takes_the_test_set_by_micro_batches(tmp_path):
+def test_evaluation_splits_test_set_into_micro_batches(tmp_path):
     feed = feed_of(tmp_path, augment=AugmentConfig(repeats=3, randaugment=True))
     for _ in range(2):  # each call makes a new pass
         batches = list(feed.evaluation())
@@ -94,7 +94,7 @@ def test_evaluation_takes_the_test_set_by_micro_batches(tmp_path):
         assert np.concatenate([batch["_mask"] for batch in batches]).tolist() == [1] * 10 + [0] * 2
 
 
-def test_the_host_augments_training_alone(tmp_path):
+def test_host_augmentation_depends_on_seed(tmp_path):
     config = AugmentConfig(randaugment=True, padding=3)
     images = next(feed_of(tmp_path, augment=config).batches(0))["image"]
     assert any(image.min() != image.max() for image in images)
@@ -105,7 +105,7 @@ def test_the_host_augments_training_alone(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["train", "test"])
-def test_bad_images_are_reported_in_the_workdir_up_to_their_share(tmp_path, kind):
+def test_bad_images_are_reported_up_to_bad_share(tmp_path, kind):
     def read(share):
         sources = {kind: numbers(10, bad=(3,))}
         feed = feed_of(tmp_path, data=DataConfig(bad_share=share), batch=5, **sources)
@@ -118,7 +118,7 @@ def test_bad_images_are_reported_in_the_workdir_up_to_their_share(tmp_path, kind
     assert "number 3" in (tmp_path / "bad_examples.jsonl").read_text()
 
 
-def test_both_kinds_of_batches_are_read_by_the_workers_of_the_config(tmp_path, monkeypatch):
+def test_batches_use_configured_workers_and_bad_share(tmp_path, monkeypatch):
     asked = []
 
     def note(source, **settings):
@@ -143,7 +143,7 @@ def test_an_ood_set_is_evaluated_like_the_test_set(tmp_path):
     assert feed_of(tmp_path).ood is None and feed_of(tmp_path).ood_classes == ()
 
 
-def test_an_ood_set_of_another_kind_must_fit_as_well(tmp_path):
+def test_ood_images_of_wrong_size_are_refused(tmp_path):
     """Digits need no check of their size, but files that are also tested on do."""
     folder = tmp_path / "set/test/3"
     folder.mkdir(parents=True)
@@ -182,7 +182,7 @@ def test_images_are_normalised_and_labels_smoothed_by_hand():
     assert targets.shape == (6, 5)
 
 
-def test_images_follow_one_stream_and_their_mixing_another():
+def test_augmentation_and_mixing_use_separate_streams():
     prepared = preparing(AugmentConfig(padding=1))
     (images, _), (moved, _), (same, _) = prepared(), prepared(augment=1), prepared(mix=1)
     assert (moved != images).any()
@@ -205,7 +205,7 @@ def test_no_two_draws_of_a_batch_share_a_key(monkeypatch):
     assert len(keys) == 14 == len(set(keys))
 
 
-def test_shapes_are_those_of_the_batches(tmp_path):
+def test_batch_shapes_match_batches(tmp_path):
     batch = next(feed_of(tmp_path).batches(0))
     shapes = batch_shapes(DataConfig(), 8)
     assert {name: (x.shape, x.dtype) for name, x in shapes.items()} == {

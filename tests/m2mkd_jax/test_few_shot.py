@@ -31,7 +31,7 @@ def episode(**settings):
     return choose_episode(LABELS, **settings)
 
 
-def test_an_episode_holds_shots_of_each_class_under_new_labels():
+def test_episode_has_shots_of_each_class_with_new_labels():
     chosen = episode()
     assert len(np.unique(chosen.indices)) == 20
     assert len(set(chosen.classes)) == 5
@@ -42,7 +42,7 @@ def test_an_episode_holds_shots_of_each_class_under_new_labels():
     assert (np.diff(chosen.labels) != 0).sum() > 4  # shuffled, not grouped by class
 
 
-def test_seeds_choose_and_zero_is_a_seed():
+def test_episode_depends_on_seed_including_zero():
     for seed in (0, 3):
         first, again = episode(seed=seed), episode(seed=seed)
         assert first.classes == again.classes
@@ -58,7 +58,7 @@ def test_known_choice():
 
 
 @pytest.mark.parametrize("seed", [0, 1, 6])
-def test_examples_are_numpy_s_permutations_in_the_drawn_order_of_the_classes(seed):
+def test_examples_match_numpy_permutations_in_drawn_class_order(seed):
     chosen, draw = episode(seed=seed), np.random.RandomState(seed)
     assert list(chosen.classes) == random.Random(seed).sample(range(20), 5)
     kept = [draw.permutation(np.flatnonzero(name == LABELS))[:4] for name in chosen.classes]
@@ -75,14 +75,14 @@ def test_known_examples_and_labels():
     assert chosen.labels.tolist() == [1, 0, 0, 1, 1, 0]  # of classes 3 and 1, by rank
 
 
-def test_classes_and_examples_both_follow_the_seed():
+def test_classes_and_examples_both_depend_on_seed():
     whole = [episode(ways=20, seed=seed) for seed in (1, 2)]
     assert whole[0].classes != whole[1].classes
     first, second = (set(one.indices.tolist()) for one in whole)
     assert 0 < len(first & second) < 40  # of 80 each; about 11 if chosen independently
 
 
-def test_classes_stay_and_examples_grow_with_the_shots():
+def test_more_shots_keep_classes_and_add_examples():
     few, more = episode(shots=4), episode(shots=9)
     assert few.classes == more.classes and set(few.indices) < set(more.indices)
     every = episode(shots=30)  # all there are
@@ -100,7 +100,7 @@ def test_eligible_rows_keep_splits_apart():
         episode(eligible=split, shots=25)
 
 
-def test_a_task_validates_on_the_test_split_unless_told():
+def test_task_validates_on_test_split_by_default():
     settings = {"ways": 5, "shots": 4, "validation_shots": 6, "seed": 3, "labels_count": 20}
     test_labels = LABELS[::-1].copy()
     train, validation = choose_task(LABELS, test_labels, **settings)
@@ -117,7 +117,7 @@ def test_a_task_validates_on_the_test_split_unless_told():
 
 
 @pytest.mark.parametrize("test_on_train", [False, True])
-def test_an_episode_s_feed_has_as_many_images_as_asked_for(tmp_path, test_on_train):
+def test_episode_feed_has_requested_number_of_images(tmp_path, test_on_train):
     asked = FewShotConfig(ways=3, shots=2, test_shots=5, seed=4, test_on_train=test_on_train)
     config = Config(phase="few_shot", few_shot=asked, optim=OptimConfig(batch=6))
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, labels=10))
@@ -154,7 +154,7 @@ def test_impossible_episodes_name_the_key():
 
 
 @pytest.mark.parametrize(("count", "world"), [(600, 4), (513, 3), (256, 1)])
-def test_copies_of_an_image_land_on_neighbours(count, world):
+def test_repeated_images_go_to_neighbouring_ranks(count, world):
     permutation = np.random.default_rng(1).permutation(count)
     ranks = [repeated_indices(permutation, rank=rank, world=world) for rank in range(world)]
     assert {len(rank) for rank in ranks} == {count // 256 * 256 // world}
@@ -162,7 +162,7 @@ def test_copies_of_an_image_land_on_neighbours(count, world):
     np.testing.assert_array_equal(order, np.repeat(permutation, 3)[: len(order)])
 
 
-def test_other_numbers_of_copies_by_hand():
+def test_repeated_indices_by_hand():
     settings = {"repeats": 2, "rounding": 4, "world": 2}
     order = np.array([5, 3, 8, 0, 9, 1, 2, 4, 6, 7, 10])  # 8 of these samples are kept: 4 for each
     for rank in range(2):
@@ -172,14 +172,14 @@ def test_other_numbers_of_copies_by_hand():
     assert found == [[5, 3], [5, 8], [3, 8]]
 
 
-def test_small_sets_are_empty_and_ranks_are_checked():
+def test_repeated_indices_of_small_sets_and_invalid_ranks():
     assert len(repeated_indices(np.arange(255), rank=0, world=1)) == 0
     with pytest.raises(ValueError, match="rank=2"):
         repeated_indices(np.arange(300), rank=2, world=2)
 
 
 @pytest.mark.parametrize("world", [1, 4, 8])
-def test_batches_are_what_the_original_s_processes_see_together(world):
+def test_repeated_batches_combine_those_of_original_processes(world):
     places = np.arange(600)
     source = ArraySource({"image": places, "label": places}, ())
     batches = inputs.train_batches(source, transform=None, seed=2, batch=64, repeats=3)
@@ -192,12 +192,12 @@ def test_batches_are_what_the_original_s_processes_see_together(world):
 
 
 @pytest.mark.parametrize("key", ["ways", "shots", "test_shots", "episodes"])
-def test_a_wrong_number_names_its_key(key):
+def test_zero_is_refused_for_counts(key):
     with pytest.raises(ValueError, match=rf"^{key}=0 must be at least 1"):
         FewShotConfig(**{key: 0})
 
 
-def test_the_summary_is_a_mean_with_the_interval_of_student_s_distribution():
+def test_summary_has_mean_and_student_t_interval():
     found = [
         {"phase": "few_shot", "steps": 5, "skipped": 1, "test/accuracy": accuracy}
         for accuracy in (0.5, 0.6, 0.7, 0.4)
@@ -211,7 +211,7 @@ def test_the_summary_is_a_mean_with_the_interval_of_student_s_distribution():
     assert merged["test/accuracy_ci95"] == pytest.approx(half, rel=1e-6)
 
 
-def test_every_metric_of_the_test_set_has_a_mean_of_its_own():
+def test_summary_averages_every_test_metric():
     found = [
         {
             "phase": "few_shot",
@@ -234,7 +234,7 @@ def test_every_metric_of_the_test_set_has_a_mean_of_its_own():
     assert merged["test/accuracy_ci95"] == pytest.approx(1.27062 / 2, rel=1e-5)
 
 
-def test_the_table_of_episodes_to_the_letter(tmp_path):
+def test_episodes_table_by_hand(tmp_path):
     merged = {"episodes": 2, "test/accuracy": 0.5, "test/accuracy_ci95": 0.1234}
     merged |= {"test/loss": 1.25, "test/loss_ci95": 0.0456}
     (tmp_path / "result.json").write_text(json.dumps(merged))
@@ -285,7 +285,7 @@ def digits_of(split):
 
 
 @pytest.mark.parametrize("on_train", [False, True])
-def test_an_episode_has_shots_to_train_on_and_test_shots_of_the_other_split(on_train, tmp_path):
+def test_episode_trains_on_shots_and_tests_on_test_shots(on_train, tmp_path):
     config = config_of(test_on_train=on_train)
     training = few_shot.describe(config, one_device())
     feed = few_shot.episode_feed(training.config, few_shot.load_splits(config), workdir=tmp_path)
@@ -300,7 +300,7 @@ def test_an_episode_has_shots_to_train_on_and_test_shots_of_the_other_split(on_t
     assert (set(train) <= set(test)) == on_train
 
 
-def test_the_draw_follows_the_episode_s_seed_and_the_order_that_of_the_run(tmp_path):
+def test_episode_seed_sets_examples_and_run_seed_their_order(tmp_path):
     def draw(seed, draw_seed):
         config = dataclasses.replace(config_of(seed=draw_seed), seed=seed)
         one = few_shot.describe(config, one_device()).config
@@ -313,7 +313,7 @@ def test_the_draw_follows_the_episode_s_seed_and_the_order_that_of_the_run(tmp_p
     assert {image for image, _ in first} != {image for image, _ in drawn}
 
 
-def test_a_check_draws_every_episode_and_gives_the_first(monkeypatch, tmp_path):
+def test_first_feed_draws_every_episode_and_returns_the_first(monkeypatch, tmp_path):
     config = config_of(episodes=3)
     drawn, choose = [], few_shot.choose_task
 
@@ -330,7 +330,7 @@ def test_a_check_draws_every_episode_and_gives_the_first(monkeypatch, tmp_path):
     assert training.config.data.labels == 4 and not list(tmp_path.iterdir())
 
 
-def test_episodes_compile_once_and_are_not_run_again(tmp_path, monkeypatch):
+def test_episodes_compile_once_and_are_not_rerun(tmp_path, monkeypatch):
     config = tiny_config("few_shot", optim=dataclasses.replace(OPTIM, batch=8, steps=2))
     episodes = FewShotConfig(ways=4, shots=2, test_shots=3, seed=5, episodes=2)
     config = dataclasses.replace(

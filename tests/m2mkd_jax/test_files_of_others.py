@@ -58,7 +58,7 @@ def head(found):
 
 
 @pytest.mark.parametrize("single", [False, True])
-def test_timm_s_folder_says_how_images_are_normalised(tmp_path, single):
+def test_timm_folder_gives_normalisation(tmp_path, single):
     folder = timm_folder(tmp_path / "hub")
     inferred, found = read(folder / "model.safetensors" if single else folder)
     assert found.config.data.mean == found.config.data.std == (0.5, 0.5, 0.5)
@@ -70,13 +70,13 @@ def test_timm_s_folder_says_how_images_are_normalised(tmp_path, single):
     assert found.config.data.mean == (0.485, 0.456, 0.406) == inferred.assumed["config.data.mean"]
 
 
-def test_hugging_face_s_preprocessor_says_it_too(tmp_path):
+def test_hugging_face_preprocessor_gives_normalisation(tmp_path):
     about = {"image_mean": [0.1, 0.2, 0.3], "image_std": HALF, "size": {"height": 224}}
     folder = timm_folder(tmp_path / "hub", about, file="preprocessor_config.json")
     assert read(folder)[1].config.data.mean == (0.1, 0.2, 0.3)
 
 
-def test_another_mean_than_the_folder_s_is_refused_unless_it_is_asked_for(tmp_path):
+def test_mean_differing_from_folder_needs_override(tmp_path):
     source = pretrained.find_source(pretrained.read_files(timm_folder(tmp_path / "hub")))
     inferred = pretrained.infer_config(source)
     other = dataclasses.replace(inferred.config.data, mean=(0.485, 0.456, 0.406))
@@ -107,13 +107,13 @@ def test_another_mean_than_the_folder_s_is_refused_unless_it_is_asked_for(tmp_pa
         ({"pretrained_cfg": {"mean": [float("nan")]}}, r"mean=\[nan\] must be"),
     ],
 )
-def test_a_folder_of_another_network_or_of_odd_numbers_is_named(tmp_path, change, message):
+def test_unsupported_timm_config_is_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as raised:
         pretrained.read_files(timm_folder(tmp_path / "hub", TIMM | change))
     assert "config.json" in str(raised.value)
 
 
-def test_heads_that_timm_says_are_taken(tmp_path):
+def test_heads_are_read_from_timm_config(tmp_path):
     folder = timm_folder(tmp_path / "hub", TIMM | {"model_args": {"num_heads": 6, "img_size": 32}})
     inferred, found = read(folder)
     assert found.config.teacher.heads == 6 == inferred.read["config.teacher.heads"]
@@ -130,7 +130,7 @@ def training_file(path, **weights):
     return path
 
 
-def test_a_training_file_s_average_is_taken_by_choice_and_said(tmp_path, capsys):
+def test_training_checkpoint_needs_choice_of_weights_or_ema(tmp_path, capsys):
     raw = deit()
     average = {name: x + 1 for name, x in raw.items()}
     file = training_file(tmp_path / "checkpoint.pth", model=raw, model_ema=average)
@@ -152,7 +152,7 @@ def test_a_training_file_s_average_is_taken_by_choice_and_said(tmp_path, capsys)
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "model.", "model.backbone._orig_mod."])
-def test_wrapped_names_are_unwrapped(tmp_path, prefix):
+def test_wrapper_prefixes_are_stripped(tmp_path, prefix):
     tensors = {prefix + name: x for name, x in deit().items()}
     tensors["criterion.center"] = np.ones(3, np.float32)
     if prefix in ("_orig_mod.", "module."):
@@ -165,7 +165,7 @@ def test_wrapped_names_are_unwrapped(tmp_path, prefix):
     assert ("criterion.center" in dropped) == ("criterion.center" in tensors)
 
 
-def test_a_student_and_a_teacher_in_one_state_dict_are_chosen_between(tmp_path):
+def test_state_dict_with_student_and_teacher_needs_a_choice(tmp_path):
     raw = deit()
     tensors = {f"student.{name}": x for name, x in raw.items()}
     tensors |= {f"teacher.{name}": x + 2 for name, x in raw.items()}
@@ -180,7 +180,7 @@ def test_a_student_and_a_teacher_in_one_state_dict_are_chosen_between(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [None, "teacher"])
-def test_a_vit_without_its_head_is_named(tmp_path, kind):
+def test_headless_vit_is_refused(tmp_path, kind):
     tensors = {name: x for name, x in deit().items() if not name.startswith("head.")}
     write_tensors(tmp_path / "headless.safetensors", tensors)
     with pytest.raises(
@@ -203,7 +203,7 @@ def test_a_vit_without_its_head_is_named(tmp_path, kind):
         ("pre_logits.fc.weight", (192, 192), "a layer before the head"),
     ],
 )
-def test_a_part_that_no_config_fits_is_named(tmp_path, name, shape, what):
+def test_unsupported_parts_are_named(tmp_path, name, shape, what):
     write_tensors(tmp_path / "a.safetensors", deit() | {name: np.ones(shape, np.float32)})
     with pytest.raises(ValueError, match=r"with any config: take a model without") as raised:
         read(tmp_path / "a.safetensors")
@@ -217,11 +217,11 @@ def test_a_part_that_no_config_fits_is_named(tmp_path, name, shape, what):
     assert "give the config.teacher" not in str(raised.value)
 
 
-def test_plain_networks_have_no_such_part():
+def test_plain_deit_has_no_unsupported_parts():
     assert foreign_parts(deit()) == "" and not is_headless(deit())
 
 
-def test_other_libraries_names_are_named(tmp_path):
+def test_tensor_names_of_other_libraries_are_recognised(tmp_path):
     for name, whose in (
         ("vit.encoder.layer.0.attention.attention.query.weight", "Hugging Face's"),
         ("encoder.layers.encoder_layer_0.ln_1.weight", "torchvision's"),
@@ -232,7 +232,7 @@ def test_other_libraries_names_are_named(tmp_path):
             read(file)
 
 
-def test_a_file_of_no_kind_is_named_with_the_nearest(tmp_path):
+def test_file_of_unknown_kind_names_the_closest(tmp_path):
     tensors = {name: x for name, x in deit().items() if not name.endswith("norm1.weight")}
     write_tensors(tmp_path / "a.safetensors", tensors)
     with pytest.raises(ValueError, match=r"(?s)matches none of the kinds .*'vmoe'") as raised:
@@ -243,7 +243,7 @@ def test_a_file_of_no_kind_is_named_with_the_nearest(tmp_path):
         read(tmp_path / "b.safetensors")
 
 
-def test_a_file_of_many_other_tensors_is_refused_in_few_words(tmp_path):
+def test_many_unknown_tensors_give_a_short_error(tmp_path):
     tensors = deit() | {f"decoder.{i}.weight{'x' * 90}": np.ones(1, "f4") for i in range(300)}
     write_tensors(tmp_path / "a.safetensors", tensors)
     with pytest.raises(ValueError, match="does not fit kind='teacher'") as raised:
@@ -264,7 +264,7 @@ def test_a_file_of_many_other_tensors_is_refused_in_few_words(tmp_path):
         ({"blocks.9999.norm1.weight": (192,)}, "does not fit kind='teacher'"),
     ],
 )
-def test_odd_shapes_are_named(tmp_path, change, message):
+def test_malformed_shapes_are_named(tmp_path, change, message):
     tensors = deit() | {name: np.ones(shape, np.float32) for name, shape in change.items()}
     write_tensors(tmp_path / "a.safetensors", tensors)
     with pytest.raises(ValueError, match=message) as raised:
@@ -272,7 +272,7 @@ def test_odd_shapes_are_named(tmp_path, change, message):
     assert "a.safetensors" in str(raised.value)
 
 
-def test_odd_numbers_beside_the_tensors_are_named(tmp_path):
+def test_malformed_metadata_is_named(tmp_path):
     storages = {}
     tensors = {n: x for n, x in deit().items() if n.startswith("blocks.")}
     for beside, message in (
@@ -286,7 +286,7 @@ def test_odd_numbers_beside_the_tensors_are_named(tmp_path):
             read(tmp_path / "a.pth")
 
 
-def test_heads_that_no_tensor_tells_are_taken_from_a_flag(tmp_path):
+def test_heads_that_cannot_be_inferred_come_from_a_flag(tmp_path):
     write_tensors(tmp_path / "wide.safetensors", deit(width=48))
     with pytest.raises(ValueError, match=r"give --config\.teacher\.heads=N"):
         read(tmp_path / "wide.safetensors")
@@ -296,7 +296,7 @@ def test_heads_that_no_tensor_tells_are_taken_from_a_flag(tmp_path):
     assert saved.teacher.heads == 4 and saved.teacher.norm_eps == 1e-6
 
 
-def test_a_teacher_that_was_made_for_other_images_is_refused(tmp_path, caplog):
+def test_teacher_with_different_normalisation_is_refused(tmp_path, caplog):
     file = tmp_path / "vit.safetensors"
     write_tensors(file, deit(width=192, blocks=1))
     convert_weights.main([str(file), str(tmp_path / "teacher"), "--config.data.mean=0.5,0.5,0.5"])

@@ -124,7 +124,7 @@ def test_bfloat16_values_and_gradients(routing, interpreted):
     assert distances(found[0], y)[0] < 1e-3
 
 
-def test_what_is_summed_is_not_rounded(interpreted):
+def test_sums_are_not_rounded_to_bfloat16(interpreted):
     # In bfloat16, 256 + 1 is 256: as outputs of a token's experts, and as an expert's gradients.
     half = jnp.bfloat16
     x, dy, experts = jax.tree.map(jnp.zeros_like, make_inputs(half))
@@ -137,7 +137,7 @@ def test_what_is_summed_is_not_rounded(interpreted):
     np.testing.assert_array_equal(sums, np.full((2, D), jnp.asarray(N + 255, half)))
 
 
-def test_over_the_expert_axis_of_a_mesh(interpreted, monkeypatch):
+def test_kernels_on_the_expert_axis_of_a_mesh(interpreted, monkeypatch):
     monkeypatch.setattr(
         dispatch, "grouped_mlp", partial(grouped.grouped_mlp, engine=grouped.KERNELS)
     )
@@ -206,7 +206,7 @@ def lowered(width, hidden, dtype=np.float32):
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-def test_a_gpu_runs_kernels_and_no_loop():
+def test_gpu_lowering_has_kernels_and_no_loop():
     text = lowered(64, 128)
     # Two products forward, four backward; jax lowers equal ones once.
     assert 5 <= text.count("xla.gpu.triton") <= 6
@@ -215,12 +215,12 @@ def test_a_gpu_runs_kernels_and_no_loop():
 
 
 @pytest.mark.parametrize(("width", "hidden"), [(64, 100), (20, 128)])
-def test_odd_widths_stay_with_the_loop(width, hidden):
+def test_odd_widths_fall_back_to_the_loop(width, hidden):
     text = lowered(width, hidden)
     assert "xla.gpu.triton" not in text and "stablehlo.while" in text
 
 
-def test_float64_stays_with_the_loop():
+def test_float64_falls_back_to_the_loop():
     with jax.enable_x64(True):
         text = lowered(64, 128, np.float64)
     assert "xla.gpu.triton" not in text and "stablehlo.while" in text
@@ -237,7 +237,7 @@ def test_float64_stays_with_the_loop():
         (AbstractDevice("cpu", None, "cpu"), 768, 256),
     ],
 )
-def test_blocks_are_as_large_as_the_device_needs(device, width, block):
+def test_block_size_depends_on_device(device, width, block):
     mesh = AbstractMesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=device)
     size = partial(grouped.block_for_target, 50_432, 8, dtype=np.dtype(np.float32), hidden=3072)
     with jax.sharding.use_abstract_mesh(mesh):
@@ -246,7 +246,7 @@ def test_blocks_are_as_large_as_the_device_needs(device, width, block):
 
 
 @pytest.mark.parametrize(("capability", "block"), [("7.5", 2048), ("8.6", 128)])
-def test_cards_that_triton_does_not_compile_for_keep_the_loop(capability, block, monkeypatch):
+def test_cards_unsupported_by_triton_fall_back_to_the_loop(capability, block, monkeypatch):
     card = types.SimpleNamespace(
         device_kind="NVIDIA GeForce RTX", platform="gpu", compute_capability=capability
     )

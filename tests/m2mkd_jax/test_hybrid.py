@@ -69,7 +69,7 @@ def assert_near(got, want):
 
 
 @pytest.mark.parametrize("stages", TOGETHER)
-def test_both_sides_are_the_meta_model_with_one_stage_replaced(stages):
+def test_pair_logits_replace_one_stage_of_the_meta_model(stages):
     taught, logits, _ = pair_logits(PAIR, PARAMS, IMAGES, stages=stages, train=False)
     assert set(taught) == set(logits) == set(stages)
     for own in stages:
@@ -78,7 +78,7 @@ def test_both_sides_are_the_meta_model_with_one_stage_replaced(stages):
 
 
 @pytest.mark.parametrize("stages", TOGETHER)
-def test_students_alone_are_in_training(stages):
+def test_only_students_are_in_training_mode(stages):
     taught, logits, _ = pair_logits(PAIR, PARAMS, IMAGES, stages=stages, train=True, rngs=RNGS)
     for own in stages:
         assert_near(taught[own], run_stages("teacher", own))
@@ -86,7 +86,7 @@ def test_students_alone_are_in_training(stages):
 
 
 @pytest.mark.parametrize("stages", TOGETHER)
-def test_what_students_record_is_handed_back(stages):
+def test_student_records_are_returned(stages):
     _, _, recorded = pair_logits(PAIR, PARAMS, IMAGES, stages=stages, train=False)
     assert set(recorded) == {stage_name(own) for own in stages}
     name = stage_name(stages[-1])
@@ -102,7 +102,7 @@ def kernels(tree):
     return [bool(np.any(tree[stage_name(stage)]["kernel"])) for stage in range(3)]
 
 
-def test_gradients_of_a_student_pass_through_later_stages_alone():
+def test_student_gradients_pass_only_through_later_stages():
     def total(params, images):
         return jnp.sum(pair_logits(PAIR, params, images, stages=(1,), train=False)[1][1] ** 2)
 
@@ -128,7 +128,7 @@ def test_no_gradient_passes_through_a_teacher():
 
 @pytest.mark.parametrize("stages", TOGETHER)
 @pytest.mark.parametrize("train_meta", [False, True])
-def test_modules_and_the_stages_around_them_are_put_in_training_apart(stages, train_meta):
+def test_train_and_train_meta_are_independent(stages, train_meta):
     hybrids = {own: replace_stage(PAIR.meta, own, PAIR.teacher) for own in stages}
     hidden = shared_tokens(hybrids, PARAMS["meta"], IMAGES, train=train_meta, rngs=RNGS)
     for module in (False, True):
@@ -147,7 +147,7 @@ def test_modules_and_the_stages_around_them_are_put_in_training_apart(stages, tr
             assert_near(logits[own], run_stages("teacher", own, training=training))
 
 
-def test_tokens_before_a_module_are_the_meta_model_s_and_pass_no_gradient():
+def test_shared_tokens_come_from_meta_model_without_gradient():
     hybrids = {own: replace_stage(PAIR.meta, own, PAIR.student) for own in range(3)}
     hidden = shared_tokens(hybrids, PARAMS["meta"], IMAGES)
     x = IMAGES
@@ -169,7 +169,7 @@ def test_stages_that_differ_between_hybrids_are_not_shared():
     assert hidden[1].shape == (4, T, 1, WIDTH) and hidden[2].shape == (4, 1, 1, WIDTH)
 
 
-def test_later_stages_that_differ_between_hybrids_run_apart():
+def test_later_stages_that_differ_between_hybrids_run_separately():
     halved = Network((Layer(), Layer(), Layer(factor=0.5, last=True)))
     arguments = PARAMS["meta"], PARAMS["teacher"], {0: IMAGES, 1: IMAGES}
     logits, _ = module_logits({0: ALIKE, 1: halved}, *arguments)
@@ -178,7 +178,7 @@ def test_later_stages_that_differ_between_hybrids_run_apart():
     assert_near(logits[1], plain[1] / 2)
 
 
-def test_only_parameters_that_are_run_are_needed():
+def test_only_parameters_of_run_stages_are_needed():
     meta = {name: PARAMS["meta"][name] for name in ("stage_0", "stage_2")}
     params = {"meta": meta} | {
         role: {"stage_1": PARAMS[role]["stage_1"]} for role in ("teacher", "student")
@@ -187,7 +187,7 @@ def test_only_parameters_that_are_run_are_needed():
     assert_near(logits[1], run_stages("student", 1))
 
 
-def test_one_stage_is_replaced_and_the_meta_model_stays_as_it_is():
+def test_replace_stage_leaves_the_meta_model_unchanged():
     other = Network((Layer(tokens=1), Layer(tokens=1), Layer(tokens=1, last=True)))
     for own in range(3):
         found = replace_stage(PAIR.meta, own, other).stages
@@ -195,7 +195,7 @@ def test_one_stage_is_replaced_and_the_meta_model_stays_as_it_is():
     assert [stage.tokens for stage in PAIR.meta.stages] == [T] * 3
 
 
-def test_networks_cut_into_other_numbers_of_stages_are_refused():
+def test_networks_with_different_numbers_of_stages_are_refused():
     short = Network((Layer(), Layer()))
     with pytest.raises(ValueError, match=r"has 3 stages, but the module's network has 2"):
         replace_stage(PAIR.meta, 0, short)

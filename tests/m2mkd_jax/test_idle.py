@@ -33,7 +33,7 @@ def with_images(side, **augment):
         (33, False, ["padding", "rotate", "scale", "shift"]),
     ],
 )
-def test_small_images_alone_are_moved(side, randaugment, names):
+def test_movement_is_idle_for_large_images_and_randaugment(side, randaugment, names):
     config = with_images(side, randaugment=randaugment)
     assert sorted(idle(config)) == [f"augment.{name}" for name in names]
 
@@ -47,12 +47,12 @@ def test_fields_that_the_phase_does_not_read_are_not_listed():
     assert idle(meta) == {}
 
 
-def test_a_recipe_is_named_where_it_is_of_a_pipeline():
+def test_warmup_steps_without_effect_are_listed():
     optim = dataclasses.replace(START.optim, warmup_steps=5)
     assert list(idle(dataclasses.replace(START, optim=optim))) == ["optim.warmup_steps"]
 
 
-def test_they_are_warned_of_with_the_reason(caplog):
+def test_idle_fields_give_a_warning_with_the_reason(caplog):
     with caplog.at_level(logging.WARNING):
         app.warn_of_idle(idle(with_images(64, rotate=0.0, scale=0.0, shift=0.0)))
     (record,) = caplog.records
@@ -78,7 +78,7 @@ SWITCHED_OFF = [
 
 
 @pytest.mark.parametrize(("path", "value", "reads"), SWITCHED_OFF, ids=lambda x: str(x)[:20])
-def test_fields_that_others_switch_off_are_listed_unless_these_are_on(path, value, reads):
+def test_fields_switched_off_by_others_are_idle(path, value, reads):
     off = changed("optim.decay_all", True, changed("model.moe_blocks", "none", START))
     config = changed(path, value, off)
     assert [*idle(config)] in ([path], [path.split(".")[0]], [path.rpartition(".")[0]])
@@ -87,7 +87,7 @@ def test_fields_that_others_switch_off_are_listed_unless_these_are_on(path, valu
     assert [*idle(config)] == []
 
 
-def test_recipes_of_a_pipeline_are_looked_at_one_by_one():
+def test_pipeline_recipes_are_checked_individually():
     recipe = Recipe(augment=AugmentConfig(switch=0.1))
     config = dataclasses.replace(START, phase="pipeline", recipes={"distill": recipe})
     assert list(idle(config)) == ["recipes.distill.augment.switch"]
@@ -102,7 +102,7 @@ def test_recipes_of_a_pipeline_are_looked_at_one_by_one():
         (MoeConfig(chosen=1, balance=BalanceConfig(z=0.1)), False),
     ],
 )
-def test_a_router_without_a_gradient_is_warned_of(moe, warns, caplog):
+def test_router_without_a_gradient_gives_a_warning(moe, warns, caplog):
     config = changed("model.moe", moe, START)
     warn_of_student(config)
     assert ("leaves the router untrained" in caplog.text) == warns
@@ -111,7 +111,7 @@ def test_a_router_without_a_gradient_is_warned_of(moe, warns, caplog):
     assert not caplog.text
 
 
-def test_the_warning_is_right_about_the_gradient():
+def test_topk_softmax_with_one_expert_has_no_gradient():
     def total(logits, route):
         return jnp.sum(route(logits, chosen=1, slots=0, order="token").weight ** 2)
 
@@ -123,5 +123,5 @@ def test_the_warning_is_right_about_the_gradient():
 @pytest.mark.parametrize(
     ("phase", "warns"), [("pipeline", True), ("end_to_end", True), ("distill", False)]
 )
-def test_a_module_is_for_phases_that_train_single_ones(phase, warns):
+def test_module_is_idle_in_end_to_end_and_pipeline(phase, warns):
     assert ("module" in idle(changed("module", "1", changed("phase", phase, START)))) == warns

@@ -12,14 +12,14 @@ from m2mkd_jax.data.listing import DEEPEST, find_in_directory, is_image, listed,
 from m2mkd_jax.data.zips import find_in_zip
 
 
-def test_ten_names_are_shown_in_order_and_the_others_counted():
+def test_listed_shows_ten_names_and_counts_the_rest():
     names = [f"n{number:02}" for number in range(12)]
     assert listed(reversed(names[:10])) == ", ".join(names[:10])
     assert listed(reversed(names)) == ", ".join(names[:10]) + " and 2 more"
     assert listed(["b", "a"]) == "a, b" and listed([]) == ""
 
 
-def test_long_names_are_shortened_and_few_are_shown():
+def test_listed_shortens_long_names_and_shows_fewer():
     (long,) = (listed(["a" * 500 + "b" * 500]),)
     assert long == "a" * 175 + "..." + "b" * 175
     assert listed(letter * 300 for letter in "cab") == f"{'a' * 300}, {'b' * 300} and 1 more"
@@ -39,11 +39,11 @@ def test_long_names_are_shortened_and_few_are_shown():
         ("a/.b/c.png", False),
     ],
 )
-def test_images_are_told_by_their_names(name, is_one):
+def test_is_image_goes_by_file_name(name, is_one):
     assert is_image(name) == is_one
 
 
-def test_folders_are_followed_so_far_and_no_further(tmp_path):
+def test_too_deeply_nested_folders_are_refused(tmp_path):
     """Images up to DEEPEST folders below their class are found; beyond that, the path is
     refused."""
     folder = tmp_path / "train/ant" / "/".join("x" * DEEPEST)
@@ -57,7 +57,7 @@ def test_folders_are_followed_so_far_and_no_further(tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-def test_files_that_may_be_images_of_another_kind_are_counted(tmp_path, zipped, caplog):
+def test_unsupported_image_files_are_counted(tmp_path, zipped, caplog):
     folder = tmp_path / "train/ant"
     folder.mkdir(parents=True)
     Image.new("L", (4, 4)).save(folder / "0.png")
@@ -78,13 +78,13 @@ def test_files_that_may_be_images_of_another_kind_are_counted(tmp_path, zipped, 
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_class_lists_of_any_editor(tmp_path, end):
+def test_class_lists_with_bom_and_any_line_ending(tmp_path, end):
     path = tmp_path / "names.txt"
     path.write_bytes(f"\ufeffn02{end}{end} n01 {end}n03".encode())
     assert read_names(path) == ["n02", "n01", "n03"]
 
 
-def test_labels_are_places_in_the_classes():
+def test_labels_are_indices_into_the_classes():
     rows = [("a.png", "x"), ("b.png", "z"), ("c.png", "y"), ("d.png", "z")]
     labels = label_rows(rows, ["z", "x", "y"], at="list")
     assert labels.tolist() == [1, 0, 2, 0] and labels.dtype == np.int32
@@ -97,7 +97,7 @@ def test_labels_are_places_in_the_classes():
 @pytest.mark.parametrize(
     ("names", "label"), [(("2", "10"), 0), (("02", "10"), None), (("2", "9"), None)]
 )
-def test_numbers_of_classes_that_are_sorted_as_text_are_warned_of(tmp_path, names, label, caplog):
+def test_numeric_classes_sorted_as_text_give_a_warning(tmp_path, names, label, caplog):
     for name in names:
         (tmp_path / "train" / name).mkdir(parents=True)
         Image.new("L", (4, 4)).save(tmp_path / "train" / name / "0.png")

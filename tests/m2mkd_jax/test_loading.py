@@ -44,7 +44,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("phase", RUNS)
-def test_what_is_loaded_computes_what_was_trained(phase, tmp_path):
+def test_loaded_network_matches_the_trained_one(phase, tmp_path):
     role, build, module = RUNS[phase]
     config = config_of(phase, **{} if module is None else {"module": str(module)})
     network = build(config)
@@ -69,7 +69,7 @@ def test_what_is_loaded_computes_what_was_trained(phase, tmp_path):
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_the_running_average_is_loaded_where_there_is_one(ema, tmp_path):
+def test_ema_is_loaded_if_present(ema, tmp_path):
     optim = OptimConfig(ema=ema)
     config = dataclasses.replace(tiny_config("assemble"), optim=optim)
     params = {"teacher": fill(vit.build(config.teacher, IMAGES).init)}
@@ -93,7 +93,7 @@ def test_the_running_average_is_loaded_where_there_is_one(ema, tmp_path):
         ("end_to_end", 0, r"module=0: .*phase='end_to_end' trained a whole .* leave module out"),
     ],
 )
-def test_a_module_that_the_run_did_not_train_is_refused(phase, asked, message, tmp_path):
+def test_untrained_module_is_refused(phase, asked, message, tmp_path):
     config = config_of(phase, module="0+1")
     params = {"student": {stage_name(i): {"x": np.ones(2)} for i in (0, 1)}}
     checkpoint.write_params(tmp_path, params, unfreeze(config).to_dict())
@@ -101,7 +101,7 @@ def test_a_module_that_the_run_did_not_train_is_refused(phase, asked, message, t
         m2mkd_jax.load_model(tmp_path, module=asked)
 
 
-def test_a_converted_network_without_its_head_is_named(tmp_path):
+def test_converted_headless_network_is_refused(tmp_path):
     sources = SourcesConfig(fresh=r"teacher/stage_\d+/head/.*")
     config = dataclasses.replace(tiny_config("assemble"), sources=sources)
     params = fill(vit.build(config.teacher, IMAGES).init)
@@ -123,7 +123,7 @@ def write_student(workdir, model, **changes):
     checkpoint.write_params(workdir, {"student": params}, unfreeze(config).to_dict())
 
 
-def test_of_a_pipeline_the_whole_student_is_loaded(tmp_path):
+def test_load_model_of_a_pipeline_gives_the_whole_student(tmp_path):
     config = tiny_config("end_to_end")
     write_student(tmp_path / result_folder(), config.model)
     write_json(tmp_path / "config.json", {"phase": "pipeline"})
@@ -131,7 +131,7 @@ def test_of_a_pipeline_the_whole_student_is_loaded(tmp_path):
     assert params.keys() == {"stage_0", "stage_1", "stage_2"}
 
 
-def test_a_network_from_load_model_samples_no_edges(tmp_path):
+def test_loaded_nac_samples_no_edges(tmp_path):
     found = []
     for evaluation in ("kernel", "sample"):
         kernel = dataclasses.replace(NAC.kernel, evaluation=evaluation)
@@ -144,9 +144,7 @@ def test_a_network_from_load_model_samples_no_edges(tmp_path):
 
 
 @pytest.mark.parametrize("groups", [1, 4, 8])
-def test_experts_for_which_tokens_compete_run_on_as_many_devices_as_there_are_groups(
-    tmp_path, groups, caplog
-):
+def test_capacity_routing_opens_on_one_device_per_group(tmp_path, groups, caplog):
     moe = dataclasses.replace(MOE, dispatch="capacity", groups=groups)
     model = dataclasses.replace(tiny_config("end_to_end").model, moe=moe)
     write_student(tmp_path, model)

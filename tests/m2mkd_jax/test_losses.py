@@ -21,36 +21,36 @@ def log_softmax(logits):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-def assert_equal_but_for_rounding(got, want):
+def assert_equal_up_to_rounding(got, want):
     np.testing.assert_allclose(got, want, rtol=2e-6)
 
 
 def test_soft_cross_entropy():
     want = -np.sum(TARGETS * log_softmax(STUDENT)) / B
-    assert_equal_but_for_rounding(losses.soft_cross_entropy(STUDENT, TARGETS), want)
+    assert_equal_up_to_rounding(losses.soft_cross_entropy(STUDENT, TARGETS), want)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_smoothed_cross_entropy(smoothing):
     log_p = log_softmax(STUDENT)
     want = -(1 - smoothing) * log_p[range(B), LABELS].mean() - smoothing * log_p.mean()
-    assert_equal_but_for_rounding(losses.smoothed_cross_entropy(STUDENT, LABELS, smoothing), want)
+    assert_equal_up_to_rounding(losses.smoothed_cross_entropy(STUDENT, LABELS, smoothing), want)
     smooth = (1 - smoothing) * jnp.eye(L)[LABELS] + smoothing / L
-    assert_equal_but_for_rounding(losses.soft_cross_entropy(STUDENT, smooth), want)
+    assert_equal_up_to_rounding(losses.soft_cross_entropy(STUDENT, smooth), want)
 
 
 @pytest.mark.parametrize("tau", [1.0, 3.0])
 def test_soft_distillation(tau):
     log_s, log_t = log_softmax(STUDENT / tau), log_softmax(TEACHER / tau)
     divergence = np.sum(np.exp(log_t) * (log_t - log_s))
-    assert_equal_but_for_rounding(
+    assert_equal_up_to_rounding(
         losses.soft_distillation(STUDENT, TEACHER, tau), tau**2 * divergence / (B * L)
     )
     batch_mean = losses.soft_distillation_batch_mean(STUDENT, TEACHER, tau)
-    assert_equal_but_for_rounding(batch_mean, tau**2 * divergence / B)
+    assert_equal_up_to_rounding(batch_mean, tau**2 * divergence / B)
 
 
-def test_batch_mean_is_as_many_times_stronger_as_there_are_labels():
+def test_batch_mean_gradient_is_larger_by_the_number_of_labels():
     gradients = [
         jax.grad(losses.DISTILLATIONS[kind].loss)(STUDENT, TEACHER, 2.0)
         for kind in ("soft", "soft_batch_mean")
@@ -58,20 +58,20 @@ def test_batch_mean_is_as_many_times_stronger_as_there_are_labels():
     np.testing.assert_allclose(gradients[1], L * gradients[0], rtol=1e-6)
 
 
-def test_hard_distillation_is_cross_entropy_against_the_teacher_s_best():
+def test_hard_distillation_is_cross_entropy_with_the_teacher_argmax():
     best = TEACHER.argmax(-1)
     want = losses.smoothed_cross_entropy(STUDENT, best, 0.0)
     for tau in (1.0, 5.0):
         assert losses.hard_distillation(STUDENT, TEACHER, tau) == want
 
 
-def test_soft_distillation_of_a_certain_teacher_is_hard():
+def test_soft_distillation_from_a_confident_teacher_is_hard():
     certain = 100.0 * jnp.eye(L)[TEACHER.argmax(-1)]
     soft = losses.soft_distillation_batch_mean(STUDENT, certain, 1.0)
-    assert_equal_but_for_rounding(soft, losses.hard_distillation(STUDENT, TEACHER, 1.0))
+    assert_equal_up_to_rounding(soft, losses.hard_distillation(STUDENT, TEACHER, 1.0))
 
 
-def test_a_student_equal_to_its_teacher_has_nothing_to_learn():
+def test_student_equal_to_its_teacher_has_zero_loss_and_gradient():
     assert losses.soft_distillation(TEACHER, TEACHER, 2.0) == 0
     gradient = jax.grad(losses.soft_distillation)(TEACHER, TEACHER, 2.0)
     np.testing.assert_allclose(gradient, 0, atol=1e-7)
@@ -80,7 +80,7 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn():
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_blend(alpha):
     blended = losses.blend(jnp.float32(2), jnp.float32(5), alpha)
-    assert_equal_but_for_rounding(blended, (1 - alpha) * 2.0 + alpha * 5.0)
+    assert_equal_up_to_rounding(blended, (1 - alpha) * 2.0 + alpha * 5.0)
 
 
 # Logits of the probabilities (1/2, 1/4, 1/4) and (1/8, 1/8, 3/4).
@@ -141,7 +141,7 @@ def combined(name, kind, tau, teachers=TEACHERS):
 def test_several_teachers_by_hand(kind):
     tau, one = 2.0, losses.DISTILLATIONS[kind].loss
     each = [one(STUDENT, teacher, tau) for teacher in TEACHERS]
-    assert_equal_but_for_rounding(combined("losses", kind, tau), np.mean(each))
+    assert_equal_up_to_rounding(combined("losses", kind, tau), np.mean(each))
     mean = np.mean([np.exp(log_softmax(teacher / tau)) for teacher in TEACHERS], axis=0)
     # tau log p are logits of the distribution p.
     ensemble = jnp.asarray(tau * np.log(mean), jnp.float32)
@@ -152,13 +152,13 @@ def test_several_teachers_by_hand(kind):
 
 @pytest.mark.parametrize("name", losses.COMBINATIONS)
 @pytest.mark.parametrize("kind", losses.DISTILLATIONS)
-def test_the_same_teacher_twice_is_the_teacher(name, kind):
+def test_duplicate_teacher_equals_a_single_one(name, kind):
     twice = combined(name, kind, 2.0, jnp.stack([TEACHER, TEACHER]))
     once = losses.DISTILLATIONS[kind].loss(STUDENT, TEACHER, 2.0)
     np.testing.assert_allclose(twice, once, rtol=1e-5)
 
 
-def test_mean_of_losses_and_of_probabilities_teach_the_same_softly():
+def test_means_of_losses_and_probabilities_have_equal_soft_gradients():
     def gradient(name, kind):
         one = losses.DISTILLATIONS[kind].loss
         return jax.grad(lambda student: losses.COMBINATIONS[name](one, student, TEACHERS, 2.0))(

@@ -43,7 +43,7 @@ def test_mixup_pairs_with_the_reversed_batch():
 
 @pytest.mark.parametrize("lam", [0.0, 0.37, 0.8, 1.0])
 @pytest.mark.parametrize("centre", [(6, 5), (0, 9), (11, 0)])
-def test_cutmix_lambda_is_the_share_that_stays(lam, centre):
+def test_cutmix_lambda_is_the_fraction_kept(lam, centre):
     mixed, effective = augment.cutmix(IMAGES, lam, centre)
     taken = np.asarray(mixed) != np.asarray(IMAGES)
     area = taken.any(axis=(0, 3)).sum()
@@ -76,7 +76,7 @@ def mix(config, key=KEY, images=IMAGES, labels=LABELS):
     )(images, labels, key)
 
 
-def test_no_mixing_smooths_the_labels_only():
+def test_without_mixing_labels_are_only_smoothed():
     images, targets = mix(AugmentConfig(smoothing=0.1))
     same(images, IMAGES)
     same(targets, augment.soft_targets(LABELS, 5, 0.1))
@@ -91,7 +91,7 @@ def test_no_mixing_smooths_the_labels_only():
         AugmentConfig(mixup=0.8, cutmix=1.0, smoothing=0.1, mix_probability=0.7),
     ],
 )
-def test_targets_follow_the_pixels(config):
+def test_targets_match_the_mixed_pixels(config):
     # Image i is i + 1 everywhere, so its pixels tell how much of which partner it has.
     values = jnp.arange(1.0, 9.0)
     images = jnp.broadcast_to(values[:, None, None, None], (8, 12, 10, 1))
@@ -112,7 +112,7 @@ def test_targets_follow_the_pixels(config):
     assert (1.0 in shares) or config.mix_probability == 1
 
 
-def test_both_kinds_of_mixing_happen():
+def test_mix_uses_both_mixup_and_cutmix():
     config = AugmentConfig(mixup=0.8, cutmix=1.0)
     run = jax.jit(lambda key: augment.mix(IMAGES, LABELS, key, config=config, labels_count=5)[0])
     sources = np.stack([np.asarray(IMAGES), np.asarray(IMAGES)[::-1]])
@@ -137,7 +137,7 @@ def drawn(monkeypatch, config, count=4000):
     return *np.asarray(said).T, np.asarray(lam)
 
 
-def test_mixing_draws_what_its_settings_say(monkeypatch):
+def test_mix_draws_follow_the_config(monkeypatch):
     config = AugmentConfig(mixup=0.4, cutmix=2.0, switch=0.3, mix_probability=0.6)
     cut, row, column, lam = drawn(monkeypatch, config)
     cut, mixed = cut == 1, lam < 1
@@ -169,7 +169,7 @@ def test_no_two_draws_share_a_key(monkeypatch):
         ({"mixup": 0.1, "cutmix": 0.1, "mix_probability": 0.0}, False),
     ],
 )
-def test_what_mixes(settings, mixes):
+def test_mixes_depends_on_settings(settings, mixes):
     assert AugmentConfig(**settings).mixes is mixes
 
 
@@ -179,7 +179,7 @@ def test_an_odd_batch_cannot_be_mixed():
     mix(AugmentConfig(), images=IMAGES[:7], labels=LABELS[:7])
 
 
-def test_draws_from_the_legacy_generator_take_only_what_they_need():
+def test_legacy_draws_consume_only_what_they_need():
     def left_over(config, seed=0):
         rng = np.random.RandomState(seed)
         drawn = augment.draw_mix(rng, config, height=12, width=10)
@@ -210,7 +210,7 @@ ROW, COLUMN = ("randint", 0, 12), ("randint", 0, 10)
         ((0.0, 0.0, 1.0), (True, 1.0, None), [APPLY, SWITCH, ("beta", 0.7, 0.7)]),
     ],
 )
-def test_the_legacy_generator_is_asked_in_timm_s_order(values, found, asked):
+def test_legacy_draws_are_in_the_order_of_timm(values, found, asked):
     config = AugmentConfig(mixup=0.3, cutmix=0.7, switch=0.4, mix_probability=0.8)
     rng = Scripted(*values)
     assert augment.draw_mix(rng, config, height=12, width=10) == found

@@ -63,7 +63,7 @@ def published(image_size: int) -> encoder.Interface:
     return encoder.Interface(image_size=image_size, channels=3, labels=1000)
 
 
-def test_the_table_of_vit_variants_is_whole():
+def test_every_vit_variant_has_a_parameter_count():
     assert set(VIT_PARAMETERS) == set(vit.VARIANTS)
 
 
@@ -74,7 +74,7 @@ def test_published_vits_have_the_published_sizes(name):
     assert count_parameters(build, config) == VIT_PARAMETERS[name]
 
 
-def test_a_whole_published_vit_has_its_parts_and_rules():
+def test_published_vit_matches_partition_rules():
     name = "deit_tiny_patch16_224"
     config, image_size = vit.variant(name)
     shapes = shapes_of(vit.build(config, published(image_size)))
@@ -114,14 +114,14 @@ def test_published_students_have_the_published_sizes():
     assert idle_rules(vmoe.PARTITION_RULES, shapes, shapes_of(dense)) == []
 
 
-def test_vits_that_go_without_bias_have_the_other_epsilon():
+def test_vits_without_bias_use_the_other_epsilon():
     for name in vit.VARIANTS:
         config, _ = vit.variant(name)
         plain = name.startswith(("vit_small", "vit_huge"))
         assert (config.qkv_bias, config.norm_eps) == ((False, 1e-5) if plain else (True, 1e-6))
 
 
-def test_the_defaults_are_those_of_the_base_networks():
+def test_defaults_match_the_base_networks():
     base = {
         "patch": 16,
         "width": 768,
@@ -170,7 +170,7 @@ def test_the_hidden_width_is_rounded_down(width, ratio, hidden):
     assert config.encoder.hidden == hidden
 
 
-def test_large_matrices_are_split_along_the_width_and_experts_over_their_axis():
+def test_matrices_are_sharded_by_width_and_experts_by_expert_axis():
     # All sizes differ: the width is 8, and the meta model's tokens have width 12.
     config = vmoe.VMoEConfig(depths=(1, 2), moe=MoeConfig(experts=3), moe_blocks="1", **TINY)
     students = vmoe.build_students(config, encoder.Interface(8, 3, 5), meta_width=12)
@@ -201,7 +201,7 @@ def test_large_matrices_are_split_along_the_width_and_experts_over_their_axis():
 
 
 @pytest.mark.parametrize("variant", [vit.variant, vmoe.variant])
-def test_an_unknown_variant_names_the_known(variant):
+def test_unknown_variant_lists_the_known_ones(variant):
     with pytest.raises(ValueError, match="_base"):
         variant("giant")
 
@@ -219,7 +219,7 @@ def networks():
 
 
 @pytest.mark.parametrize("name", ["vit", "vmoe", "stitched", "one stage"])
-def test_chained_stages_are_the_whole_bit_for_bit(name):
+def test_chained_stages_match_the_whole_bit_for_bit(name):
     network = networks()[name]
     params = random_params(network)
     images = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
@@ -232,7 +232,7 @@ def test_chained_stages_are_the_whole_bit_for_bit(name):
     np.testing.assert_array_equal(network.apply(params, images, start=1, stop=1)[0], images)
 
 
-def test_a_stage_that_is_not_there_is_named():
+def test_missing_stage_is_named():
     network = networks()["vit"]
     params = random_params(network)
     del params["stage_1"]
@@ -240,7 +240,7 @@ def test_a_stage_that_is_not_there_is_named():
         network.apply(params, jnp.zeros((1, 8, 8, 3)))
 
 
-def test_a_stage_starts_the_same_alone_or_with_the_others():
+def test_stage_initialisation_is_independent_of_other_stages():
     network = vit.build(vit.ViTConfig(depths=(1, 1), **TINY), IMAGES)
     alone, together = (network.init(jax.random.key(3), only=only) for only in ((1,), None))
     jax.tree.map(np.testing.assert_array_equal, alone["stage_1"], together["stage_1"])
@@ -254,7 +254,7 @@ def test_places():
             Place.of(stage, 3)
 
 
-def test_students_have_stitches_towards_the_meta_model_and_experts_where_told():
+def test_students_have_stitches_and_experts_where_configured():
     config = vmoe.VMoEConfig(depths=(2, 2, 1), moe_blocks="every_2", **TINY)
     students = vmoe.build_students(config, IMAGES, meta_width=12)
     blocks = [block for stage in students.stages for block in stage.blocks]
@@ -268,7 +268,7 @@ def test_students_have_stitches_towards_the_meta_model_and_experts_where_told():
     ]
 
 
-def test_the_blocks_with_experts_are_numbered_through_all_stages():
+def test_moe_blocks_are_numbered_across_stages():
     config = vmoe.VMoEConfig(depths=(1, 2, 1), moe_blocks="every_2", **TINY)
     whole = vmoe.build(config, IMAGES, stitch_width=None)
     for network in (whole, vmoe.build_students(config, IMAGES, meta_width=12)):
@@ -293,7 +293,7 @@ def test_the_blocks_with_experts_are_numbered_through_all_stages():
         ("last_9", {0, 1, 2, 3}),
     ],
 )
-def test_where_the_experts_are(blocks, positions):
+def test_moe_positions_by_hand(blocks, positions):
     assert vmoe.moe_positions(blocks, 4) == positions
 
 
@@ -301,12 +301,12 @@ def test_where_the_experts_are(blocks, positions):
     "blocks",
     ["4", "0,4", "-1", "every", "every_0", "last_0", "xlast_2", "last_2x", "some", "1,,2", ""],
 )
-def test_places_of_experts_that_mean_nothing_are_refused(blocks):
+def test_invalid_moe_blocks_are_refused(blocks):
     with pytest.raises(ValueError, match="moe_blocks"):
         vmoe.moe_positions(blocks, 4)
 
 
-def test_stochastic_depth_ramps_over_the_whole_and_anew_in_every_student():
+def test_stochastic_depth_ramps_over_network_and_within_each_student():
     def rates(network):
         return [[block.drop_path for block in stage.blocks] for stage in network.stages]
 
@@ -321,7 +321,7 @@ def test_stochastic_depth_ramps_over_the_whole_and_anew_in_every_student():
     assert encoder.drop_path_rates(0.4, 1) == [0]
 
 
-def test_stochastic_depth_acts_in_training_alone():
+def test_stochastic_depth_only_in_training():
     network = encoder.ramp_drop_path(networks()["one stage"], 0.9)
     params = random_params(network)
     images = jax.random.normal(jax.random.key(1), (16, 8, 8, 3))
@@ -332,7 +332,7 @@ def test_stochastic_depth_acts_in_training_alone():
     assert not np.allclose(dropped, plain)
 
 
-def test_a_network_without_blocks_or_with_uneven_patches_is_refused():
+def test_empty_stages_and_indivisible_sizes_are_refused():
     with pytest.raises(ValueError, match=r"^depths\[1\]=0 must be at least 1"):
         vit.build(vit.ViTConfig(depths=(1, 0), **TINY), IMAGES)
     with pytest.raises(ValueError, match=r"^patch=4 must divide config\.data\.image_size=10"):
@@ -348,6 +348,6 @@ def test_images_of_another_size_are_refused():
         network.apply(params, jnp.zeros((1, 12, 12, 3)))
 
 
-def test_a_network_is_as_long_as_its_stages():
+def test_network_length_is_its_number_of_stages():
     assert len(Network(())) == 0
     assert len(networks()["vit"]) == 3

@@ -111,7 +111,7 @@ def fastmoe(params, x):
     return weighted_experts(params, x, jnp.sum(jnp.where(chosen, score[..., None], 0.0), axis=-2))
 
 
-def test_default_layer_is_fastmoe_in_values_and_gradients():
+def test_default_layer_matches_fastmoe_values_and_gradients():
     with jax.enable_x64(True):
         layer, params, x = make(MoeConfig(), jnp.float64)
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
@@ -127,7 +127,7 @@ def test_default_layer_is_fastmoe_in_values_and_gradients():
         assert np.linalg.norm(expected[0]["router"]["kernel"]) > 0.1
 
 
-def test_capacity_with_room_for_all_is_dropless():
+def test_ample_capacity_matches_dropless():
     layer, params, x = make(MoeConfig())
     roomy = MoeMlp(MoeConfig(dispatch="capacity", capacity_factor=100.0, groups=2), F)
     dropless, roomy = run(layer, params, x), run(roomy, params, x)
@@ -136,7 +136,7 @@ def test_capacity_with_room_for_all_is_dropless():
     assert_close(roomy[2], dropless[2], 1e-5)
 
 
-def test_a_starved_expert_gets_zero_gradients():
+def test_unused_expert_gets_zero_gradients():
     layer, params, x = make(MoeConfig())
     params["router"]["bias"][3] = -1e4
     _, wrote, (gradients, _) = run(layer, params, x)
@@ -162,7 +162,7 @@ def test_routing_collection_holds_the_choices_in_token_order():
 
 
 @pytest.mark.parametrize(("order", "served"), [("token", [0, 1]), ("priority", [1, 3])])
-def test_slots_go_to_the_first_or_the_surest_tokens_of_each_group(order, served):
+def test_slots_go_to_first_or_most_confident_tokens_of_each_group(order, served):
     # Four tokens per group want expert 0, which has two slots and returns 1 for any input.
     config = MoeConfig(
         experts=2, chosen=1, router="softmax_topk", order=order, dispatch="capacity", groups=2
@@ -205,7 +205,7 @@ class FirstNumber(nn.Module):
         return x[..., 0] * self.param("gain", nn.initializers.ones, ())
 
 
-def test_a_router_without_pairs_is_an_entry_of_the_table(monkeypatch):
+def test_router_without_pairs_can_be_registered(monkeypatch):
     blend = Router(
         config=RouterConfig,
         gate=lambda config, name: FirstNumber(name=name),
@@ -232,7 +232,7 @@ def test_a_router_without_pairs_is_an_entry_of_the_table(monkeypatch):
     assert MoeConfig(router="blend", experts=1).experts == 1  # fewer than the default of `chosen`
 
 
-def test_nothing_is_written_unless_asked_for():
+def test_collections_are_written_only_if_mutable():
     layer, params, x = make(MoeConfig())
     y = jax.eval_shape(layer.apply, {"params": params}, x)
     assert y.shape == x.shape
@@ -283,7 +283,7 @@ def test_other_routers_draw_no_noise(config):
     assert y.shape == x.shape
 
 
-def test_entropy_is_that_of_the_gates_without_noise():
+def test_entropy_ignores_noise():
     layer, params, x = make(MoeConfig(router="softmax_topk", noise_std=4.0))
     gates = softmax(gate(params, x), axis=-1)
     expected = -np.mean(np.sum(gates * np.log(gates), axis=-1))
@@ -342,7 +342,7 @@ def test_balance_loss_is_the_weighted_sum():
     ],
     ids=["capacity", "dropless", "expert choice"],
 )
-def test_a_mesh_changes_nothing(config, drops):
+def test_layer_on_mesh_matches_one_device(config, drops):
     layer, params, x = make(config)
     expected = run(layer, params, x, train=True)
     mesh = jax.make_mesh((2, 2, 2), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
@@ -366,7 +366,7 @@ def test_bfloat16(config):
 
 
 @pytest.mark.parametrize("router_bias", [False, True])
-def test_the_gate_is_exact_whatever_the_type_of_tokens(router_bias):
+def test_gate_is_exact_for_bfloat16_tokens(router_bias):
     layer, params, x = make(MoeConfig(router_bias=router_bias), jnp.bfloat16)
     apply = partial(layer.apply, mutable=["moe", "routing"])
     _, wrote = apply({"params": params}, x)
@@ -378,7 +378,7 @@ def test_the_gate_is_exact_whatever_the_type_of_tokens(router_bias):
     assert text.count("HIGHEST, HIGHEST") == 1  # a TPU needs this to be explicit
 
 
-def test_the_layer_refuses_a_batch_that_does_not_split_into_its_groups():
+def test_batch_not_divisible_into_groups_is_refused():
     layer, params, x = make(dataclasses.replace(VMOE, groups=3))
     with pytest.raises(ValueError, match=r"moe\.groups=3 must be a divisor of the batch, 8"):
         jax.eval_shape(layer.apply, {"params": params}, x)

@@ -15,7 +15,7 @@ from m2mkd_jax.moe.config import ROUTERS, BalanceConfig, MoeConfig, check_moe
 VMOE = MoeConfig(router="softmax_topk", order="priority", dispatch="capacity", groups=8)
 
 
-def test_the_defaults_are_the_students():
+def test_defaults_match_the_students():
     moe = dataclasses.asdict(MoeConfig())
     assert moe.pop("balance") == {"importance": 0.0, "load": 0.0, "gshard": 0.0, "z": 0.0}
     expected = {
@@ -46,14 +46,14 @@ def test_the_defaults_are_the_students():
         (0.1, 3, 1, 8, 1),  # 0.0375
     ],
 )
-def test_slots_are_the_fair_share_times_the_factor_rounded_up(
+def test_slots_are_fair_share_times_capacity_factor_rounded_up(
     factor, tokens, chosen, experts, slots
 ):
     config = MoeConfig(experts=experts, chosen=chosen, capacity_factor=factor)
     assert config.slots(tokens) == slots
 
 
-def test_balance_losses_that_mean_something_are_taken():
+def test_each_router_accepts_only_its_balance_losses():
     for router, losses in {
         "topk_softmax": ("importance", "gshard", "z"),
         "softmax_topk": ("importance", "load", "gshard", "z"),
@@ -93,7 +93,7 @@ def test_balance_losses_that_mean_something_are_taken():
         ),
     ],
 )
-def test_wrong_choices_name_the_key_and_the_way_out(fields, message):
+def test_invalid_choices_name_the_key_and_the_fix(fields, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         freeze(MoeConfig, fields, "config.model.moe")
 
@@ -130,13 +130,13 @@ def test_check_moe(config, batch, message):
         check_moe(config, MESH, batch)
 
 
-def test_check_moe_passes_what_runs():
+def test_check_moe_accepts_valid_configs():
     assert check_moe(MoeConfig(), MESH, 16) is None
     assert check_moe(VMOE, MESH, 16) is None
     assert check_moe(MoeConfig(experts=3), {}, 5) is None
 
 
-def test_no_other_file_asks_for_a_router_s_name():
+def test_router_names_appear_only_in_config():
     names = ROUTERS.keys() - DISTILLATIONS.keys()  # "soft" is also a kind of distillation
     package = pathlib.Path(m2mkd_jax.__file__).parent
     asking = {
@@ -165,5 +165,5 @@ ORDER = {"order": "priority"}
         ({"router": "soft", "slots_per_expert": 2}, set()),
     ],
 )
-def test_fields_that_change_nothing_beside_others_are_known(fields, names):
+def test_idle_fields_are_detected(fields, names):
     assert MoeConfig(**fields).idle.keys() == names

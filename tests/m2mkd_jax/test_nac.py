@@ -30,7 +30,7 @@ def normal(*shape: int, seed: int = 0) -> jax.Array:
 # The read-in.
 
 
-def test_rearranged_read_in_is_the_plain_one_to_float64_rounding():
+def test_rearranged_read_in_matches_plain_one_in_float64():
     shapes = ((2, 5, 3, 4), (2, 11, 6), (5, 6), (5, 6), (6, 3, 4), (6, 3, 4))
     with jax.enable_x64(True):
         arrays = [jnp.asarray(normal(*s, seed=i), jnp.float64) for i, s in enumerate(shapes)]
@@ -48,7 +48,7 @@ def _with_gradients(function, arrays, dy):
     return y, vjp(dy)
 
 
-def test_the_keys_bias_has_no_part_in_the_read_in():
+def test_key_bias_has_no_effect_in_read_in():
     attention = ReadInAttention(BLOCK, token_width=6, scale=1.0, dtype=jnp.float32)
     arguments = normal(2, 5, 24), normal(5, 20), normal(2, 11, 6)
     params = fill(attention.init, *arguments)
@@ -58,7 +58,7 @@ def test_the_keys_bias_has_no_part_in_the_read_in():
     assert np.any(np.asarray(gradient["value"]["bias"]) != 0)
 
 
-def test_no_array_is_as_large_as_keys_of_every_receiver():
+def test_read_in_never_materialises_keys_per_receiver():
     batch, receivers, tokens, width = 2, 24, 48, 40
     block = dataclasses.replace(BLOCK, heads=4, head_width=16)
     attention = ReadInAttention(block, token_width=width, scale=1.0, dtype=jnp.float32)
@@ -85,7 +85,7 @@ def size_of(jaxpr):
             yield from size_of(inner)
 
 
-def test_the_plain_form_is_the_rearranged_one():
+def test_plain_read_in_layer_matches_rearranged_one():
     linear = LinearConfig(gain=0.5)
     receivers, codes, tokens = normal(2, 5, 24), normal(5, 20), normal(2, 11, 6)
     results = []
@@ -106,7 +106,7 @@ def test_the_plain_form_is_the_rearranged_one():
 
 
 @pytest.mark.parametrize("change", [{"renormalization": "layer"}, {"kind": "weight_modulated"}])
-def test_layers_that_are_not_linear_read_in_too(change):
+def test_read_in_supports_nonlinear_layers(change):
     block = dataclasses.replace(BLOCK, linear=LinearConfig(**change))
     attention = ReadInAttention(block, token_width=6, scale=1.0, dtype=jnp.float32)
     arguments = normal(2, 5, 24), normal(5, 20), normal(2, 11, 6)
@@ -121,7 +121,7 @@ def receivers_without_edges() -> jax.Array:
     return jnp.array([[0.1, 0.5], [1.2, 1.5]])
 
 
-def test_scores_are_in_float32_whatever_the_states_are():
+def test_scores_are_float32_for_bfloat16_states():
     query, keys = jnp.ones((1, 2, 2, 16), jnp.bfloat16), jnp.ones((1, 3, 2, 16), jnp.bfloat16)
     scores = head_scores(query, keys + jnp.bfloat16(2**-7))
     assert scores.dtype == jnp.float32
@@ -146,7 +146,7 @@ def test_a_receiver_without_edges_attends_to_nothing(kind):
     assert all(np.all(np.isfinite(g)) for g in gradients)
 
 
-def test_a_receiver_without_edges_is_nan_where_the_config_says_so():
+def test_receiver_without_edges_is_nan_if_configured():
     config = KernelConfig(truncation=0.9, stochastic=False, empty_row="nan")
     logs = kernel.log_kernel(receivers_without_edges(), 1.0, config)[None]
     block = dataclasses.replace(BLOCK, kernel=config)
@@ -157,7 +157,7 @@ def test_a_receiver_without_edges_is_nan_where_the_config_says_so():
 
 @pytest.mark.parametrize("empty_row", ["zero", "nan"])
 @pytest.mark.parametrize("edges", ["all", "sampled", "truncated"])
-def test_cudnn_s_form_is_the_plain_one_with_gradients_of_edges(monkeypatch, empty_row, edges):
+def test_cudnn_attention_matches_plain_one_with_edge_gradients(monkeypatch, empty_row, edges):
     monkeypatch.setattr(blocks, "fused", partial(fused, implementation="xla"))
     config = KernelConfig(truncation=0.9, stochastic=False, empty_row=empty_row)
     block = dataclasses.replace(BLOCK, kernel=config)
@@ -185,7 +185,7 @@ def test_cudnn_s_form_is_the_plain_one_with_gradients_of_edges(monkeypatch, empt
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_weights_scaled_after_the_softmax_are_not_cudnn_s():
+def test_cudnn_attention_refuses_scaling_after_softmax():
     with pytest.raises(FieldError, match="attention='cudnn' cannot scale weights"):
         dataclasses.replace(BLOCK, scale_after_softmax=True, attention="cudnn")
 
@@ -199,7 +199,7 @@ def test_normalised_rows_sum_to_one_or_are_empty():
     np.testing.assert_allclose(rows.sum(-1), [1, 0], rtol=1e-6)
 
 
-def test_samples_follow_the_affinities():
+def test_sampling_rates_match_affinities():
     affinity = jnp.array([0.05, 0.4, 0.9])
     logs = jnp.broadcast_to(jnp.log(affinity), (20000, 1, 3))
     uniform = jax.random.uniform(jax.random.key(0), logs.shape)
@@ -208,7 +208,7 @@ def test_samples_follow_the_affinities():
     np.testing.assert_allclose(share, affinity, atol=0.02)
 
 
-def test_samples_are_finite_at_the_edges_of_the_uniform_numbers():
+def test_samples_are_finite_for_extreme_uniform_numbers():
     logs = jnp.array([[-jnp.inf, -1e-9, -0.5]])
     for value in (0.0, 1.0 - 2**-24, 1.0):
         uniform = jnp.full(logs.shape, value)
@@ -223,7 +223,7 @@ def test_samples_are_finite_at_the_edges_of_the_uniform_numbers():
 
 
 @pytest.mark.parametrize("kind", ["modulated", "weight_modulated", "plain"])
-def test_a_code_linear_layer_is_the_same_map_per_position(kind):
+def test_code_linear_acts_per_position(kind):
     config = LinearConfig(kind=kind, gain=0.5)
     layer = CodeLinear(config, 6, 4, 3, use_bias=True, dtype=jnp.float32)
     x, codes = normal(2, 5, 6), normal(5, 3)
@@ -235,7 +235,7 @@ def test_a_code_linear_layer_is_the_same_map_per_position(kind):
     assert np.allclose(whole, shifted, atol=1e-4) == (kind == "plain")
 
 
-def test_dropout_of_scales_keeps_their_mean():
+def test_scale_dropout_preserves_the_mean():
     config = LinearConfig(normalization="none", dropout=0.5, add_one=False)
     layer = CodeLinear(config, 400, 4, 3, use_bias=False, dtype=jnp.float32)
     x, codes = normal(2, 5, 400), normal(5, 3)
@@ -249,7 +249,7 @@ def test_dropout_of_scales_keeps_their_mean():
     np.testing.assert_allclose(kept, np.where(dropped, 0, 2 * np.asarray(full)), rtol=1e-6)
 
 
-def test_a_grid_of_another_size_is_refused_or_averaged():
+def test_fit_grid_refuses_or_averages_another_size():
     grid = normal(4, 4, 3)
     with pytest.raises(ValueError, match=r"config\.model\.tokenizer\.grid_resize to 'adaptive'"):
         fit_grid(grid, (2, 2), resize="none")

@@ -161,7 +161,7 @@ SENDERS = np.concatenate([OTHERS, RECEIVERS], axis=1)
         {"linear": LinearConfig("weight_modulated")},
     ],
 )
-def test_a_block_is_the_plain_one(changes):
+def test_block_matches_plain_loop(changes):
     block, params = make(config := change(**changes))
     logs = log_kernel(0.6) if config.mask else 0.0
     want = propagate(config, precise(params), RECEIVERS, CODES, SENDERS, WITH_CODES, logs)
@@ -174,7 +174,7 @@ def test_a_block_is_the_plain_one(changes):
 
 @pytest.mark.parametrize("normalise", [True, False])
 @pytest.mark.parametrize("mask", [True, False])
-def test_affinities_scale_the_weights_behind_the_softmax(normalise, mask):
+def test_affinities_scale_weights_after_softmax(normalise, mask):
     config = change(scale_after_softmax=True, normalise_kernel=normalise, mask=mask)
     block, params = make(config)
     logs = log_kernel(0.6)
@@ -186,7 +186,7 @@ def test_affinities_scale_the_weights_behind_the_softmax(normalise, mask):
     np.testing.assert_allclose(apply(block, params, *ALL), want, atol=2e-5)
 
 
-def test_a_bandwidth_that_is_not_learned_is_the_configs():
+def test_fixed_bandwidth_comes_from_config():
     config = change(kernel=dataclasses.replace(FIXED, learnable_bandwidth=False, bandwidth=0.3))
     block, params = make(config)
     arguments = RECEIVERS, CODES, SENDERS, WITH_CODES, log_kernel(0.3)
@@ -194,7 +194,7 @@ def test_a_bandwidth_that_is_not_learned_is_the_configs():
     np.testing.assert_allclose(apply(block, params, *ALL), want, atol=2e-5)
 
 
-def test_one_code_serves_all_latents():
+def test_single_code_is_shared_by_all_latents():
     block, params = make(BLOCK)
     one = CODES[:1]
     found = apply(block, params, RECEIVERS, one, (OTHERS, RECEIVERS), one, DISTANCE)
@@ -202,7 +202,7 @@ def test_one_code_serves_all_latents():
     np.testing.assert_allclose(found, propagate(BLOCK, precise(params), *arguments), atol=2e-5)
 
 
-def test_codes_are_cut_where_the_groups_are():
+def test_split_codes_follows_group_sizes():
     groups = tuple(jnp.zeros((1, size, 2)) for size in (2, 1, 3))
     parts = blocks.split_codes(jnp.arange(6)[:, None], groups)
     assert [part[:, 0].tolist() for part in parts] == [[0, 1], [2], [3, 4, 5]]
@@ -215,7 +215,7 @@ def test_hidden_widths_are_rounded_to_even():
 
 
 @pytest.mark.parametrize("scale", [0.7, None])
-def test_where_a_block_starts(scale):
+def test_block_initialisation(scale):
     kernel = dataclasses.replace(FIXED, bandwidth=0.8)
     block = Propagator(change(layer_scale=scale, kernel=kernel), jnp.float32)
     params = jax.jit(block.init)(jax.random.key(0, impl="rbg"), *on_device(ALL))["params"]
@@ -258,7 +258,7 @@ def test_given_numbers_sample_the_edges_of_each_example(kernel, train):
         np.testing.assert_allclose(found[batch], want, atol=5e-5)
 
 
-def test_every_example_samples_edges_of_its_own():
+def test_edges_are_sampled_per_example():
     block, params = make(change(kernel=KernelConfig()))
     same = np.repeat(RECEIVERS[:1], BATCH, axis=0)
     arguments = same, CODES, (same,), CODES, DISTANCE[:, 2:]
@@ -268,7 +268,7 @@ def test_every_example_samples_edges_of_its_own():
     np.testing.assert_array_equal(still[0], still[1])
 
 
-def test_a_threshold_in_evaluation_leaves_edges_of_a_half():
+def test_evaluation_threshold_keeps_edges_from_one_half():
     config = change(kernel=KernelConfig(evaluation="threshold"))
     block, params = make(config)
     logs = np.where(np.exp(log_kernel(0.6)) >= 0.5, 0.0, -np.inf)
@@ -291,7 +291,7 @@ def codes_by_layer(run) -> dict[str, np.ndarray]:
     return {name: np.concatenate(parts) for name, parts in seen.items()}
 
 
-def test_noise_on_codes_is_the_senders_own_and_the_receivers_own():
+def test_code_noise_is_separate_for_senders_and_receivers():
     block, params = make(change(code_noise=0.2))
     alone = RECEIVERS, CODES, (RECEIVERS,), CODES, DISTANCE[:, 2:]
     run = lambda train: codes_by_layer(  # noqa: E731
@@ -308,7 +308,7 @@ def test_noise_on_codes_is_the_senders_own_and_the_receivers_own():
     assert not np.any(seen["query"] == seen["key"])
 
 
-def test_paths_are_dropped_by_example_and_by_branch():
+def test_drop_path_is_per_example_and_branch():
     block, params = make(change(drop_path=0.25))
     whole = precise(params)
     # floor(3/4 + u): the first example's attention is dropped, and the second's MLP.
@@ -324,7 +324,7 @@ def test_paths_are_dropped_by_example_and_by_branch():
     np.testing.assert_array_equal(apply(block, params, *ALL), apply(make(BLOCK)[0], params, *ALL))
 
 
-def test_a_path_cannot_be_dropped_without_a_residual():
+def test_drop_path_needs_a_residual():
     with pytest.raises(ValueError, match=r"drop_path=0\.1"):
         change(drop_path=0.1, residual=False)
 
@@ -358,7 +358,7 @@ def read(config, params, receivers, codes, tokens):
         {"linear": LinearConfig("weight_modulated"), "qkv_bias": True},
     ],
 )
-def test_the_read_in_is_the_plain_one(changes):
+def test_read_in_matches_plain_loop(changes):
     config = change(kernel=None, **changes)
     module = read_in.AttentiveReadIn(config, TOKEN, 0.5, jnp.float32)
     params = fill(module.init, *on_device((RECEIVERS, CODES, TOKENS)))
@@ -371,7 +371,7 @@ def test_the_read_in_is_the_plain_one(changes):
     np.testing.assert_allclose(apply(module, params, RECEIVERS, CODES, TOKENS), want, atol=3e-5)
 
 
-def test_where_the_read_in_starts():
+def test_read_in_initialisation():
     module = read_in.AttentiveReadIn(change(layer_scale=0.3), TOKEN, 0.8, jnp.float32)
     params = jax.jit(module.init)(
         jax.random.key(0, impl="rbg"), *on_device((RECEIVERS, CODES, TOKENS))
@@ -382,7 +382,7 @@ def test_where_the_read_in_starts():
     }
 
 
-def test_a_projection_takes_each_token_under_its_latents_code():
+def test_projection_read_in_uses_the_code_of_each_latent():
     module, tokens = read_in.ProjectionReadIn(BLOCK, TOKEN, jnp.float32), TOKENS[:, :3]
     params = fill(module.init, *on_device((RECEIVERS, CODES, tokens)))
     parts = precise(params)
@@ -393,7 +393,7 @@ def test_a_projection_takes_each_token_under_its_latents_code():
 
 
 @pytest.mark.parametrize("kind", [read_in.AttentiveReadIn, read_in.ProjectionReadIn])
-def test_all_layers_of_a_read_in_take_the_same_noise(kind):
+def test_read_in_layers_share_code_noise(kind):
     scale = (1.0,) if kind is read_in.AttentiveReadIn else ()
     module = kind(change(code_noise=0.2), TOKEN, *scale, jnp.float32)
     tokens = TOKENS[:, :3]

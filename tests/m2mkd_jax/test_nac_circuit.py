@@ -33,7 +33,7 @@ def start_of(config):
 # Initial signatures.
 
 
-def test_signatures_are_normal_and_of_their_set_and_seed():
+def test_signatures_are_normal_and_distinct_by_set_and_seed():
     drawn = []
     for seed in (0, 1):
         signatures = circuit.draw_signatures(*start_of(config_of(seed=seed)))
@@ -58,7 +58,7 @@ def test_mediators_start_from_the_prior_and_the_others_are_drawn(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["prior.npz"]
 
 
-def test_without_a_prior_all_are_drawn(tmp_path):
+def test_all_signatures_are_drawn_without_a_prior(tmp_path):
     config = config_of(prior=PriorConfig())
     started = circuit.start_circuit(*start_of(config), epath.Path(tmp_path))
     assert started.prior is None and not list(tmp_path.iterdir())
@@ -73,7 +73,7 @@ def test_a_complete_graph_connects_all_sets(tmp_path):
         np.testing.assert_array_equal(started.signatures[name], np.eye(1, 8).repeat(count, 0))
 
 
-def test_a_prior_that_does_not_fit_is_refused_before_the_run():
+def test_mismatched_prior_is_refused_before_the_run():
     circuit.check_circuit(*start_of(config_of()))
     circuit.check_circuit(*start_of(config_of(prior=PriorConfig(communities=7))))  # has no graph
     with pytest.raises(ValueError, match=r"config\.model\.prior\.graph"):
@@ -112,7 +112,7 @@ START = Circuit({"mediator": np.zeros((40, 8))}, None)
         (3, 8, {0: 0, 2: 0}),
     ],
 )
-def test_progress_is_the_share_of_the_epochs_that_are_over(asked, steps, per_epoch, progress):
+def test_progress_is_the_fraction_of_epochs_completed(asked, steps, per_epoch, progress):
     config = config_of(optim=dataclasses.replace(OPTIM, steps=steps))
     regularizer = circuit.circuit_regularizer(
         config.model, START, config.regularizers, config.optim, per_epoch
@@ -157,7 +157,7 @@ def drawing(monkeypatch, tmp_path):
     return run
 
 
-def test_the_picture_is_of_mediators_before_and_after(drawing, tmp_path):
+def test_picture_shows_mediators_before_and_after_training(drawing, tmp_path):
     calls = drawing(config_of())
     assert calls["subtree"] == "student/graph/mediator" and calls["workdir"] == tmp_path
     assert calls["before"] is START.signatures["mediator"]
@@ -167,7 +167,7 @@ def test_the_picture_is_of_mediators_before_and_after(drawing, tmp_path):
     assert calls["path"] == tmp_path / "connectivity.png"
 
 
-def test_the_picture_is_of_the_average_where_there_is_one(drawing):
+def test_picture_uses_ema_if_present(drawing):
     assert drawing(config_of())["average"] is True
 
 
@@ -181,7 +181,7 @@ def test_mediators_are_ordered_by_the_priors_communities(drawing, tmp_path):
     assert drawing(config_of(), start)["groups"] is start.prior.communities
 
 
-def test_a_picture_that_fails_is_a_warning(drawing, monkeypatch, caplog):
+def test_failed_picture_only_warns(drawing, monkeypatch, caplog):
     def fail(*arguments, **settings):
         raise OSError("no space left")
 
@@ -191,11 +191,11 @@ def test_a_picture_that_fails_is_a_warning(drawing, monkeypatch, caplog):
     assert "connectivity.png" in caplog.text and "no space left" in caplog.text
 
 
-def test_a_picture_that_is_there_is_left(drawing, monkeypatch):
+def test_existing_picture_is_kept(drawing, monkeypatch):
     monkeypatch.setattr(circuit, "is_picture", lambda path: True)
     assert drawing(config_of()) == {}
 
 
-def test_one_process_alone_draws(drawing, monkeypatch):
+def test_only_one_process_draws(drawing, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     assert drawing(config_of()) == {}

@@ -34,7 +34,7 @@ def test_distances_by_hand():
     np.testing.assert_allclose(found, [[0, 1, 2, oblique], [1, 0, 1, oblique]], atol=1e-6)
 
 
-def test_distances_are_in_float32_at_least():
+def test_distances_are_at_least_float32():
     signatures = jnp.array([[1.0, 0.25], [1.0, 0.5]], jnp.bfloat16)
     found = kernel.cosine_distance(signatures, signatures)
     assert found.dtype == jnp.float32
@@ -118,14 +118,14 @@ def test_samples_stay_within_float32():
     np.testing.assert_allclose(found, [-126 * math.log(2), -(2.0**-23)], rtol=1e-4)
 
 
-def test_numbers_at_their_ends_count_as_an_epsilon_away():
+def test_extreme_uniform_numbers_are_clipped_by_epsilon():
     logs, uniform = jnp.array([[0.0, jnp.log(0.5), -INF]]), jnp.array([[0.0, 0.0, 1.0]])
     found = kernel.sample_log(logs, uniform, temperature=0.5)[0]
     # For the first and the last, the two extremes cancel.
     np.testing.assert_allclose(found, [-math.log(2), -46 * math.log(2), -math.log(2)], rtol=1e-4)
 
 
-def test_an_edge_that_is_cut_is_unlikely_and_not_impossible():
+def test_truncated_edge_is_unlikely_but_possible():
     found = kernel.sample_log(jnp.full((1, 1), -INF), jnp.full((1, 1), 0.5), temperature=0.5)
     np.testing.assert_allclose(found, [[-2 * 23 * math.log(2)]], rtol=1e-4)
 
@@ -138,7 +138,7 @@ def test_gradients_of_samples_by_hand():
     np.testing.assert_allclose(found[0], [(0.01 / 0.82) / (0.5 * 0.1), 0, 0], rtol=1e-3)
 
 
-def test_a_threshold_keeps_an_affinity_of_a_half():
+def test_threshold_keeps_an_affinity_of_one_half():
     logs = jnp.array([[jnp.log(0.49), jnp.log(0.5), 0.0, -INF]])
     np.testing.assert_array_equal(kernel.threshold_log(logs)[0], [-INF, 0, 0, -INF])
 

@@ -49,7 +49,7 @@ def draw_set(seed: int = 0, seeding: str = "noise", **changes):
     return jax.jit(latents.init)(jax.random.key(seed, impl="rbg"))["params"]
 
 
-def test_latents_start_as_standard_normal_numbers():
+def test_latents_start_standard_normal():
     params = draw_set(layers=3, seeding="learned")
     shapes = {name: array.shape for name, array in params.items()}
     assert shapes == {
@@ -79,7 +79,7 @@ def test_identical_signatures_are_the_first_unit_vector():
     np.testing.assert_array_equal(signatures, np.eye(1, SIGNATURE).repeat(200, axis=0))
 
 
-def test_layers_have_their_codes_and_the_last_is_minus_one():
+def test_layer_codes_accept_minus_one_for_the_last():
     codes = jnp.arange(12.0).reshape(3, 2, 2)
     none = jnp.zeros(())
     latents = Latents(none, codes, none)
@@ -88,7 +88,7 @@ def test_layers_have_their_codes_and_the_last_is_minus_one():
         np.testing.assert_array_equal(Latents(none, codes[0], none).layer_codes(layer), codes[0])
 
 
-def test_where_the_seeder_starts():
+def test_seeder_initialisation():
     seeder = Seeder(graph_config(), jnp.float32)
     params = jax.jit(seeder.init)(jax.random.key(0, impl="rbg"), jnp.zeros((1, CODE)))["params"]
     np.testing.assert_array_equal(params["log_variance"]["bias"], np.full(WIDTH, -5))
@@ -118,7 +118,7 @@ def codes_of(params, name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("layers", [None, 3])
-def test_states_are_means_and_noise_of_the_codes(layers):
+def test_states_are_seeded_from_codes_and_noise(layers):
     graph, params = make(layers=layers)
     rng = np.random.default_rng(0)
     noise = {f"{name}_states": rng.normal(size=(BATCH, 2, WIDTH)) for name in SETS}
@@ -133,7 +133,7 @@ def test_states_are_means_and_noise_of_the_codes(layers):
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_the_noise_of_states_is_normal_and_of_each_number_its_own(train):
+def test_state_noise_is_normal_and_independent(train):
     graph, params = make(count=40)
     drawn = []
     for seed in (0, 1):
@@ -149,14 +149,14 @@ def test_the_noise_of_states_is_normal_and_of_each_number_its_own(train):
         assert alike.mean() < 0.01, axis
 
 
-def test_states_need_a_key_in_training_alone():
+def test_states_need_a_key_only_in_training():
     graph, params = make()
     with pytest.raises(Exception, match="state"):
         graph.apply(params, BATCH, train=True)
     assert graph.apply(params, BATCH)["input"].states.shape == (BATCH, 2, WIDTH)
 
 
-def test_training_puts_noise_on_the_codes_before_they_are_states():
+def test_code_noise_is_added_before_seeding_states():
     graph, params = make(code_noise=0.2, seeding="mean")
     still = graph.apply(params, BATCH, rngs=keys(code=0))
     noise = {
@@ -173,7 +173,7 @@ def test_training_puts_noise_on_the_codes_before_they_are_states():
         np.testing.assert_array_equal(latents[name].codes, params["params"][name]["codes"])
 
 
-def test_means_codes_and_learned_states_are_the_same_for_all_examples():
+def test_noiseless_states_are_the_same_for_all_examples():
     for seeding in ("mean", "code", "learned"):
         graph, params = make(seeding=seeding, code_width=WIDTH)
         latents = graph.apply(params, BATCH, train=True, rngs=keys(state=0, code=0))
@@ -187,7 +187,7 @@ def test_means_codes_and_learned_states_are_the_same_for_all_examples():
             np.testing.assert_allclose(latents[name].states, want, atol=1e-5)
 
 
-def test_mediators_that_take_the_inputs_states_have_none():
+def test_unseeded_mediators_have_no_states():
     graph, params = make()
     latents = graph.apply(params, BATCH, seed_mediators=False)
     assert [latents[name].states is None for name in SETS] == [False, True, False]
@@ -240,7 +240,7 @@ def test_hard_pooling_takes_the_best_and_has_the_soft_gradient():
     np.testing.assert_allclose(by_states[0, :, 1], [0, 1], atol=1e-6)
 
 
-def test_noise_picks_latents_as_often_as_their_weights_say():
+def test_gumbel_noise_picks_latents_at_the_rate_of_their_weights():
     pool = pooling("gumbel_hard", 0.1)
     states = jnp.broadcast_to(states_of(0.0, LOG3), (4000, 2, 2))
     found = pool.apply({"params": PARAMS}, states, train=True, rngs=keys(pooling=0))
@@ -252,7 +252,7 @@ def test_noise_picks_latents_as_often_as_their_weights_say():
     assert np.mean(np.asarray(other == found)) == pytest.approx(10 / 16, abs=0.05)
 
 
-def test_noise_is_needed_in_training_alone():
+def test_pooling_needs_a_key_only_in_training():
     pool, states = pooling("gumbel", 1.0), states_of(0.0, LOG3)
     with pytest.raises(Exception, match="pooling"):
         pool.apply({"params": PARAMS}, states, train=True)

@@ -39,7 +39,7 @@ def test_l2_normalisation_by_hand():
         ("tanh", [0.0, math.tanh(2)]),
     ],
 )
-def test_every_normalisation_by_its_name(name, want):
+def test_normalisations_by_name(name, want):
     np.testing.assert_allclose(
         layers.NORMALISATIONS[name](jnp.array([0.0, 2.0])), want, rtol=1e-5, atol=1e-7
     )
@@ -85,7 +85,7 @@ def test_a_modulated_layer_by_hand(changes, want, learnable):
     np.testing.assert_allclose(layer.apply({"params": params}, X, CODE)[0, 0], want, rtol=1e-5)
 
 
-def test_a_learned_gain_counts_and_not_the_configs():
+def test_learned_gain_overrides_config():
     layer = CodeLinear(LinearConfig(gain=9.0), 2, 2, 1, use_bias=False, dtype=jnp.float32)
     params = {"kernel": MODULATED["kernel"], "code_kernel": MODULATED["code_kernel"]}
     found = layer.apply({"params": params | {"gain": jnp.float32(0.25)}}, X, CODE)
@@ -120,7 +120,7 @@ def test_a_weight_modulated_layer_by_hand(kernel, want):
     np.testing.assert_allclose(found[0, 0, 0], want, rtol=1e-5)
 
 
-def test_only_maps_that_are_linear_say_so():
+def test_is_linear_only_for_linear_maps():
     assert LinearConfig().is_linear
     assert not LinearConfig(renormalization="l2").is_linear
     assert not LinearConfig(activation="gelu").is_linear
@@ -140,7 +140,7 @@ def check_uniform(array, bound: float) -> None:
 
 @pytest.mark.parametrize("kind", ["modulated", "weight_modulated", "plain"])
 @pytest.mark.parametrize("gain", [1.0, 3.0])
-def test_where_a_code_conditioned_layer_starts(kind, gain):
+def test_code_linear_initialisation(kind, gain):
     config = LinearConfig(kind, gain=0.3, weight_gain=gain)
     layer = CodeLinear(config, 144, 200, 9, use_bias=True, dtype=jnp.float32)
     x, code = jnp.zeros((1, 1, 144)), jnp.zeros((1, 9))
@@ -157,7 +157,7 @@ def test_where_a_code_conditioned_layer_starts(kind, gain):
         assert params["gain"] == np.float32(0.3)
 
 
-def test_where_a_linear_layer_starts():
+def test_linear_initialisation():
     layer = Linear(300, jnp.float32)
     params = jax.jit(layer.init)(jax.random.key(0, impl="rbg"), jnp.zeros((1, 25)))["params"]
     check_uniform(params["kernel"], 0.2)
@@ -182,7 +182,7 @@ class Noisy(nn.Module):
 CODES = jnp.broadcast_to(jnp.array([-2.0, 0.0, 3.0]), (1000, 3))
 
 
-def test_noise_on_codes_fills_its_range_around_each():
+def test_code_noise_is_uniform_over_its_range():
     one, two = Noisy(0.1).apply({}, CODES, train=True, rngs={"code": jax.random.key(0, impl="rbg")})
     for noised in (one, two):
         noise = np.asarray(noised - CODES)
@@ -193,13 +193,13 @@ def test_noise_on_codes_fills_its_range_around_each():
     assert not np.any(np.asarray(one == two)[:, [0, 2]].all(1))
 
 
-def test_no_gradient_passes_through_the_noise_on_codes():
+def test_code_noise_has_no_gradient():
     keys = {"code": jax.random.key(0, impl="rbg")}
     _, pullback = jax.vjp(lambda c: Noisy(0.5).apply({}, c, train=True, rngs=keys)[0], CODES)
     np.testing.assert_array_equal(pullback(jnp.full(CODES.shape, 2.0))[0], 2)
 
 
-def test_noise_on_codes_by_hand():
+def test_code_noise_by_hand():
     given = {layers.NOISE: {"one": jnp.full((1, 3), 0.75), "two": jnp.zeros((1, 3))}}
     one, two = Noisy(0.5).apply(given, CODES[:1], train=True)
     np.testing.assert_allclose(one[0], [-2 + 0.5, 0, 3 + 0.75], rtol=1e-6)
@@ -207,12 +207,12 @@ def test_noise_on_codes_by_hand():
 
 
 @pytest.mark.parametrize(("scale", "train"), [(0.1, False), (0.0, True)])
-def test_codes_are_left_alone_where_no_noise_is_due(scale, train):
+def test_codes_are_unchanged_without_noise(scale, train):
     for codes in Noisy(scale).apply({}, CODES, train=train):
         np.testing.assert_array_equal(codes, CODES)
 
 
-def test_dropout_leaves_its_share_out_before_one_is_added():
+def test_scale_dropout_is_applied_before_adding_one():
     config = LinearConfig(normalization="none", gain=0.5, dropout=0.2)
     layer = CodeLinear(config, 400, 4, 3, use_bias=False, dtype=jnp.float32)
     codes = jax.random.normal(jax.random.key(0, impl="rbg"), (5, 3))
@@ -234,7 +234,7 @@ def test_dropout_leaves_its_share_out_before_one_is_added():
     assert not np.array_equal(scales(True, 2), kept)
 
 
-def test_given_numbers_go_before_drawn_ones():
+def test_given_numbers_replace_drawn_ones():
     class Drawing(nn.Module):
         @nn.compact
         def __call__(self):

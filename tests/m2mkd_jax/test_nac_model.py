@@ -153,11 +153,11 @@ def test_the_defaults_are_the_published_ones():
         ("tinynet", "tinyimagenet"),
     ],
 )
-def test_students_have_the_originals_spellings_too(given, meant):
+def test_students_accepts_original_spellings(given, meant):
     assert change(students=given).students == meant
 
 
-def test_the_published_sizes_of_imagenet():
+def test_presets_match_published_sizes():
     changed = {"inputs": 192, "mediators": 768, "width": 512, "code_width": 512, "heads": 8}
     want = NacConfig(tokenizer=TokenizerConfig(width=512), ffn_factor=1.0, **changed)
     assert model.preset("imagenet") == (want, 224, 1000)
@@ -183,7 +183,7 @@ def test_fields_reach_the_whole_network():
     assert not network.share_propagators and not network.share_ffns and not network.remat
 
 
-def test_norms_are_shared_in_propagators_alone():
+def test_norms_are_shared_only_in_propagators():
     config = change(share_norm=True, read_out_residual=False, read_out_head=False)
     assert config.propagator(0, drop_path=0.0).share_norm
     read_out = config.read_out_config(7)
@@ -191,7 +191,7 @@ def test_norms_are_shared_in_propagators_alone():
     assert read_out.head is None
 
 
-def test_heads_of_0_are_those_of_the_others():
+def test_zero_read_in_and_read_out_heads_default_to_heads():
     config = change(read_in_heads=0, read_out_heads=0)
     assert config.read_in_config().block.heads == config.read_out_config(7).block.heads == 2
 
@@ -217,7 +217,7 @@ def test_fields_reach_the_latents():
     )
 
 
-def test_switches_of_the_whole_reach_it():
+def test_switches_reach_the_whole_network():
     changes = {"share_propagators": True, "share_ffns": True, "remat": True}
     network = model.build(change(**changes), INTERFACE)
     assert all(getattr(network, name) for name in changes)
@@ -227,7 +227,7 @@ def test_switches_of_the_whole_reach_it():
     assert model.build(wiring, INTERFACE).wiring == Wiring("never", True, True)
 
 
-def test_values_of_an_iteration_reach_it_alone():
+def test_layerwise_values_reach_only_their_iteration():
     layerwise = {"ffn_factor": (1.0, 2.0, 3.0), "kernel/truncation": (0.1, None, 0.3)}
     network = model.build(change(layerwise=layerwise), INTERFACE, drop_path=0.1)
     found = [
@@ -260,7 +260,7 @@ def test_fields_reach_the_students():
     assert shapes == [(2, 16, 16, 3)] + [(2, 5, 16)] * 4
 
 
-def test_an_image_that_leaves_nothing_is_refused():
+def test_too_small_image_is_refused():
     with pytest.raises(ValueError, match=r"config\.data\.image_size=3 is too small"):
         model.build(CONFIG, Interface(3, 3, 7))
 
@@ -283,14 +283,14 @@ OWN = [
         ({"learn_codes": False, "learn_signatures": False}, ("codes", "signatures")),
     ],
 )
-def test_what_is_not_learned_is_not_trained(changes, fixed):
+def test_fixed_codes_and_signatures_are_not_trained(changes, fixed):
     regex = change(**changes).trainable()
     others = ["student/stage_1/attention/query/code_kernel", "student/graph/seeder/mean/kernel"]
     trained = [name for name in OWN + others if re.fullmatch(regex, name)]
     assert trained == [name for name in OWN if not name.endswith(fixed or ("-",))] + others
 
 
-def test_matrices_are_split_along_their_longer_way():
+def test_matrices_are_sharded_along_their_longer_axis():
     config = NacConfig(
         tokenizer=TokenizerConfig("atto", width=8, stem=2, grid_width=4),
         iterations=1,

@@ -76,7 +76,7 @@ def random_students():
         {"read_out_head": True, "read_out_head_norm": False},
     ],
 )
-def test_a_whole_nac_comes_back(changes):
+def test_whole_nac_round_trips(changes):
     params, table = random_network(**changes)
     state = tables.write(table, params)
     assert_same(read(table, state, params), params)
@@ -85,7 +85,7 @@ def test_a_whole_nac_comes_back(changes):
     assert tables.misfits(small, state) == []
 
 
-def test_students_come_back():
+def test_students_round_trip():
     for (name, params), place in zip(random_students().items(), PLACES, strict=True):
         table = nac_names.student_table(SIZES, place)
         state = tables.write(table, params)
@@ -95,7 +95,7 @@ def test_students_come_back():
 
 @pytest.mark.parametrize("kind", ["modulated", "plain", "weight_modulated"])
 @pytest.mark.parametrize("use_bias", [True, False])
-def test_code_conditioned_layers_come_back(kind, use_bias):
+def test_code_conditioned_layers_round_trip(kind, use_bias):
     layer = CodeLinear(LinearConfig(kind=kind), 3, 5, 4, use_bias, jnp.float32)
     shapes = jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros((2, 1, 3)), jnp.zeros((1, 4)))
     params = fill(shapes["params"])
@@ -103,7 +103,7 @@ def test_code_conditioned_layers_come_back(kind, use_bias):
     assert_same(read(table, tables.write(table, params), params), params)
 
 
-def test_names_and_shapes_are_the_original_s():
+def test_names_and_shapes_match_original():
     params, table = random_network(share_codes=False)
     shapes = {name: array.shape for name, array in tables.write(table, params).items()}
     graph = "latent_graphs.0."
@@ -123,7 +123,7 @@ def test_names_and_shapes_are_the_original_s():
     assert shapes["output_tokenizer.to_logits.weight"] == (9, 12)
 
 
-def test_layouts_mean_the_same_sums():
+def test_converted_layouts_give_the_same_products():
     params, table = random_network()
     state = tables.write(table, params)
     rng = np.random.default_rng(1)
@@ -147,7 +147,7 @@ def test_layouts_mean_the_same_sums():
         ("share_ffns", "ffn.ffn.2.scale_gain", "latent_attention.kernel.bandwidth"),
     ],
 )
-def test_what_iterations_share_is_listed_for_each_and_kept_once(switch, shared, own):
+def test_shared_tensors_are_listed_per_iteration_and_stored_once(switch, shared, own):
     params, table = random_network(**{switch: True})
     assert "ffn" not in params.get("stage_2", {})
     state = tables.write(table, params)
@@ -162,7 +162,7 @@ def test_what_iterations_share_is_listed_for_each_and_kept_once(switch, shared, 
         read(table, state, params)
 
 
-def test_a_part_of_a_network_goes_under_its_full_names():
+def test_partial_network_is_written_under_full_names():
     params, table = random_network()
     part = {"stage_2": {"ffn": {"norm": params["stage_2"]["ffn"]["norm"]}}}
     state = tables.write(table, part)
@@ -170,7 +170,7 @@ def test_a_part_of_a_network_goes_under_its_full_names():
     assert tuple(state) == names
 
 
-def test_what_has_no_place_is_refused_and_named():
+def test_unknown_tensors_are_refused_by_name():
     params, table = random_network()
     state = tables.write(table, params)
     strange = {"latent_graphs.0.stitch_norm.weight": np.ones(1), "head.weight": np.ones(1)}

@@ -172,7 +172,7 @@ def test_variants_train_on_the_parameters_they_need(name, images):
 
 @pytest.mark.parametrize("to_mediators", ["always", "first", "never"])
 @pytest.mark.parametrize("to_outputs", [True, False])
-def test_images_reach_whom_the_wiring_lets_them(to_mediators, to_outputs, images):
+def test_wiring_decides_which_latents_see_the_images(to_mediators, to_outputs, images):
     network, params = build(inputs_to_mediators=to_mediators, inputs_to_outputs=to_outputs)
     logits, recorded = network.apply(params, images, record=("states",))
     differ = {name: not np.allclose(*x[:2]) for name, x in recorded["states"].items()}
@@ -180,7 +180,7 @@ def test_images_reach_whom_the_wiring_lets_them(to_mediators, to_outputs, images
     assert np.allclose(*logits[:2]) == (to_mediators == "never" and not to_outputs)
 
 
-def test_keys_of_the_inputs_made_once_change_nothing(images):
+def test_computing_input_keys_once_changes_nothing(images):
     shared, params = build(share_propagators=True, code_noise=0.0)
     assert sorted(params) == ["graph", "stage_0", "stage_1", "stage_3"]
     apart = model.build(replace(code_noise=0.0), INTERFACE, drop_path=0.1)
@@ -198,7 +198,7 @@ def test_shared_ffns_are_those_of_the_first_iteration(images):
     np.testing.assert_allclose(run(network, params, images), apart, atol=2e-6)
 
 
-def test_recomputing_changes_nothing_and_is_of_each_iteration(images):
+def test_remat_changes_nothing_and_is_per_iteration(images):
     network, params = plain()
     again = dataclasses.replace(network, remat=True)
     logits = trained(network, params, images)
@@ -226,7 +226,7 @@ def test_evaluation_draws_only_with_keys(images):
     np.testing.assert_array_equal(one, run(network, params, images, rngs=few))
 
 
-def test_evaluation_takes_the_kernel_a_sample_or_a_threshold(images):
+def test_evaluation_uses_kernel_sample_or_threshold(images):
     _, params = plain()
     logits = {}
     for name in ("kernel", "sample", "threshold"):
@@ -244,7 +244,7 @@ def test_training_without_keys_is_refused(images):
         network.apply(params, images, train=True)
 
 
-def test_noise_that_is_given_is_used(images):
+def test_given_noise_is_used(images):
     network, params = plain()
     mean = run(network, params, images)
     given = {"graph": {"input_states": jnp.zeros((3, 4, 24))}}
@@ -261,7 +261,7 @@ def test_images_of_another_size_are_refused(images):
         network.apply(params, images[:, :8])
 
 
-def test_signatures_that_are_given_are_the_first_ones():
+def test_given_signatures_are_the_initial_ones():
     network, given = plain()[0], normal(6, 12, seed=5)
     draw = jax.jit(lambda key: network.init(key, signatures={"mediator": given})["graph"])
     graph = draw(jax.random.key(0))
@@ -281,12 +281,12 @@ def test_signatures_that_are_given_are_the_first_ones():
         ({"students": "cifar"}, r"^students='cifar'"),
     ],
 )
-def test_settings_that_do_not_fit_are_named(changes, said):
+def test_invalid_settings_are_named(changes, said):
     with pytest.raises(ValueError, match=said):
         replace(**changes)
 
 
-def test_a_layerwise_field_that_is_not_there_is_named():
+def test_unknown_layerwise_field_is_named():
     said = r"^layerwise\.kernel/truncate\[0\]=1\.0: KernelConfig has no field 'truncate'"
     with pytest.raises(ValueError, match=said):
         replace(layerwise={"kernel/truncate": (1.0, 1.0)})
@@ -317,7 +317,7 @@ def test_no_partition_rule_is_idle():
         match_rules(model.PARTITION_RULES, tree, make_mesh(MeshConfig(data=2, fsdp=4)))
 
 
-def test_activations_are_split():
+def test_activations_are_sharded():
     network, params = plain()
 
     def forward(params, images):
@@ -334,7 +334,7 @@ def test_activations_are_split():
 # Students.
 
 
-def test_students_have_the_same_codes_and_states_in_every_call():
+def test_student_codes_and_states_are_the_same_in_every_call():
     students = model.build_students(SIZES, INTERFACE, meta_width=16, meta_tokens=5, seed=3)
     params = fill(functools.partial(students.init, only=(3,)))
     last = functools.partial(students.apply, params, start=3, stop=4)
@@ -349,14 +349,14 @@ def test_students_have_the_same_codes_and_states_in_every_call():
     assert not np.allclose(same[1], same[0])
 
 
-def test_the_read_in_student_gives_one_token():
+def test_read_in_student_outputs_one_token():
     students = model.build_students(SIZES, INTERFACE, meta_width=16, meta_tokens=5, seed=3)
     params = fill(functools.partial(students.init, only=(0,)))
     assert students.apply(params, normal(3, 16, 16, 3), stop=1)[0].shape == (3, 1, 16)
 
 
 @pytest.mark.parametrize(("legacy", "first"), [(False, 0.1), (True, 1e-6)])
-def test_the_read_in_students_scale_starts_as_published_or_by_its_slip(legacy, first):
+def test_read_in_student_scale_starts_as_published_or_legacy(legacy, first):
     config = replace(legacy_read_in_scale=legacy)
     students = model.build_students(config, INTERFACE, meta_width=16, meta_tokens=5, seed=3)
     draw = jax.jit(lambda key: students.init(key, only=(0,))["stage_0"]["read_in"]["ffn"])

@@ -23,7 +23,7 @@ def images(*shape: int) -> jax.Array:
 # Sizes.
 
 
-def test_blocks_a_stage():
+def test_presets_and_defaults():
     assert dict(tokenizer.PRESETS) == {
         "tiny": (3, 3, 9),
         "mini": (3, 3, 6),
@@ -47,7 +47,7 @@ def test_widths_and_sides_by_hand():
     assert sides == {224: 14, 64: 4, 63: 3, 47: 2, 15: 0}
 
 
-def test_depths_are_the_presets():
+def test_preset_sets_depths():
     shapes = jax.eval_shape(
         Tokenizer(TokenizerConfig("pico", stages=3, width=16), 32, jnp.float32).init,
         jax.random.key(0, impl="rbg"),
@@ -62,7 +62,7 @@ def test_depths_are_the_presets():
 # Tokens.
 
 
-def test_tokens_are_in_raster_order_with_the_grid_behind_the_features():
+def test_tokens_are_in_raster_order_with_grid_after_features():
     config = TokenizerConfig("atto", stages=1, width=16, stem=2, grid_width=3)
     module = Tokenizer(config, 6, jnp.float32)
     params = fill(module.init, images(1, 6, 6, 1))
@@ -108,7 +108,7 @@ def block(x, params):
     return x + params["gamma"] * (y @ params["down"]["kernel"] + params["down"]["bias"])
 
 
-def test_the_trunk_is_the_plain_one():
+def test_trunk_matches_plain_loops():
     module, image = Tokenizer(TINY, 9, jnp.float32), images(1, 9, 9, 2)
     params = fill(module.init, image)
     parts = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params["params"])
@@ -121,7 +121,7 @@ def test_the_trunk_is_the_plain_one():
     np.testing.assert_allclose(tokens[0, :, :8], x.reshape(4, 8), atol=2e-5)
 
 
-def test_norms_of_the_trunk_add_a_millionth():
+def test_trunk_norms_use_epsilon_1e_6():
     # A stem of weight 1 passes on patches of 2e-3 and of 0 in each of two channels.
     config = TokenizerConfig("atto", stages=1, width=8, stem=1, grid_width=1)
     module = Tokenizer(config, 1, jnp.float32)
@@ -148,7 +148,7 @@ def test_bins_of_a_smaller_or_larger_grid(old, new, bins):
     assert tokenizer._adaptive_bins(old, new) == bins
 
 
-def test_each_place_of_a_fitted_grid_is_the_mean_of_its_bin():
+def test_fit_grid_averages_each_bin():
     grid = np.random.default_rng(1).normal(size=(5, 2, 3)).astype(np.float32)
     found = tokenizer.fit_grid(jnp.asarray(grid), (3, 3), resize="adaptive")
     rows, columns = [(0, 2), (1, 4), (3, 5)], [(0, 1), (0, 2), (1, 2)]
@@ -156,7 +156,7 @@ def test_each_place_of_a_fitted_grid_is_the_mean_of_its_bin():
     np.testing.assert_allclose(found, want, rtol=1e-5)
 
 
-def test_a_grid_has_the_side_that_is_asked_for_and_is_fitted():
+def test_grid_has_configured_size_and_is_fitted():
     config = dataclasses.replace(TINY, grid_size=5, grid_resize="adaptive")
     module, image = Tokenizer(config, 8, jnp.float32), images(1, 8, 8, 2)
     params = fill(module.init, image)
@@ -170,7 +170,7 @@ def test_a_grid_has_the_side_that_is_asked_for_and_is_fitted():
 # Initialisation.
 
 
-def test_where_the_tokenizer_starts():
+def test_tokenizer_initialisation():
     module = Tokenizer(dataclasses.replace(TINY, width=128), 32, jnp.float32)
     params = jax.jit(module.init)(jax.random.key(0, impl="rbg"), images(1, 32, 32, 3))["params"]
     assert np.std(params["grid"]) == pytest.approx(1, abs=0.15)

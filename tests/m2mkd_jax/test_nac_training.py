@@ -92,7 +92,7 @@ def test_given_meta_model_and_teacher_are_not_trained_again(pipeline):
     assert runs == {"students", "end_to_end", "few_shot"}
 
 
-def test_students_arrive_in_the_whole_network(pipeline):
+def test_students_are_merged_into_the_whole_network(pipeline):
     whole = flat(pipeline / "end_to_end", "student")
     arrived = 0
     for stage in range(3):
@@ -103,7 +103,7 @@ def test_students_arrive_in_the_whole_network(pipeline):
     assert arrived > 60
 
 
-def test_the_account_names_what_was_left_and_what_is_fresh(pipeline):
+def test_warm_start_account_lists_left_and_fresh_parameters(pipeline):
     account = json.loads((pipeline / "end_to_end" / "warm_start.json").read_text())
     assert [entry["as"] for entry in account["taken"]] == [f"student/stage_{i}" for i in range(3)]
     left = {entry["name"].split("/")[2] for entry in account["left"]}
@@ -115,7 +115,7 @@ def test_the_account_names_what_was_left_and_what_is_fresh(pipeline):
     }
 
 
-def test_mediators_start_from_the_prior_and_are_drawn(pipeline):
+def test_mediators_start_from_the_prior_and_are_plotted(pipeline):
     folder = pipeline / "end_to_end"
     with np.load(folder / "prior.npz") as prior:
         start = prior["signatures"]
@@ -125,14 +125,12 @@ def test_mediators_start_from_the_prior_and_are_drawn(pipeline):
 
 
 @pytest.mark.parametrize("spelling", ["tinyimnet", "tinynet"])
-def test_other_spellings_of_the_students_images_are_the_same(spelling):
+def test_spellings_of_student_dataset_are_equivalent(spelling):
     student = dataclasses.replace(NAC, students=spelling)
     assert student == dataclasses.replace(NAC, students="tinyimagenet")
 
 
-def test_students_of_other_images_leave_grid_and_pooling_and_fixed_signatures_stay(
-    pipeline, tmp_path
-):
+def test_tinyimagenet_students_start_grid_and_pooling_from_scratch(pipeline, tmp_path):
     sources = SourcesConfig(students=(str(pipeline / "students"),))
     student = dataclasses.replace(NAC, students="tinyimagenet", learn_signatures=False)
     config = nac_config("end_to_end", model=student, sources=sources, precision="bfloat16")
@@ -147,7 +145,7 @@ def test_students_of_other_images_leave_grid_and_pooling_and_fixed_signatures_st
     np.testing.assert_array_equal(mediator["signatures"], start)
 
 
-def test_few_shot_moves_the_head_alone(pipeline):
+def test_few_shot_trains_only_the_head(pipeline):
     before, after = (flat(pipeline / run, "student") for run in ("end_to_end", "few_shot"))
     moved = {name for name in before if not np.array_equal(before[name], after[name])}
     assert moved == {"stage_2/pooling/head/kernel", "stage_2/pooling/head/bias"}
@@ -171,7 +169,7 @@ def alone(tmp_path_factory):
     return config, workdir
 
 
-def test_a_stopped_run_goes_on_with_the_same_lines(alone, tmp_path):
+def test_stopped_run_resumes_with_the_same_metrics(alone, tmp_path):
     config, workdir = alone
     resumed = tmp_path / "run"
     shutil.copytree(workdir, resumed)
@@ -186,7 +184,7 @@ def test_a_stopped_run_goes_on_with_the_same_lines(alone, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
-def test_eight_devices_compute_what_one_computes(alone, tmp_path):
+def test_eight_devices_match_one(alone, tmp_path):
     config, workdir = alone
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     end_to_end.run(dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=4)), tmp_path, mesh)
@@ -205,7 +203,7 @@ def test_eight_devices_compute_what_one_computes(alone, tmp_path):
     assert kernel.sharding.shard_shape(kernel.shape) == (4, 16)
 
 
-def test_another_config_is_refused_before_the_prior_is_touched(alone):
+def test_changed_config_is_refused_before_touching_the_prior(alone):
     config, workdir = alone
     before = (workdir / "prior.npz").read_bytes()
     other = dataclasses.replace(NAC, prior=PriorConfig("hypercube", steps=3))
@@ -214,7 +212,7 @@ def test_another_config_is_refused_before_the_prior_is_touched(alone):
     assert (workdir / "prior.npz").read_bytes() == before
 
 
-def test_a_prior_that_does_not_fit_the_mediators_is_named(tmp_path):
+def test_prior_not_fitting_the_mediators_is_refused(tmp_path):
     other = dataclasses.replace(NAC, prior=PriorConfig("grid", dims=(3, 3)))
     with pytest.raises(ValueError, match=r"config\.model\.prior\.dims"):
         end_to_end.run(nac_config("end_to_end", model=other), tmp_path / "run", one_device())

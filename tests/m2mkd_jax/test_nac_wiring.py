@@ -107,14 +107,14 @@ def part_by_part(network, params, *, to_mediators, to_outputs, inputs_as_mediato
         ({"inputs_as_mediators": True, "mediators": 3}, {"inputs_as_mediators": True}),
     ],
 )
-def test_a_network_is_its_parts_one_after_the_other(changes, settings):
+def test_network_matches_its_parts_in_sequence(changes, settings):
     network, params = build(share_codes=False, **changes)
     plain = {"to_mediators": (0, 1, 2), "to_outputs": True, "inputs_as_mediators": False}
     want = part_by_part(network, params, **(plain | settings))
     np.testing.assert_allclose(network.apply(params, IMAGES)[0], want, atol=1e-5)
 
 
-def test_every_part_starts_from_a_key_of_its_own():
+def test_every_part_is_initialised_from_its_own_key():
     network, paths = build(iterations=2)[0], ("attention/query/kernel", "pooling/head/kernel")
 
     def init(key):  # what is not requested is not computed
@@ -225,7 +225,7 @@ def test_no_two_draws_are_alike(drawn, shared):
                 assert not np.any(numbers == others), (name, other)
 
 
-def test_a_key_moves_the_draws_of_its_stream_alone(drawn):
+def test_key_changes_only_the_draws_of_its_stream(drawn):
     draw = drawn.numbers(applied(iterations=1))
     before = draw(rngs())
     streams = [stream for stream, _, _ in drawn.seen]
@@ -236,13 +236,13 @@ def test_a_key_moves_the_draws_of_its_stream_alone(drawn):
         assert moved == [own == stream for own in streams], stream
 
 
-def test_evaluation_draws_states_and_pooling_alone(drawn):
+def test_evaluation_draws_only_states_and_pooling(drawn):
     names = [name for _, name, _ in drawn.listed(applied(train=False), rngs())]
     assert names == ["input_states", "mediator_states", "output_states", "pooling/gumbel"]
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_every_layer_drops_scales_anew(drawn, train):
+def test_scale_dropout_is_drawn_per_layer(drawn, train):
     linear = LinearConfig(dropout=0.3)
     run = applied(train, share_propagators=True, code_noise=0.0, linear=linear)
     names = [name for _, name, _ in drawn.listed(run, rngs())]
@@ -291,7 +291,7 @@ def test_a_mediator_student_is_a_block_between_stitches():
     np.testing.assert_allclose(found, stitch(states, "post_stitch"), atol=1e-5)
 
 
-def test_a_read_out_student_hears_stitched_tokens():
+def test_read_out_student_attends_to_stitched_tokens():
     tokens, codes = normal(BATCH, 5, STITCH, seed=3), FIXED["codes"]
     config = ReadOutConfig(dataclasses.replace(BLOCK, residual=False))
     student = students.ReadOutStudent(config, 5, 5, STITCH, 0, jnp.float32)
@@ -303,7 +303,7 @@ def test_a_read_out_student_hears_stitched_tokens():
     np.testing.assert_allclose(found, want, atol=1e-5)
 
 
-def test_students_in_training_draw_and_in_evaluation_do_not(drawn):
+def test_students_draw_only_in_training(drawn):
     noisy = dataclasses.replace(BLOCK, code_noise=0.1, drop_path=0.1)
     still = dataclasses.replace(noisy, drop_path=0.0)
     settings = {"stitch_width": STITCH, "seed": 0, "dtype": jnp.float32}
@@ -333,7 +333,7 @@ class Drawn(nn.Module):
         return codes, students.fixed_states(self, self.seed, 3, 500, jnp.float32)
 
 
-def test_codes_and_states_of_students_are_normal_and_of_their_seed():
+def test_student_codes_and_states_are_normal_and_seeded():
     draws = []
     for seed in (0, 1):
         codes, states = Drawn(seed).apply({})

@@ -25,7 +25,7 @@ BYTES = np.full((2, *SHAPE), 200, np.uint8)
         BYTES[:0],
     ],
 )
-def test_batches_of_pixels_are_taken(images):
+def test_pixel_batches_are_accepted(images):
     assert check_images(images, SHAPE) is None
 
 
@@ -51,12 +51,12 @@ def test_batches_of_pixels_are_taken(images):
         (BYTES * np.float32("nan"), "from nan to nan, but must be"),
     ],
 )
-def test_other_images_are_refused_with_the_shape_that_is_expected(images, said):
+def test_wrong_images_are_refused_with_the_expected_shape(images, said):
     with pytest.raises(ValueError, match=said):
         check_images(images, SHAPE)
 
 
-def test_shapes_are_checked_while_a_function_is_traced():
+def test_shapes_are_checked_during_tracing():
     @jax.jit
     def call(x):
         check_images(x, SHAPE)

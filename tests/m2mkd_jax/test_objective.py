@@ -74,13 +74,13 @@ def test_without_distillation_the_loss_is_the_label_loss():
     assert set(metrics) == {"label_loss"}
 
 
-def test_labels_are_smoothed_as_the_config_says():
+def test_label_smoothing_comes_from_config():
     config = dataclasses.replace(CONFIG, augment=AugmentConfig(smoothing=0.2))
     value, _ = loss_of({"student": Outputs(LOGITS, None, {})}, config=config)
     assert value == pytest.approx(label_loss(LOGITS, smoothing=0.2), rel=1e-5)
 
 
-def test_losses_of_several_networks_add_up_and_their_metrics_are_means():
+def test_network_losses_are_summed_and_their_metrics_averaged():
     outputs = {"a": Outputs(LOGITS, TEACHER, {}), "b": Outputs(OTHER, TAUGHT, {})}
     value, metrics = loss_of(outputs, DistillConfig("soft_batch_mean", 0.3, 2.0))
     labels = [label_loss(LOGITS), label_loss(OTHER)]
@@ -115,7 +115,7 @@ RECORDED = {
 }
 
 
-def test_balance_losses_are_added_whole_and_the_rest_is_reported_by_layer():
+def test_balance_losses_are_added_and_moe_metrics_reported_by_layer():
     outputs = {"student": Outputs(LOGITS, TEACHER, RECORDED)}
     plain, few = loss_of({"student": Outputs(LOGITS, TEACHER, {})}, DistillConfig("soft", 0.4, 1.0))
     value, metrics = loss_of(outputs, DistillConfig("soft", 0.4, 1.0))
@@ -130,7 +130,7 @@ def test_balance_losses_are_added_whole_and_the_rest_is_reported_by_layer():
     assert metrics == pytest.approx(few | want) and len(want) == 9
 
 
-def test_balance_losses_of_all_networks_count():
+def test_balance_losses_of_all_networks_are_added():
     outputs = {
         "a": Outputs(LOGITS, None, {"stage_0": RECORDED["stage_0"]}),
         "b": Outputs(OTHER, None, {"stage_2": RECORDED["stage_2"]}),
@@ -140,7 +140,7 @@ def test_balance_losses_of_all_networks_count():
     assert {"moe/stage_0/block_1/load", "moe/stage_2/block_3/load"} <= set(metrics)
 
 
-def test_a_regularizer_is_given_parameters_and_step():
+def test_regularizer_gets_parameters_and_step():
     def regularizer(params, step):
         return 2.0 * step + params["a"], {"step": step}
 
@@ -155,7 +155,7 @@ def test_a_regularizer_is_given_parameters_and_step():
     assert metrics["step"] == 3
 
 
-def test_the_forward_pass_is_given_normalised_images_in_training_and_all_keys():
+def test_forward_gets_normalised_images_and_all_keys():
     seen = []
 
     def forward(*arguments):
@@ -180,7 +180,7 @@ class Spy:
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_a_whole_network_runs_on_its_own_parameters(train):
+def test_whole_forward_uses_parameters_of_its_role(train):
     network = Spy()
     forward = whole_forward(network, "teacher")
     outputs = forward({"teacher": 1, "student": 2}, {"teacher": 3}, 4, train, 5)
@@ -208,7 +208,7 @@ def test_totals_of_one_network():
     assert found == pytest.approx(want, rel=1e-5)
 
 
-def test_totals_of_several_networks_are_means_and_examples_are_counted_once():
+def test_totals_average_over_networks_and_count_examples_once():
     right = 9 * np.eye(L, dtype=np.float32)[LABELS]
     outputs = {"a": Outputs(right, None, {}), "b": Outputs(-right, None, {})}
     found = sums_of(outputs, [1, 1, 1, 0])
@@ -222,7 +222,7 @@ def test_totals_of_several_networks_are_means_and_examples_are_counted_once():
     }
 
 
-def test_labels_of_other_classes_are_places_among_these():
+def test_labels_index_into_the_evaluated_classes():
     logits = np.zeros((B, 12), np.float32)
     classes = (11, 2, 7, 5, 0, 1, 3, 4, 6, 8)
     logits[0, 5], logits[1, 11], logits[2, 8] = 1, 1, 1  # of labels 3, 0 and 9

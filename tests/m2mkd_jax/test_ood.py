@@ -45,7 +45,7 @@ def naive(logits, labels, classes):
 
 
 @pytest.mark.parametrize("classes", [(0, 3, 4, 5, 8, 9, 11), (11, 2, 7)])
-def test_metrics_are_among_the_classes_of_the_set(classes):
+def test_metrics_are_restricted_to_the_classes_of_the_set(classes):
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(40, 12)).astype(np.float32)
     labels = rng.integers(0, len(classes), 40).astype(np.int32)
@@ -66,7 +66,7 @@ def test_classes_are_matched_by_name_in_any_order():
         match(("0", "1"), base)
 
 
-def test_digit_renditions_are_digits_drawn_otherwise():
+def test_digit_renditions_are_altered_test_digits():
     source = load_ood(DataConfig(), DIGITS_R, label_names=DIGITS)
     images, labels = source.source.arrays["image"], source.source.labels
     assert source.source.label_names == tuple("01234578")
@@ -97,7 +97,7 @@ def test_digit_renditions_are_the_same_in_every_process():
     assert not images.flags.writeable
 
 
-def test_digit_renditions_have_a_test_split_alone():
+def test_digit_renditions_have_only_a_test_split():
     config = DataConfig(source="digits_r", labels=8)
     assert len(load_source(config, "test")) == 286 * 5
     with pytest.raises(ValueError, match=r"'digits_r' has no split 'train', only \['test'\]"):
@@ -116,7 +116,7 @@ def make_folder(root, classes, *, side=36, images=2):
     return root
 
 
-def test_a_folder_with_fewer_classes_fits_the_training_set(tmp_path):
+def test_folder_with_fewer_classes_is_matched_to_training_set(tmp_path):
     base = make_folder(tmp_path / "base", ("ant", "bee", "cat", "dog"))
     fewer = make_folder(tmp_path / "r", ("bee", "dog"), images=3)
     data = DataConfig("folder", str(base), 36, 3, 4, (0.5,) * 3, (0.5,) * 3)
@@ -142,7 +142,7 @@ def test_a_folder_with_fewer_classes_fits_the_training_set(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_a_set_is_whole_however_few_images_are_trained_or_tested_on(tmp_path, split):
+def test_per_class_limits_do_not_apply_to_ood_set(tmp_path, split):
     root = make_folder(tmp_path / "r", ("bee", "dog"), images=3)
     data = DataConfig(channels=3, image_size=36, mean=(0.5,) * 3, std=(0.5,) * 3)
     data = dataclasses.replace(data, per_class=1, test_per_class=2)
@@ -161,7 +161,7 @@ def renditions(root, classes=WNIDS):
     return root
 
 
-def test_imagenet_r_is_folders_of_wnids(tmp_path):
+def test_imagenet_r_reads_wnid_folders(tmp_path):
     root = renditions(tmp_path / "imagenet-r", ("n02", "n04"))
     data = DataConfig(image_size=64, labels=4, **RGB)
     found = load_ood(data, OodConfig("imagenet_r", str(root)), label_names=WNIDS)
@@ -173,7 +173,7 @@ def test_imagenet_r_is_folders_of_wnids(tmp_path):
         load_ood(data, OodConfig("imagenet_r", str(root), split="val"), label_names=WNIDS)
 
 
-def test_tiny_imagenet_r_is_what_tiny_imagenet_has_of_imagenet_r(tmp_path):
+def test_tiny_imagenet_r_is_imagenet_r_limited_to_tiny_imagenet_classes(tmp_path):
     root, base = renditions(tmp_path / "imagenet-r"), ("n00", "n02", "n04", "n07")
     data = DataConfig(image_size=64, labels=4, **RGB)
     ood = OodConfig("tiny_imagenet_r", str(root))
@@ -190,7 +190,7 @@ def test_tiny_imagenet_r_is_what_tiny_imagenet_has_of_imagenet_r(tmp_path):
         load_ood(data, ood, label_names=("n08", "n09"))
 
 
-def test_a_class_list_chooses_classes(tmp_path):
+def test_class_list_selects_classes(tmp_path):
     root, names = renditions(tmp_path / "imagenet-r"), tmp_path / "classes.txt"
     data = DataConfig(image_size=64, labels=4, **RGB)
     ood = OodConfig("imagenet_r", str(root), classes=str(names))
@@ -215,7 +215,7 @@ def test_a_class_list_chooses_classes(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_per_class_limits_the_training_and_the_test_set_alone(tmp_path, split):
+def test_per_class_limits_only_training_and_test_sets(tmp_path, split):
     root = make_folder(tmp_path / "r", ("bee", "dog"), images=3)
     data = DataConfig("folder", "elsewhere", 36, 3, 4, (0.5,) * 3, (0.5,) * 3)
     data = dataclasses.replace(data, per_class=1, test_per_class=2)
@@ -226,7 +226,7 @@ def test_per_class_limits_the_training_and_the_test_set_alone(tmp_path, split):
     assert (found.data.image_size, found.data.mean) == (36, (0.5,) * 3)
 
 
-def test_a_class_list_is_for_the_set_that_it_is_given_for(tmp_path):
+def test_class_list_applies_only_to_its_own_set(tmp_path):
     """The first and last of three classes, which changes the last one's label."""
     root, names = renditions(tmp_path / "r", ("n01", "n02", "n03")), tmp_path / "classes.txt"
     names.write_text("n01\nn03\n")
@@ -247,7 +247,7 @@ def test_a_class_list_is_for_the_set_that_it_is_given_for(tmp_path):
         (OodConfig("folder", "."), r"config\.ood\.path.*no split.*config\.ood\.split"),
     ],
 )
-def test_a_set_that_is_not_there_is_named_by_its_own_key(tmp_path, monkeypatch, ood, message):
+def test_missing_set_is_named_by_its_own_key(tmp_path, monkeypatch, ood, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=message) as error:
         load_ood(DataConfig(), ood, label_names=DIGITS)
@@ -293,7 +293,7 @@ def test_an_episode_has_no_ood_set(tmp_path):
     assert feed_of(whole, tmp_path).ood is not None
 
 
-def test_the_table_has_a_column_for_ood_where_a_run_has_it(tmp_path):
+def test_results_table_has_ood_column_if_a_run_has_ood(tmp_path):
     plain = {"steps": 5, "test/accuracy": 0.5, "test/loss": 1.0}
     for folder, result in (("a", plain), ("b", plain | {"ood/accuracy": 0.25})):
         (tmp_path / folder).mkdir()

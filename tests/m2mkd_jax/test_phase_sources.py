@@ -123,7 +123,7 @@ def config_of(phase, held, **sources):
     )
 
 
-def test_distill_is_helped_by_meta_model_and_teacher(held, started):
+def test_distill_helpers_are_meta_model_and_teacher(held, started):
     config = config_of("distill", held, meta="a", teacher="b")
     task, _, _ = started(config)
     want = {f"meta/stage_{i}": {number("a", "meta", i)} for i in range(3)}
@@ -134,7 +134,7 @@ def test_distill_is_helped_by_meta_model_and_teacher(held, started):
     assert {"teacher/stage_1"} == {name for name in values(task.helpers) if "teacher" in name}
 
 
-def test_train_module_is_helped_by_the_meta_model_alone(held, started):
+def test_train_module_helper_is_only_the_meta_model(held, started):
     task, _, _ = started(config_of("train_module", held, meta="b"))
     want = {f"meta/stage_{i}": {number("b", "meta", i)} for i in range(3)}
     assert values(task.helpers) == want and task.warm_start is None
@@ -166,7 +166,7 @@ def test_end_to_end_without_sources_starts_from_scratch(held, started):
     assert task.warm_start is None and not task.helpers
 
 
-def test_the_baseline_s_teacher_is_taken_whole(held, started):
+def test_baseline_teacher_is_loaded_whole(held, started):
     config = config_of("end_to_end", held, teacher="b", students=("a",))
     task, _, _ = started(dataclasses.replace(config, baseline=DistillConfig("soft")))
     want = {f"teacher/stage_{i}": {number("b", "teacher", i)} for i in range(3)}
@@ -184,7 +184,7 @@ def test_few_shot_takes_all_but_the_head(held, started):
     assert start.account["left"] == []
 
 
-def test_the_loop_is_given_the_run_s_own_settings(held, started, tmp_path):
+def test_loop_gets_the_settings_of_the_run(held, started, tmp_path):
     config = dataclasses.replace(config_of("assemble", held, modules=("a",)), seed=11)
     task, (run, optim), settings = started(config)
     assert (run, optim) == (config.run, config.optim)
@@ -199,7 +199,7 @@ def shapes_and_origins(config, held, role="teacher"):
     return parameter_shapes(config, network, role, MESH), origins
 
 
-def test_position_tables_are_resized_to_the_images_of_the_run(held):
+def test_position_tables_are_resized_to_image_size(held):
     """A constant table stays constant, since the weights of each place sum to 1."""
     config = config_of("assemble", held)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=16))
@@ -211,7 +211,7 @@ def test_position_tables_are_resized_to_the_images_of_the_run(held):
     assert adapted["name"] == "teacher/stage_0/pos_embed"
 
 
-def test_position_tables_keep_as_many_leading_rows_as_their_network_has(held):
+def test_position_tables_keep_the_leading_rows_of_their_network(held):
     config = config_of("assemble", held)
     # A row for the register replaces that of the class token.
     teacher = dataclasses.replace(config.teacher, class_token=False, pool="mean", registers=1)
@@ -227,7 +227,7 @@ def test_position_tables_keep_as_many_leading_rows_as_their_network_has(held):
         weights.take_weights(config, *shapes_and_origins(config, held))
 
 
-def test_what_the_config_lets_start_anew_or_leaves_is_on_record(held):
+def test_fresh_and_leave_are_recorded_in_the_account(held):
     config = config_of("assemble", held)
     sources = SourcesConfig(fresh=r".*/head/.*", leave=r".*/qkv/bias")
     teacher = dataclasses.replace(config.teacher, qkv_bias=False)
@@ -245,7 +245,7 @@ def test_what_the_config_lets_start_anew_or_leaves_is_on_record(held):
         weights.take_weights(neither, *shapes_and_origins(config, held))
 
 
-def test_what_a_check_looks_at_is_not_read(held):
+def test_checking_sources_reads_no_parameters(held):
     config = config_of("assemble", held)
     assert weights.take_weights(config, *shapes_and_origins(config, held), read=False).params == {}
 
@@ -261,7 +261,7 @@ def test_what_a_check_looks_at_is_not_read(held):
         ([0.485, 0.456, 0.406], 0.5, True),  # a different number of channels shows in the shapes
     ],
 )
-def test_other_numbers_for_pixels_are_seen(monkeypatch, caplog, name, made, ours, same):
+def test_different_normalisation_is_detected(monkeypatch, caplog, name, made, ours, same):
     config = tiny_config("assemble")
     data = dataclasses.replace(config.data, **{name: (ours,)})
     config = dataclasses.replace(config, data=data)
@@ -279,7 +279,7 @@ def test_other_numbers_for_pixels_are_seen(monkeypatch, caplog, name, made, ours
     assert f"normalised with {name}=" in caplog.text
 
 
-def test_images_of_another_side_are_a_warning(monkeypatch, caplog):
+def test_different_image_size_gives_a_warning(monkeypatch, caplog):
     for stored, said in (({"image_size": 16}, True), ({"image_size": 8}, False), ({}, False)):
         monkeypatch.setattr(checkpoint, "load_config", lambda source, s=stored: {"data": s})
         caplog.clear()
@@ -296,7 +296,7 @@ def test_images_of_another_side_are_a_warning(monkeypatch, caplog):
         ("few_shot", "network"),
     ],
 )
-def test_a_source_that_is_needed_is_named(phase, name, held, tmp_path):
+def test_missing_source_is_named(phase, name, held, tmp_path):
     given = {"meta": "a", "teacher": "a", "network": "whole"}
     del given[name]
     with pytest.raises(ValueError, match=rf"config\.sources\.{name} is empty"):
@@ -311,7 +311,7 @@ def test_a_source_that_is_needed_is_named(phase, name, held, tmp_path):
         ("end_to_end", {"teacher": "a"}),
     ],
 )
-def test_frozen_networks_must_know_the_run_s_pixels(phase, given, held, monkeypatch, tmp_path):
+def test_frozen_networks_need_the_same_normalisation(phase, given, held, monkeypatch, tmp_path):
     config = dataclasses.replace(config_of(phase, held, **given), baseline=DistillConfig("soft"))
     stored = {"data": {"mean": [0.1]}}
     monkeypatch.setattr(checkpoint, "load_config", lambda source: stored)
@@ -319,7 +319,7 @@ def test_frozen_networks_must_know_the_run_s_pixels(phase, given, held, monkeypa
         run_phase(config, tmp_path, MESH)
 
 
-def test_networks_that_go_on_training_may_learn_other_pixels(held, started, monkeypatch, caplog):
+def test_trained_networks_may_switch_normalisation(held, started, monkeypatch, caplog):
     monkeypatch.setattr(checkpoint, "load_config", lambda source: {"data": {"mean": [0.1]}})
     task, _, _ = started(config_of("assemble", held, modules=("a",)))
     taken(task)
@@ -327,7 +327,7 @@ def test_networks_that_go_on_training_may_learn_other_pixels(held, started, monk
 
 
 @pytest.mark.parametrize("role", ["meta", "teacher"])
-def test_a_frozen_network_is_run_as_it_was_trained(held, tmp_path, role):
+def test_frozen_network_must_run_as_it_was_trained(held, tmp_path, role):
     """No shape of a parameter tells how tokens are pooled."""
     config = config_of("distill", held, meta="a", teacher="b")
     section = dataclasses.replace(getattr(config, role), pool="mean", remat=True)
@@ -338,7 +338,7 @@ def test_a_frozen_network_is_run_as_it_was_trained(held, tmp_path, role):
         run_phase(dataclasses.replace(config, sources=sources), tmp_path, MESH)
 
 
-def test_a_trained_network_may_continue_as_another(held, started, tmp_path, caplog):
+def test_trained_network_may_continue_with_other_settings(held, started, tmp_path, caplog):
     config = config_of("end_to_end", held)
     moe = dataclasses.replace(config.model.moe, chosen=1, expert_init="fan_in")
     student = dataclasses.replace(config.model, moe=moe, norm_eps=1e-3)
@@ -354,7 +354,7 @@ def test_a_trained_network_may_continue_as_another(held, started, tmp_path, capl
 @pytest.mark.parametrize(
     ("phase", "role"), [("distill", "meta"), ("train_module", "meta"), ("distill", "teacher")]
 )
-def test_a_frozen_network_has_the_classes_of_the_run(held, tmp_path, phase, role):
+def test_frozen_network_must_have_the_classes_of_the_run(held, tmp_path, phase, role):
     names = [*"0123456798"]
     other = altered(held["a"], tmp_path / "other", classes=names)
     config = config_of(phase, held, meta="a", teacher="b")
@@ -364,7 +364,7 @@ def test_a_frozen_network_has_the_classes_of_the_run(held, tmp_path, phase, role
         run_phase(dataclasses.replace(config, sources=sources), tmp_path / "run", MESH)
 
 
-def test_a_frozen_network_of_an_unfinished_run_is_warned_of(held, started, tmp_path, caplog):
+def test_frozen_network_from_unfinished_run_gives_a_warning(held, started, tmp_path, caplog):
     config = config_of("train_module", held, meta="a")
     started(config)
     assert "is not finished" not in caplog.text  # converted weights are no run

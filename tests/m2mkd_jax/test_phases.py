@@ -70,7 +70,7 @@ def hybrid_logits(config: Config, params, role, stage, *, train):
     return network.apply(stages, IMAGES, train=train, rngs=RNGS)[0]
 
 
-def test_distill_runs_both_sides_of_a_pair_within_the_meta_model():
+def test_distill_runs_student_and_teacher_within_the_meta_model():
     config = config_of("distill", module="2", rate=0.5)
     params = params_of(config)
     training = describe(config, MESH)
@@ -112,7 +112,7 @@ def test_train_module_runs_a_teacher_module_within_the_meta_model():
     np.testing.assert_allclose(output.logits, want, rtol=1e-4, atol=1e-5)
 
 
-def test_the_baseline_s_teacher_is_whole_and_not_in_training(monkeypatch):
+def test_baseline_teacher_is_whole_and_in_evaluation_mode(monkeypatch):
     student = Outputs(jnp.ones((4, 10)), None, {"stage_0": {}})
     forward = lambda *arguments: {"student": student}  # noqa: E731
     monkeypatch.setattr(phase_training, "whole_forward", lambda network, role: forward)
@@ -159,7 +159,7 @@ RATES = {
 
 
 @pytest.mark.parametrize("phase", RATES)
-def test_every_phase_drops_paths_of_what_it_trains(phase, monkeypatch):
+def test_drop_path_rates_of_each_phase(phase, monkeypatch):
     module = {"train_module": "1", "distill": "2"}.get(phase, "all")
     baseline = DistillConfig("soft" if phase == "end_to_end" else "none")
     config = config_of(phase, module=module, baseline=baseline)
@@ -180,7 +180,7 @@ NETWORKS = {
 
 @pytest.mark.parametrize("student", ["vmoe", "nac"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_network_computes_in_the_precision_of_the_config(name, student):
+def test_every_network_computes_in_configured_precision(name, student):
     config = config_of("distill", precision="bfloat16")
     if student == "nac":
         config = dataclasses.replace(config, model=NAC)
@@ -202,7 +202,7 @@ def test_every_network_has_the_sizes_of_its_section():
         assert {stage.encoder.width for stage in network.stages} == {WIDTHS[section]}
 
 
-def test_students_are_stitched_to_the_meta_model_s_width():
+def test_students_are_stitched_to_the_meta_model_width():
     config = config_of("distill", widths=WIDTHS)
     blocks = [block for stage in student_modules(config).stages for block in stage.blocks]
     assert [block.pre_stitch for block in blocks] == [None, 8, 8, None, None]
@@ -226,7 +226,7 @@ def test_students_are_stitched_to_the_meta_model_s_width():
         ("few_shot", ["student"], {}, "none"),
     ],
 )
-def test_what_each_phase_trains_and_needs(phase, roles, helpers, distill):
+def test_roles_and_helpers_of_each_phase(phase, roles, helpers, distill):
     config = config_of(
         phase,
         distill=PairsConfig("hard", 0.3, 2.0),
@@ -247,7 +247,7 @@ def test_what_each_phase_trains_and_needs(phase, roles, helpers, distill):
     assert task.steps_per_epoch == 5 and task.helpers is training.helpers
 
 
-def test_a_program_of_some_modules_holds_no_others():
+def test_program_holds_only_its_own_modules():
     training = describe(config_of("distill", module="0+2"), MESH)
     params = jax.eval_shape(training.init, jax.random.key(0))
     assert set(params["student"]) == set(training.helpers["teacher"]) == {"stage_0", "stage_2"}
@@ -257,7 +257,7 @@ def test_a_program_of_some_modules_holds_no_others():
     assert set(jax.eval_shape(training.init, jax.random.key(0))["module"]) == {"stage_0", "stage_2"}
 
 
-def test_batches_are_micro_batches_and_labels_those_of_the_episode():
+def test_task_uses_micro_batches_and_episode_labels():
     optim = dataclasses.replace(OPTIM, batch=64, accumulate=4)
     training = describe(config_of("end_to_end", optim=optim), MESH)
     assert training.task(steps_per_epoch=1).batch["image"].shape == (16, 8, 8, 1)
@@ -268,7 +268,7 @@ def test_batches_are_micro_batches_and_labels_those_of_the_episode():
     assert training.config.data.labels == 3 and config.data.labels == 10
 
 
-def test_the_feed_s_batches_are_whole_in_training_and_micro_in_evaluation(tmp_path):
+def test_feed_gives_full_training_and_micro_evaluation_batches(tmp_path):
     optim = dataclasses.replace(OPTIM, batch=64, accumulate=4)
     feed = feed_of(config_of("end_to_end", optim=optim), tmp_path)
     assert next(feed.batches(0))["image"].shape == (64, 8, 8, 1)
@@ -276,7 +276,7 @@ def test_the_feed_s_batches_are_whole_in_training_and_micro_in_evaluation(tmp_pa
     assert feed.steps_per_epoch == 1437 // 64 and feed.ood is None
 
 
-def test_the_order_of_training_depends_on_the_seed(tmp_path):
+def test_training_order_depends_on_seed(tmp_path):
     first, same, other = (
         next(feed_of(config_of("end_to_end", seed=seed), tmp_path).batches(0))["label"]
         for seed in (1, 1, 2)
@@ -286,13 +286,13 @@ def test_the_order_of_training_depends_on_the_seed(tmp_path):
 
 
 @pytest.mark.parametrize("phase", ["pretrain_meta", "train_module", "assemble", "distill"])
-def test_whole_networks_alone_are_tested_out_of_distribution(phase, tmp_path):
+def test_only_whole_networks_are_evaluated_out_of_distribution(phase, tmp_path):
     config = config_of(phase, ood=OodConfig(source="digits_r"))
     feed = feed_of(config, tmp_path)
     assert (feed.ood is not None) == (phase in ("pretrain_meta", "assemble"))
 
 
-def test_stages_come_from_as_many_workdirs_in_order_or_from_one():
+def test_stages_come_from_one_workdir_or_one_each():
     config = config_of("assemble")
     for given, want in {("a", "b", "c"): ("a", "b", "c"), ("a",): ("a", "a", "a")}.items():
         sources = dataclasses.replace(config.sources, modules=given)

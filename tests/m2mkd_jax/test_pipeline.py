@@ -41,7 +41,7 @@ def finished(tmp_path_factory):
     return workdir
 
 
-def test_every_run_leaves_its_records(finished):
+def test_every_run_writes_its_records(finished):
     for run in [*RUNS, "end_to_end", "few_shot"]:
         folder = finished / run
         result = json.loads((folder / "result.json").read_text())
@@ -53,7 +53,7 @@ def test_every_run_leaves_its_records(finished):
         assert list(folder.glob("events.*"))
 
 
-def test_a_finished_pipeline_is_not_run_again(finished, caplog):
+def test_finished_pipeline_is_not_rerun(finished, caplog):
     caplog.set_level(logging.INFO)
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("metrics.jsonl")}
     run_phase(tiny_pipeline(), finished, one_device())
@@ -61,7 +61,7 @@ def test_a_finished_pipeline_is_not_run_again(finished, caplog):
     assert caplog.messages[2:4] == ["phase 2 of 6: modules", "modules is already finished"]
 
 
-def test_a_pipeline_goes_on_where_it_was_stopped(finished, tmp_path):
+def test_pipeline_resumes_where_it_was_stopped(finished, tmp_path):
     for run in RUNS:
         (tmp_path / run).symlink_to(finished / run)
     run_phase(tiny_pipeline(), tmp_path, one_device())
@@ -71,7 +71,7 @@ def test_a_pipeline_goes_on_where_it_was_stopped(finished, tmp_path):
         ).read_bytes()
 
 
-def test_modules_start_the_next_phase(finished):
+def test_next_phase_starts_from_modules(finished):
     account = json.loads((finished / "teacher" / "warm_start.json").read_text())
     assert [entry["as"] for entry in account["taken"]] == [f"teacher/stage_{i}" for i in range(2)]
     assert account["left"] == account["fresh"] == []
@@ -86,7 +86,7 @@ def test_modules_start_the_next_phase(finished):
     }
 
 
-def test_training_moves_only_what_is_trainable(finished):
+def test_training_changes_only_trainable_parameters(finished):
     before = checkpoint.load(finished / "end_to_end", subtree="student")
     after = checkpoint.load(finished / "few_shot", subtree="student")
     head = after["stage_1"].pop("head")
@@ -97,13 +97,13 @@ def test_training_moves_only_what_is_trainable(finished):
 
 
 @pytest.mark.parametrize("run", ["meta", "teacher", "end_to_end"])
-def test_a_whole_network_is_loaded_in_two_lines(finished, run):
+def test_load_model_loads_whole_networks(finished, run):
     apply, params = m2mkd_jax.load_model(finished / run)
     logits = jax.jit(apply)(params, np.zeros((2, 8, 8, 1), np.uint8))
     assert logits.shape == (2, 10)
 
 
-def test_a_module_is_loaded_alone_and_split(finished):
+def test_module_is_loaded_alone_and_sharded(finished):
     mesh = make_mesh(MeshConfig(fsdp=2, expert=2))
     apply, params = m2mkd_jax.load_model(finished / "students", module=0, mesh=mesh)
     assert list(params) == ["stage_0"]
@@ -114,13 +114,13 @@ def test_a_module_is_loaded_alone_and_split(finished):
     assert tokens.shape == (8, 5, 16)
 
 
-def test_a_teacher_is_split_by_loading_a_subtree(finished):
+def test_teacher_stage_is_loaded_as_subtree(finished):
     whole = checkpoint.load(finished / "teacher", subtree="teacher")
     part = checkpoint.load(finished / "teacher", subtree="teacher/stage_1")
     jax.tree.map(np.testing.assert_array_equal, whole["stage_1"], part)
 
 
-def test_logit_distillation_uses_the_whole_teacher_and_stitches_can_be_kept(finished, tmp_path):
+def test_logit_distillation_with_whole_teacher_and_kept_stitches(finished, tmp_path):
     config = dataclasses.replace(tiny_config("end_to_end"), baseline=DistillConfig(kind="hard"))
     with pytest.raises(ValueError, match=r"config\.sources\.teacher is empty"):
         run_phase(config, tmp_path / "none", one_device())
@@ -194,7 +194,7 @@ def test_wrong_sources_are_named(finished, tmp_path):
     assert not (tmp_path / "c" / "config.json").exists()
 
 
-def test_what_is_wrong_with_a_recipe_has_its_whole_key(tmp_path):
+def test_recipe_errors_name_the_full_key(tmp_path):
     config = tiny_pipeline()
     recipe = config.recipes["pretrain_meta"]
     large = dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, batch=5000))

@@ -41,7 +41,7 @@ def sources_of(config) -> dict[str, dict]:
     }
 
 
-def test_every_run_has_its_phase_and_the_recipe_of_it():
+def test_every_run_has_its_phase_and_recipe():
     runs = plan(config_of(), ROOT)
     assert [(folder, run.phase) for folder, run in runs] == [
         ("meta", "pretrain_meta"),
@@ -56,11 +56,11 @@ def test_every_run_has_its_phase_and_the_recipe_of_it():
         assert run.module == "all" and run.recipes == {}
 
 
-def test_every_name_of_a_phase_has_a_record_in_the_same_order():
+def test_phase_names_match_records_in_order():
     assert tuple(PHASES) == PHASE_NAMES
 
 
-def test_all_else_is_the_pipeline_s():
+def test_other_fields_come_from_the_pipeline():
     config = config_of(seed=5, precision="bfloat16", module="1")
     own = ("phase", "module", "optim", "augment", "drop_path", "recipes", "sources")
     for _, run in plan(config, ROOT):
@@ -70,7 +70,7 @@ def test_all_else_is_the_pipeline_s():
                 assert getattr(run, field.name) == getattr(config, field.name), field.name
 
 
-def test_every_run_takes_from_the_runs_before_it():
+def test_every_run_reads_earlier_runs():
     assert sources_of(config_of()) == {
         "meta": {},
         "modules": {"meta": "/runs/meta"},
@@ -81,13 +81,13 @@ def test_every_run_takes_from_the_runs_before_it():
     }
 
 
-def test_the_baseline_takes_the_teacher_as_well():
+def test_baseline_also_reads_the_teacher():
     config = config_of(baseline=DistillConfig("soft"))
     found = sources_of(config)["end_to_end"]
     assert found == {"students": ("/runs/students",) * 3, "teacher": "/runs/teacher"}
 
 
-def test_networks_that_are_given_are_not_trained():
+def test_given_networks_are_not_trained():
     config = config_of(sources=SourcesConfig(meta="/m", fresh="f", leave="l"))
     found = sources_of(config)
     assert list(found) == ["modules", "teacher", "students", "end_to_end", "few_shot"]
@@ -103,7 +103,7 @@ def test_networks_that_are_given_are_not_trained():
     assert found["end_to_end"]["teacher"] == "/t"
 
 
-def test_what_has_no_recipe_is_left_out_or_missed():
+def test_phases_without_recipe_are_skipped_or_refused():
     def without(*phases):
         return {phase: recipe for phase, recipe in RECIPES.items() if phase not in phases}
 
@@ -127,7 +127,7 @@ def deep(pairs_at_once: int, stages: int = 12) -> Config:
     return dataclasses.replace(config, **sections)
 
 
-def test_programs_of_a_few_modules_have_folders_of_their_own():
+def test_programs_of_a_few_modules_have_their_own_folders():
     found = sources_of(deep(5))
     names = ("0+1+2+3+4", "5+6+7+8+9", "10+11")
     assert list(found)[1:4] == [f"module_{name}" for name in names]
@@ -149,7 +149,7 @@ def test_programs_of_a_few_modules_have_folders_of_their_own():
         ("1", 1, {"one": (1,)}),
     ],
 )
-def test_a_folder_for_each_program(module, pairs, folders):
+def test_one_folder_per_program(module, pairs, folders):
     config = dataclasses.replace(
         tiny_config("distill"), module=module, distill=PairsConfig(pairs_at_once=pairs)
     )
@@ -157,7 +157,7 @@ def test_a_folder_for_each_program(module, pairs, folders):
     assert {folder: part.modules() for folder, part in found.items()} == folders
 
 
-def test_modules_of_several_programs_are_run_in_order(monkeypatch, tmp_path):
+def test_programs_run_in_order(monkeypatch, tmp_path):
     ran = []
 
     def run(config, workdir, mesh):
@@ -190,7 +190,7 @@ def ran(monkeypatch):
     return folders
 
 
-def test_a_pipeline_gives_the_result_of_the_whole_student(ran, tmp_path):
+def test_pipeline_returns_the_result_of_the_whole_student(ran, tmp_path):
     found = pipeline.run_pipeline(config_of(), tmp_path / "a", one_device())
     assert found == {"phase": "end_to_end"}
     assert ran == ["meta", "modules", "teacher", "students", "end_to_end", "few_shot"]
@@ -201,7 +201,7 @@ def test_a_pipeline_gives_the_result_of_the_whole_student(ran, tmp_path):
         pipeline.run_pipeline(config_of(seed=8), tmp_path / "a", one_device())
 
 
-def test_runs_that_are_finished_are_not_started(ran, monkeypatch, tmp_path):
+def test_finished_runs_are_not_started(ran, monkeypatch, tmp_path):
     asked = {}
 
     def read(folder, config, *, phase, apart):
@@ -214,7 +214,7 @@ def test_runs_that_are_finished_are_not_started(ran, monkeypatch, tmp_path):
     assert asked["modules"] == ("train_module", "train_module", APART)
 
 
-def test_a_finished_run_may_differ_from_its_plan_in_sources_and_labels_alone():
+def test_finished_run_may_differ_only_in_sources_and_labels():
     for key in ("sources.meta", "sources.students", "data.labels"):
         assert re.fullmatch(APART, key)
     for key in ("data.path", "data.labels.x", "seed", "optim.steps", "sources", "model.width"):

@@ -6,13 +6,13 @@ import pytest
 from m2mkd_jax.models.positions import resize_positions, resize_weights
 
 
-def test_positions_on_the_same_grid_stay_as_they_are():
+def test_resizing_to_the_same_grid_is_identity():
     table = np.random.default_rng(0).standard_normal((1, 26, 4)).astype(np.float32)
     np.testing.assert_array_equal(resize_positions(table, 26), table)
     np.testing.assert_array_equal(resize_weights(5, 5), np.eye(5))
 
 
-def test_positions_of_half_as_many_places_by_hand():
+def test_resize_weights_by_hand():
     # Half a place from the centre, a tap weighs 0.59375; one and a half away, -0.09375. Taps
     # outside the grid count towards the border. There is no antialiasing.
     halved = [[0.5, 0.59375, -0.09375, 0], [0, -0.09375, 0.59375, 0.5]]
@@ -23,7 +23,7 @@ def test_positions_of_half_as_many_places_by_hand():
     np.testing.assert_allclose(resize_weights(2, 4)[2:], np.flip(doubled), rtol=1e-12)
 
 
-def test_rows_of_positions_stay_rows():
+def test_resizing_keeps_rows_and_columns():
     table = np.zeros((1, 17, 2), np.float32)
     table[0, 1:5, 0] = 1  # the first row of four
     table[0, 4::4, 1] = 1  # the last column
@@ -33,7 +33,7 @@ def test_rows_of_positions_stay_rows():
     np.testing.assert_allclose(grid[..., 1], [[0, 0.5], [0, 0.5]], atol=1e-6)
 
 
-def test_positions_keep_the_class_token_and_constants():
+def test_resizing_keeps_class_token_and_constants():
     table = np.full((1, 17, 2), 3.0)
     table[0, 0] = 7
     for side in (3, 6):

@@ -51,12 +51,12 @@ def naive_loss(signatures, adjacency, truncation):
     return total / nodes**2
 
 
-def test_every_graph_is_tried():
+def test_every_graph_is_tested():
     assert set(FITTING) == set(graphs.GENERATORS)
 
 
 @pytest.mark.parametrize("graph", FITTING)
-def test_graph_is_built_and_reached(graph):
+def test_graph_is_built_and_fitted(graph):
     nodes = nodes_of(graph)
     prior = prepare(config_of(graph), nodes)
     adjacency = prior.adjacency
@@ -69,18 +69,18 @@ def test_graph_is_built_and_reached(graph):
     assert prior.communities.shape == (nodes,)
 
 
-def test_a_drawn_graph_follows_its_seed():
+def test_random_graph_is_reproducible_from_seed():
     config = config_of("erdos_renyi")
     first, again, other = (graphs.make_graph(config, nodes=NODES, seed=seed) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
 
 
-def test_no_graph_leaves_signatures_alone():
+def test_no_graph_gives_no_prior():
     assert prepare(PriorConfig()) is None
 
 
-def test_complete_graph_makes_all_alike():
+def test_complete_graph_gives_identical_signatures():
     prior = prepare(PriorConfig(graph="complete"))
     np.testing.assert_array_equal(prior.signatures, np.eye(1, WIDTH).repeat(NODES, 0))
     assert (prior.edges, prior.missed, prior.spurious) == (NODES * (NODES - 1) // 2, 0, 0)
@@ -100,7 +100,7 @@ def test_complete_graph_makes_all_alike():
         ("watts_strogatz", {"neighbours": 16}, 16, "below 16"),
     ],
 )
-def test_a_size_that_does_not_fit_says_what_does(graph, changes, nodes, said):
+def test_invalid_size_suggests_valid_ones(graph, changes, nodes, said):
     with pytest.raises(ValueError, match=r"config\.model\.prior\.\w+=.*mediators") as raised:
         graphs.make_graph(config_of(graph, **changes), nodes=nodes, seed=0)
     assert said in str(raised.value)
@@ -118,7 +118,7 @@ def test_a_size_that_does_not_fit_says_what_does(graph, changes, nodes, said):
         ({"learning_rate": 0.0}, "positive"),
     ],
 )
-def test_a_wrong_value_is_named(changes, said):
+def test_invalid_value_is_named(changes, said):
     with pytest.raises(ValueError, match=said):
         PriorConfig(**changes)
 
@@ -150,7 +150,7 @@ OTHERS = ~np.eye(NODES, dtype=bool)
 BLOCKS = np.kron(np.eye(4), np.ones((4, 4))).astype(bool)
 
 
-def test_random_graphs_by_their_probabilities():
+def test_random_graphs_match_their_edge_probabilities():
     np.testing.assert_array_equal(
         graph_of("planted_partition", p_in=1.0, p_out=0.0), BLOCKS & OTHERS
     )
@@ -161,7 +161,7 @@ def test_random_graphs_by_their_probabilities():
     assert share == pytest.approx(0.3 * 0.99, abs=0.03)
 
 
-def test_new_nodes_of_a_scale_free_graph_bring_their_attachments():
+def test_barabasi_albert_nodes_bring_their_attachments():
     for attachments in (1, 2, 3):
         adjacency = graph_of("barabasi_albert", attachments=attachments)
         assert adjacency.sum() / 2 == attachments * (NODES - attachments)
@@ -175,7 +175,7 @@ def ring(nodes, reach):
     return (apart > 0) & (apart <= reach)
 
 
-def test_small_worlds_are_rings_with_edges_moved():
+def test_watts_strogatz_is_a_ring_with_rewired_edges():
     np.testing.assert_array_equal(graph_of("watts_strogatz", rewire=0.0), ring(NODES, 2))
     tenth = graph_of("watts_strogatz", nodes=38, neighbours=0, rewire=0.0)  # 3.8, rounded to 4
     np.testing.assert_array_equal(tenth, ring(38, 2))
@@ -184,7 +184,7 @@ def test_small_worlds_are_rings_with_edges_moved():
     assert np.sum(moved & ring(NODES, 2)) < 2.5 * NODES
 
 
-def test_grids_have_their_sides_and_close_to_a_torus():
+def test_grid_has_given_sides_and_is_a_torus_if_periodic():
     degrees = graph_of("grid", dims=(2, 8)).sum(0)
     assert sorted(degrees) == [2] * 4 + [3] * 12
     assert set(graph_of("grid", dims=(4, 4), periodic=True).sum(0)) == {4}
@@ -192,27 +192,27 @@ def test_grids_have_their_sides_and_close_to_a_torus():
 
 
 @pytest.mark.parametrize(("branching", "height", "nodes"), [(2, 3, 15), (3, 2, 13), (1, 4, 5)])
-def test_trees_have_their_branches_and_levels(branching, height, nodes):
+def test_balanced_tree_has_given_branching_and_height(branching, height, nodes):
     adjacency = graph_of("balanced_tree", nodes=nodes, branching=branching, height=height)
     parents = {(i, (i - 1) // branching) for i in range(1, nodes)}
     assert {(t, s) for t, s in np.argwhere(adjacency).tolist() if t > s} == parents
 
 
-def test_a_barbell_is_two_bells_and_a_path():
+def test_barbell_is_two_cliques_and_a_path():
     adjacency = graph_of("barbell", path_length=2)
     edges = {(t, s) for t, s in np.argwhere(np.triu(adjacency)).tolist()}
     bells = {(t, s) for b in (range(7), range(9, 16)) for t in b for s in b if t < s}
     assert edges == bells | {(6, 7), (7, 8), (8, 9)}
 
 
-def test_cliques_stand_in_a_ring():
+def test_ring_of_cliques_joins_cliques_in_a_ring():
     adjacency = graph_of("ring_of_cliques")
     assert adjacency[BLOCKS & OTHERS].all()
     between = adjacency.reshape(4, 4, 4, 4).sum((1, 3)) * (1 - np.eye(4))
     np.testing.assert_array_equal(between, ring(4, 1))
 
 
-def test_neighbours_in_a_hypercube_differ_in_a_bit():
+def test_hypercube_neighbours_differ_in_one_bit():
     adjacency = graph_of("hypercube")
     apart = np.array([[(t ^ s).bit_count() for s in range(NODES)] for t in range(NODES)])
     np.testing.assert_array_equal(adjacency, apart == 1)
@@ -221,11 +221,11 @@ def test_neighbours_in_a_hypercube_differ_in_a_bit():
 @pytest.mark.parametrize(
     "graph", ["watts_strogatz", "planted_partition", "erdos_renyi", "barabasi_albert"]
 )
-def test_every_drawn_graph_depends_on_its_seed(graph):
+def test_every_random_graph_depends_on_seed(graph):
     assert np.any(graph_of(graph, seed=1) != graph_of(graph, seed=2))
 
 
-def test_communities_are_of_the_size_that_is_given():
+def test_communities_have_the_given_size():
     config = config_of("ring_of_cliques", communities=2, community_size=8)
     adjacency = graphs.make_graph(config, nodes=NODES, seed=0)
     found = graphs.find_communities(config, adjacency, seed=0)
@@ -236,7 +236,7 @@ def test_communities_are_of_the_size_that_is_given():
     )
 
 
-def test_communities_are_the_blocks_or_are_found():
+def test_communities_are_planted_blocks_or_detected():
     planted = graphs.find_communities(
         config_of("planted_partition"), np.zeros((NODES, NODES), bool), seed=0
     )
@@ -256,7 +256,7 @@ def test_init_is_orthonormal():
     np.testing.assert_allclose(wide @ wide.T, np.eye(8), atol=1e-5)
 
 
-def test_losses_are_those_after_each_update():
+def test_fit_returns_the_loss_after_each_update():
     config = config_of("ring_of_cliques", steps=3)
     adjacency = graphs.make_graph(config, nodes=NODES, seed=0)
     init = priors.draw_signatures(jax.random.key(1), nodes=NODES, width=WIDTH)
@@ -279,7 +279,7 @@ def hinge_gradient(signatures, adjacency, truncation):
     return (by_unit - unit * np.sum(by_unit * unit, axis=1, keepdims=True)) / length
 
 
-def test_the_fit_is_adam():
+def test_fit_matches_adam():
     config = config_of("ring_of_cliques", steps=6, learning_rate=0.05, truncation=0.7)
     adjacency = graphs.make_graph(config, nodes=NODES, seed=0)
     init = np.random.default_rng(0).normal(size=(NODES, WIDTH)).astype(np.float32)
@@ -294,7 +294,7 @@ def test_the_fit_is_adam():
     np.testing.assert_allclose(signatures, want, atol=2e-3)
 
 
-def test_distances_are_fitted_to_paths():
+def test_distances_are_fitted_to_path_lengths():
     config = config_of("ring_of_cliques", hinge=False, steps=500)
     adjacency = graphs.make_graph(config, nodes=NODES, seed=0)
     graph = nx.from_numpy_array(adjacency)
@@ -307,14 +307,14 @@ def test_distances_are_fitted_to_paths():
     assert prior.disagreement < 0.05
 
 
-def test_nodes_without_a_path_are_at_length_0():
+def test_disconnected_nodes_have_path_length_0():
     adjacency = np.zeros((4, 4), bool)
     assert not priors.scaled_paths(adjacency).any()
     adjacency[0, 1] = adjacency[1, 0] = True
     np.testing.assert_array_equal(priors.scaled_paths(adjacency), adjacency)
 
 
-def test_errors_are_counted():
+def test_count_errors_by_hand():
     # Latents 0 and 1 are close; 2 is at a right angle.
     signatures = np.array([[1, 0], [1, 0.1], [0, 1]], np.float32)
     adjacency = np.zeros((3, 3), bool)
@@ -336,7 +336,7 @@ def made(monkeypatch):
     return calls
 
 
-def test_a_prior_is_made_once(made, tmp_path, caplog):
+def test_prior_is_computed_once(made, tmp_path, caplog):
     folder = epath.Path(tmp_path) / "run"
     config = config_of("barabasi_albert", steps=20)
     with caplog.at_level(logging.INFO):
@@ -351,7 +351,7 @@ def test_a_prior_is_made_once(made, tmp_path, caplog):
     assert [path.name for path in folder.iterdir()] == [priors.FILE]
 
 
-def test_a_prior_of_other_settings_is_made_anew(made, tmp_path):
+def test_prior_is_recomputed_for_other_settings(made, tmp_path):
     config, folder = config_of("barabasi_albert", steps=20), epath.Path(tmp_path)
     first = prepare(config, cache=folder)
     other = prepare(config, seed=1, cache=folder)
@@ -383,7 +383,7 @@ CHANGED = {
 }
 
 
-def test_a_prior_is_made_anew_for_every_setting(monkeypatch, tmp_path):
+def test_prior_is_recomputed_if_any_setting_changes(monkeypatch, tmp_path):
     assert set(CHANGED) == {field.name for field in dataclasses.fields(PriorConfig)}
     made = []
 
@@ -406,7 +406,7 @@ def test_a_prior_is_made_anew_for_every_setting(monkeypatch, tmp_path):
         assert made == [(config, *sizes.values()), (changed, *given.values())], (changed, given)
 
 
-def test_errors_of_a_prior_are_at_its_truncation():
+def test_prior_errors_use_its_truncation():
     prior = prepare(config_of("ring_of_cliques", steps=0, truncation=0.5))
     signatures, adjacency = prior.signatures, prior.adjacency
     errors = priors.count_errors(signatures, adjacency, 0.5)
@@ -414,13 +414,13 @@ def test_errors_of_a_prior_are_at_its_truncation():
     assert prior.disagreement == priors.disagreement(signatures, adjacency, 0.5)
 
 
-def test_one_process_alone_writes_the_prior(monkeypatch, tmp_path):
+def test_only_one_process_writes_the_prior(monkeypatch, tmp_path):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     assert prepare(PriorConfig("complete"), cache=epath.Path(tmp_path)) is not None
     assert not list(tmp_path.iterdir())
 
 
-def test_the_seed_is_of_the_graph_and_of_the_signatures():
+def test_seed_sets_graph_and_signatures():
     config = config_of("erdos_renyi", steps=0)
     one, two = (prepare(config, seed=seed) for seed in (1, 2))
     for prior, seed in ((one, 1), (two, 2)):
@@ -432,7 +432,7 @@ def test_the_seed_is_of_the_graph_and_of_the_signatures():
 
 
 @pytest.mark.parametrize("kept", [0, 100, -30])
-def test_a_truncated_file_is_made_anew(made, tmp_path, caplog, kept):
+def test_truncated_prior_file_is_recomputed(made, tmp_path, caplog, kept):
     config, folder = config_of("barabasi_albert", steps=20), epath.Path(tmp_path)
     first = prepare(config, cache=folder)
     file = folder / priors.FILE

@@ -26,13 +26,13 @@ def assert_same(found, wanted, arguments, dy):
     ("shape", "scales"),
     [((2, 3, 4, 5), (4, 5)), ((3, 4, 5), (4, 5)), ((3, 4, 5), (1, 5)), ((4, 5),) * 2],
 )
-def test_scales_are_the_same_for_all_examples(shape, scales):
+def test_scale_by_matches_multiply(shape, scales):
     assert_same(scale_by, jnp.multiply, (normal(0, *shape), normal(1, *scales)), normal(2, *shape))
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(5, 8), (2, 3), (1, 1)])
 @pytest.mark.parametrize("side", [1, 3, 7])
-def test_a_depthwise_convolution_is_jax_s(rows, columns, side):
+def test_depthwise_matches_lax_convolution(rows, columns, side):
     x, kernel, bias = normal(0, 2, rows, columns, 6), normal(1, side, side, 1, 6), normal(2, 6)
 
     def ours(x, kernel, bias):
@@ -54,7 +54,7 @@ def test_a_depthwise_convolution_is_jax_s(rows, columns, side):
 
 
 @pytest.mark.parametrize(("dtype", "chooses"), [("float32", True), ("bfloat16", False)])
-def test_sums_in_bfloat16_are_left_to_xla(dtype, chooses):
+def test_bfloat16_products_are_left_to_xla(dtype, chooses):
     x, scales = jnp.ones((3, 4, 5), dtype), jnp.ones((4, 5), dtype)
     convolve = Depthwise(3, jnp.dtype(dtype))
     params = convolve.init(jax.random.key(0), x[None])

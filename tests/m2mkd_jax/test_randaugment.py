@@ -56,20 +56,20 @@ def test_operations_by_hand(name, argument, pixels, want):
     assert apply(name, argument, pixels) == want
 
 
-def test_colour_goes_to_grey_and_beyond():
+def test_color_desaturates_and_oversaturates():
     grey, beyond = (apply("ColorIncreasing", by, [[[200, 100, 0]]])[0][0] for by in (0.0, 1.5))
     assert grey == [118] * 3  # ITU-R 601
     assert beyond == [241, 91, 0]
 
 
-def test_sharpness_goes_both_ways():
+def test_sharpness_blurs_and_sharpens():
     spot = [[50] * 5 for _ in range(5)]
     spot[2][2] = 100
     smooth, sharp = (apply("SharpnessIncreasing", by, spot)[2][2] for by in (0.0, 2.0))
     assert smooth == 69 and sharp == 131  # (8 * 50 + 5 * 100) / 13, and as far the other way
 
 
-def test_equalize_spreads_what_lies_close():
+def test_equalize_spreads_close_values():
     """Of four equally frequent values, all but the first are a third apart."""
     values = np.asarray(
         apply("Equalize", None, np.repeat(np.arange(100, 104), 255).reshape(30, 34))
@@ -78,7 +78,7 @@ def test_equalize_spreads_what_lies_close():
 
 
 @pytest.mark.parametrize("name", ["Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"])
-def test_what_comes_in_has_the_mean_colour_of_imagenet(name):
+def test_fill_is_the_mean_colour_of_imagenet(name):
     assert FILL == (124, 116, 104)
     white = Image.new("RGB", (20, 20), (255,) * 3)
     for image, fill in ((white, FILL), (white.convert("L"), GREY_FILL)):
@@ -114,7 +114,7 @@ def test_arguments_by_hand(name, at_5, at_9):
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("name", list(OPERATIONS))
-def test_every_operation_changes_a_picture_and_keeps_its_form(name, mode):
+def test_every_operation_changes_pixels_and_keeps_size_and_mode(name, mode):
     image = picture(3).point([40 + value // 2 for value in range(256)] * 3).convert(mode)
     for magnitude, negative in itertools.product((7.0, 10.0), (False, True)):
         changed = OPERATIONS[name](image, level_argument(name, magnitude, negative))
@@ -132,7 +132,7 @@ def test_signs_and_unknown_operations():
         level_argument("Rotat", 9.0, False)
 
 
-def test_randaugment_follows_its_generator_and_leaves_a_quarter_alone():
+def test_randaugment_is_reproducible_and_leaves_a_quarter_unchanged():
     image = picture(5, 24, 24)
     results = [randaugment(image, np.random.default_rng(seed)).tobytes() for seed in range(400)]
     assert results[7] == randaugment(image, np.random.default_rng(7)).tobytes()
@@ -157,7 +157,7 @@ def drawn(monkeypatch, *, images=4000, **settings):
     return said
 
 
-def test_the_policy_is_m9_mstd_half_of_two_operations(monkeypatch):
+def test_default_policy_is_m9_mstd0_5_with_two_operations(monkeypatch):
     said = drawn(monkeypatch)
     shares = np.bincount([len(one) for one in said]) / len(said)
     np.testing.assert_allclose(shares, [0.25, 0.5, 0.25], atol=0.03)
@@ -172,14 +172,14 @@ def test_the_policy_is_m9_mstd_half_of_two_operations(monkeypatch):
     assert (config.operations, config.magnitude, config.magnitude_std) == (2, 9, 0.5)
 
 
-def test_the_operations_of_an_image_are_drawn_apart_and_with_replacement(monkeypatch):
+def test_operations_are_drawn_independently_with_replacement(monkeypatch):
     pairs = np.array([one for one in drawn(monkeypatch) if len(one) == 2], float)
     first, second = pairs[:, 0].T, pairs[:, 1].T
     assert correlation(*first, *second) < 0.12
     assert 0.03 < (first[0] == second[0]).mean() < 0.11  # one in fifteen
 
 
-def test_what_is_asked_for_is_drawn(monkeypatch):
+def test_randaugment_draws_follow_settings(monkeypatch):
     settings = {"operations": 3, "magnitude": 0.2, "magnitude_std": 0.4, "probability": 1.0}
     said = drawn(monkeypatch, images=400, **settings)
     assert {len(one) for one in said} == {3}

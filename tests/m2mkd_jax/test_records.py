@@ -93,7 +93,7 @@ def test_array_records_are_read_without_tensorflow(tmp_path):
     assert batch["image"].shape == (5, 12, 12, 3)
 
 
-def test_records_of_one_small_size_stay_in_memory(tmp_path):
+def test_small_records_of_one_size_stay_in_memory(tmp_path):
     prepared(tmp_path)
     source = load_source(config_of(tmp_path, in_memory="auto"), "train")
     with Image.open(io.BytesIO(encoded(8))) as image:
@@ -101,7 +101,7 @@ def test_records_of_one_small_size_stay_in_memory(tmp_path):
     np.testing.assert_array_equal(source.arrays["label"], np.arange(SIZE) % 3)
 
 
-def test_parts_of_splits_have_their_own_labels(tmp_path, caplog):
+def test_split_slices_have_their_own_labels(tmp_path, caplog):
     folder = prepared(tmp_path)
     for split, places in (
         ("train[2:7]", range(2, 7)),
@@ -119,7 +119,7 @@ def test_parts_of_splits_have_their_own_labels(tmp_path, caplog):
     assert "'train[80%:]' has no image for 1 classes" in caplog.text
 
 
-def test_labels_are_read_once_and_anew_for_other_records(tmp_path, monkeypatch, capsys):
+def test_labels_are_cached_and_reread_for_other_records(tmp_path, monkeypatch, capsys):
     folder = prepared(tmp_path)
     assert prepare_data.main(["pets", "--data-dir", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
@@ -152,7 +152,7 @@ def test_labels_are_read_in_chunks_of_records(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("changed", [0, 9])
-def test_labels_are_read_anew_whichever_file_is_another(tmp_path, changed):
+def test_labels_are_reread_if_any_file_differs(tmp_path, changed):
     """In a set with equally many bytes, only the first or the last file differs."""
     kept = prepared(tmp_path)
     load_source(config_of(tmp_path), "train")
@@ -163,7 +163,7 @@ def test_labels_are_read_anew_whichever_file_is_another(tmp_path, changed):
     assert load_source(config_of(tmp_path / "other"), "train").labels.tolist() == labels
 
 
-def test_a_broken_file_of_labels_is_made_again(tmp_path, caplog):
+def test_corrupt_label_cache_is_rebuilt(tmp_path, caplog):
     folder = prepared(tmp_path)
     right = load_source(config_of(tmp_path), "train").labels
     file = folder / "labels-train.npz"
@@ -182,7 +182,7 @@ def test_a_broken_file_of_labels_is_made_again(tmp_path, caplog):
         assert caplog.text.count("labels-train.npz cannot be read") == number
 
 
-def test_a_damaged_description_of_a_set_is_refused_by_name(tmp_path):
+def test_corrupt_dataset_info_is_refused(tmp_path):
     folder = prepared(tmp_path)
     for name in ("dataset_info.json", "features.json"):
         whole = (folder / name).read_bytes()
@@ -193,7 +193,7 @@ def test_a_damaged_description_of_a_set_is_refused_by_name(tmp_path):
         (folder / name).write_bytes(whole)
 
 
-def test_the_latest_version_or_the_one_asked_for(tmp_path):
+def test_find_prepared_takes_latest_or_requested_version(tmp_path):
     prepared(tmp_path, version="2.0.0")
     prepared(tmp_path, version="10.0.0")
     assert records.find_prepared(str(tmp_path), "pets").name == "10.0.0"
@@ -203,7 +203,7 @@ def test_the_latest_version_or_the_one_asked_for(tmp_path):
         records.find_prepared(str(tmp_path), "pets:3.0.0")
 
 
-def test_what_is_missing_is_named_with_what_is_there(tmp_path):
+def test_missing_sets_splits_and_files_are_named(tmp_path):
     folder = prepared(tmp_path)
     with pytest.raises(
         FileNotFoundError, match=r"name='dogs' \(there: pets\).*prepare_data\.py dogs"
@@ -232,7 +232,7 @@ def test_sets_that_cannot_be_trained_on_are_refused(tmp_path, settings, message)
         load_source(config_of(tmp_path), "train")
 
 
-def test_other_features_and_class_names_twice_are_refused(tmp_path):
+def test_wrong_features_and_duplicate_class_names_are_refused(tmp_path):
     folder = prepared(tmp_path)
     (folder / "label.labels.txt").write_text("ant\nbee\nant\n")
     with pytest.raises(ValueError, match=r"pets/1\.0\.0, names of .* more than once: ant"):
@@ -248,7 +248,7 @@ def test_other_features_and_class_names_twice_are_refused(tmp_path):
         load_source(config_of(tmp_path), "train")
 
 
-def test_a_broken_file_of_records_is_named(tmp_path):
+def test_corrupt_record_file_is_named(tmp_path):
     folder = prepared(tmp_path)
     load_source(config_of(tmp_path), "train")
     shard = next(folder.glob("*00001-of*"))
@@ -265,7 +265,7 @@ def test_a_broken_file_of_records_is_named(tmp_path):
         load_source(config_of(tmp_path), "train")
 
 
-def test_an_image_that_was_cut_off_is_named(tmp_path, monkeypatch):
+def test_truncated_image_is_a_bad_example(tmp_path, monkeypatch):
     cut = encoded(6)[:60]
     monkeypatch.setitem(globals(), "encoded", lambda i, plain=encoded: cut if i == 6 else plain(i))
     folder = prepared(tmp_path)
@@ -317,7 +317,7 @@ def tiny_imagenet(root):
     return DataConfig("tiny_imagenet", str(root), 64, labels=3, **RGB)
 
 
-def test_tiny_imagenet_as_it_is_published(tmp_path):
+def test_tiny_imagenet_in_its_published_layout(tmp_path):
     config = tiny_imagenet(tmp_path / "set")
     train, val = load_source(config, "train"), load_source(config, "val")
     assert train.label_names == val.label_names == ("n01", "n02", "n03")
@@ -331,7 +331,7 @@ def test_tiny_imagenet_as_it_is_published(tmp_path):
         load_source(config, "test")
 
 
-def test_tiny_imagenet_s_annotations_may_be_in_any_order(tmp_path):
+def test_tiny_imagenet_annotations_in_any_order(tmp_path):
     config = tiny_imagenet(tmp_path / "set")
     path = tmp_path / "set/val/val_annotations.txt"
     first, *others = path.read_text().splitlines(keepends=True)
@@ -389,7 +389,7 @@ def inaturalist(root, **changes):
 
 
 @pytest.mark.parametrize("split", ["train", "train2018"])
-def test_inaturalist_has_its_labels_from_the_json(tmp_path, split):
+def test_inaturalist_labels_come_from_the_json(tmp_path, split):
     source = load_source(inaturalist(tmp_path), split)
     assert source.label_names == ("Avis 2", "Avis 7", "Avis 9")
     np.testing.assert_array_equal(source.labels, [1, 0, 2, 1, 0, 2])
@@ -397,7 +397,7 @@ def test_inaturalist_has_its_labels_from_the_json(tmp_path, split):
         np.testing.assert_array_equal(source[4]["image"], np.asarray(image))
 
 
-def test_inaturalist_s_lists_may_be_in_any_order(tmp_path):
+def test_inaturalist_lists_in_any_order(tmp_path):
     """Images are found by id, and sorted by file name."""
     inaturalist(tmp_path)
     path = tmp_path / "train2018.json"

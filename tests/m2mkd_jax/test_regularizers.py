@@ -83,13 +83,13 @@ def test_hinge_without_near_pairs_is_0(reduction):
     np.testing.assert_array_equal(gradient, 0)
 
 
-def test_descending_on_the_hinge_parts_near_latents():
+def test_descending_the_hinge_pushes_near_latents_apart():
     near = jnp.asarray([[1.0, 0.1], [1.0, -0.1]])
     gradient = jax.grad(regularizers.hinge_repulsion)(near, hinge=0.4)
     assert distances(near - 0.1 * gradient)[0, 1] > distances(near)[0, 1]
 
 
-def test_alike_latents_give_no_nan():
+def test_identical_latents_give_finite_gradients():
     alike = jnp.ones((4, 3))
     assert np.isfinite(jax.grad(regularizers.hinge_repulsion)(alike, hinge=0.4)).all()
 
@@ -113,7 +113,7 @@ def test_mixture_loss(reduction):
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
-def test_one_component_is_the_normal_distribution_of_the_distances():
+def test_one_component_mixture_is_normal_fit_to_distances():
     mixture = regularizers.fit_mixture(jnp.asarray(ALL), components=1)
     np.testing.assert_allclose(mixture.means[0], np.mean(pairs(ALL)), rtol=1e-5)
     np.testing.assert_allclose(mixture.sigmas[0], np.std(pairs(ALL)), rtol=1e-4)
@@ -146,7 +146,7 @@ def test_block_loss(clusters, clip):
 
 
 @pytest.mark.parametrize("shape", [(24, 8), (40, 2), (7, 7), (6, 1)])
-def test_assignment_is_scipy_s(shape):
+def test_assignment_matches_scipy(shape):
     rng = np.random.default_rng(shape[0])
     rows, blocks = shape
     # With a skew, all rows prefer the same blocks.
@@ -161,7 +161,7 @@ def test_assignment_is_scipy_s(shape):
 
 
 @pytest.mark.parametrize("cost", [np.zeros((8, 4)), np.full((8, 4), np.nan)])
-def test_assignment_ends_whatever_the_costs(cost):
+def test_assignment_terminates_for_any_costs(cost):
     assigned = np.asarray(assign_blocks(jnp.asarray(cost, jnp.float32)))
     assert set(assigned) <= set(range(4))
     if np.isfinite(cost).all():
@@ -184,7 +184,7 @@ def test_clusters_must_divide_the_latents():
         (lambda: BlocksConfig(clusters=0), r"^clusters=0"),
     ],
 )
-def test_a_wrong_value_is_named(make, said):
+def test_invalid_value_is_named(make, said):
     with pytest.raises(ValueError, match=said):
         make()
 
@@ -195,7 +195,7 @@ def test_weight_moves_linearly():
     assert [regularizers.weight_at(1.0, 0.0, p) for p in (0.0, 0.5, 1.0)] == [1, 0.5, 0]
 
 
-def test_no_weight_computes_nothing():
+def test_zero_weights_compute_nothing():
     total, metrics = make_regularizer(RegularizersConfig(), SIGNATURES, kernels=KERNELS)(
         make_params(), 0.5
     )
@@ -218,7 +218,7 @@ def test_terms_are_weighted_and_reported():
 
 
 @pytest.mark.parametrize("latents", ["mediator", "all"])
-def test_shared_propagators_count_once_an_iteration(latents):
+def test_shared_propagators_count_once_per_iteration(latents):
     config = RegularizersConfig(blocks=BlocksConfig(weight=1.0, clusters=4, latents=latents))
     regularizer = make_regularizer(config, SIGNATURES, kernels=KERNELS)
     signatures = ALL if latents == "all" else SIGNATURES["mediator"]
@@ -244,7 +244,7 @@ def test_each_iteration_has_its_own_kernel():
     np.testing.assert_allclose(got, naive_block_loss(np.concatenate(links), 4, 0.9, 0.2), rtol=1e-5)
 
 
-def test_sharded_and_jitted_gradients_are_the_same():
+def test_sharded_gradients_match():
     config = RegularizersConfig(
         hinge=HingeConfig(weight=0.1, hinge=0.6),
         mixture=MixtureConfig(weight=1.0),
@@ -342,7 +342,7 @@ def test_every_setting_reaches_its_term():
     np.testing.assert_allclose(total, 0.125 * hinge + 1.5 * mixture + 3 * blocks, rtol=1e-5)
 
 
-def test_the_mixture_holds_to_the_signatures_before_training():
+def test_mixture_is_fitted_to_initial_signatures():
     config = RegularizersConfig(mixture=MixtureConfig(weight=1.0, components=1))
     regularizer = make_regularizer(config, SIGNATURES, kernels=KERNELS)
     mixture = regularizers.fit_mixture(jnp.asarray(ALL), components=1)
@@ -353,7 +353,7 @@ def test_the_mixture_holds_to_the_signatures_before_training():
     np.testing.assert_allclose(regularizer(params, 0.0)[0], want, rtol=1e-5)
 
 
-def test_bandwidths_come_in_the_order_of_the_iterations():
+def test_bandwidths_are_in_order_of_iterations():
     bandwidths = tuple(float(i) for i in range(1, 13))
     params = {f"stage_{i}": {"attention": {"bandwidth": b}} for i, b in enumerate(bandwidths, 1)}
     params |= {"graph": {}, "stage_0": {"attention": {}}, "stage_13": {"attention": {}}}

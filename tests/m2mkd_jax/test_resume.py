@@ -28,15 +28,13 @@ def same_run(workdir, undisturbed) -> bool:
     return all((workdir / n).read_bytes() == (undisturbed / n).read_bytes() for n in names)
 
 
-def test_the_lines_are_those_of_44_steps(undisturbed):
+def test_metrics_lines_of_44_steps(undisturbed):
     lines = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train/loss" in line] == [*range(3, 43, 3), 44]
     assert [line["step"] for line in lines if "test/accuracy" in line] == [11, 22, 33, 44]
 
 
-def test_killed_in_a_save_and_between_two_and_a_damaged_checkpoint_is_passed_over(
-    undisturbed, tmp_path
-):
+def test_run_resumes_after_kills_and_a_damaged_checkpoint(undisturbed, tmp_path):
     """A single run for all three cases, since starts spend most of their time importing and
     compiling."""
     workdir = tmp_path / "run"
@@ -60,7 +58,7 @@ def test_killed_in_a_save_and_between_two_and_a_damaged_checkpoint_is_passed_ove
     assert same_run(workdir, undisturbed)
 
 
-def test_another_config_is_refused_with_the_difference(undisturbed):
+def test_changed_config_is_refused_with_the_difference(undisturbed):
     before = {path: path.read_bytes() for path in undisturbed.glob("*.json*")}
     process = start(undisturbed, "--config.optim.lr=3e-3", "--config.model.moe.experts=8")
     assert process.end() == 2
@@ -69,7 +67,7 @@ def test_another_config_is_refused_with_the_difference(undisturbed):
     assert before == {path: path.read_bytes() for path in undisturbed.glob("*.json*")}
 
 
-def test_another_list_of_classes_is_refused(undisturbed, tmp_path):
+def test_changed_class_list_is_refused(undisturbed, tmp_path):
     names = [str(digit) for digit in range(10)]
     refuse_other_classes(undisturbed, names)
     refuse_other_classes(tmp_path, names[1:])  # nothing is trained there yet

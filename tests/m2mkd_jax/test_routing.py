@@ -42,7 +42,7 @@ def test_softmax_topk_keeps_the_weights_of_the_full_softmax():
 
 
 @pytest.mark.parametrize("name", TOKEN_CHOICE)
-def test_priority_puts_the_surest_tokens_first_within_each_choice(name):
+def test_priority_puts_most_confident_tokens_first_within_each_choice(name):
     routes = route(name, LOGITS, order="priority")
     np.testing.assert_array_equal(routes.token, [[2, 1, 0, 2, 1, 0]])
     np.testing.assert_array_equal(routes.expert, [[2, 0, 2, 1, 3, 0]])
@@ -51,7 +51,7 @@ def test_priority_puts_the_surest_tokens_first_within_each_choice(name):
 
 
 @pytest.mark.parametrize("name", TOKEN_CHOICE)
-def test_priority_is_by_probability_whatever_the_size_of_the_logits(name):
+def test_priority_goes_by_probability_not_logits(name):
     shifted = LOGITS + jnp.array([5.0, 0.0, -5.0])[:, None]
     np.testing.assert_array_equal(route(name, shifted, order="priority").token[0, :3], [2, 1, 0])
 
@@ -63,7 +63,7 @@ def test_tokens_of_the_same_priority_keep_their_order():
 
 
 @pytest.mark.parametrize("name", [*TOKEN_CHOICE, "expert_choice"])
-def test_a_group_is_routed_whatever_the_others_are(name):
+def test_groups_are_routed_independently(name):
     logits = np.random.default_rng(1).normal(0, 2, (3, 7, 5)).astype(np.float32)
     others = logits.copy()
     others[[0, 2]] = logits[[2, 0], ::-1]
@@ -93,14 +93,14 @@ def test_weights_stay_in_the_precision_of_the_logits():
         assert route("softmax_topk", jnp.ones((1, 2, 4), jnp.float64)).weight.dtype == jnp.float64
 
 
-def test_rank_in_expert_counts_earlier_pairs_and_ignores_foreign_ones():
+def test_rank_in_expert_counts_earlier_pairs_of_local_experts():
     rank, sizes = routers.rank_in_expert(jnp.array([1, 7, 1, 0, -1, 1]), 3)
     np.testing.assert_array_equal(sizes, [1, 3, 0])
     np.testing.assert_array_equal(rank[jnp.array([0, 2, 3, 5])], [0, 1, 0, 2])
 
 
 @pytest.mark.parametrize(("experts", "std"), [(8, 2.0), (2, 0.5)])
-def test_noise_has_the_stated_spread(experts, std):
+def test_noise_std_is_divided_by_number_of_experts(experts, std):
     logits = jnp.full((4, 1000, experts), 3.0)
     drawn = routers.noisy(logits, jax.random.key(0), std)
     np.testing.assert_allclose(jnp.std(drawn), std / experts, rtol=0.03)
@@ -149,7 +149,7 @@ def test_load_loss_of_two_choices_by_hand():
     np.testing.assert_allclose(loss, np.var(load) / np.mean(load) ** 2, rtol=1e-5)
 
 
-def test_losses_take_the_tokens_of_all_groups_together():
+def test_losses_do_not_depend_on_grouping():
     @jax.jit
     def losses(clean, drawn):
         return {

@@ -57,7 +57,7 @@ def test_losses_agree_with_one_device(runs):
     np.testing.assert_allclose(eight, one, rtol=1e-5)
 
 
-def test_parameters_and_optimizer_state_are_split(runs):
+def test_parameters_and_optimizer_state_are_sharded(runs):
     _, state = runs
     block = state.params["student"]["stage_1"]["block_0"]
     moments = state.opt_state[1].mu["student"]["stage_1"]["block_0"]
@@ -68,7 +68,7 @@ def test_parameters_and_optimizer_state_are_split(runs):
         assert split(tree["norm1"]["scale"]) == (16,)
 
 
-def test_all_parameters_and_moments_are_split_as_their_rules_say(runs):
+def test_all_parameters_and_moments_are_sharded_by_their_rules(runs):
     _, state = runs
     mesh, pairs = split_mesh(), {"is_leaf": lambda x: isinstance(x, tuple)}
     for tree in (state.params, state.opt_state[1].mu):
@@ -78,7 +78,7 @@ def test_all_parameters_and_moments_are_split_as_their_rules_say(runs):
         assert jax.tree.map(split, tree, **pairs) == expected
 
 
-def test_activations_are_split():
+def test_activations_are_sharded():
     mesh, interface = split_mesh(), Interface(8, 1, 10)
     network = vmoe.build(tiny_config("end_to_end").model, interface, stitch_width=None)
     params = network.init(jax.random.key(0))
@@ -90,7 +90,7 @@ def test_activations_are_split():
 
 
 @pytest.mark.parametrize("devices", [1, 4])
-def test_a_checkpoint_of_eight_devices_is_read_on_fewer(runs, devices):
+def test_checkpoint_of_eight_devices_loads_on_fewer(runs, devices):
     folders, _ = runs
     mesh = make_mesh(MeshConfig(fsdp=devices), jax.devices()[:devices])
     params = checkpoint.load(folders["eight"], mesh=mesh, rules=vmoe.PARTITION_RULES)
@@ -100,7 +100,7 @@ def test_a_checkpoint_of_eight_devices_is_read_on_fewer(runs, devices):
     assert up.sharding.shard_shape(up.shape) == (4, 16 // devices, 32)
 
 
-def test_a_run_of_eight_devices_goes_on_on_one(runs, tmp_path):
+def test_run_on_eight_devices_resumes_on_one(runs, tmp_path):
     folders, _ = runs
     shutil.copytree(folders["eight"], tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
@@ -127,7 +127,7 @@ def test_no_partition_rule_is_idle():
     assert idle_rules(vmoe.PARTITION_RULES, shapes["vmoe"]) == []
 
 
-def test_a_width_that_does_not_divide_is_named(tmp_path):
+def test_indivisible_width_is_named(tmp_path):
     config = tiny_config("end_to_end")
     mesh = make_mesh(MeshConfig(data=1, fsdp=8))
     narrow = dataclasses.replace(config.model, width=12)

@@ -112,7 +112,7 @@ def test_two_tokens_by_hand():
 
 
 @pytest.mark.parametrize("slots", [None, 3])
-def test_equals_a_loop_over_tokens_slots_and_experts(slots):
+def test_layer_matches_loop_over_tokens_slots_and_experts(slots):
     layer, params, x = make(dataclasses.replace(SOFT, slots_per_expert=slots))
     # Five tokens and four experts: two slots each is the minimum with room for all.
     assert params["router"]["phi"].shape == (D, E, slots or 2)
@@ -130,7 +130,7 @@ def test_images_of_a_batch_do_not_mix():
     assert not np.any(np.all(np.isclose(y[1:], beside[1:]), axis=(1, 2)))
 
 
-def test_a_vector_of_zeros_has_no_direction_and_no_gradient():
+def test_unit_of_zero_vector_is_zero_with_zero_gradient():
     x = jnp.asarray([[3.0, 4.0], [0.0, 0.0]])
     np.testing.assert_allclose(unit(x, -1), [[0.6, 0.8], [0, 0]], rtol=1e-6)
     slope = jax.grad(lambda x: jnp.sum(unit(x, -1)[:, 0]))(x)
@@ -138,7 +138,7 @@ def test_a_vector_of_zeros_has_no_direction_and_no_gradient():
     np.testing.assert_allclose(slope, [[0.128, -0.096], [0, 0]], rtol=1e-5)
 
 
-def test_gradients_are_finite_and_reach_everything():
+def test_gradients_are_finite_and_reach_all_parameters():
     layer, params, x = make()
     x = x.at[0, 0].set(0)  # has no direction
     _, _, gradients = run(layer, params, x)
@@ -151,7 +151,7 @@ def test_gradients_are_finite_and_reach_everything():
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 4), (8, 1, 1)], ids=str)
-def test_a_mesh_changes_nothing(shape):
+def test_layer_on_mesh_matches_one_device(shape):
     layer, params, x = make()
     expected = run(layer, params, x)
     mesh = jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
@@ -161,7 +161,7 @@ def test_a_mesh_changes_nothing(shape):
     assert_close(got, expected, 2e-5)
 
 
-def test_experts_of_other_devices_are_asked_by_all_to_all():
+def test_experts_on_other_devices_are_reached_by_all_to_all():
     layer, params, x = make()
     mesh = jax.make_mesh((2, 1, 4), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
     spec = jax.sharding.PartitionSpec
@@ -175,7 +175,7 @@ def test_experts_of_other_devices_are_asked_by_all_to_all():
     assert "all-gather(" not in text
 
 
-def test_bfloat16_computes_its_weights_in_float32():
+def test_bfloat16_layer_computes_routing_weights_in_float32():
     layer, params, x = make()
     exact = run(layer, params, x)
     y, wrote, gradients = run(MoeMlp(SOFT, F, jnp.bfloat16), params, x)
@@ -186,7 +186,7 @@ def test_bfloat16_computes_its_weights_in_float32():
         assert np.linalg.norm(got - true) < 0.03 * np.linalg.norm(true)
 
 
-def test_the_gate_is_exact_whatever_the_type_of_tokens():
+def test_gate_is_exact_for_bfloat16_tokens():
     layer, params, x = make(dtype=jnp.bfloat16)
     (y, wrote, _), (_, wide, _) = run(layer, params, x), run(layer, params, x.astype(jnp.float32))
     assert wrote["moe"]["balance_loss"].dtype == jnp.float32
@@ -216,7 +216,7 @@ def test_fields_of_other_routers_are_refused(fields, message):
         freeze(MoeConfig, {"router": "soft", **fields}, "config.model.moe")
 
 
-def test_what_does_not_fit_the_mesh_is_refused():
+def test_sizes_that_do_not_fit_the_mesh_are_refused():
     with pytest.raises(ValueError, match=r"experts=4 must be a multiple of .* axis, 8"):
         check_moe(SOFT, {"expert": 8}, 8)
     with pytest.raises(ValueError, match=r"a batch of 12 examples must be a multiple of .* 8"):
@@ -230,7 +230,7 @@ def build(**switches):
 
 
 @pytest.mark.parametrize("switch", ["remat", "scan_layers"])
-def test_recomputing_and_looping_change_nothing(switch):
+def test_remat_and_scan_change_nothing(switch):
     params = fill(build().init)
     images = jnp.asarray(np.random.default_rng(1).normal(size=(4, 8, 8, 1)), jnp.float32)
     found = []
@@ -267,7 +267,7 @@ def test_students_learn_inside_the_meta_model():
         assert router["scale"] != 0
 
 
-def test_a_run_on_eight_devices_records_its_layers_and_is_loaded_whole(tmp_path):
+def test_run_on_eight_devices_logs_its_layers_and_loads(tmp_path):
     optim = dataclasses.replace(OPTIM, steps=4)
     config = tiny_config("end_to_end", moe=SOFT, optim=optim, stages=2)
     end_to_end.run(config, tmp_path, split_mesh())

@@ -49,7 +49,7 @@ def zipped(folder, path, compression=zipfile.ZIP_STORED):
     return path
 
 
-def test_digits_are_whole_and_stay_in_memory():
+def test_digits_are_complete_and_in_memory():
     train, test = (load_source(DataConfig(), split) for split in ("train", "test"))
     assert (len(train), len(test)) == (1437, 360)
     images = np.concatenate([train.arrays["image"], test.arrays["image"]])
@@ -74,7 +74,7 @@ def test_digits_are_whole_and_stay_in_memory():
         ({"bad_share": 1.0}, r"^bad_share=1.0"),
     ],
 )
-def test_a_wrong_config_names_its_key(settings, message):
+def test_invalid_config_names_its_key(settings, message):
     with pytest.raises(ValueError, match=message):
         DataConfig(**settings)
 
@@ -132,7 +132,7 @@ def test_threads_share_a_zip(folder, tmp_path):
     assert batches[0]["image"].dtype == np.uint8 and batches[0]["label"].dtype == np.int32
 
 
-def test_a_broken_zip_is_refused_by_name(folder, tmp_path):
+def test_compressed_or_truncated_zip_is_refused_by_name(folder, tmp_path):
     packed = zipped(folder, tmp_path / "packed.zip", zipfile.ZIP_DEFLATED)
     with pytest.raises(ValueError, match=r"packed\.zip.*cat/0\.jpg.*zip -0"):
         load_source(config_of(packed), "train")
@@ -153,7 +153,7 @@ def test_a_flipped_byte_in_a_zip_is_a_bad_example(folder, tmp_path):
         load_source(config_of(path), "train")[0]
 
 
-def test_missing_paths_and_splits_say_what_is_there(folder, tmp_path):
+def test_missing_paths_and_splits_list_what_exists(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.data\.path=.*nowhere.*beside it: set"):
         load_source(config_of(tmp_path / "nowhere"), "train")
     with pytest.raises(FileNotFoundError, match=r"config\.data\.path=''"):
@@ -169,7 +169,7 @@ def test_missing_paths_and_splits_say_what_is_there(folder, tmp_path):
 
 
 @pytest.mark.parametrize("inside", ["train/", ""])
-def test_a_folder_of_a_zip_for_each_split(folder, tmp_path, inside):
+def test_folder_with_one_zip_per_split(folder, tmp_path, inside):
     root = tmp_path / "zips"
     root.mkdir()
     with zipfile.ZipFile(root / "train.zip", "w") as archive:
@@ -219,7 +219,7 @@ def test_small_sets_stay_decoded(tmp_path, sizes, mode, held):
             assert source.arrays["label"][i] == plain[i]["label"]
 
 
-def test_chunks_of_images_are_decoded_into_their_places(tmp_path, monkeypatch):
+def test_images_are_decoded_in_chunks(tmp_path, monkeypatch):
     root = make_small(tmp_path, (20,) * 11)
     (root / "train/cat/0.png").write_bytes(b"")  # the first image, so that the size is unknown
     plain = load_source(config_of(root, labels=2, in_memory="never"), "train")
@@ -231,7 +231,7 @@ def test_chunks_of_images_are_decoded_into_their_places(tmp_path, monkeypatch):
         assert source[index]["label"] == plain[index]["label"] == (index > 5)
 
 
-def test_too_many_bytes_stay_on_the_disk(tmp_path, monkeypatch):
+def test_large_sets_stay_on_disk(tmp_path, monkeypatch):
     root = make_small(tmp_path, (20,) * 4)
     for limit, held in ((4 * 1200, True), (4 * 1200 - 1, False)):
         monkeypatch.setattr("m2mkd_jax.data.sources.MEMORY_BYTES", limit)
@@ -239,7 +239,7 @@ def test_too_many_bytes_stay_on_the_disk(tmp_path, monkeypatch):
         assert (source.arrays is not None) == held
 
 
-def test_what_cannot_be_held_in_memory_is_refused(tmp_path):
+def test_in_memory_always_needs_images_of_one_size(tmp_path):
     root = make_small(tmp_path, (20, 24))
     with pytest.raises(ValueError, match=r"in_memory='always' needs images of one size.*20 x 20"):
         load_source(config_of(root, labels=2, in_memory="always"), "train")
@@ -247,7 +247,7 @@ def test_what_cannot_be_held_in_memory_is_refused(tmp_path):
         config_of(root, in_memory="yes")
 
 
-def test_a_bad_image_among_decoded_ones_is_still_counted(tmp_path):
+def test_bad_image_in_a_decoded_set_is_counted(tmp_path):
     root, report = make_small(tmp_path / "set", (20,) * 6), tmp_path / "bad_examples.jsonl"
     (root / "train/cat/2.png").write_bytes(b"")
     source = load_source(config_of(root, labels=2), "train")
@@ -283,7 +283,7 @@ def test_wrong_classes_are_refused(folder, tmp_path):
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda _: b"x"])
-def test_a_bad_image_is_counted_reported_and_stops_above_the_share(folder, tmp_path, damage):
+def test_bad_images_are_reported_and_stop_the_run_above_bad_share(folder, tmp_path, damage):
     for name in ("cat/2.png", "owl/0.jpg"):
         file = folder / "train" / name
         file.write_bytes(damage(file.read_bytes()))
@@ -329,7 +329,7 @@ def test_small_images_are_not_resized(tmp_path):
             next(train_batches(source, transform=transform, seed=0, batch=1))
 
 
-def test_a_few_of_each_class():
+def test_per_class_keeps_the_first_images_of_each_class():
     whole = load_source(DataConfig(), "train")
     few = load_source(DataConfig(per_class=7, test_per_class=3), "train")
     assert np.bincount(few.labels).tolist() == [7] * 10

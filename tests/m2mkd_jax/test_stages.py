@@ -37,14 +37,14 @@ X = jnp.asarray(np.random.default_rng(0).normal(size=(4, WIDTH)), jnp.float32)
 PARAMS = NETWORK.init(KEY)
 
 
-def test_the_number_of_a_stage_is_read_from_its_own_name_alone():
+def test_stage_number_reads_only_stage_names():
     assert [stage_number(stage_name(stage)) for stage in (0, 9, 10)] == [0, 9, 10]
     for name in ("graph", "stage_", "stage_01", "stage_-1", "stage_1/head", "module_1"):
         with pytest.raises(ValueError, match="is not the name of a stage"):
             stage_number(name)
 
 
-def test_a_stage_starts_from_the_key_and_its_own_name():
+def test_stage_initialisation_folds_in_the_stage_name():
     for stage in range(3):
         name = f"stage_{stage}"
         want = Layer().init(fold_name(KEY, name), X, train=False)["params"]
@@ -55,7 +55,7 @@ def test_a_stage_starts_from_the_key_and_its_own_name():
     assert np.all(other["stage_1"]["kernel"] != PARAMS["stage_1"]["kernel"])
 
 
-def test_only_the_stages_that_are_asked_for_start():
+def test_only_requested_stages_are_initialised():
     assert list(PARAMS) == ["stage_0", "stage_1", "stage_2"]
     assert list(NETWORK.init(KEY, only=(2, 0))) == ["stage_2", "stage_0"]
     assert NETWORK.init(KEY, only=()) == {}
@@ -70,7 +70,7 @@ def draws_of(rngs, **span):
     }
 
 
-def test_every_stage_and_stream_draws_for_itself():
+def test_draws_are_independent_across_stages_and_streams():
     rngs = {"a": jax.random.key(1), "b": jax.random.key(2)}
     draws = draws_of(rngs)
     assert len(draws) == 6
@@ -86,7 +86,7 @@ def test_every_stage_and_stream_draws_for_itself():
         np.testing.assert_array_equal(draw, draws[place])
 
 
-def test_the_key_of_a_stage_is_the_stream_s_with_its_name_folded_in():
+def test_stage_keys_fold_the_stage_name_into_the_stream_key():
     rngs = {"a": jax.random.key(1), "b": jax.random.key(2)}
     y, _ = NETWORK.apply(PARAMS, X, start=2, train=True, rngs=rngs)
     folded = {stream: fold_name(key, "stage_2") for stream, key in rngs.items()}
@@ -96,7 +96,7 @@ def test_the_key_of_a_stage_is_the_stream_s_with_its_name_folded_in():
     np.testing.assert_array_equal(y, want)
 
 
-def test_keys_alone_draw_nothing():
+def test_keys_are_unused_in_evaluation():
     rngs = {"a": jax.random.key(1), "b": jax.random.key(2)}
     with_keys, _ = NETWORK.apply(PARAMS, X, rngs=rngs)
     np.testing.assert_array_equal(with_keys, NETWORK.apply(PARAMS, X)[0])
@@ -104,7 +104,7 @@ def test_keys_alone_draw_nothing():
 
 @pytest.mark.parametrize("start", range(4))
 @pytest.mark.parametrize("stop", [*range(4), None])
-def test_the_stages_from_start_to_before_stop_are_run(start, stop):
+def test_apply_runs_stages_from_start_up_to_stop(start, stop):
     want = np.asarray(X)
     for stage in range(start, 3 if stop is None else stop):
         want = want @ np.asarray(PARAMS[stage_name(stage)]["kernel"])
@@ -113,7 +113,7 @@ def test_the_stages_from_start_to_before_stop_are_run(start, stop):
     assert list(recorded) == [stage_name(i) for i in range(start, 3 if stop is None else stop)]
 
 
-def test_what_is_recorded_is_handed_back_by_stage():
+def test_records_are_returned_by_stage():
     _, recorded = NETWORK.apply(PARAMS, X, record=("other",))
     (first,) = recorded["stage_0"]["other"]["x"]
     np.testing.assert_array_equal(first, X)
@@ -140,7 +140,7 @@ def test_a_stitch_by_hand():
     np.testing.assert_allclose(got[0], want, rtol=1e-5)
 
 
-def test_a_stitch_starts_small_and_without_bias():
+def test_stitch_initialisation():
     x = jnp.zeros((1, 2, 64))
     params = Stitch(128, jnp.float32).init(jax.random.key(0), x)["params"]
     np.testing.assert_array_equal(params["norm"]["scale"], np.ones(64))

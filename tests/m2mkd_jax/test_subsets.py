@@ -13,7 +13,7 @@ def numbers(labels, names):
     return ArraySource({"image": np.arange(len(labels)), "label": labels}, tuple(names))
 
 
-def test_the_first_of_each_class_stay_in_their_order():
+def test_first_of_each_class_keeps_their_order():
     source = numbers([2, 0, 2, 1, 0, 2, 1, 0], "abc")
     few = first_of_each_class(source, 2)
     assert few.indices.tolist() == [0, 1, 2, 3, 4, 6]
@@ -23,7 +23,7 @@ def test_the_first_of_each_class_stay_in_their_order():
         first_of_each_class(source, 3)
 
 
-def test_labels_are_those_of_the_training_set_by_name():
+def test_labels_are_matched_to_training_set_by_name():
     """The order differs from its own inverse."""
     source = numbers([0, 1, 2, 1], ("bee", "cat", "ant"))
     found = with_labels_of(source, ("ant", "bee", "cat"), at="the test set")
@@ -33,7 +33,7 @@ def test_labels_are_those_of_the_training_set_by_name():
     assert with_labels_of(source, source.label_names, at="") is source
 
 
-def test_a_subset_of_a_subset_has_the_examples_of_the_whole():
+def test_subset_of_a_subset_indexes_the_original_examples():
     source = numbers([0, 1, 2, 1, 0], "abc")
     half = Subset(source, np.array([4, 2, 3]), np.array([7, 8, 9], np.int32), tuple("abcdefghij"))
     again = Subset(half, np.array([2, 0]), np.array([1, 0], np.int32), ("x", "y"))

@@ -47,7 +47,7 @@ def write_csv(path, rows, header="path,label"):
     path.write_text("".join(f"{line}\n" for line in (header, *map(",".join, rows))))
 
 
-def test_a_table_for_each_split(tmp_path):
+def test_one_table_per_split(tmp_path):
     rows = flat(tmp_path)
     write_csv(tmp_path / "train.csv", [row for row in rows if "0" not in row[0]])
     write_csv(tmp_path / "test.csv", [row for row in rows if row[0].endswith("c0.png")])
@@ -60,7 +60,7 @@ def test_a_table_for_each_split(tmp_path):
         load_source(data_of(tmp_path, train_split="tests"), "tests")
 
 
-def test_a_table_with_a_column_of_splits(tmp_path):
+def test_table_with_a_split_column(tmp_path):
     rows = [
         (str(tmp_path / file), label, "test" if "3" in file else "fit")
         for file, label in flat(tmp_path)
@@ -92,7 +92,7 @@ def test_a_table_with_a_column_of_splits(tmp_path):
         ((("a.png", "ant"),), "path,label", r"no column 'split', .*set config\.data\.test_share"),
     ],
 )
-def test_what_a_table_lacks_is_named(tmp_path, rows, header, message):
+def test_table_errors_are_named(tmp_path, rows, header, message):
     write_csv(tmp_path / "t.csv", rows, header)
     share = 0.0 if "test_share" in message else 0.5
     with pytest.raises(ValueError, match=message):
@@ -105,7 +105,7 @@ def folders(root, sizes):
             draw(root / name / f"{copy}.png", 50 * number + copy)
 
 
-def test_a_share_of_every_class_is_kept_for_the_test(tmp_path, caplog):
+def test_fraction_of_every_class_is_held_out_for_testing(tmp_path, caplog):
     folders(tmp_path, {"ant": 20, "bee": 5, "cat": 2})
     config = data_of(tmp_path, "folder", test_share=0.2)
     with caplog.at_level(logging.INFO):
@@ -132,7 +132,7 @@ def test_a_share_of_every_class_is_kept_for_the_test(tmp_path, caplog):
         ({"train_split": "test"}, r"^test_share=0\.2 needs two names: .* both 'test'"),
     ],
 )
-def test_a_share_needs_a_set_that_is_not_split(tmp_path, settings, message):
+def test_holding_out_a_fraction_needs_an_unsplit_set(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         DataConfig(**{"source": "folder", "path": "x", "test_share": 0.2} | settings)
 
@@ -146,7 +146,7 @@ LISTS = {
 
 
 @pytest.mark.parametrize("text", LISTS.values(), ids=LISTS)
-def test_a_flat_split_with_a_list(tmp_path, text):
+def test_flat_split_with_a_class_list(tmp_path, text):
     folders(tmp_path / "train", dict.fromkeys(CLASSES, 1))
     for number, name in enumerate(CLASSES):
         draw(tmp_path / f"val/{name[0]}0.png", number)
@@ -168,14 +168,14 @@ def test_a_flat_split_with_a_list(tmp_path, text):
         ("a0.png ant\na0.png bee\n", r"val\.txt: these names occur more than once: val/a0\.png"),
     ],
 )
-def test_a_list_that_does_not_fit_is_named(tmp_path, text, message):
+def test_mismatched_list_is_named(tmp_path, text, message):
     draw(tmp_path / "val/a0.png", 0)
     (tmp_path / "val.txt").write_text(text)
     with pytest.raises(ValueError, match=message):
         load_source(data_of(tmp_path, "folder"), "val")
 
 
-def test_an_image_that_the_list_leaves_out_is_named(tmp_path):
+def test_image_missing_from_the_list_is_named(tmp_path):
     for name in ("a0", "b0"):
         draw(tmp_path / f"val/{name}.png", 0)
     (tmp_path / "val.txt").write_text("a0 ant\n")
@@ -183,7 +183,7 @@ def test_an_image_that_the_list_leaves_out_is_named(tmp_path):
         load_source(data_of(tmp_path, "folder"), "val")
 
 
-def test_settings_are_found(tmp_path):
+def test_settings_are_detected(tmp_path):
     given = vars(DataConfig())
     folders(tmp_path / "whole", dict.fromkeys(CLASSES, 2))
     folders(tmp_path / "split/train", dict.fromkeys(CLASSES, 2))
@@ -220,6 +220,6 @@ def test_settings_are_found(tmp_path):
         discover.settings_of(str(tmp_path / "pictures"), given)
 
 
-def test_a_path_that_digits_do_not_read_is_named(tmp_path, caplog):
+def test_path_ignored_by_digits_gives_a_warning(tmp_path, caplog):
     load_source(DataConfig(path=str(tmp_path)), "test")
     assert "is ignored: config.data.source='digits' needs no files" in caplog.text

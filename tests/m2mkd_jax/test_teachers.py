@@ -131,7 +131,7 @@ def module_logits(params, name, stage):
     return meta.apply(params["meta"], x, start=stage + 1)[0]
 
 
-def test_a_table_says_which_teachers_teach_which_module(root):
+def test_table_assigns_teachers_to_modules(root):
     table = {0: "b", 1: "ab", 2: "a"}
 
     def by_hand(params):
@@ -147,7 +147,7 @@ def test_a_table_says_which_teachers_teach_which_module(root):
     assert np.ptp(found["module_1"], axis=0).max() > 1e-3
 
 
-def test_a_teacher_named_twice_runs_once_and_teaches_as_one(root):
+def test_duplicate_teacher_runs_once_and_counts_as_one(root):
     single, twice, two = (
         dataclasses.replace(config, module="1")
         for config in (taught_by_one(root), taught(root, "a", "a"), taught(root, "a", "b"))
@@ -161,14 +161,14 @@ def test_a_teacher_named_twice_runs_once_and_teaches_as_one(root):
     assert set(describe(twice, MESH).helpers) == {"meta", "teacher_0"}
 
 
-def test_a_program_of_some_modules_reads_their_teachers_alone(root):
+def test_program_reads_only_the_teachers_of_its_modules(root):
     config = taught(root, "a", "b", table=("0", "1", "1"), module="1+2")
     shapes = describe(config, MESH).helpers
     assert set(shapes) == {"meta", "teacher_1"}
     assert set(shapes["teacher_1"]) == {"stage_1", "stage_2"}
 
 
-def test_teachers_teach_a_nac(root):
+def test_several_teachers_distill_into_a_nac(root):
     config = taught(root, "a", "b", model=NAC)
     task = describe(config, MESH).task(steps_per_epoch=10)
     params = jax.eval_shape(task.init, jax.random.key(0))
@@ -177,7 +177,7 @@ def test_teachers_teach_a_nac(root):
     assert {f"module_{stage}/distillation" for stage in range(3)} <= set(metrics)
 
 
-def test_whole_teachers_teach_a_whole_student_their_logits(root):
+def test_whole_student_is_taught_logits_of_whole_teachers(root):
     config = taught(root, "a", "wide", phase="end_to_end", baseline=DistillConfig("soft"))
 
     def by_hand(params):
@@ -205,7 +205,7 @@ def joined(root):
     return config
 
 
-def test_joining_trains_the_stitches_and_the_head_alone(root, joined):
+def test_joining_trains_only_stitches_and_head(root, joined):
     before = traverse_util.flatten_dict(params_of(root, "wide")["teacher"]["stage_1"], sep="/")
     after = traverse_util.flatten_dict(params_of(root, "joined")["module"]["stage_1"], sep="/")
     stitches = {path for path in after if "_stitch/" in path}
@@ -222,7 +222,7 @@ def test_joining_trains_the_stitches_and_the_head_alone(root, joined):
     assert len(trained - head) == 4 * 4
 
 
-def test_joining_needs_the_section_of_the_network(root, joined, tmp_path):
+def test_joining_needs_the_config_of_the_teacher(root, joined, tmp_path):
     other = dataclasses.replace(joined, teacher=dataclasses.replace(joined.teacher, heads=2))
     with pytest.raises(
         ValueError, match=r"is not the network that .* --config\.teacher\.heads='3'"
@@ -241,7 +241,7 @@ def run(root, joined, tmp_path_factory):
     return config, workdir
 
 
-def test_the_account_says_what_joins_each_teacher(run):
+def test_account_records_how_each_teacher_is_joined(run):
     account = read_json(run[1] / "teachers.json")
     assert list(account) == [f"config.sources.teachers[{i}]" for i in range(2)]
     wide, plain = account.values()
@@ -254,7 +254,7 @@ def test_the_account_says_what_joins_each_teacher(run):
     assert [entry["subtree"] for entry in wide["taken"]] == ["module/stage_1"]
 
 
-def test_a_run_with_several_teachers_resumes_to_the_bit(run, tmp_path):
+def test_run_with_several_teachers_resumes_bit_for_bit(run, tmp_path):
     config, workdir = run
     resumed = tmp_path / "run"
     shutil.copytree(workdir, resumed)
@@ -267,7 +267,7 @@ def test_a_run_with_several_teachers_resumes_to_the_bit(run, tmp_path):
         assert (resumed / name).read_bytes() == (workdir / name).read_bytes()
 
 
-def test_a_run_with_several_teachers_is_opened(run):
+def test_open_run_with_several_teachers(run):
     trained = open_run(run[1])
     batch = {"image": np.zeros((8, 8, 8, 1), np.uint8)}
     ((_, found),) = run_batches(trained, [batch], lambda logits, batch: logits)
@@ -284,17 +284,17 @@ def test_a_run_with_several_teachers_is_opened(run):
         (("0", "", "1"), r"teachers\[1\]='' must be a non-empty string"),
     ],
 )
-def test_a_table_that_leaves_a_module_without_a_teacher_is_refused(root, table, problem):
+def test_invalid_teacher_tables_are_refused(root, table, problem):
     with pytest.raises(ValueError, match=problem):
         taught(root, "a", "b", table=table)
 
 
-def test_one_teacher_and_several_are_not_both_named():
+def test_teacher_and_teachers_are_mutually_exclusive():
     with pytest.raises(ValueError, match=r"name all teachers in sources\.teachers"):
         dataclasses.replace(PLAIN, sources=SourcesConfig(teacher="a", teachers=("b",)))
 
 
-def test_teachers_that_do_not_fit_are_refused_before_anything_is_compiled(root, joined):
+def test_mismatched_teachers_are_refused_before_compiling(root, joined):
     del joined
     missing = taught(root, "a", "gone")
     with pytest.raises(FileNotFoundError, match=r"^config\.sources\.teachers\[1\]=.*gone"):
@@ -318,7 +318,7 @@ def test_teachers_that_do_not_fit_are_refused_before_anything_is_compiled(root, 
         describe(whole, MESH)
 
 
-def test_classes_of_other_names_are_refused(root, run, tmp_path):
+def test_teachers_with_other_class_names_are_refused(root, run, tmp_path):
     config, workdir = run
     other = shutil.copytree(root / "a", tmp_path / "other")
     names = read_json(workdir / "classes.json")["names"]
@@ -332,7 +332,7 @@ def test_classes_of_other_names_are_refused(root, run, tmp_path):
         run_phase(config, tmp_path / "run", MESH)
 
 
-def test_a_pipeline_with_teachers_needs_their_meta_model_and_trains_neither(root):
+def test_pipeline_with_teachers_needs_a_given_meta_model(root):
     sources = SourcesConfig(meta=str(root / "meta"), teachers=(str(root / "a"),))
     config = dataclasses.replace(tiny_pipeline(), sources=sources)
     check_sources(config)

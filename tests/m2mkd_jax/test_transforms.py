@@ -49,7 +49,7 @@ def test_crops_by_hand(draws, size, box):
     assert box_of(draws, height=size[0], width=size[1]) == box
 
 
-def test_the_first_of_ten_tries_that_fits_is_taken():
+def test_crop_box_takes_first_fitting_try_of_ten():
     fits = (0.0, 0.5, 0.0, 0.0)
     assert box_of(TOO_WIDE, TOO_TALL, fits) == (0, 0, 28, 28)
     assert box_of(*[TOO_WIDE] * 9, fits) == (0, 0, 28, 28)
@@ -65,13 +65,13 @@ def test_the_first_of_ten_tries_that_fits_is_taken():
         (90, 210, (0, 45, 90, 120)),
     ],
 )
-def test_where_no_try_fits_the_centre_is_taken(height, width, box):
+def test_crop_box_falls_back_to_the_centre(height, width, box):
     none = TOO_TALL if width > height else TOO_WIDE
     assert box_of(*[none] * 10, height=height, width=width) == box
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 50), (224, 224), (10, 300), (300, 10)])
-def test_random_crops_lie_inside_and_keep_their_ranges(height, width):
+def test_random_crops_stay_inside_the_image_and_their_ranges(height, width):
     rng = np.random.default_rng(0)
     boxes = np.array([transforms.crop_box(rng, height=height, width=width) for _ in range(500)])
     top, left, tall, wide = boxes.T
@@ -100,7 +100,7 @@ def test_random_crops_reach_every_edge_and_both_aspects():
     assert correlation((tall * wide)[inside], log_aspect[inside], down, right) < 0.08
 
 
-def test_a_crop_is_cut_out_before_it_is_resized():
+def test_random_resized_crop_cuts_before_resizing():
     image = picture(0, 100, 110)
     rng = Scripted(np.array((0.0, 1.0, 0.5, 0.999)))
     height, width = 26, 34  # 880 pixels, 4 : 3
@@ -122,7 +122,7 @@ def windows(pixels, padding):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_padded_crops_and_flips_reach_every_place_alike(channels):
+def test_padded_crops_and_flips_are_uniform(channels):
     pixels = np.random.default_rng(0).integers(1, 256, (5, 5, channels), dtype=np.uint8)
     transform = transforms.TrainTransform(5, AugmentConfig(padding=1, flip=True))
     rng = np.random.default_rng(1)
@@ -136,7 +136,7 @@ def test_padded_crops_and_flips_reach_every_place_alike(channels):
     assert counts.min() > 60 and counts.max() < 140
 
 
-def test_nothing_is_done_that_is_not_asked_for():
+def test_default_transform_is_identity():
     pixels = np.asarray(picture(0, 32, 32))  # the largest size that is not resized
     transform = transforms.TrainTransform(32, AugmentConfig())
     rng = np.random.default_rng(0)
@@ -144,7 +144,7 @@ def test_nothing_is_done_that_is_not_asked_for():
         np.testing.assert_array_equal(transform({"image": pixels}, rng)["image"], pixels)
 
 
-def test_randaugment_comes_last_and_with_its_settings(monkeypatch):
+def test_randaugment_runs_last_with_its_settings(monkeypatch):
     asked = []
 
     def invert(image, rng, **settings):
@@ -171,7 +171,7 @@ def test_large_images_are_cropped_and_flipped_half_the_time():
     assert 0.42 < rises.mean() < 0.58
 
 
-def test_the_centre_by_hand():
+def test_centre_crop_by_hand():
     wide = picture(0, 60, 90)
     scaled = wide.resize((61, 41), Image.Resampling.BICUBIC)  # int(256 / 224 * 36), int(61.5)
     want = np.asarray(scaled)[2:38, 12:48]  # 2.5 and 12.5, rounded to even
@@ -182,14 +182,14 @@ def test_the_centre_by_hand():
 
 
 @pytest.mark.parametrize(("side", "short"), [(224, 256), (384, 438), (392, 448)])
-def test_sides_as_they_are_published(side, short):
+def test_published_resize_sides(side, short):
     image = picture(0, short, short).convert("L")
     edge = (short - side) // 2
     want = np.asarray(image)[edge : edge + side, edge : edge + side]
     np.testing.assert_array_equal(np.asarray(transforms.resize_and_centre(image, side)), want)
 
 
-def test_evaluation_resizes_what_is_larger_than_32_pixels():
+def test_evaluation_resizes_only_images_larger_than_32_pixels():
     grey = {"source": "folder", "labels": 2}
     assert transforms.eval_transform(DataConfig()) is None
     small = transforms.eval_transform(DataConfig(image_size=32, **grey))
@@ -200,7 +200,7 @@ def test_evaluation_resizes_what_is_larger_than_32_pixels():
     assert found["image"].shape == (33, 33, 3) and found["label"] == 1
 
 
-def test_only_what_the_device_cannot_do_is_done_here():
+def test_host_does_only_what_the_device_cannot():
     grey = {"source": "folder", "labels": 2}
     small, large = (DataConfig(image_size=side, **grey) for side in (32, 33))
     plain, rand = AugmentConfig(padding=1, flip=True), AugmentConfig(randaugment=True)
@@ -215,7 +215,7 @@ def test_only_what_the_device_cannot_do_is_done_here():
         transforms.train_transform(small, plain, arrays=wrong)
 
 
-def test_pictures_of_a_source_train_as_its_pixels_do(tmp_path):
+def test_pictures_and_pixels_transform_alike(tmp_path):
     for number in range(2):
         picture(number, 40, 50).save(tmp_path / f"{number}.png")
     files, labels = DirectoryFiles(tmp_path, ("0.png", "1.png")), np.array([1, 0], np.int32)

@@ -49,7 +49,7 @@ def start(config):
     return network, upcycle(config, parameter_shapes(config, network, "student", ONE))
 
 
-def test_an_upcycled_v_moe_computes_what_the_vit_does(dense):
+def test_upcycled_vmoe_matches_the_vit(dense):
     source, params = dense
     config = config_of(source)
     network, found = start(config)
@@ -74,7 +74,7 @@ def test_an_upcycled_v_moe_computes_what_the_vit_does(dense):
         ({"router": "softmax_topk", "chosen": 1}, False),
     ],
 )
-def test_a_layer_s_gates_weigh_one_mlp(dense, moe, sums_to_one):
+def test_upcycled_layer_is_the_mlp_times_its_gates(dense, moe, sums_to_one):
     """y = sum(gates) MLP(x), which holds for any router that drops no token."""
     source, params = dense
     config = config_of(source, **moe)
@@ -94,7 +94,7 @@ def test_a_layer_s_gates_weigh_one_mlp(dense, moe, sums_to_one):
     assert np.allclose(gates, 1, rtol=1e-6) == sums_to_one
 
 
-def test_every_expert_is_the_mlp_and_the_record_says_so(dense):
+def test_every_expert_copies_the_mlp_and_the_account_says_so(dense):
     source, params = dense
     _, found = start(config_of(source))
     flat = traverse_util.flatten_dict(found.params["student"], sep="/")
@@ -126,7 +126,7 @@ def test_every_expert_is_the_mlp_and_the_record_says_so(dense):
         ({"qkv_bias": False}, r"stage_0/block_0/attention/qkv/bias of shape .* has no place"),
     ],
 )
-def test_what_does_not_fit_is_named_before_anything_is_compiled(dense, tmp_path, change, message):
+def test_mismatched_vit_is_refused_before_compiling(dense, tmp_path, change, message):
     config = config_of(dense[0])
     model = dataclasses.replace(config.model, moe_blocks="1", **change)
     config = dataclasses.replace(config, model=model)
@@ -135,7 +135,7 @@ def test_what_does_not_fit_is_named_before_anything_is_compiled(dense, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
-def test_upcycling_what_is_no_vit_is_refused(tmp_path):
+def test_upcycling_from_a_non_vit_is_refused(tmp_path):
     config = tiny_config("end_to_end")
     checkpoint.write_params(tmp_path, {"student": {"a": np.ones(2)}}, unfreeze(config).to_dict())
     with pytest.raises(ValueError, match=r"holds \['student'\], but must hold a dense ViT"):
@@ -151,7 +151,7 @@ def test_upcycling_what_is_no_vit_is_refused(tmp_path):
         ({"model": NAC}, r"of kind \['vmoe'\] from a ViT, but model.kind='nac'"),
     ],
 )
-def test_upcycling_elsewhere_is_refused(changes, message):
+def test_upcycling_in_other_phases_or_networks_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         check_sources(
             dataclasses.replace(tiny_config("end_to_end"), init=InitConfig(upcycle="x"), **changes)

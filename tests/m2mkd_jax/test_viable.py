@@ -61,7 +61,7 @@ def episodes(**changes):
         ("sources.teacher", "/nowhere", r"/nowhere does not exist"),
     ],
 )
-def test_a_pipeline_is_looked_through_first(tmp_path, path, value, said):
+def test_pipeline_is_checked_before_training(tmp_path, path, value, said):
     config = unfreeze(tiny_pipeline())
     *sections, field = path.split(".")
     functools.reduce(operator.getitem, sections, config)[field] = value
@@ -70,7 +70,7 @@ def test_a_pipeline_is_looked_through_first(tmp_path, path, value, said):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_given_teacher_of_other_sizes_is_refused_first(tmp_path):
+def test_mismatched_teacher_is_refused_before_training(tmp_path):
     """Otherwise the meta model would train for hours before the teacher is checked."""
     config = tiny_pipeline()
     other = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, width=24))
@@ -84,7 +84,7 @@ def test_a_given_teacher_of_other_sizes_is_refused_first(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["teacher"]
 
 
-def test_episodes_are_looked_through_first(tmp_path):
+def test_episodes_are_checked_before_training(tmp_path):
     config = episodes(shots=1000)
     write_params(tmp_path / "network", {"student": {"a": np.ones(1)}}, {})
     config.sources.network = str(tmp_path / "network")
@@ -93,7 +93,7 @@ def test_episodes_are_looked_through_first(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["network"]
 
 
-def test_a_network_that_is_not_there_claims_nothing(tmp_path):
+def test_missing_network_leaves_the_workdir_unclaimed(tmp_path):
     config = episodes()
     config.sources.network = "/nowhere"
     with pytest.raises(FileNotFoundError, match="/nowhere does not exist"):
@@ -101,7 +101,7 @@ def test_a_network_that_is_not_there_claims_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_start_that_came_to_nothing_gives_way(tmp_path, caplog):
+def test_start_without_results_is_replaced(tmp_path, caplog):
     caplog.set_level("INFO")
     for steps in (20, 40):
         refuse_other_config(tmp_path, {"optim": {"steps": steps}})
@@ -121,7 +121,7 @@ def test_a_start_that_came_to_nothing_gives_way(tmp_path, caplog):
         "alpha=0.3,seed=0/few_shot/episode_0/result.json",
     ],
 )
-def test_one_that_came_to_something_does_not(tmp_path, path):
+def test_start_with_results_is_kept(tmp_path, path):
     claim(tmp_path, {"optim": {"steps": 20}})
     (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / path).write_text("{}")
@@ -129,7 +129,7 @@ def test_one_that_came_to_something_does_not(tmp_path, path):
         refuse_other_config(tmp_path, {"optim": {"steps": 40}})
 
 
-def test_an_unfinished_save_is_nothing(tmp_path):
+def test_unfinished_save_does_not_count_as_a_result(tmp_path):
     (tmp_path / "checkpoints" / "20.orbax-checkpoint-tmp").mkdir(parents=True)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     assert not holds_results(tmp_path)

@@ -53,7 +53,7 @@ def test_round_trips_are_the_identity(params, table, request):
         assert_same(read(own, tables.write(own, stage), stage), stage)
 
 
-def test_names_and_shapes_are_the_original_s(vmoe_params):
+def test_names_and_shapes_match_original(vmoe_params):
     state = tables.write(WHOLE_VMOE, vmoe_params)
     shapes = {name: array.shape for name, array in state.items()}
     assert shapes["patch_embed.proj.weight"] == (6, 3, 4, 4)
@@ -69,7 +69,7 @@ def test_names_and_shapes_are_the_original_s(vmoe_params):
     assert local[-1] == "blocks.0.post_stitch.fc.bias"
 
 
-def test_layouts_mean_the_same_products(vit_params):
+def test_converted_layouts_give_the_same_products(vit_params):
     state = tables.write(WHOLE, vit_params)
     rng = np.random.default_rng(1)
     x, square = rng.standard_normal(6), rng.standard_normal((4, 4, 3))
@@ -93,7 +93,7 @@ def fuse(state):
     return fused
 
 
-def test_fused_experts_are_read_as_well(vmoe_params):
+def test_fused_experts_are_read(vmoe_params):
     stage = vmoe_params["stage_1"]
     fused = fuse(tables.write(MIDDLE, stage))
     found, account = tables.read(MIDDLE, fused, shapes=stage, file="a.pth")
@@ -151,7 +151,7 @@ def test_every_tensor_is_found_under_its_name(many_experts):
 @pytest.mark.parametrize(
     ("block", "stage", "within"), [(0, 0, 0), (1, 0, 1), (2, 1, 0), (3, 2, 0), (4, 2, 1)]
 )
-def test_blocks_are_numbered_through_the_stages(block, stage, within):
+def test_blocks_are_numbered_across_stages(block, stage, within):
     assert locate(block, DEPTHS) == (stage, within)
     listed = f"stages.{stage}.blocks.{within}.norm1.bias"
     assert WHOLE.aliases[listed] == f"blocks.{block}.norm1.bias"
@@ -160,7 +160,7 @@ def test_blocks_are_numbered_through_the_stages(block, stage, within):
         locate(5, DEPTHS)
 
 
-def test_what_is_listed_by_stage_must_be_the_same(vit_params):
+def test_tensors_listed_by_stage_must_agree(vit_params):
     state = tables.write(WHOLE, vit_params)
     listed = {alias: state[name] for alias, name in WHOLE.aliases.items() if name in state}
     assert_same(read(WHOLE, state | listed, vit_params), vit_params)
@@ -170,12 +170,12 @@ def test_what_is_listed_by_stage_must_be_the_same(vit_params):
         read(WHOLE, state | other, vit_params)
 
 
-def test_a_part_of_a_network_goes_under_its_root_names(vit_params):
+def test_partial_network_is_written_under_root_names(vit_params):
     part = {"stage_1": {"block_0": {"norm1": vit_params["stage_1"]["block_0"]["norm1"]}}}
     assert list(tables.write(WHOLE, part)) == ["blocks.2.norm1.weight", "blocks.2.norm1.bias"]
 
 
-def test_patches_of_other_images():
+def test_patch_kernel_with_other_channels():
     kernel = {"patches": {"kernel": np.arange(32.0).reshape(16, 2)}}
     grey = vit_names.stage_table(1, Place.FIRST, heads=1, channels=1)
     state = tables.write(grey, kernel)
@@ -214,14 +214,14 @@ def add(name):
         (add("dist_token"), r"dist_token \(1, 1\) has no place"),
     ],
 )
-def test_a_state_that_does_not_fit_is_refused(change, message, vmoe_params):
+def test_mismatched_state_is_refused(change, message, vmoe_params):
     state = tables.write(MIDDLE, vmoe_params["stage_1"])
     change(state)
     with pytest.raises(ValueError, match=message):
         read(MIDDLE, state, vmoe_params["stage_1"])
 
 
-def test_a_network_that_does_not_fit_is_refused(vit_params):
+def test_mismatched_network_is_refused(vit_params):
     state = tables.write(WHOLE, vit_params)
     shorter = vit_names.network_table((2, 1, 1), heads=HEADS)
     params = vit_params | {"stage_2": dict(vit_params["stage_2"])}
@@ -240,7 +240,7 @@ def test_parameters_that_have_no_published_name_are_refused(vit_params):
         tables.write(WHOLE, {"stage_3": {"cls_token": np.ones(1)}})
 
 
-def test_a_table_claims_the_tensors_of_its_networks(vit_params, vmoe_params):
+def test_misfits_lists_missing_and_unknown_tensors(vit_params, vmoe_params):
     plain = vit_names.network_table((1,), heads=1)
     routed = vit_names.network_table((1,), heads=1, experts=1)
     dense, mixed = tables.write(WHOLE, vit_params), tables.write(WHOLE_VMOE, vmoe_params)

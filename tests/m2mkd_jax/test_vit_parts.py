@@ -130,7 +130,7 @@ def test_parts_are_read_and_written_back(tmp_path, name):
     assert (inferred.assumed["config.data.mean"] == (0.5,) * 3) == half
 
 
-def test_every_part_has_its_own_place(tmp_path):
+def test_tensors_of_parts_go_to_their_parameters(tmp_path):
     write_tensors(tmp_path / "a.safetensors", tensors_of("siglip"))
     pool = read(tmp_path / "a.safetensors")[1].params["teacher"]["stage_0"]["pool"]
     np.testing.assert_array_equal(pool["probe"], POOL["attn_pool.latent"])
@@ -147,7 +147,7 @@ def test_every_part_has_its_own_place(tmp_path):
     np.testing.assert_array_equal(block["scale2"], state["blocks.1.ls2.gamma"])
 
 
-def test_the_authors_own_names_are_read_and_timm_s_are_written(tmp_path):
+def test_names_of_authors_are_read_and_names_of_timm_written(tmp_path):
     own = scales("gamma_1", "gamma_2") | make({"register_tokens": (1, 4, WIDTH)})
     masked = make({"mask_token": (1, WIDTH)})
     write_tensors(tmp_path / "a.safetensors", deit() | own | masked)
@@ -171,7 +171,7 @@ def test_the_authors_own_names_are_read_and_timm_s_are_written(tmp_path):
         ("deit", "norm.bias", r"(?s)norm\.bias \(192,\) is missing.*config\.teacher\.norm_after_p"),
     ],
 )
-def test_a_part_of_a_part_that_is_missing_is_named(tmp_path, name, missing, message):
+def test_missing_tensor_of_a_part_is_named(tmp_path, name, missing, message):
     state = tensors_of(name)
     del state[missing]
     write_tensors(tmp_path / "a.safetensors", state)
@@ -190,14 +190,14 @@ def test_a_part_of_a_part_that_is_missing_is_named(tmp_path, name, missing, mess
         ("no_bias", "patch_bias", True, r"patch_embed\.proj\.bias \(192,\) is missing"),
     ],
 )
-def test_a_field_that_is_not_the_file_s_is_named(tmp_path, name, field, value, tensor):
+def test_field_contradicting_the_file_is_named(tmp_path, name, field, value, tensor):
     write_tensors(tmp_path / "a.safetensors", tensors_of(name))
     with pytest.raises(ValueError, match=tensor) as raised:
         read(tmp_path / "a.safetensors", **{field: value})
     assert f"config.teacher.{field}" in str(raised.value)
 
 
-def test_a_table_that_fits_two_grids_is_said_to_be_assumed(tmp_path):
+def test_ambiguous_position_table_is_marked_as_assumed(tmp_path):
     file = tmp_path / "a.safetensors"
     write_tensors(file, tensors_of("registers_with_positions"))
     inferred, _ = read(file)  # 9 rows could also be just 3 x 3 patches
@@ -218,7 +218,7 @@ def clip():
     return state
 
 
-def test_a_network_like_clip_s_must_be_told_how_it_computes(tmp_path):
+def test_clip_like_network_needs_explicit_settings(tmp_path):
     file = tmp_path / "clip.safetensors"
     write_tensors(file, clip())
     flags = {"teacher.activation": "quick_gelu", "teacher.norm_eps": "1e-5"}
@@ -242,7 +242,7 @@ def timm_folder(folder, state, **about):
     return folder
 
 
-def test_timm_s_folder_says_what_tensors_do_not(tmp_path):
+def test_timm_folder_gives_what_tensors_do_not(tmp_path):
     stated = {"global_pool": "avg", "model_args": {"act_layer": "gelu_tanh", "fc_norm": False}}
     folder = timm_folder(tmp_path / "a", deit(), **stated)
     inferred, found = read(folder)
@@ -268,7 +268,7 @@ def headless(name="dinov2"):
 
 
 @pytest.mark.parametrize("name", ["dinov2", "siglip"])
-def test_a_network_without_its_head_is_converted_where_that_is_asked_for(tmp_path, capsys, name):
+def test_headless_network_is_converted_on_request(tmp_path, capsys, name):
     file, run = tmp_path / "dino.safetensors", tmp_path / "run"
     write_tensors(file, headless(name))
     with pytest.raises(SystemExit):
@@ -291,7 +291,7 @@ def test_a_network_without_its_head_is_converted_where_that_is_asked_for(tmp_pat
     assert "head" not in checkpoint.load_shapes(run)["teacher"]["stage_0"]
 
 
-def test_a_teacher_without_its_head_serves_modules_that_have_none(tmp_path):
+def test_headless_teacher_serves_modules_without_a_head(tmp_path):
     file, folder = tmp_path / "dino.safetensors", tmp_path / "run"
     write_tensors(file, headless())
     flags = [f"--config.sources.fresh={HEAD}", "--config.teacher.depths=1,1"]
@@ -314,7 +314,7 @@ def test_a_teacher_without_its_head_serves_modules_that_have_none(tmp_path):
         take(1, fresh=HEAD)
 
 
-def test_a_v_moe_starts_from_a_vit_without_its_head(tmp_path):
+def test_vmoe_is_upcycled_from_a_headless_vit(tmp_path):
     file, folder = tmp_path / "dino.safetensors", tmp_path / "run"
     write_tensors(file, headless("dinov2_registers"))
     convert_weights.main([str(file), str(folder), f"--config.sources.fresh={HEAD}"])
@@ -343,7 +343,7 @@ def test_a_v_moe_starts_from_a_vit_without_its_head(tmp_path):
         ("train_module", "teacher", {"registers": 4}),
     ],
 )
-def test_stages_that_take_each_other_s_places_need_the_same_leading_tokens(phase, section, fields):
+def test_interchangeable_stages_need_the_same_leading_tokens(phase, section, fields):
     config = tiny_config(phase)
     other = dataclasses.replace(getattr(config, section), **fields)
     wrong = dataclasses.replace(config, **{section: other})
@@ -360,7 +360,7 @@ def test_stages_that_take_each_other_s_places_need_the_same_leading_tokens(phase
     assert PHASES[phase].describe(same, one_device()).config == same
 
 
-def test_logits_alone_are_compared_of_networks_with_other_leading_tokens():
+def test_logit_distillation_allows_different_leading_tokens():
     config = tiny_config("end_to_end")
     teacher = dataclasses.replace(config.teacher, registers=4)
     config = dataclasses.replace(config, teacher=teacher)

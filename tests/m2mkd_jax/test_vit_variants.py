@@ -123,13 +123,13 @@ def applied(name):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_has_these_parameters(name):
+def test_variant_has_expected_parameters(name):
     expected = {path: shape for path, shape in (PLAIN | CHANGES[name]).items() if shape}
     found = flatten(applied(name)[0]["stage_0"])
     assert {path: leaf.shape for path, leaf in found.items()} == expected
 
 
-def test_parameters_start_as_timm_s():
+def test_initialisation_matches_timm():
     config = {"layer_scale": 0.25, "registers": 200, "pool": "attention", "patch": 8}
     network = vit.build(vit.ViTConfig(width=64, heads=2, depths=(1,), **config), IMAGES)
     params = jax.jit(network.init)(jax.random.key(0))["stage_0"]
@@ -141,7 +141,7 @@ def test_parameters_start_as_timm_s():
     assert not np.any(params["pool"]["attention"]["key_value"]["bias"])
 
 
-def test_the_plain_one_starts_and_computes_as_it_did():
+def test_plain_vit_is_unchanged():
     # Outputs of the network from before it had variants.
     network = vit.build(vit.ViTConfig(depths=(1, 2), **SIZES), IMAGES)
     params = jax.jit(network.init)(jax.random.key(0))
@@ -160,7 +160,7 @@ def test_the_plain_one_starts_and_computes_as_it_did():
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_tokens_are_embedded_by_hand(name):
+def test_token_embedding_by_hand(name):
     params, _, kept = applied(name)
     stage, x = params["stage_0"], images()
     squares = x.reshape(2, 2, 4, 2, 4, 3).transpose(0, 1, 3, 2, 4, 5).reshape(2, 4, 48)
@@ -212,7 +212,7 @@ def attention_pool(params, patches, activation):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_tokens_are_pooled_by_hand(name):
+def test_token_pooling_by_hand(name):
     params, logits, kept = applied(name)
     stage = jax.tree.map(np.asarray, params["stage_0"])
     config, tokens = sizes_of(name), np.asarray(kept["block"][-1])
@@ -233,7 +233,7 @@ def test_tokens_are_pooled_by_hand(name):
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_layer_scale_multiplies_what_a_branch_gives():
+def test_layer_scale_multiplies_the_branch_output():
     scaled, plain = build("dinov2", depths=(1, 2)), build("plain", depths=(1, 2))
     params = fill(scaled.init)
     folded = flatten(params)
@@ -249,7 +249,7 @@ def test_layer_scale_multiplies_what_a_branch_gives():
 
 
 @pytest.mark.parametrize("name", ["dinov2_registers", "siglip", "clip", "linear_classifier"])
-def test_stages_are_the_whole_cut(name):
+def test_stages_match_the_whole_network(name):
     whole, parts = build(name, depths=(3,)), build(name, depths=(1, 1, 1))
     params = fill(whole.init)
     cut = {f"stage_{i}": {} for i in range(3)}
@@ -267,7 +267,7 @@ def test_stages_are_the_whole_cut(name):
 
 
 @pytest.mark.parametrize("name", ["dinov2_registers", "registers_map", "clip", "linear_classifier"])
-def test_eight_devices_compute_what_one_does(name):
+def test_eight_devices_match_one(name):
     network, mesh = build(name), split_mesh()
     params, x = fill(network.init), images(8)
     shardings = match_rules(vit.PARTITION_RULES, params, mesh)
@@ -280,7 +280,7 @@ def test_eight_devices_compute_what_one_does(name):
         assert (specs[f"stage_0/{path}"] == P()) == (not path.endswith("kernel")), path
 
 
-def test_layer_scale_is_alike_recomputed_and_in_a_loop():
+def test_layer_scale_is_the_same_with_remat_and_scan():
     # With the draw at 0.5, rates below one half drop nothing, whatever is drawn in a loop.
     with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
         real = encoder.drop_path
@@ -346,12 +346,12 @@ def test_position_tables_are_resized_after_their_leading_rows(name):
         ({"registers": -1}, r"^registers=-1 must be at least 0"),
     ],
 )
-def test_what_makes_no_sense_is_refused(fields, message):
+def test_invalid_fields_are_refused(fields, message):
     with pytest.raises(FieldError, match=message):
         vit.ViTConfig(**SIZES, **fields)
 
 
-def test_experts_compute_the_exact_gelu_alone():
+def test_experts_support_only_exact_gelu():
     config = vmoe.VMoEConfig(activation="quick_gelu", **SIZES)
     with pytest.raises(FieldError, match=r"^activation='quick_gelu' must be 'gelu' if blocks"):
         vmoe.build(config, IMAGES, stitch_width=None)
@@ -359,7 +359,7 @@ def test_experts_compute_the_exact_gelu_alone():
     assert len(vmoe.build(dense, IMAGES, stitch_width=None)) == 4
 
 
-def test_tokens_of_a_network_with_other_leading_tokens_are_refused():
+def test_tokens_with_other_leading_tokens_are_refused():
     # From a network with one leading token, whose second and third tokens are patches.
     network = build("registers_gap", depths=(1, 1))
     params, tokens = fill(network.init), jnp.zeros((2, 5, 16))
@@ -380,6 +380,6 @@ def test_pretrained_vits_have_their_published_sizes(name):
     assert count_parameters(build, config) == PARAMETERS[name]
 
 
-def test_no_name_stands_for_two_vits():
+def test_vit_names_are_unique():
     assert not vit.PRETRAINED.keys() & vit.VARIANTS.keys()
     assert vit.PRETRAINED.keys() == PARAMETERS.keys()

@@ -35,7 +35,7 @@ def write_folder(folder, state, arguments):
 
 @pytest.mark.parametrize("patch", [4, 14])
 @pytest.mark.parametrize("name", WITH_TIMM)
-def test_timm_computes_the_same(name, patch, tmp_path):
+def test_vit_matches_timm(name, patch, tmp_path):
     torch = pytest.importorskip("torch")
     timm = pytest.importorskip("timm.models.vision_transformer")
     side, sizes = 3 * patch, {"embed_dim": 16, "num_heads": 2, "mlp_ratio": 2.3, "depth": 3}
@@ -74,7 +74,7 @@ def test_timm_computes_the_same(name, patch, tmp_path):
 
 
 @pytest.mark.parametrize("name", vit.PRETRAINED)
-def test_timm_s_pretrained_vits_are_read_by_their_names(name):
+def test_pretrained_timm_vits_are_read_by_name(name):
     torch, timm = pytest.importorskip("torch"), pytest.importorskip("timm")
     sizes, side = vit.variant(name)
     with torch.device("meta"):

@@ -64,7 +64,7 @@ LONG = struct.pack("<HH", 0x7777, 300) + bytes(300)
     ],
     ids=["as_by_zip", "long", "listed_alone"],
 )
-def test_extra_fields_and_folders_move_no_image(tmp_path, local, listed, copied):
+def test_extra_fields_and_folders_do_not_shift_images(tmp_path, local, listed, copied):
     """The extra field before a member's content differs in length from the one in the directory."""
     path = tmp_path / "set.zip"
     names = ("train/", "train/ant/", *NAMES[:2], "train/bee/", *NAMES[2:], "val/", "val/ant/0.png")
@@ -80,7 +80,7 @@ def test_extra_fields_and_folders_move_no_image(tmp_path, local, listed, copied)
     assert [int(source[i]["image"][0, 0, 0]) for i in range(4)] == [2, 3, 5, 6]
 
 
-def test_a_split_is_a_whole_name_and_may_be_a_path(tmp_path):
+def test_split_matches_a_whole_name_or_path(tmp_path):
     names = ("train/ant/0.png", "training/bee/0.png", "train.bak/cat/0.png", "a/train/dog/0.png")
     path = make(tmp_path / "set.zip", names)
     assert load(path, labels=1).label_names == ("ant",)
@@ -93,14 +93,14 @@ def test_a_split_is_a_whole_name_and_may_be_a_path(tmp_path):
         np.testing.assert_array_equal(source[0]["image"], 3)
 
 
-def test_what_macos_adds_is_no_class(tmp_path):
+def test_macosx_folder_is_not_a_class(tmp_path):
     """In a zip of bare CLASS/ folders, it lies next to the classes."""
     make(tmp_path / "train.zip", ("ant/0.png", "__MACOSX/0.png", "__MACOSX/ant/0.png"))
     source = load(tmp_path, labels=1)
     assert source.label_names == ("ant",) and source.files.names == ("ant/0.png",)
 
 
-def test_classes_and_images_are_sorted_whatever_the_order_in_the_zip(tmp_path):
+def test_classes_and_images_are_sorted_regardless_of_zip_order(tmp_path):
     names = tuple(f"train/{name}/{number}.png" for name in "cab" for number in (10, 9, 1))
     source = load(make(tmp_path / "set.zip", names), labels=3)
     assert source.label_names == ("a", "b", "c")
@@ -125,7 +125,7 @@ def test_classes_and_images_are_sorted_whatever_the_order_in_the_zip(tmp_path):
         (NAME, b"train/ant/7"),
     ],
 )
-def test_a_member_that_is_not_as_declared_is_one_bad_image(tmp_path, place, content, copied):
+def test_member_that_is_not_as_declared_is_one_bad_image(tmp_path, place, content, copied):
     source = load(change(make(tmp_path / "set.zip"), 1, place, content))
     source = pickle.loads(pickle.dumps(source)) if copied else source
     assert source.labels.tolist() == [0, 0, 1, 1]
@@ -136,7 +136,7 @@ def test_a_member_that_is_not_as_declared_is_one_bad_image(tmp_path, place, cont
 
 
 @pytest.mark.parametrize("content", [b"trbin/ant/1.png", b"train/ant/1.pnx", b".rain/ant/1.png"])
-def test_a_damaged_name_hides_no_image(tmp_path, content):
+def test_member_with_a_damaged_name_is_refused(tmp_path, content):
     path = change(make(tmp_path / "set.zip"), 1, NAME, content)
     with pytest.raises(ValueError, match=r"set\.zip': .*ant/1\.pn. has another name"):
         load(path)
@@ -163,7 +163,7 @@ def test_a_name_in_another_encoding_is_a_bad_image(tmp_path):
         load(change(path, 0, FLAGS, b"\0\0"), labels=1)[0]
 
 
-def test_a_zip64_size_of_any_number_is_one_bad_image(tmp_path):
+def test_absurd_zip64_size_is_one_bad_image(tmp_path):
     path = tmp_path / "set.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for value, name in enumerate(NAMES):
@@ -191,7 +191,7 @@ def test_zip64_is_read(tmp_path):
     assert [int(source[i]["image"][0, 0, 0]) for i in range(4)] == [0, 1, 2, 3]
 
 
-def test_names_beyond_ascii_are_read(tmp_path):
+def test_non_ascii_names_are_read(tmp_path):
     source = load(make(tmp_path / "set.zip", ("train/käfer/ö.png", "train/犬/0.png")))
     assert source.label_names == ("käfer", "犬")
     assert [int(source[i]["image"][0, 0, 0]) for i in range(2)] == [0, 1]
@@ -210,7 +210,7 @@ def test_names_beyond_ascii_are_read(tmp_path):
     ],
 )
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_names_that_cannot_be_meant_are_refused(tmp_path, names, message):
+def test_duplicate_and_escaping_names_are_refused(tmp_path, names, message):
     with pytest.raises(ValueError, match=rf"config\.data\.path='.*set\.zip': {message}"):
         load(make(tmp_path / "set.zip", names))
 
@@ -229,7 +229,7 @@ def test_nested_folders_and_members_without_a_class(tmp_path):
     assert source.label_names == ("ant", "bee") and len(source) == 2
 
 
-def test_every_damaged_byte_is_refused_by_name_or_is_a_bad_image(tmp_path):
+def test_damaged_bytes_are_refused_or_give_bad_images(tmp_path):
     whole, rng = make(tmp_path / "whole.zip").read_bytes(), np.random.default_rng(0)
     path, plain = tmp_path / "set.zip", load(tmp_path / "whole.zip")
     for _ in range(300):
@@ -254,7 +254,7 @@ def test_every_damaged_byte_is_refused_by_name_or_is_a_bad_image(tmp_path):
                 np.testing.assert_array_equal(image, known[source.files.names[index]])
 
 
-def test_a_zip_that_may_not_be_read_says_so(tmp_path, monkeypatch):
+def test_unreadable_zip_is_named(tmp_path, monkeypatch):
     def locked(self, *_, **__):
         raise PermissionError(13, "Permission denied", os.fspath(tmp_path / "set.zip"))
 

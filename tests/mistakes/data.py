@@ -6,23 +6,23 @@ DATA, INPUTS = "m2mkd_jax/data", "common_jax/inputs"
 TESTS = "tests/m2mkd_jax"
 
 AUGMENT = (
-    f"{TESTS}/test_augment.py::test_padded_crops_reach_every_corner_alike "
+    f"{TESTS}/test_augment.py::test_padded_crop_offsets_are_uniform "
     f"{TESTS}/test_augment.py::test_flip_mirrors_about_half "
     f"{TESTS}/test_augment.py::test_no_two_draws_share_a_key "
-    f"{TESTS}/test_augment.py::test_random_affine_reaches_both_ends_of_each_range_on_its_own "
-    f"{TESTS}/test_augment.py::test_erased_rectangles_reach_both_ends_of_area_shape_and_place"
+    f"{TESTS}/test_augment.py::test_random_affine_draws_are_uniform_and_independent "
+    f"{TESTS}/test_augment.py::test_erased_rectangles_cover_range_of_area_aspect_and_position"
 )
-MIXING = f"{TESTS}/test_mixing.py::test_mixing_draws_what_its_settings_say"
+MIXING = f"{TESTS}/test_mixing.py::test_mix_draws_follow_the_config"
 RANDAUGMENT = f"{TESTS}/test_randaugment.py"
 TRANSFORMS = f"{TESTS}/test_transforms.py"
 FEED = (
-    f"{TESTS}/test_feed.py::test_evaluation_takes_the_test_set_by_micro_batches "
-    f"{TESTS}/test_feed.py::test_images_follow_one_stream_and_their_mixing_another"
+    f"{TESTS}/test_feed.py::test_evaluation_splits_test_set_into_micro_batches "
+    f"{TESTS}/test_feed.py::test_augmentation_and_mixing_use_separate_streams"
 )
 TASK = (
-    f"{TESTS}/test_few_shot.py::test_a_task_validates_on_the_test_split_unless_told "
+    f"{TESTS}/test_few_shot.py::test_task_validates_on_test_split_by_default "
     f"{TESTS}/test_few_shot.py::test_known_examples_and_labels "
-    f"{TESTS}/test_few_shot.py::test_other_numbers_of_copies_by_hand"
+    f"{TESTS}/test_few_shot.py::test_repeated_indices_by_hand"
 )
 LISTS = f"{TESTS}/test_listing.py {TESTS}/test_subsets.py {TESTS}/test_digits.py"
 ORDER = (
@@ -32,8 +32,8 @@ ORDER = (
     "tests/common_jax/test_inputs.py::test_evaluation_transforms_each_example"
 )
 ZIPS = (
-    f"{TESTS}/test_zips.py::test_extra_fields_and_folders_move_no_image "
-    f"{TESTS}/test_zips.py::test_a_split_is_a_whole_name_and_may_be_a_path"
+    f"{TESTS}/test_zips.py::test_extra_fields_and_folders_do_not_shift_images "
+    f"{TESTS}/test_zips.py::test_split_matches_a_whole_name_or_path"
 )
 
 MISTAKES: tuple[Mistake, ...] = (
@@ -154,8 +154,7 @@ MISTAKES: tuple[Mistake, ...] = (
         what="an OOD set is thinned as the training set is",
         right="            per_class=0,",
         wrong="",
-        tests=f"{TESTS}/test_ood.py::"
-        "test_a_set_is_whole_however_few_images_are_trained_or_tested_on",
+        tests=f"{TESTS}/test_ood.py::test_per_class_limits_do_not_apply_to_ood_set",
     ),
     Mistake(
         file=f"{DATA}/folders.py",
@@ -204,14 +203,14 @@ MISTAKES: tuple[Mistake, ...] = (
         what="kept labels are believed if only the first file is the same",
         right="for path in (paths[0], paths[-1]):",
         wrong="for path in (paths[0],):",
-        tests=f"{TESTS}/test_records.py::test_labels_are_read_anew_whichever_file_is_another",
+        tests=f"{TESTS}/test_records.py::test_labels_are_reread_if_any_file_differs",
     ),
     Mistake(
         file=f"{DATA}/sources.py",
         what="images are decoded into the places of the first chunk",
         right="images[index] = example",
         wrong="images[index - start] = example",
-        tests=f"{TESTS}/test_sources.py::test_chunks_of_images_are_decoded_into_their_places",
+        tests=f"{TESTS}/test_sources.py::test_images_are_decoded_in_chunks",
     ),
     Mistake(
         file=f"{INPUTS}/order.py",

@@ -6,37 +6,37 @@ from mistakes.mistake import Mistake
 ROUTING = " ".join(
     f"tests/m2mkd_jax/test_routing.py::{name}"
     for name in (
-        "test_priority_is_by_probability_whatever_the_size_of_the_logits",
+        "test_priority_goes_by_probability_not_logits",
         "test_noise_is_drawn_for_each_group_token_expert_and_key",
         "test_load_loss_of_two_choices_by_hand",
     )
 )
-ROWS = "tests/m2mkd_jax/test_dispatch.py::test_there_is_a_row_for_every_pair_however_they_fall"
+ROWS = "tests/m2mkd_jax/test_dispatch.py::test_arrange_has_a_row_for_every_pair"
 KERNELS = "tests/m2mkd_jax/test_grouped_gpu.py::test_"
 SLOTS = (
     "tests/m2mkd_jax/test_dispatch.py"
-    "::test_capacity_equals_a_loop_that_leaves_out_pairs_beyond_the_slots "
-    "tests/m2mkd_jax/test_dispatch.py::test_bfloat16_is_summed_in_float32"
+    "::test_capacity_matches_loop_with_overflow_dropped "
+    "tests/m2mkd_jax/test_dispatch.py::test_bfloat16_accumulates_in_float32"
 )
 LAYER = " ".join(
     f"tests/m2mkd_jax/{name}"
     for name in (
-        "test_moe_config.py::test_slots_are_the_fair_share_times_the_factor_rounded_up",
-        "test_moe.py::test_slots_go_to_the_first_or_the_surest_tokens_of_each_group",
+        "test_moe_config.py::test_slots_are_fair_share_times_capacity_factor_rounded_up",
+        "test_moe.py::test_slots_go_to_first_or_most_confident_tokens_of_each_group",
         "test_moe.py::test_other_routers_draw_no_noise",
-        "test_moe.py::test_the_gate_is_exact_whatever_the_type_of_tokens",
-        "test_soft.py::test_the_gate_is_exact_whatever_the_type_of_tokens",
+        "test_moe.py::test_gate_is_exact_for_bfloat16_tokens",
+        "test_soft.py::test_gate_is_exact_for_bfloat16_tokens",
     )
 )
-STARTS = "tests/m2mkd_jax/test_encoder.py::test_every_parameter_starts_as_the_original_s"
-DEPTH = "tests/m2mkd_jax/test_encoder.py::test_each_example_draws_for_each_branch"
+STARTS = "tests/m2mkd_jax/test_encoder.py::test_initialisation_matches_original"
+DEPTH = "tests/m2mkd_jax/test_encoder.py::test_drop_path_draws_per_example_and_branch"
 EQUATIONS = " ".join(
     f"tests/m2mkd_jax/test_encoder.py::{name}"
     for name in (
-        "test_a_network_computes_what_its_equations_say",
-        "test_stitches_have_an_epsilon_of_their_own",
-        "test_norms_hold_where_the_mean_is_large",
-        "test_in_bfloat16_tokens_are_narrow_and_logits_exact",
+        "test_network_matches_its_equations",
+        "test_stitches_use_their_own_epsilon",
+        "test_norms_are_accurate_for_large_means",
+        "test_bfloat16_network_has_bfloat16_tokens_and_float32_logits",
     )
 )
 LOOPS = "tests/test_remat_and_scan.py::test_every_layer_s_gate_draws_its_own_noise"
@@ -44,8 +44,8 @@ SIZES = " ".join(
     f"tests/m2mkd_jax/test_models.py::{name}"
     for name in (
         "test_published_networks_have_the_published_heads",
-        "test_where_the_experts_are",
-        "test_stochastic_depth_ramps_over_the_whole_and_anew_in_every_student",
+        "test_moe_positions_by_hand",
+        "test_stochastic_depth_ramps_over_network_and_within_each_student",
     )
 )
 POSITIONS = "tests/m2mkd_jax/test_positions.py"
@@ -213,28 +213,28 @@ MISTAKES: tuple[Mistake, ...] = (
         what="registers take the positions of the first patches",
         right="[positions[:, :start], zeros, positions[:, start:]]",
         wrong="[positions, zeros]",
-        tests=f"{VARIANTS}::test_tokens_are_embedded_by_hand",
+        tests=f"{VARIANTS}::test_token_embedding_by_hand",
     ),
     Mistake(
         file="m2mkd_jax/models/encoder.py",
         what="registers are pooled with the patches",
         right="patches = x[:, encoder.leading :]",
         wrong="patches = x[:, encoder.class_token :]",
-        tests=f"{VARIANTS}::test_tokens_are_pooled_by_hand",
+        tests=f"{VARIANTS}::test_token_pooling_by_hand",
     ),
     Mistake(
         file="m2mkd_jax/models/encoder.py",
         what="layer scale that starts at 1",
         right="nn.initializers.constant(start)",
         wrong="nn.initializers.ones",
-        tests=f"{VARIANTS}::test_parameters_start_as_timm_s",
+        tests=f"{VARIANTS}::test_initialisation_matches_timm",
     ),
     Mistake(
         file="common_jax/nn/pooling.py",
         what="an attention pool without its residual",
         right="y = y + Mlp(",
         wrong="y = Mlp(",
-        tests=f"{VARIANTS}::test_tokens_are_pooled_by_hand",
+        tests=f"{VARIANTS}::test_token_pooling_by_hand",
     ),
     Mistake(
         file="m2mkd_jax/models/vit.py",

@@ -6,7 +6,7 @@ NAC = "m2mkd_jax/nac/"
 TESTS = "tests/m2mkd_jax/test_nac_"
 LAYERS = f"{TESTS}layers.py"
 KERNEL = f"{TESTS}kernel.py"
-BLOCK = f"{TESTS}blocks.py::test_a_block_is_the_plain_one"
+BLOCK = f"{TESTS}blocks.py::test_block_matches_plain_loop"
 CONFIG = f"{TESTS}model.py"
 LATENTS = f"{TESTS}latents.py"
 POOLING = " ".join(
@@ -16,12 +16,12 @@ POOLING = " ".join(
         "hard_pooling_takes_the_best_and_has_the_soft_gradient",
     )
 )
-WIRING = f"{TESTS}wiring.py::test_a_network_is_its_parts_one_after_the_other"
+WIRING = f"{TESTS}wiring.py::test_network_matches_its_parts_in_sequence"
 DRAWS = " ".join(
     f"{TESTS}wiring.py::test_{name}"
     for name in ("training_draws_for_every_part", "no_two_draws_are_alike")
 )
-FUSED = "tests/m2mkd_jax/test_nac.py::test_cudnn_s_form_is_the_plain_one_with_gradients_of_edges"
+FUSED = "tests/m2mkd_jax/test_nac.py::test_cudnn_attention_matches_plain_one_with_edge_gradients"
 PRIORS = "tests/m2mkd_jax/test_priors.py"
 REGULARIZERS = "tests/m2mkd_jax/test_regularizers.py"
 CONVERT = "tests/m2mkd_jax/test_nac_names.py::test_every_tensor_has_its_name"
@@ -102,7 +102,7 @@ MISTAKES: tuple[Mistake, ...] = (
         "a stochastic kernel samples the same edges for all examples",
         "shape = (batch, *distance.shape)",
         "shape = (1, *distance.shape)",
-        f"{TESTS}blocks.py::test_every_example_samples_edges_of_its_own",
+        f"{TESTS}blocks.py::test_edges_are_sampled_per_example",
     ),
     Mistake(
         f"{NAC}blocks.py",
@@ -123,28 +123,28 @@ MISTAKES: tuple[Mistake, ...] = (
         "the values are scaled by the keys' factors",
         "self.value.scales(codes, train=train),",
         "self.key.scales(codes, train=train),",
-        f"{TESTS}blocks.py::test_the_read_in_is_the_plain_one",
+        f"{TESTS}blocks.py::test_read_in_matches_plain_loop",
     ),
     Mistake(
         f"{NAC}latents.py",
         "the first log-variance is 5",
         "LOG_VARIANCE = -5.0",
         "LOG_VARIANCE = 5.0",
-        f"{LATENTS}::test_where_the_seeder_starts",
+        f"{LATENTS}::test_seeder_initialisation",
     ),
     Mistake(
         f"{NAC}latents.py",
         "the variance is taken for the deviation",
         "return mean, jnp.exp(0.5 * log_variance)",
         "return mean, jnp.exp(log_variance)",
-        f"{LATENTS}::test_states_are_means_and_noise_of_the_codes",
+        f"{LATENTS}::test_states_are_seeded_from_codes_and_noise",
     ),
     Mistake(
         f"{NAC}latents.py",
         "mediators are seeded from the last layer's codes",
         "codes = codes[0] if codes.ndim == 3 else codes",
         "codes = codes[-1] if codes.ndim == 3 else codes",
-        f"{LATENTS}::test_states_are_means_and_noise_of_the_codes",
+        f"{LATENTS}::test_states_are_seeded_from_codes_and_noise",
     ),
     Mistake(
         f"{NAC}pooling.py",
@@ -165,7 +165,7 @@ MISTAKES: tuple[Mistake, ...] = (
         "the trunk's norms have the epsilon of the rest",
         "NORM_EPS = 1e-6",
         "NORM_EPS = 1e-5",
-        f"{TESTS}tokenizer.py::test_norms_of_the_trunk_add_a_millionth",
+        f"{TESTS}tokenizer.py::test_trunk_norms_use_epsilon_1e_6",
     ),
     Mistake(
         f"{NAC}tokenizer.py",
@@ -193,7 +193,7 @@ MISTAKES: tuple[Mistake, ...] = (
         "codes of students do not depend on the seed",
         'return jax.random.normal(_key(seed, "codes"), (1, width))',
         'return jax.random.normal(_key(0, "codes"), (1, width))',
-        f"{TESTS}wiring.py::test_codes_and_states_of_students_are_normal_and_of_their_seed",
+        f"{TESTS}wiring.py::test_student_codes_and_states_are_normal_and_seeded",
     ),
     Mistake(
         f"{NAC}model.py",
@@ -214,28 +214,28 @@ MISTAKES: tuple[Mistake, ...] = (
         "a tenth of the nodes is rounded down",
         "neighbours = config.neighbours or round(0.1 * nodes)",
         "neighbours = config.neighbours or nodes // 10",
-        f"{PRIORS}::test_small_worlds_are_rings_with_edges_moved",
+        f"{PRIORS}::test_watts_strogatz_is_a_ring_with_rewired_edges",
     ),
     Mistake(
         f"{NAC}priors.py",
         "Adam's betas change places",
         "b1=0.9, b2=0.999",
         "b1=0.999, b2=0.9",
-        f"{PRIORS}::test_the_fit_is_adam",
+        f"{PRIORS}::test_fit_matches_adam",
     ),
     Mistake(
         f"{NAC}priors.py",
         "a kept prior of another seed is taken",
         "settings = [dataclasses.asdict(config), nodes, signature_width, seed]",
         "settings = [dataclasses.asdict(config), nodes, signature_width]",
-        f"{PRIORS}::test_a_prior_is_made_anew_for_every_setting",
+        f"{PRIORS}::test_prior_is_recomputed_if_any_setting_changes",
     ),
     Mistake(
         "m2mkd_jax/regularizers.py",
         "stages are sorted as text, the tenth before the second",
         'sorted(params.keys() - {"graph"}, key=stage_number)',
         'sorted(params.keys() - {"graph"})',
-        f"{REGULARIZERS}::test_bandwidths_come_in_the_order_of_the_iterations",
+        f"{REGULARIZERS}::test_bandwidths_are_in_order_of_iterations",
     ),
     Mistake(
         "m2mkd_jax/regularizers.py",
@@ -273,20 +273,20 @@ MISTAKES: tuple[Mistake, ...] = (
         "if not np.array_equal(tensor, tensors[0]):",
         "if tensor.shape != tensors[0].shape:",
         "tests/m2mkd_jax/test_nac_names.py::"
-        "test_what_iterations_share_is_listed_for_each_and_kept_once",
+        "test_shared_tensors_are_listed_per_iteration_and_stored_once",
     ),
     Mistake(
         "m2mkd_jax/families/circuit.py",
         "progress moves within an epoch",
         "(step // steps_per_epoch) / epochs",
         "step / steps_per_epoch / epochs",
-        f"{TESTS}circuit.py::test_progress_is_the_share_of_the_epochs_that_are_over",
+        f"{TESTS}circuit.py::test_progress_is_the_fraction_of_epochs_completed",
     ),
     Mistake(
         "m2mkd_jax/families/circuit.py",
         "the picture is of raw parameters where there is an average",
         "average=True",
         "average=False",
-        f"{TESTS}circuit.py::test_the_picture_is_of_the_average_where_there_is_one",
+        f"{TESTS}circuit.py::test_picture_uses_ema_if_present",
     ),
 )

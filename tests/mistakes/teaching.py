@@ -12,8 +12,8 @@ SOURCES = " ".join(
     f"{TESTS}/test_phase_sources.py::test_{name}"
     for name in (
         "assemble_takes_each_module_from_its_workdir",
-        "the_baseline_s_teacher_is_taken_whole",
-        "other_numbers_for_pixels_are_seen",
+        "baseline_teacher_is_loaded_whole",
+        "different_normalisation_is_detected",
     )
 )
 FOREIGN = f"{TESTS}/test_phase_sources.py"
@@ -21,27 +21,27 @@ FAMILIES = f"{TESTS}/test_families.py"
 CIRCUIT = f"{TESTS}/test_circuit.py"
 ASSIGNMENT = f"{TESTS}/test_assignment.py"
 CONNECTIVITY = (
-    f"{TESTS}/test_connectivity.py::test_an_edge_at_the_truncation_is_there_and_none_beyond_it "
-    f"{TESTS}/test_connectivity.py::test_both_sides_share_order_colours_and_places"
+    f"{TESTS}/test_connectivity.py::test_edges_include_the_truncation_distance "
+    f"{TESTS}/test_connectivity.py::test_before_and_after_share_order_colours_and_positions"
 )
-RATES = f"{TESTS}/test_phases.py::test_every_phase_drops_paths_of_what_it_trains"
-PRECISION = f"{TESTS}/test_phases.py::test_every_network_computes_in_the_precision_of_the_config"
-TRAINED = f"{TESTS}/test_phases.py::test_what_each_phase_trains_and_needs"
+RATES = f"{TESTS}/test_phases.py::test_drop_path_rates_of_each_phase"
+PRECISION = f"{TESTS}/test_phases.py::test_every_network_computes_in_configured_precision"
+TRAINED = f"{TESTS}/test_phases.py::test_roles_and_helpers_of_each_phase"
 FEED = (
-    f"{TESTS}/test_phases.py::test_whole_networks_alone_are_tested_out_of_distribution "
-    f"{TESTS}/test_phases.py::test_the_order_of_training_depends_on_the_seed"
+    f"{TESTS}/test_phases.py::test_only_whole_networks_are_evaluated_out_of_distribution "
+    f"{TESTS}/test_phases.py::test_training_order_depends_on_seed"
 )
 DRAWS = (
-    f"{TESTS}/test_evaluation.py::test_draws_depend_on_the_seed_of_the_run "
+    f"{TESTS}/test_evaluation.py::test_evaluation_draws_depend_on_run_seed "
     f"{TESTS}/test_evaluation.py::test_only_sampled_noise_differs_between_steps"
 )
 EPISODES = " ".join(
     f"{TESTS}/test_few_shot.py::test_{name}"
     for name in (
-        "an_episode_has_shots_to_train_on_and_test_shots_of_the_other_split",
-        "the_draw_follows_the_episode_s_seed_and_the_order_that_of_the_run",
-        "every_metric_of_the_test_set_has_a_mean_of_its_own",
-        "a_check_draws_every_episode_and_gives_the_first",
+        "episode_trains_on_shots_and_tests_on_test_shots",
+        "episode_seed_sets_examples_and_run_seed_their_order",
+        "summary_averages_every_test_metric",
+        "first_feed_draws_every_episode_and_returns_the_first",
     )
 )
 TOTALS = f"{TESTS}/test_classification.py::test_totals_by_hand tests/common_jax/test_ranking.py"
@@ -82,7 +82,7 @@ MISTAKES: tuple[Mistake, ...] = (
         "joined modules are trained as a whole",
         'trainable=f"{family.stitches}|{family.head(config.teacher)}" if joins else ".*",',
         'trainable=".*",',
-        f"{TESTS}/test_teachers.py::test_joining_trains_the_stitches_and_the_head_alone",
+        f"{TESTS}/test_teachers.py::test_joining_trains_only_stitches_and_head",
     ),
     Mistake(
         "m2mkd_jax/phases/objective.py",
@@ -324,20 +324,20 @@ MISTAKES: tuple[Mistake, ...] = (
         "frozen networks may have been trained with other fields",
         "        if frozen:\n            flags",
         "        if not frozen:\n            flags",
-        f"{FOREIGN}::test_a_frozen_network_is_run_as_it_was_trained",
+        f"{FOREIGN}::test_frozen_network_must_run_as_it_was_trained",
     ),
     Mistake(
         "m2mkd_jax/phases/weights.py",
         "fields of sections within a section are named as if they were its own",
         'differing |= {f"{name}.{path}": values for path',
         "differing |= {path: values for path",
-        f"{FOREIGN}::test_a_trained_network_may_continue_as_another",
+        f"{FOREIGN}::test_trained_network_may_continue_with_other_settings",
     ),
     Mistake(
         "m2mkd_jax/phases/teachers.py",
         "classes of the teachers alone are compared",
         "given = getattr(config.sources, role)\n        several",
         'given = getattr(config.sources, "teachers")\n        several',
-        f"{FOREIGN}::test_a_frozen_network_has_the_classes_of_the_run",
+        f"{FOREIGN}::test_frozen_network_must_have_the_classes_of_the_run",
     ),
 )
