@@ -136,7 +136,7 @@ def test_imports_go_one_way(path):
             assert there is None or here <= there, f"{own} imports upwards: {name}"
 
 
-def test_files_and_folders_are_of_a_size_to_read():
+def test_files_and_folders_stay_small():
     for folder in {path.parent for path in modules()}:
         count = len([p for p in folder.glob("*.py") if p.name != "__init__.py"])
         assert count <= 14, f"{folder} has {count} modules"
@@ -149,7 +149,7 @@ def test_files_and_folders_are_of_a_size_to_read():
         assert lines <= 450, f"{path} has {lines} lines"
 
 
-def test_common_names_no_paper():
+def test_common_code_names_no_paper():
     """Neither in code, docstrings nor comments. Readers of published files may name whose files
     they read."""
     paths = [path for path in modules() if path.is_relative_to(ROOT / "common_jax")]
@@ -205,7 +205,7 @@ def config_classes(node):
             yield name
 
 
-def asked_classes(tree):
+def checked_classes(tree):
     """Config classes in calls of `isinstance` and in comparisons, with their lines."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "type"):
@@ -218,12 +218,12 @@ def asked_classes(tree):
             yield from ((node.lineno, name) for name in config_classes(expression))
 
 
-def test_a_config_s_class_is_asked_for_in_no_file():
+def test_no_file_checks_the_class_of_a_config():
     found = {}
     for path in modules():
         file = str(path.relative_to(ROOT))
         if not file.startswith("common_jax"):
-            found[file] = list(asked_classes(ast.parse(path.read_text())))
+            found[file] = list(checked_classes(ast.parse(path.read_text())))
     assert len(found) > 80
     assert {file: asked for file, asked in found.items() if asked} == {}
 
@@ -239,11 +239,11 @@ def test_a_config_s_class_is_asked_for_in_no_file():
         ("x == NacConfig(width=8)", []),
     ],
 )
-def test_a_question_for_a_class_is_seen(code, names):
-    assert [name for _, name in asked_classes(ast.parse(code))] == names
+def test_class_checks_are_detected(code, names):
+    assert [name for _, name in checked_classes(ast.parse(code))] == names
 
 
-def test_names_of_phases_stand_in_the_phases_and_the_config_s_tuple_alone():
+def test_phase_names_appear_only_in_the_phases_and_the_config():
     config = "m2mkd_jax/config.py"
     for path in (ROOT / "m2mkd_jax").rglob("*.py"):
         file = str(path.relative_to(ROOT))
@@ -267,7 +267,7 @@ def names_listed(tree):
 
 
 @pytest.mark.parametrize("door", DOORS)
-def test_a_door_has_one_table(door):
+def test_each_door_has_a_single_table(door):
     names, tables = set(DOORS[door]), []
     for path in (ROOT / door.split("/")[0]).rglob("*.py"):
         file = str(path.relative_to(ROOT))

@@ -28,7 +28,7 @@ def load(monkeypatch):
     return importlib.import_module
 
 
-def test_a_vmoe_block_equals_the_textbook_block():
+def test_vmoe_block_matches_the_textbook_block():
     sizes = {"examples": 2, "tokens": 4, "width": 8, "heads": 1, "hidden": 8, "experts": 2}
     flags = [f"--{name}={size}" for name, size in (sizes | {"groups": 2, "chosen": 1}).items()]
     command = [sys.executable, BENCHMARKS / "vmoe_block.py", "--repeats=5", "--threads=1", *flags]
@@ -38,7 +38,7 @@ def test_a_vmoe_block_equals_the_textbook_block():
     assert {claim["peer"] for claim in result["claims"]} == {"textbook block", "textbook layer"}
 
 
-def test_a_training_step_of_mbart_has_a_loss(load):
+def test_mbart_training_step_has_a_positive_loss(load):
     mbart_step, decode = load("mbart_step"), load("decode")
     sizes = argparse.Namespace(batch=2, vocab=50, width=8, layers=1, heads=2)
     translator, params = decode.make_model(sizes)
@@ -47,7 +47,7 @@ def test_a_training_step_of_mbart_has_a_loss(load):
     assert float(step()) > 0
 
 
-def test_a_step_of_a_nac_is_given_all_its_random_numbers(load):
+def test_nac_step_receives_all_its_random_numbers(load):
     nac_step, (config, side, labels) = load("nac_step"), model.preset("tinyimagenet")
     network = model.build(config, Interface(side, 3, labels), drop_path=nac_step.DROP_PATH)
     noise = traverse_util.unflatten_dict(nac_step.make_noise(config, 2), sep="/")
@@ -61,14 +61,14 @@ def test_a_step_of_a_nac_is_given_all_its_random_numbers(load):
     assert jax.eval_shape(logits, images, noise).shape == (2, labels)
 
 
-def test_without_torch_the_peers_of_a_nac_are_left_out(load, monkeypatch, capsys):
+def test_nac_peers_are_skipped_without_torch(load, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)
     sizes = argparse.Namespace(dtype="float32", threads=1)
     assert load("nac_step").make_peers(sizes, model.NacConfig(), {}, {}, {}) == {}
     assert capsys.readouterr().out.startswith("skipping torch: import of torch halted")
 
 
-def test_untrained_sources_of_a_distillation_are_found(load, tmp_path):
+def test_untrained_distillation_sources_are_found(load, tmp_path):
     all_pairs = load("all_pairs")
     config = all_pairs.load("configs/m2mkd/digits.py", {})
     all_pairs.save_helpers(config, tmp_path)
@@ -77,7 +77,7 @@ def test_untrained_sources_of_a_distillation_are_found(load, tmp_path):
         assert sorted(params) == [f"stage_{stage}" for stage in range(len(config.meta.depths))]
 
 
-def test_a_run_starts_on_a_large_corpus(load, tmp_path, capsys):
+def test_run_starts_on_a_large_corpus(load, tmp_path, capsys):
     corpus = load("corpus")
     sentences = corpus.base_sentences(None)
     corpus.write_unigram(tmp_path / "unigram", sentences["de"])
@@ -91,14 +91,14 @@ def test_a_run_starts_on_a_large_corpus(load, tmp_path, capsys):
     assert peer.encode(sentences["de"][0]).ids
 
 
-def test_cases_for_a_gpu_are_those_of_their_files(load):
+def test_gpu_cases_match_their_files(load):
     cases = load("gpu").CASES
     for file in sorted({case.file for case in cases.values()}):
         listed = {name for name, case in cases.items() if case.file == file}
         assert set(load(file).CASES) == listed, file
 
 
-def test_without_a_gpu_nothing_is_measured(load, monkeypatch, tmp_path):
+def test_nothing_is_measured_without_a_gpu(load, monkeypatch, tmp_path):
     gpu, out = load("gpu"), tmp_path / "out"
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setattr(sys, "argv", ["gpu.py", f"--out={out}"])
@@ -107,7 +107,7 @@ def test_without_a_gpu_nothing_is_measured(load, monkeypatch, tmp_path):
     assert not out.exists()
 
 
-def test_ceilings_at_small_sizes(load, monkeypatch, tmp_path):
+def test_ceilings_run_at_small_sizes(load, monkeypatch, tmp_path):
     gpu = load("gpu")
     monkeypatch.setattr(sys, "argv", f"gpu.py --tiny --only ceiling --out {tmp_path}".split())
     gpu.main()
@@ -119,7 +119,7 @@ def test_ceilings_at_small_sizes(load, monkeypatch, tmp_path):
     assert all(result["ms"] > 0 for result in results if "ms" in result)
 
 
-def test_a_case_that_takes_too_long_is_named(load, tmp_path):
+def test_case_that_takes_too_long_is_reported(load, tmp_path):
     gpu = load("gpu")
     log = tmp_path / "ceiling.log"
     (result,) = gpu.run("ceiling", log, gpu.environment(tiny=True), tiny=True, limit=0.01)
@@ -127,7 +127,7 @@ def test_a_case_that_takes_too_long_is_named(load, tmp_path):
     assert result["error"].startswith("took more than 0 seconds")
 
 
-def test_a_peer_that_fails_is_named_and_left_out(load, capsys):
+def test_failing_peer_is_reported_and_left_out(load, capsys):
     in_turns = load("input_pipeline").in_turns
     turns = []
 
@@ -152,7 +152,7 @@ for number, _ in enumerate(sys.stdin):
 """
 
 
-def test_steps_with_memory_kept_are_compared_with_those_without(load, tmp_path, monkeypatch):
+def test_kept_memory_steps_are_compared_with_default_ones(load, tmp_path, monkeypatch):
     kept_memory, stand_in = load("kept_memory"), tmp_path / "steps.py"
     stand_in.write_text(STAND_IN)
     monkeypatch.setattr(kept_memory, "__file__", str(stand_in))
@@ -168,7 +168,7 @@ def test_steps_with_memory_kept_are_compared_with_those_without(load, tmp_path, 
         kept_memory.compare("NAC", flags)
 
 
-def test_a_ratio_that_was_not_measured_leaves_its_cell_empty(load, capsys):
+def test_unmeasured_ratio_leaves_its_cell_empty(load, capsys):
     run_all, timing = load("run_all"), load("timing")
     claim = {"claim": "reading", "peer": "PIL", "ratio": 1.5, "low": 1.0, "high": 2.0}
     claim |= {"processor": None, "repeats": 5, "target": 1.0}
@@ -182,7 +182,7 @@ def test_a_ratio_that_was_not_measured_leaves_its_cell_empty(load, capsys):
     assert [cell.strip() for cell in row.split("|")][1:10] == cells
 
 
-def test_processor_seconds_count_processes_that_were_waited_for(load):
+def test_processor_seconds_include_child_processes(load):
     timing = load("timing")
     busy = "import time\nwhile time.process_time() < 0.5: pass"
     clock, processor = timing.seconds_of(lambda: subprocess.run([sys.executable, "-c", busy]))

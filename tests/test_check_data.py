@@ -55,7 +55,7 @@ def image_flags(root, **settings):
     return [IMAGES, *(f"--config.{key}={value}" for key, value in settings.items())]
 
 
-def test_a_whole_set_is_described(tmp_path, capsys):
+def test_valid_image_set_is_described(tmp_path, capsys):
     flags = image_flags(image_set(tmp_path))
     status, printed, _ = check(capsys, *flags, "--sample=5")
     assert status == 0 and "a run could start" in printed
@@ -67,14 +67,14 @@ def test_a_whole_set_is_described(tmp_path, capsys):
     assert "sizes of 5 images" in check(capsys, *flags, "--sample", "5")[1]
 
 
-def test_a_sample_is_at_least_one_picture(capsys):
+def test_sample_must_be_at_least_one_picture(capsys):
     with pytest.raises(SystemExit) as end:
         check_data.main(["check_data.py", IMAGES, "--sample=0"])
     assert end.value.code == 2
     assert "--sample: '0' must be a whole number from 1" in capsys.readouterr().err
 
 
-def test_every_problem_of_a_set_is_named(tmp_path, capsys):
+def test_every_problem_of_an_image_set_is_reported(tmp_path, capsys):
     root = image_set(tmp_path)
     (root / "train/ant/0.png").write_bytes(b"")
     content = (root / "train/bee/1.png").read_bytes()
@@ -95,7 +95,7 @@ def test_every_problem_of_a_set_is_named(tmp_path, capsys):
         assert re.search(pattern, problem), problem
 
 
-def test_a_sample_with_many_bad_images_asks_for_all_to_be_read(tmp_path, capsys):
+def test_sample_with_many_bad_images_suggests_reading_all(tmp_path, capsys):
     root = image_set(tmp_path)
     (root / "train/ant/0.png").write_bytes(b"")
     flags = image_flags(root, **{"data.bad_share": 0.1})
@@ -106,7 +106,7 @@ def test_a_sample_with_many_bad_images_asks_for_all_to_be_read(tmp_path, capsys)
     assert status == 0 and "images read are bad" not in printed
 
 
-def test_a_pipeline_s_episodes_need_as_many_classes(tmp_path, capsys):
+def test_pipeline_episodes_need_enough_classes(tmp_path, capsys):
     image_set(tmp_path, each=20)
     config = IMAGES.replace("end_to_end", "pipeline")
     flags = [flag for flag in image_flags(tmp_path)[1:] if "config.optim" not in flag]
@@ -117,7 +117,7 @@ def test_a_pipeline_s_episodes_need_as_many_classes(tmp_path, capsys):
     assert any("few_shot.optim.batch=20 is more than the 15 images of" in x for x in problems)
 
 
-def test_missing_splits_and_empty_classes_are_both_named(tmp_path, capsys):
+def test_missing_splits_and_empty_classes_are_both_reported(tmp_path, capsys):
     root = image_set(tmp_path)
     (root / "train/fly").mkdir()
     status, _, problems = check(capsys, *image_flags(root, **{"data.test_split": "val"}))
@@ -128,7 +128,7 @@ def test_missing_splits_and_empty_classes_are_both_named(tmp_path, capsys):
     assert status == 1 and "config.data.bad_share=2.0 must be in [0, 1)" in problems[0]
 
 
-def test_a_cut_zip_is_named(tmp_path, capsys):
+def test_truncated_zip_is_reported(tmp_path, capsys):
     root = image_set(tmp_path / "set")
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
         for file in root.rglob("*.png"):
@@ -139,7 +139,7 @@ def test_a_cut_zip_is_named(tmp_path, capsys):
     assert status == 1 and len(problems) == 1 and "make the zip again" in problems[0]
 
 
-def test_the_ood_set_is_looked_at_too(tmp_path, capsys):
+def test_ood_set_is_checked_too(tmp_path, capsys):
     root = image_set(tmp_path / "set")
     (image_set(tmp_path / "r", ("bee", "cat")) / "test").rename(tmp_path / "renditions")
     ood = {"ood.source": "imagenet_r", "ood.path": tmp_path / "renditions"}
@@ -179,7 +179,7 @@ def test_sentences_and_pictures_are_counted(tmp_path, capsys):
     assert "3 pictures, 0 of them missing" in printed and "24 x 24 (3)" in printed
 
 
-def test_every_problem_of_a_corpus_is_named(tmp_path, capsys):
+def test_every_problem_of_a_corpus_is_reported(tmp_path, capsys):
     flags = multi30k(tmp_path)
     (tmp_path / "images/train_1.jpg").unlink()
     (tmp_path / "images/train_2.jpg").write_bytes(b"")
@@ -194,7 +194,7 @@ def test_every_problem_of_a_corpus_is_named(tmp_path, capsys):
     assert "different numbers of lines" in printed
 
 
-def test_pictures_count_only_where_a_stage_looks_at_them(tmp_path, capsys):
+def test_pictures_matter_only_for_stages_that_use_them(tmp_path, capsys):
     flags = multi30k(tmp_path, pictures=False)
     status, _, problems = check(capsys, SENTENCES, *flags)
     assert status == 1 and len(problems) == 3 and "has no images" in problems[0]
@@ -205,7 +205,7 @@ def test_pictures_count_only_where_a_stage_looks_at_them(tmp_path, capsys):
     assert status == 1 and "a batch of 4 is more than the 3 examples" in problems[0]
 
 
-def test_further_tests_are_looked_at_too(tmp_path, capsys):
+def test_further_tests_are_checked_too(tmp_path, capsys):
     flags = multi30k(tmp_path, pictures=False)
     stage = [f"{SENTENCES}:stage=translate", flags[0], "--config.optim.batch=3"]
     tests = "--config.data.further_tests=('val','mscoco')"
@@ -222,7 +222,7 @@ def pasted(printed):
     return shlex.split(flags.partition("\n")[0])
 
 
-def test_flags_to_paste_train_on_own_images(tmp_path, capsys):
+def test_suggested_flags_train_on_own_images(tmp_path, capsys):
     (image_set(tmp_path / "set") / "train").rename(tmp_path / "whole")
     status, printed, _ = check(capsys, IMAGES, f"--config.data.path={tmp_path / 'whole'}")
     assert "--config.data.test_share=0.2" in pasted(printed)
@@ -233,13 +233,13 @@ def test_flags_to_paste_train_on_own_images(tmp_path, capsys):
     assert "12 images of 3 classes" in printed and "3 images of 3 classes" in printed
 
 
-def test_own_images_that_cannot_be_used_are_explained(tmp_path, capsys):
+def test_unusable_own_images_are_explained(tmp_path, capsys):
     (tmp_path / "own.csv").write_text("path,label\na.png,\n")
     flags = [*image_flags(tmp_path / "own.csv"), "--config.data.source=folder"]
     assert "own.csv, line 2, column 'label' is empty" in check(capsys, *flags)[1]
 
 
-def test_flags_to_paste_train_on_own_sentences(tmp_path, capsys):
+def test_suggested_flags_train_on_own_sentences(tmp_path, capsys):
     rows = zip(*LINES.values(), ("train", "val", "test"), strict=True)
     lines = ("en\tde\tsplit", *("\t".join(row) for row in rows))
     (tmp_path / "own.tsv").write_text("".join(f"{line}\n" for line in lines))
@@ -251,13 +251,13 @@ def test_flags_to_paste_train_on_own_sentences(tmp_path, capsys):
     assert (status, problems) == (0, []) and "en: 1 lines, 0 of them empty" in printed
 
 
-def test_a_command_line_that_is_not_understood_ends_with_2(capsys):
+def test_invalid_command_line_exits_with_2(capsys):
     with pytest.raises(SystemExit) as end:
         check_data.main(["check_data.py", IMAGES, "--everything"])
     assert end.value.code == 2 and "everything" in capsys.readouterr().err
 
 
-def test_lines_with_both_sentences_are_what_a_translator_learns_from(tmp_path, capsys):
+def test_only_lines_with_both_sentences_count_for_translation(tmp_path, capsys):
     rows = {"train": [("a", ""), ("", "b"), ("a", "b"), ("c", "d")], "val": [("a", ""), ("", "b")]}
     for split, pairs in rows.items():
         for place, language in enumerate(("en", "de")):

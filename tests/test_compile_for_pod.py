@@ -79,7 +79,7 @@ PHASES = ("pretrain_meta", "train_module", "assemble", "distill", "end_to_end", 
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_phase_is_described_by_the_step_that_it_runs(phase, weights, monkeypatch, tmp_path):
+def test_described_phase_step_matches_the_run(phase, weights, monkeypatch, tmp_path):
     parts = str(weights / "parts")
     optim = dataclasses.replace(OPTIM, accumulate=2, ema=0.9)
     if phase == "few_shot":
@@ -104,7 +104,7 @@ def test_a_phase_is_described_by_the_step_that_it_runs(phase, weights, monkeypat
 
 
 @pytest.mark.parametrize("stage", ["caption", "translate"])
-def test_a_stage_is_described_by_the_step_that_it_runs(stage, monkeypatch, tmp_path):
+def test_described_stage_step_matches_the_run(stage, monkeypatch, tmp_path):
     root = write_corpus(tmp_path / "shapes")
     config = dataclasses.replace(tiny_stage(stage, root), keep_text_features=False)
     clip = tmp_path / "clip"
@@ -123,7 +123,7 @@ def test_a_stage_is_described_by_the_step_that_it_runs(stage, monkeypatch, tmp_p
     assert text(described, config.optim, mesh) == text(task, config.optim, mesh)
 
 
-def test_the_published_text_tower_is_described_by_the_kind_of_its_tokenizer():
+def test_published_text_tower_is_described_by_its_tokenizer_kind():
     config = StageConfig()
     published = dataclasses.replace(config.clip_tokenizer, kind="xlmr", path="x")
     tower = describe_text(dataclasses.replace(config, clip_tokenizer=published))
@@ -132,7 +132,7 @@ def test_the_published_text_tower_is_described_by_the_kind_of_its_tokenizer():
     assert sum(leaf.size for leaf in jax.tree.leaves(tower.params)) == encoder + projection
 
 
-def test_a_program_of_sentences_takes_their_length():
+def test_text_encoding_program_takes_the_sentence_length():
     sizes = MClipConfig(vocab=11, positions=20, width=8, layers=1, heads=2, hidden=16, features=4)
     trained = dataclasses.replace(StageConfig().clip_tokenizer, kind="trained")
     config = dataclasses.replace(StageConfig(), clip=ClipConfig(sizes), clip_tokenizer=trained)
@@ -141,7 +141,7 @@ def test_a_program_of_sentences_takes_their_length():
     assert step.lowered.out_info[0].shape == (256, 4)
 
 
-def test_a_program_of_pictures_takes_them_as_they_are_prepared():
+def test_picture_encoding_program_takes_prepared_pictures():
     sizes = SiglipVisionConfig(image=10, patch=4, width=8, layers=1, heads=2, hidden=16)
     clip = ClipConfig(image=sizes)
     config = dataclasses.replace(StageConfig(), clip=clip)
@@ -215,7 +215,7 @@ def eight_devices(monkeypatch):
         ),
     ],
 )
-def test_what_does_not_fit_is_said_before_anything_is_compiled(
+def test_misfits_are_reported_before_anything_is_compiled(
     flags, message, eight_devices, capsys, monkeypatch
 ):
     monkeypatch.setattr(program, "lower_step", pytest.fail)
@@ -223,7 +223,7 @@ def test_what_does_not_fit_is_said_before_anything_is_compiled(
     assert status == 2 and message in error, error
 
 
-def test_the_file_gets_the_number_of_chips_where_it_takes_it():
+def test_chips_are_passed_to_config_files_that_take_them():
     vmoe, nac = (f"{ROOT}/configs/m2mkd/{name}.py" for name in ("vmoe_base", "nac_imagenet"))
     assert program.with_chips(vmoe, 16) == f"{vmoe}:chips=16"
     assert program.with_chips(f"{vmoe}:size=base", 16) == f"{vmoe}:size=base,chips=16"
@@ -231,7 +231,7 @@ def test_the_file_gets_the_number_of_chips_where_it_takes_it():
         assert program.with_chips(text, 16) == text
 
 
-def test_it_gets_it_however_the_flag_is_written():
+def test_chips_are_passed_for_every_form_of_the_flag():
     file, more = f"{ROOT}/configs/m2mkd/vmoe_base.py", ["--config.seed=1", "--configs=x"]
     wanted = [f"--config={file}:chips=16", *more]
     for flag in ([f"--config={file}"], ["--config", file], [f"-config={file}"], ["-config", file]):
@@ -290,7 +290,7 @@ def small_step():
     ],
     ids=["fits", "too large", "refused by XLA"],
 )
-def test_a_step_over_the_limit_is_named_with_its_largest_arrays_and_the_way_out(
+def test_step_over_the_memory_limit_lists_large_arrays_and_remedies(
     result, status, said, eight_devices, small_step, capsys, monkeypatch, tmp_path
 ):
     step = dataclasses.replace(small_step, lowered=Lowered(result))

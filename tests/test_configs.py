@@ -63,7 +63,7 @@ def test_every_phase_has_a_config(name, phase, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "phase"), RUNS)
-def test_a_tenth_of_every_phase_has_a_config(name, phase):
+def test_every_phase_can_be_scaled_to_a_tenth(name, phase):
     whole, short = (load(name, f"phase={phase},scale={scale}") for scale in (1, 0.1))
     pairs = [(whole.optim, short.optim)]
     if phase == "pipeline":
@@ -93,7 +93,7 @@ def test_networks_fit_together(name):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_whole_student_is_built_and_split(name):
+def test_whole_student_is_built_and_sharded(name):
     config = load(name, "phase=end_to_end")
     network = whole_student(config, drop_path=config.drop_path)
     params = jax.eval_shape(network.init, jax.random.key(0))
@@ -107,7 +107,7 @@ def test_the_whole_student_is_built_and_split(name):
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_the_pipeline_is_planned_in_order(name, tmp_path):
+def test_pipeline_is_planned_in_order(name, tmp_path):
     config = load(name, "phase=pipeline")
     folders = [folder for folder, _ in plan(config, tmp_path)]
     assert folders[:5] == ["meta", "modules", "teacher", "students", "end_to_end"]
@@ -119,7 +119,7 @@ def test_the_pipeline_is_planned_in_order(name, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "item"), swept(), ids=str)
-def test_every_item_of_a_sweep_is_understood(name, item):
+def test_every_sweep_item_is_a_valid_config(name, item):
     pairs = [f"{key[1:]}={value}" for key, value in item.items() if key.startswith(":")]
     flags = {key: value for key, value in item.items() if not key.startswith(":")}
     config = read(name)["get_config"](",".join(pairs))
@@ -147,7 +147,7 @@ def test_priors_and_regularizers_fit_the_latents(name, prior):
     assert sum(term["weight"] > 0 for term in terms) == 1
 
 
-def test_students_of_imagenet_fit_the_nac_of_tiny_imagenet():
+def test_imagenet_students_fit_the_tiny_imagenet_nac():
     teaching = load("nac_imagenet", "phase=distill,size=tinyimagenet")
     config = load("nac_tinyimagenet", "phase=end_to_end")
     taught, wanted = (
@@ -180,7 +180,9 @@ def test_students_of_imagenet_fit_the_nac_of_tiny_imagenet():
         ("few_shot", 100, 40, 2e-3, 20, None, 0.1),
     ],
 )
-def test_the_published_recipe(phase, epochs, batch, peak, warmup, clip, drop_path):
+def test_vmoe_configs_match_the_published_recipe(
+    phase, epochs, batch, peak, warmup, clip, drop_path
+):
     config = load("vmoe_base", f"phase={phase}")
     optim = config.optim
     assert (optim.epochs, optim.batch, optim.warmup_epochs) == (epochs, batch, warmup)
@@ -204,7 +206,9 @@ def test_the_published_recipe(phase, epochs, batch, peak, warmup, clip, drop_pat
         ("nac_tinyimagenet", "end_to_end", 400, 1024, 2.4e-3, 8e-5, 25, 0.075),
     ],
 )
-def test_the_published_recipe_of_nac(name, phase, epochs, batch, peak, last, warmup, decay):
+def test_nac_configs_match_the_published_recipe(
+    name, phase, epochs, batch, peak, last, warmup, decay
+):
     config = load(name, f"phase={phase}")
     optim, whole = config.optim, phase == "end_to_end"
     assert (optim.epochs, optim.batch, optim.warmup_epochs) == (epochs, batch, warmup)
@@ -217,7 +221,7 @@ def test_the_published_recipe_of_nac(name, phase, epochs, batch, peak, last, war
 
 
 @pytest.mark.parametrize("name", ["nac_imagenet", "nac_tinyimagenet"])
-def test_the_few_shot_recipe_of_nac(name):
+def test_nac_few_shot_configs_match_the_published_recipe(name):
     config = load(name, "phase=few_shot")
     optim, episode = config.optim, config.few_shot
     assert (optim.optimizer, optim.momentum, optim.weight_decay) == ("sgd", 0.9, 0.0)
@@ -229,7 +233,7 @@ def test_the_few_shot_recipe_of_nac(name):
 @pytest.mark.parametrize(
     ("size", "width", "heads", "factor"), [("imagenet", 512, 8, 1.0), ("tinyimagenet", 384, 6, 2.0)]
 )
-def test_the_sizes_of_nac_students(size, width, heads, factor):
+def test_nac_students_have_the_published_sizes(size, width, heads, factor):
     config = load("nac_imagenet", f"phase=distill,size={size}")
     model = config.model
     assert isinstance(model, NacConfig)

@@ -52,7 +52,7 @@ def config_of(file, arg="") -> Config:
 
 
 @pytest.mark.parametrize("kind", ["meta", "teacher", "vmoe", "nac"])
-def test_a_whole_network_comes_back(tmp_path, config_file, capsys, kind):
+def test_whole_network_round_trips(tmp_path, config_file, capsys, kind):
     arg = "nac" if kind == "nac" else ""
     config = config_of(config_file, arg)
     state = make_state(kind, config)
@@ -80,7 +80,7 @@ def test_a_whole_network_comes_back(tmp_path, config_file, capsys, kind):
         ("nac_student", 3),
     ],
 )
-def test_a_module_comes_back(tmp_path, config_file, kind, stage):
+def test_module_round_trips(tmp_path, config_file, kind, stage):
     arg = "nac" if kind == "nac_student" else ""
     config = config_of(config_file, arg)
     state, listed, key, told = make_state(kind, config, stage), None, "model", {}
@@ -108,7 +108,7 @@ def test_a_module_comes_back(tmp_path, config_file, kind, stage):
         assert plain["divided_depths"] == list(KINDS[kind].depths(config))
 
 
-def test_a_module_is_cut_out_of_the_hybrid_that_trained_it(tmp_path, config_file, capsys):
+def test_module_is_cut_out_of_the_hybrid_that_trained_it(tmp_path, config_file, capsys):
     """What the original's phase MT saves: module 0 inside the meta model, also under stage
     names."""
     state = make_state("teacher", config_of(config_file))
@@ -122,7 +122,7 @@ def test_a_module_is_cut_out_of_the_hybrid_that_trained_it(tmp_path, config_file
     assert_same(read_tensors(tmp_path / "out.safetensors"), want)
 
 
-def test_fused_experts_are_taken_as_well(tmp_path, config_file):
+def test_fused_experts_are_accepted(tmp_path, config_file):
     config = config_of(config_file)
     state = make_state("vmoe", config)
     fused = {name: x for name, x in state.items() if ".experts." not in name}
@@ -149,7 +149,7 @@ def golden(case):
     return about, params
 
 
-def test_the_original_s_module_files_become_one_teacher(tmp_path, config_file):
+def test_split_module_files_form_one_teacher(tmp_path, config_file):
     """Names, keys and boundaries of a teacher that the original has split."""
     about, params = golden("m2mkd/split_teacher")
     starts, folder = (0, 2, 3), tmp_path / "FT_tiny"
@@ -176,7 +176,7 @@ def test_the_original_s_module_files_become_one_teacher(tmp_path, config_file):
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
-def test_timm_s_deit_teaches_modules_and_as_a_whole(tmp_path, capsys, suffix):
+def test_timm_deit_works_as_a_modular_and_a_whole_teacher(tmp_path, capsys, suffix):
     state, file = deit(), tmp_path / f"model.{suffix}"
     (write_tensors if suffix == "safetensors" else torch_files.save)(file, state)
     convert(file, tmp_path / "teacher", "--config.teacher.depths=1,1")
@@ -206,14 +206,14 @@ def test_timm_s_deit_teaches_modules_and_as_a_whole(tmp_path, capsys, suffix):
         assert adapted == ([[1, 10, 192]] if stages is None else [])
 
 
-def test_a_distilled_deit_is_refused(tmp_path, capsys):
+def test_distilled_deit_is_refused(tmp_path, capsys):
     torch_files.save(tmp_path / "a.pth", {**deit(), "dist_token": np.ones((1, 1, 192), "f4")})
     said = refusal(capsys, tmp_path / "a.pth", tmp_path / "run")
     assert "distillation token (dist_token)" in said and "take a model without" in said
     assert not (tmp_path / "run").exists()
 
 
-def test_all_that_does_not_fit_is_named_and_nothing_written(tmp_path, config_file, capsys):
+def test_all_misfits_are_reported_and_nothing_is_written(tmp_path, config_file, capsys):
     state = make_state("teacher", config_of(config_file))
     del state["blocks.1.norm2.bias"], state["cls_token"]
     state |= {"blocks.3.ls1.gamma": np.ones(16, "f4"), "fc_norm.weight": np.ones(16, "f4")}
@@ -246,7 +246,7 @@ def test_all_that_does_not_fit_is_named_and_nothing_written(tmp_path, config_fil
         ),
     ],
 )
-def test_a_teacher_that_is_not_one_is_refused(tmp_path, config_file, capsys, change, said):
+def test_invalid_teacher_is_refused(tmp_path, config_file, capsys, change, said):
     torch_files.save(tmp_path / "a.pth", change(make_state("teacher", config_of(config_file))))
     flags = [f"--config={config_file}", "--kind=teacher"]
     assert said in refusal(capsys, tmp_path / "a.pth", tmp_path / "run", *flags)
@@ -263,21 +263,21 @@ def test_a_teacher_that_is_not_one_is_refused(tmp_path, config_file, capsys, cha
         (["--kind=vmoe_student"], "give its config, such as --config=configs/m2mkd/vmoe_base.py"),
     ],
 )
-def test_what_is_asked_for_wrongly_is_said(tmp_path, config_file, capsys, flags, said):
+def test_invalid_requests_are_reported(tmp_path, config_file, capsys, flags, said):
     torch_files.save(tmp_path / "a.pth", make_state("teacher", config_of(config_file)))
     if "teacher" in "".join(flags):
         flags = [f"--config={config_file}", *flags]
     assert said in refusal(capsys, tmp_path / "a.pth", tmp_path / "run", *flags)
 
 
-def test_a_module_of_a_network_whose_file_is_whole_is_refused(tmp_path, config_file, capsys):
+def test_module_of_a_whole_network_file_is_refused(tmp_path, config_file, capsys):
     torch_files.save(tmp_path / "a.pth", make_state("vmoe", config_of(config_file)))
     convert(tmp_path / "a.pth", tmp_path / "run", f"--config={config_file}")
     said = refusal(capsys, tmp_path / "run", tmp_path / "b.pth", "--config.module=1")
     assert "kind='vmoe', whose files hold a whole network: do not give a module, here 1" in said
 
 
-def test_what_is_there_is_replaced_by_force_alone(tmp_path, config_file, capsys):
+def test_existing_output_is_replaced_only_with_force(tmp_path, config_file, capsys):
     config = config_of(config_file)
     for seed in (0, 1):
         torch_files.save(tmp_path / f"{seed}.pth", make_state("teacher", config, seed=seed))
@@ -298,7 +298,7 @@ def test_what_is_there_is_replaced_by_force_alone(tmp_path, config_file, capsys)
     assert not (tmp_path / "b.pth").exists()
 
 
-def test_which_module_a_file_holds_must_be_clear(tmp_path, config_file, capsys):
+def test_module_of_a_file_must_be_unambiguous(tmp_path, config_file, capsys):
     config = config_of(config_file)
     folder = tmp_path / "students"
     folder.mkdir()
@@ -333,7 +333,7 @@ def hollow(kind, config):
 
 
 @pytest.mark.parametrize("name", [*vit.VARIANTS, *vit.PRETRAINED, *vmoe.VARIANTS])
-def test_published_sizes_are_told_by_the_tensors(name):
+def test_published_sizes_are_inferred_from_the_tensors(name):
     kind, variant = ("vmoe", vmoe.variant) if name in vmoe.VARIANTS else ("teacher", vit.variant)
     sizes, side = variant(name, (1,))
     config = convert_weights.read_config(convert_weights.parse(["a", "b"]), Config)
@@ -353,7 +353,7 @@ def test_published_sizes_are_told_by_the_tensors(name):
 
 
 @pytest.mark.parametrize("by_stage", [False, True])
-def test_blocks_with_experts_are_counted_through_the_network(config_file, by_stage):
+def test_expert_blocks_are_numbered_across_stages(config_file, by_stage):
     config = config_of(config_file)
     model = dataclasses.replace(config.model, moe_blocks="1,3", depths=(2, 1, 1))
     config = dataclasses.replace(config, model=model)

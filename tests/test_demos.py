@@ -45,7 +45,7 @@ def configs(monkeypatch, kind, lines):
     return found
 
 
-def test_the_runs_on_digits_are_understood_and_use_the_teacher_of_their_seed(tmp_path, monkeypatch):
+def test_digits_runs_are_valid_and_use_the_teacher_of_their_seed(tmp_path, monkeypatch):
     jobs = demo_m2mkd.plan(flags(tmp_path / "a b", "--config.run.log_every=3"))
     lines = [line for job in jobs.values() for line in job.command[2:]]
     runs = configs(monkeypatch, M2mkdConfig, lines)
@@ -71,7 +71,7 @@ def test_the_runs_on_digits_are_understood_and_use_the_teacher_of_their_seed(tmp
     assert jobs["first"].command[2].split()[0] == "vmoe_m2mkd_0"
 
 
-def test_the_first_seed_is_shown_after_both_jobs_that_have_its_networks(tmp_path, capsys):
+def test_first_seed_is_shown_once_both_of_its_jobs_are_done(tmp_path, capsys):
     runs = ("vmoe_m2mkd_0/teacher", "vmoe_scratch_0", "vmoe_m2mkd_0/end_to_end")
     for number, name in enumerate(runs, 1):
         run = tmp_path / name
@@ -90,7 +90,7 @@ def test_the_first_seed_is_shown_after_both_jobs_that_have_its_networks(tmp_path
     ]
 
 
-def test_both_demos_share_the_cores_and_each_ends_with_its_own_runs(tmp_path, monkeypatch):
+def test_demos_share_the_cores_and_finish_with_their_own_runs(tmp_path, monkeypatch):
     events = []
     for name, module in demo.DEMOS.items():
 
@@ -121,7 +121,7 @@ def test_both_demos_share_the_cores_and_each_ends_with_its_own_runs(tmp_path, mo
     ]
 
 
-def test_the_runs_on_emoji_are_understood_and_share_an_m_clip(tmp_path, monkeypatch):
+def test_emoji_runs_are_valid_and_share_an_m_clip(tmp_path, monkeypatch):
     jobs = demo_cliptrans.plan(flags(tmp_path, seeds=2))
     lines = [line for job in jobs.values() for line in job.command[2:]]
     runs = configs(monkeypatch, ClipTransConfig, lines)
@@ -136,9 +136,7 @@ def test_the_runs_on_emoji_are_understood_and_share_an_m_clip(tmp_path, monkeypa
             assert jobs[name].file == (tmp_path / "clip" / "result.json" if shares else None)
 
 
-def test_runs_of_a_process_have_their_own_workdirs_and_end_at_a_request_to_stop(
-    tmp_path, monkeypatch
-):
+def test_runs_in_one_process_have_own_workdirs_and_stop_on_request(tmp_path, monkeypatch):
     called = []
 
     def run(main, description, argv, *, system):
@@ -159,7 +157,7 @@ def test_runs_of_a_process_have_their_own_workdirs_and_end_at_a_request_to_stop(
     assert [main for main, _, _ in called] == [cliptrans_jax.main.main]
 
 
-def test_a_use_is_shown_as_it_is_typed_and_its_failure_ends_the_demo(monkeypatch, capfd):
+def test_example_command_is_printed_and_its_failure_ends_the_demo(monkeypatch, capfd):
     called = []
 
     def run(command, **settings):
@@ -178,7 +176,7 @@ def test_a_use_is_shown_as_it_is_typed_and_its_failure_ends_the_demo(monkeypatch
     assert stop.value.code == 1
 
 
-def test_digits_are_written_as_they_are_under_their_names(tmp_path):
+def test_digits_are_written_unchanged_with_their_labels(tmp_path):
     demo_m2mkd.write_digits(tmp_path / "digits")
     images, labels = digits.load_split("test")
     paths = list((tmp_path / "digits").iterdir())

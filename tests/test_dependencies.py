@@ -1,4 +1,4 @@
-"""setup.py requires what the packages import, in versions that do what is needed."""
+"""setup.py requires what the packages import, in versions that are new enough."""
 
 import ast
 import importlib.metadata
@@ -67,14 +67,14 @@ def imported():
     return found
 
 
-def test_what_is_imported_is_asked_for_and_the_other_way_round():
+def test_imports_and_requirements_agree():
     asked, used = requirements("install_requires"), imported()
     assert used.keys() - asked.keys() == OPTIONAL
     assert asked.keys() - used.keys() == UNSEEN.keys()
 
 
 @pytest.mark.parametrize("section", ["install_requires", "test"])
-def test_what_is_installed_satisfies_setup(section):
+def test_installed_versions_satisfy_setup(section):
     for name, requirement in requirements(section).items():
         try:
             version = importlib.metadata.version(name)
@@ -84,7 +84,7 @@ def test_what_is_installed_satisfies_setup(section):
         assert requirement.specifier.contains(version, prereleases=True), f"{name} {version}"
 
 
-def test_floors_are_high_enough():
+def test_version_floors_are_high_enough():
     asked = requirements("install_requires") | requirements("test")
     for name, needed in NEEDED.items():
         (floor,) = (x.version for x in asked[name].specifier if x.operator == ">=")

@@ -130,7 +130,7 @@ def test_commands_are_found():
     commands(),
     ids=lambda x: x if isinstance(x, str) else " ".join(x)[:60],
 )
-def test_quoted_commands_are_understood(monkeypatch, place, package, arguments):
+def test_quoted_commands_parse(monkeypatch, place, package, arguments):
     options = {argument.partition("=")[0] for argument in arguments}
     assert {"--config", "--workdir"} <= options, f"{place}: {arguments}"
     parsed(monkeypatch, package, arguments)
@@ -159,7 +159,7 @@ def test_quoted_sweeps_have_cells(monkeypatch, place, arguments):
 
 
 @pytest.mark.parametrize("place", texts())
-def test_a_command_goes_on_with_a_backslash(place):
+def test_continued_commands_end_in_a_backslash(place):
     text = texts()[place]
     blocks = re.findall(r"^```.*?^```", text, re.M | re.S) if place.endswith(".md") else [text]
     for block in blocks:
@@ -167,7 +167,7 @@ def test_a_command_goes_on_with_a_backslash(place):
             assert not re.match(r"\s*--(config|workdir)\b", line), f"{place}: {line}"
 
 
-def test_make_has_what_is_mentioned():
+def test_mentioned_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     for page in PAGES:
         for target in re.findall(r"(?:^|`)make ([a-z][\w-]*)", page.read_text(), re.M):
@@ -227,7 +227,7 @@ def test_mentioned_flags_are_fields(monkeypatch, place, span, systems):
     pytest.fail(f"{place}: {span}\n" + "\n".join(problems))
 
 
-def test_mentioned_fields_are_there():
+def test_mentioned_fields_exist():
     """`config.a.b` in backquotes, without a value."""
     known = {key: set(paths(system.config(), "config")) for key, system in SYSTEMS.items()}
     for place, span, systems in spans(r"^config\.(?!json|py)[a-z_.]+$"):
@@ -241,7 +241,7 @@ def paths(value, path: str):
         yield from paths(entry, f"{path}.{key}")
 
 
-def test_phases_and_stages_are_in_the_readme_and_on_their_page():
+def test_readme_and_pages_mention_all_phases_and_stages():
     for names, page in (
         (m2mkd_config.PHASE_NAMES, ROOT / "docs" / "m2mkd.md"),
         (cliptrans_config.RUNS, ROOT / "docs" / "cliptrans.md"),
@@ -251,7 +251,7 @@ def test_phases_and_stages_are_in_the_readme_and_on_their_page():
             assert one == "pipeline" or f"`{one}`" in README.read_text(), one
 
 
-def test_the_readme_is_short():
+def test_readme_is_short():
     assert len(README.read_text().splitlines()) <= 200
 
 
@@ -259,7 +259,7 @@ def test_the_readme_is_short():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_links_lead_somewhere(page):
+def test_links_resolve(page):
     text = re.sub(r"`[^`\n]*`", "", page.read_text())
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if not re.match(r"https?://|#", target):
@@ -267,7 +267,7 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_mentioned_files_are_there(page):
+def test_mentioned_files_exist(page):
     """Files of the repository in backquotes, relative to its root or to a package."""
     roots = (ROOT, *(ROOT / package for package in ("common_jax", *SYSTEMS)))
     folders = {path.name for root in roots for path in root.iterdir() if path.is_dir()}
@@ -279,7 +279,7 @@ def test_mentioned_files_are_there(page):
             assert found, f"{name(page)}: {target}"
 
 
-def test_mentioned_names_are_there():
+def test_mentioned_names_exist():
     """`package.module.name` in backquotes."""
     for _, span, _ in spans(r"^(common|m2mkd|cliptrans)_jax(\.\w+)+$"):
         assert pkgutil.resolve_name(span) is not None, span
@@ -300,7 +300,7 @@ def definitions(path: pathlib.Path) -> frozenset[str]:
     return frozenset(names)
 
 
-def test_architecture_has_the_layers_that_imports_are_held_to():
+def test_architecture_page_lists_the_enforced_layers():
     tree = ast.parse((ROOT / "tests" / "test_architecture.py").read_text())
     assigned = (node for node in tree.body if isinstance(node, ast.Assign))
     layers = next(node.value for node in assigned if node.targets[0].id == "LAYERS")
@@ -353,7 +353,7 @@ def test_every_loss_has_an_equation():
 
 
 @pytest.mark.parametrize("table", ["demo", "emoji"])
-def test_a_demo_s_table_is_the_same_on_both_pages(table):
+def test_demo_tables_agree_on_both_pages(table):
     pattern = rf"<!-- {table} table -->(.*)<!-- end of {table} table -->"
     first, second = (
         re.search(pattern, page.read_text(), re.DOTALL)[1] for page in (README, RESULTS)
@@ -362,7 +362,7 @@ def test_a_demo_s_table_is_the_same_on_both_pages(table):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_lines_of_prose_are_short(page):
+def test_prose_lines_are_short(page):
     code = False
     for number, line in enumerate(page.read_text().splitlines(), 1):
         code ^= line.startswith("```")
@@ -370,7 +370,7 @@ def test_lines_of_prose_are_short(page):
             assert len(line) <= 110, f"{name(page)}:{number}"
 
 
-def test_no_tracked_file_names_a_place_outside_the_repository():
+def test_tracked_files_name_no_place_outside_the_repository():
     git = ["git", "-C", str(ROOT), "ls-files", "-z"]
     listed = subprocess.run(git, capture_output=True, text=True)
     if listed.returncode != 0:

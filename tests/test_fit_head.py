@@ -1,4 +1,4 @@
-"""A ViT without a classifier gets one for digits, at their image size."""
+"""Fitting a classifier of digits to a ViT that has none, at the digits' image size."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def folder(tmp_path):
     return tmp_path / "vit"
 
 
-def test_the_head_is_part_of_a_vit_that_is_read_as_a_teacher(folder, tmp_path, capsys, monkeypatch):
+def test_vit_with_a_fitted_head_is_read_as_a_teacher(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(fit_head, "STRENGTHS", (1e-2,))  # quick to fit
     out, few = tmp_path / "out", "--config.data.per_class=30"
     fit_head.main([str(folder), str(out), "--patch=4", f"--config={CONFIG}", few])
@@ -52,7 +52,7 @@ def test_the_head_is_part_of_a_vit_that_is_read_as_a_teacher(folder, tmp_path, c
     assert right == pytest.approx(said, abs=0.06) and right > 50  # chance is 10
 
 
-def test_small_patches_are_read_as_the_old_kernel_reads_them_enlarged():
+def test_resized_kernel_matches_the_old_one_on_enlarged_patches():
     rng = np.random.default_rng(0)
     kernel, patch = rng.normal(size=(5, 3, 14, 14)), rng.normal(size=(3, 8, 8))
     table = np.concatenate([np.full((1, 1, 5), 7.0), np.full((1, 37**2, 5), 2.0)], axis=1)
@@ -69,7 +69,7 @@ def test_small_patches_are_read_as_the_old_kernel_reads_them_enlarged():
     np.testing.assert_allclose(same[fit_head.POSITIONS], table, rtol=1e-5)
 
 
-def test_another_mean_and_std_are_made_up_for():
+def test_renormalise_compensates_for_new_mean_and_std():
     rng = np.random.default_rng(0)
     kernel, bias, pixels = (rng.uniform(size=shape) for shape in ((5, 3, 4, 4), (5,), (1, 4, 4, 3)))
     tensors = {fit_head.KERNEL: kernel, fit_head.BIAS: bias}
@@ -85,7 +85,7 @@ def test_another_mean_and_std_are_made_up_for():
     assert not np.allclose(embed(tensors, new), embed(tensors, old), rtol=0.1)
 
 
-def test_both_views_of_an_image_are_held_out_and_two_classes_have_two_logits(monkeypatch):
+def test_fit_holds_out_both_views_and_gives_two_classes_two_logits(monkeypatch):
     sizes = []
     train = fit_head.LogisticRegression.fit
 
@@ -103,7 +103,7 @@ def test_both_views_of_an_image_are_held_out_and_two_classes_have_two_logits(mon
     assert fit_head.accuracy((kernel, bias), views, labels) == 1
 
 
-def test_what_cannot_be_done_is_refused(folder, tmp_path, capsys):
+def test_invalid_requests_are_refused(folder, tmp_path, capsys):
     flags = [str(folder), str(tmp_path / "out"), f"--config={CONFIG}"]
     for change, error in (
         (["--patch=3"], r"--patch=3 must divide config.data.image_size=8"),

@@ -41,7 +41,7 @@ def test_every_number_has_a_range(config):
 
 
 @pytest.mark.parametrize("name", flags.defaults())
-def test_every_field_refuses_what_it_cannot_be(name):
+def test_every_field_refuses_invalid_values(name):
     counts, misses, _ = flags.try_all({name: flags.defaults()[name]})
     assert counts[name].fields > 150
     assert not misses
@@ -64,5 +64,5 @@ def test_a_field_without_a_range_is_a_miss():
 @pytest.mark.parametrize(
     ("config", "flag", "beginning"), flags.COMMANDS, ids=[flag for _, flag, _ in flags.COMMANDS]
 )
-def test_a_command_line_is_refused_before_anything_is_written(config, flag, beginning, tmp_path):
+def test_command_line_is_refused_before_anything_is_written(config, flag, beginning, tmp_path):
     assert flags.try_command(config, flag, beginning, tmp_path) is None

@@ -13,7 +13,7 @@ COSTLY = {"prior npz": 10}  # every broken cache is rebuilt
 
 @pytest.mark.filterwarnings("ignore:Duplicate name", "ignore:Corrupt EXIF", "ignore:Truncated File")
 @pytest.mark.parametrize("name", FORMATS)
-def test_damaged_and_forged_files_are_read_rightly_or_refused(tmp_path, name):
+def test_mutated_files_are_read_correctly_or_refused(tmp_path, name):
     form = FORMATS[name]()
     form.prepare(tmp_path)
     for sample in form.samples:
@@ -24,7 +24,7 @@ def test_damaged_and_forged_files_are_read_rightly_or_refused(tmp_path, name):
     assert "refused" in {r.outcome for r in results}
 
 
-def test_a_seed_and_a_number_name_a_mutant():
+def test_seed_and_number_identify_a_mutant():
     one, same = (FORMATS["config.json"]() for _ in "ab")
     assert fuzz.make_mutant(one, 0, 3) == fuzz.make_mutant(same, 0, 3)
     assert fuzz.make_mutant(one, 0, 3) != fuzz.make_mutant(one, 1, 3)
@@ -43,7 +43,7 @@ def careless(read):
         (lambda path: json.loads(FORMATS["config.json"]().samples[0]) | {"seed": 5}, "read as"),
     ],
 )
-def test_careless_readers_are_found(tmp_path, read, why):
+def test_careless_readers_are_caught(tmp_path, read, why):
     form = careless(read)
     results = [fuzz.try_mutant(form, tmp_path, 0, number) for number in range(30)]
     wrong = [result.detail for result in results if result.outcome == "wrong"]

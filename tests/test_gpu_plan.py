@@ -68,7 +68,7 @@ def stepped(q, x, table, kernel, ids):
     return jax.grad(attend)(q), table, total
 
 
-def test_xla_here_writes_programs_as_the_stored_one_is_written():
+def test_xla_output_matches_the_stored_program():
     sharding = SingleDeviceSharding(describe_cards("h100", hosts=1, cards=1)[0])
     shapes = [(2, 64, 8, 64), (256, 64), (256, 64), (64, 64)]
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding) for shape in shapes]
@@ -77,7 +77,7 @@ def test_xla_here_writes_programs_as_the_stored_one_is_written():
     assert analysis(text) == analysis(STORED.read_text())
 
 
-def test_collectives_are_counted_within_hosts_and_between_them():
+def test_collectives_are_counted_within_and_between_hosts():
     mesh = make_mesh(MeshConfig(fsdp=2, expert=4), describe_devices(read_topology("h100:2x8")))
     wide = NamedSharding(mesh, P("fsdp"))
     w = jax.ShapeDtypeStruct((2048, 512), jnp.bfloat16, sharding=wide)
@@ -106,7 +106,7 @@ def test_xla_compiles_for_every_card(card):
     assert find_products(read_program(text)).calls == {"cuBLAS": 1}
 
 
-def test_a_run_s_step_is_planned_for_eight_cards(capsys, tmp_path):
+def test_step_is_planned_for_eight_cards(capsys, tmp_path):
     found = tmp_path / "found.json"
     with pytest.raises(SystemExit) as end:
         compile_for_pod.main(

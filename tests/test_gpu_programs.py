@@ -54,7 +54,7 @@ def stored():
 
 
 @pytest.mark.parametrize("card", CARDS)
-def test_a_card_s_figures_are_those_of_its_description(card):
+def test_card_figures_match_their_description(card):
     text = description(card)
     memory, bandwidth = (
         int(re.search(rf"{name}: (\d+)", text)[1])
@@ -73,7 +73,7 @@ def test_a_card_s_figures_are_those_of_its_description(card):
         ("v5e:4x4", 2, Topology("v5e", (4, 4), 2), 32),
     ],
 )
-def test_a_topology_has_its_chips_and_groups(text, slices, topology, devices):
+def test_topology_is_parsed_into_chips_and_groups(text, slices, topology, devices):
     read = read_topology(text, slices=slices)
     assert read == topology and read.devices == devices
 
@@ -81,19 +81,19 @@ def test_a_topology_has_its_chips_and_groups(text, slices, topology, devices):
 @pytest.mark.parametrize(
     "topology", ["", "v5e", "v9:4x4", "v5e:4", "v5e:4x", "16x16", "h100:8", "h100:0x8", "h300:1x8"]
 )
-def test_a_topology_must_be_of_a_known_chip_or_card(topology):
+def test_topology_must_name_a_known_chip_or_card(topology):
     message = rf"--topology={topology} must be .* v5e:16x16 or v5p:8x8x8; or one of .* h100:1x8"
     with pytest.raises(ValueError, match=message):
         read_topology(topology)
 
 
-def test_a_missing_compiler_for_gpus_is_said_with_the_way_out(monkeypatch):
+def test_missing_gpu_compiler_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(gpus.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"jax\[cuda12\]==0\.10\.2' \(5\.5 GB\), .*'gpu-plan'"):
         describe_cards("h100", hosts=1, cards=8)
 
 
-def test_another_version_of_the_compiler_is_warned_of(monkeypatch, caplog):
+def test_other_compiler_version_causes_a_warning(monkeypatch, caplog):
     monkeypatch.setattr(gpus.importlib.util, "find_spec", lambda name: name == "jax_cuda12_plugin")
     for installed in (CUDA, "9.9.9"):
         monkeypatch.setattr(gpus.importlib.metadata, "version", lambda name, x=installed: x)
@@ -106,7 +106,7 @@ def test_another_version_of_the_compiler_is_warned_of(monkeypatch, caplog):
 # A compiled program.
 
 
-def test_products_are_counted_by_what_computes_them():
+def test_products_are_counted_by_implementation():
     product, scores = 2 * 32 * 64 * 64, 2 * 2 * 8 * 64 * 64 * 64
     assert find_products(stored()) == Products(
         calls={"cuBLAS": TURNS, "cuDNN attention": 2, "kernel": 1},
@@ -114,7 +114,7 @@ def test_products_are_counted_by_what_computes_them():
     )
 
 
-def test_a_loop_of_unknown_length_has_as_many_turns_as_it_can_take_slices():
+def test_open_loop_runs_as_often_as_it_can_take_slices():
     program = stored()
     assert program.open_loops == {TURNS: 1}
     for body, turns in (
@@ -124,7 +124,7 @@ def test_a_loop_of_unknown_length_has_as_many_turns_as_it_can_take_slices():
         assert read_program(LOOP.replace("BODY", body)).open_loops == {turns: 1}
 
 
-def test_launches_are_counted_with_loops_and_without_what_only_names_arrays():
+def test_launches_include_loops_and_exclude_aliases():
     # Per iteration: a slice, a product, its write to the table, the counter, and the condition.
     # Outside: the counter's start and end, the doubled rows, ones and zeros, attention forward and
     # backward, the sum of its gradients, and the scatter.
@@ -136,7 +136,7 @@ def test_launches_are_counted_with_loops_and_without_what_only_names_arrays():
     assert count_launches(read_program(known)) == Launches(kernels=3, waits=0)
 
 
-def test_slices_and_scatters_in_place_count_what_they_move():
+def test_in_place_slices_and_scatters_count_the_bytes_they_move():
     q, rows, kernel = 2 * 64 * 8 * 64 * 2, 256 * 64, 64 * 64 * 2
     statistics = 2 * 8 * 64 * 4
     # Attention reads three arrays and writes one. Its backward pass reads five and writes three,
@@ -153,14 +153,14 @@ def test_slices_and_scatters_in_place_count_what_they_move():
     assert hbm_bytes(stored()) == expected
 
 
-def test_memory_spaces_of_gpus_are_all_in_hbm():
+def test_gpu_memory_spaces_are_all_in_hbm():
     text = "ENTRY %main (p: f32[8]) -> f32[8] {\n  %p = f32[8]{0:S(1)} parameter(0)\n}"
     for on_chip in (True, False):
         program = read_program(text, on_chip=on_chip)
         assert program.computations["main"]["p"].result[0].space == on_chip
 
 
-def test_kernels_count_what_they_say_or_their_body_for_every_place_of_their_grid():
+def test_kernel_flops_come_from_its_estimate_or_its_body_times_the_grid():
     def multiply(x, y, out):
         out[...] = x[...] @ y[...]
 
@@ -196,7 +196,7 @@ def sizing(**changes):
     return dataclasses.replace(base, **changes)
 
 
-def test_products_on_float32_take_longer_and_launches_take_time():
+def test_float32_products_take_longer_and_launches_take_time():
     seconds = sizing().seconds
     # Of 989e12 FLOP/s per card, the half that is in float32 takes twice as long.
     expected = {"compute": 495 / 989 + 1, "hbm": 0.5, "nvlink": 0, "launches": 0.15 + 0.0866}
@@ -204,7 +204,7 @@ def test_products_on_float32_take_longer_and_launches_take_time():
     assert sizing(products=None).seconds["compute"] == pytest.approx(1)
 
 
-def test_a_report_says_launches_products_and_how_loops_were_counted():
+def test_report_shows_launches_products_and_loop_counts():
     lines = "\n".join(plan.as_lines(sizing()))
     for said in (
         "HBM per card: 0.0 MB of 84.94 GB",

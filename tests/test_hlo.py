@@ -120,7 +120,7 @@ def analysis(program: Program) -> tuple:
     return collectives, hbm_bytes(program), program.open_loops, sorted(program.runs.values())
 
 
-def test_every_instruction_of_the_stored_program_is_read():
+def test_stored_program_is_parsed_completely():
     program = read_program(STORED.read_text())
     assert written(program) == PARSED
     assert program.entry == "main.4_spmd"
@@ -142,7 +142,7 @@ def test_every_instruction_of_the_stored_program_is_read():
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra: pods)"
 )
-def test_libtpu_here_writes_programs_as_the_stored_one_is_written():
+def test_libtpu_output_matches_the_stored_program():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2), describe_chips("v5e:2x2", slices=1))
     split, batch = (NamedSharding(mesh, P(*axes)) for axes in ((None, "fsdp"), (mesh.axis_names,)))
     kernels = jax.ShapeDtypeStruct((2, 512, 512), jnp.bfloat16, sharding=split)
@@ -152,7 +152,7 @@ def test_libtpu_here_writes_programs_as_the_stored_one_is_written():
     assert written(program) == PARSED
 
 
-def test_another_version_of_libtpu_is_warned_of(monkeypatch, caplog):
+def test_other_libtpu_version_causes_a_warning(monkeypatch, caplog):
     monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: True)
     for installed in (LIBTPU, "9.9.9"):
         monkeypatch.setattr(chips.importlib.metadata, "version", lambda name, x=installed: x)
@@ -162,7 +162,7 @@ def test_another_version_of_libtpu_is_warned_of(monkeypatch, caplog):
         assert (said in caplog.text) == (installed != LIBTPU)
 
 
-def test_the_extras_install_the_versions_that_programs_are_read_of():
+def test_extras_pin_the_compilers_whose_output_is_parsed():
     text = (ROOT / "setup.py").read_text()
     wanted = [
         node.value

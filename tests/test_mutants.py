@@ -39,7 +39,7 @@ def outcomes(project, tmp_path, *mistakes, jobs=1):
 
 
 @pytest.mark.parametrize("number", range(len(MISTAKES)))
-def test_every_mistake_can_be_made(number):
+def test_every_mistake_applies(number):
     mistake = MISTAKES[number]
     assert mutants.fault(mistake, mutants.ROOT) == ""
     text = (mutants.ROOT / mistake.file).read_text()
@@ -47,13 +47,13 @@ def test_every_mistake_can_be_made(number):
     assert ast.dump(wrong) != ast.dump(ast.parse(text))  # not in a comment
 
 
-def test_there_are_many_mistakes_and_no_two_are_the_same():
+def test_mistakes_are_many_and_distinct():
     assert len(MISTAKES) >= 120
     assert len({(x.file, x.right, x.wrong) for x in MISTAKES}) == len(MISTAKES)
     assert len({(x.file, x.what) for x in MISTAKES}) == len(MISTAKES)
 
 
-def test_a_mistake_is_noticed_by_the_test_that_fails_or_by_none(project, tmp_path):
+def test_mistake_is_noticed_by_its_failing_test_or_by_none(project, tmp_path):
     unseen = dataclasses.replace(LENGTH, what="unseen", tests="test_lengths.py::test_a_call")
     broken = dataclasses.replace(LENGTH, what="broken", wrong="return (")
     found = outcomes(project, tmp_path, LENGTH, unseen, broken)
@@ -72,7 +72,7 @@ def test_tests_that_fail_without_the_mistake_notice_nothing(project, tmp_path):
     assert found.kind == "broken" and "fails without the mistake" in found.detail
 
 
-def test_what_was_tried_is_tried_again_only_when_something_changed(project, tmp_path, monkeypatch):
+def test_mistake_is_retried_only_after_a_change(project, tmp_path, monkeypatch):
     calls = []
     run = mutants.Copy.run
 
@@ -102,11 +102,11 @@ def test_what_was_tried_is_tried_again_only_when_something_changed(project, tmp_
         ({"tests": ""}, "no tests are named"),
     ],
 )
-def test_an_entry_that_does_not_fit_is_named(project, change, said):
+def test_invalid_entry_is_reported(project, change, said):
     assert said in mutants.fault(dataclasses.replace(LENGTH, **change), project)
 
 
-def test_the_run_is_well_with_few_unnoticed_and_these_explained():
+def test_run_passes_if_unnoticed_mistakes_are_few_and_explained():
     explained = dataclasses.replace(LENGTH, equivalent="nobody sees it")
     noticed, passed = mutants.Outcome("noticed", "test"), mutants.Outcome("passed")
     most = [(LENGTH, noticed)] * 19

@@ -50,7 +50,7 @@ def rewrite(arrays: pathlib.Path, change) -> None:
     np.savez(arrays, **held)
 
 
-def test_command_prints_a_line_a_case_and_passes(copied, monkeypatch, capsys):
+def test_command_prints_one_line_per_case_and_passes(copied, monkeypatch, capsys):
     assert run_command(monkeypatch, "--golden", copied[0].parents[1], "--only", "m2mkd/drop_") == 0
     head, line, total = capsys.readouterr().out.splitlines()
     assert head.split() == ["case", "max_abs_err", "max_rel_err", "tolerance"]
@@ -74,7 +74,7 @@ def test_command_fails_where_an_expected_array_is_not_compared(copied, monkeypat
     assert "grads_new/x: was not compared" in capsys.readouterr().out
 
 
-def test_command_goes_on_after_a_case_that_breaks(copied, monkeypatch, capsys):
+def test_command_continues_after_a_broken_case(copied, monkeypatch, capsys):
     broken = copied[0].with_name("drop_path_broken.json")
     broken.write_text(json.dumps({"config": {}, "tolerance": {"atol": 0, "rtol": 0}}))
     shutil.copy(copied[1], broken.with_suffix(".npz"))
@@ -102,7 +102,7 @@ def test_command_reports_a_case_without_runner(copied, monkeypatch, capsys):
         (["--golden", KEPT, "--only", "("], "is no regex"),
     ],
 )
-def test_command_says_what_is_wrong_with_its_arguments(arguments, message, monkeypatch, capsys):
+def test_command_reports_invalid_arguments(arguments, message, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_command(monkeypatch, *arguments)
     assert stopped.value.code == 2

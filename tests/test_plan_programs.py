@@ -50,7 +50,7 @@ def test_chips_have_their_published_figures(kind, flops, gigabytes, bandwidth, i
     assert (chip.hbm_bandwidth, chip.links) == (bandwidth * 1e9, ici * 1e9)
 
 
-def test_a_missing_libtpu_is_said_with_the_way_out(monkeypatch):
+def test_missing_libtpu_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install libtpu==0\.0\.52, or .* extra 'pods'"):
         describe_chips("v5e:4x4", slices=1)
@@ -59,7 +59,7 @@ def test_a_missing_libtpu_is_said_with_the_way_out(monkeypatch):
 # FLOPs.
 
 
-def test_products_are_counted_with_the_length_of_their_loops():
+def test_product_flops_are_multiplied_by_loop_lengths():
     x, w = FLOAT((4, 8)), FLOAT((8, 8))
 
     def scanned(x, w):
@@ -76,7 +76,7 @@ def test_products_are_counted_with_the_length_of_their_loops():
     assert count_flops(lax.ragged_dot, x, FLOAT((2, 8, 3)), sizes).model == 2 * 4 * 8 * 3
 
 
-def test_products_that_no_result_needs_are_not_counted():
+def test_unused_products_are_not_counted():
     @jax.jit
     def both(x):
         return x @ x, x @ x.T
@@ -85,7 +85,7 @@ def test_products_that_no_result_needs_are_not_counted():
     assert found == Flops(model=2 * 3 * 3 * 3)
 
 
-def test_products_of_batches_and_convolutions_of_groups_are_counted_by_hand():
+def test_batched_products_and_grouped_convolutions_match_a_hand_count():
     product = functools.partial(jnp.einsum, "bij,bjk->bik")
     assert count_flops(product, FLOAT((5, 2, 3)), FLOAT((5, 3, 7))).model == 5 * 2 * 2 * 3 * 7
     several = functools.partial(jnp.einsum, "aibj,ajb->ai")
@@ -99,7 +99,7 @@ def test_products_of_batches_and_convolutions_of_groups_are_counted_by_hand():
     assert found == Flops(2 * (2 * 3 * 2 * 9) * (2 * 3 * 2), 0)
 
 
-def test_ragged_products_count_all_rows_whichever_axis_is_ragged():
+def test_ragged_products_count_all_rows():
     sizes = jax.ShapeDtypeStruct((2,), jnp.int32)
     x, w = FLOAT((4, 8)), FLOAT((2, 8, 3))
 
@@ -111,7 +111,7 @@ def test_ragged_products_count_all_rows_whichever_axis_is_ragged():
     assert count_flops(both, x, w, sizes).model == 3 * 2 * 4 * 8 * 3
 
 
-def test_what_is_computed_again_is_counted_apart():
+def test_recomputation_is_counted_separately():
     x, w = FLOAT((4, 8)), FLOAT((8, 8))
 
     def loss(x, w):
@@ -125,7 +125,7 @@ def test_what_is_computed_again_is_counted_apart():
     assert Flops(2, 3) * 5 == Flops(10, 15)
 
 
-def test_a_program_of_all_devices_counts_for_each():
+def test_shard_map_flops_count_every_device():
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     each = jax.shard_map(
         lambda x, w: x @ w, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data")
@@ -134,7 +134,7 @@ def test_a_program_of_all_devices_counts_for_each():
     assert count_flops(each, FLOAT((6, 4)), FLOAT((4, 5))).model == 8 * 2 * 3 * 4 * 5
 
 
-def test_of_branches_the_largest_counts_and_open_loops_are_refused():
+def test_largest_branch_counts_and_open_loops_are_refused():
     x = FLOAT((4, 4))
 
     def chosen(x, n):
@@ -156,7 +156,7 @@ def training_of(config, mesh=None):
 
 
 @pytest.mark.parametrize("remat", [False, True])
-def test_a_small_vit_has_the_operations_counted_by_hand(remat):
+def test_vit_flops_match_a_hand_count(remat):
     config = tiny_config("pretrain_meta")
     config = dataclasses.replace(config, meta=dataclasses.replace(config.meta, remat=remat))
     tokens, width, hidden, labels, batch, blocks = 5, 16, 32, 10, 64, 3
@@ -175,7 +175,7 @@ def test_a_small_vit_has_the_operations_counted_by_hand(remat):
     assert step_flops(task, halved) == Flops(2 * model, 2 * again)
 
 
-def test_experts_count_their_slots_and_frozen_networks_no_gradients():
+def test_expert_slots_count_and_frozen_networks_have_no_gradients():
     moe = dataclasses.replace(MOE, dispatch="capacity", capacity_factor=1.0, groups=8)
     config = tiny_config("distill", moe=moe)
     config = dataclasses.replace(config, module="1")
@@ -200,7 +200,7 @@ def test_experts_count_their_slots_and_frozen_networks_no_gradients():
 # Compiled programs.
 
 
-def test_types_have_bytes_and_a_memory():
+def test_array_types_give_bytes_and_memory_space():
     text = "(f32[8,128]{1,0:T(8,128)S(1)}, bf16[3]{0}, pred[], /*index=5*/token[])"
     found = arrays(text)
     assert found[:2] == (Array("f32", (8, 128), 1), Array("bf16", (3,), 0))
@@ -211,7 +211,7 @@ def compiled(function, *arguments, **options):
     return read_program(jax.jit(function, **options).lower(*arguments).compile().as_text())
 
 
-def test_collectives_in_a_scan_count_as_often_as_it_runs():
+def test_collectives_in_a_scan_count_once_per_iteration():
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("fsdp"))
 
@@ -245,7 +245,7 @@ def test_collectives_in_a_scan_count_as_often_as_it_runs():
         ("replica_groups={}", True),
     ],
 )
-def test_groups_are_read_in_every_spelling(attributes, crosses):
+def test_replica_groups_are_read_in_every_format(attributes, crosses):
     text = f"""ENTRY %main (p: f32[8]) -> f32[8] {{
   %p = f32[8]{{0}} parameter(0)
   ROOT %r = f32[8]{{0}} all-reduce(%p), channel_id=1, {attributes}, to_apply=%add
@@ -256,7 +256,7 @@ def test_groups_are_read_in_every_spelling(attributes, crosses):
     assert (found.group, found.crosses) == (size, crosses)
 
 
-def test_what_hosts_send_to_other_slices_counts_as_what_becomes_of_it():
+def test_host_transfers_count_as_their_collective():
     lines = [
         f"  %s{i} = (f32[8,4]{{1,0}}, u32[], token[]) send(%p, %t), channel_id={i}, "
         'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="'
@@ -272,7 +272,7 @@ def test_what_hosts_send_to_other_slices_counts_as_what_becomes_of_it():
     assert permuted == Collective("collective-permute", 2, True, 1, 8 * 4 * 4)
 
 
-def test_groups_in_an_unknown_spelling_are_refused():
+def test_unknown_replica_group_format_is_refused():
     text = (
         "ENTRY %main () -> f32[] {\n  ROOT %r = f32[] all-reduce(%p), replica_groups=new{1}, x=1\n}"
     )
@@ -280,7 +280,7 @@ def test_groups_in_an_unknown_spelling_are_refused():
         find_collectives(read_program(text), devices=8)
 
 
-def test_a_collective_beside_other_work_counts_once_and_a_fused_scatter_as_one():
+def test_async_collectives_and_fused_scatters_count_once():
     text = """%start.1 (a: f32[4,8]) -> (f32[4,8], f32[16,8]) {
   %a = f32[4,8]{1,0} parameter(0)
   %g.1 = f32[16,8]{1,0} all-gather(%a), replica_groups=[2,4]<=[8], chain_id="0"
@@ -317,7 +317,7 @@ ENTRY %main (p: f32[4,8], q: f32[8]) -> f32[2] {
     assert hbm_bytes(program) == 4 * 8 * 4 + gathered + 2 * 32 + 32 + scattered
 
 
-def test_traffic_counts_slices_as_slices_and_nothing_on_the_chip():
+def test_traffic_counts_only_slices_and_nothing_on_the_chip():
     text = """%body.1 (q: (s32[], f32[64,16])) -> (s32[], f32[64,16]) {
   %q = (s32[], f32[64,16]{1,0}) parameter(0)
   %i = s32[] get-tuple-element(%q), index=0
@@ -346,7 +346,7 @@ ENTRY %main (p: f32[64,16]) -> f32[64,16] {
     assert hbm_bytes(program) - comparisons == size + 2 * size + 10 * (2 * 64 + 8)
 
 
-def test_rows_that_are_converted_and_looked_up_are_all_that_is_read():
+def test_converted_lookups_read_only_their_rows():
     text = """%looked_up (p.0: f32[1000,16], p.1: s32[8,1]) -> bf16[8,16] {
   %p.0 = f32[1000,16]{1,0} parameter(0)
   %low = bf16[1000,16]{1,0} convert(%p.0)
@@ -361,7 +361,7 @@ ENTRY %main (table: f32[1000,16], ids: s32[8,1]) -> bf16[8,16] {
     assert hbm_bytes(read_program(text)) == 8 * 16 * 4 + 8 * 4 + 8 * 16 * 2
 
 
-def test_the_roofline_is_the_longest_of_three_times():
+def test_roofline_is_the_longest_of_three_times():
     sizing = Sizing(
         chip=CHIPS["v5e"], devices=4, flops=Flops(model=int(4 * 197e12), again=int(197e12)),
         memory=Memory(arguments=5, temporaries=3, output=4, aliased=4, code=1),
@@ -372,7 +372,7 @@ def test_the_roofline_is_the_longest_of_three_times():
     assert sizing.memory.total == 9
 
 
-def test_the_largest_arrays_are_named_with_their_share():
+def test_largest_arrays_are_listed_by_share():
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     split = NamedSharding(mesh, P("fsdp"))
     leaf = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=split)
@@ -386,7 +386,7 @@ def test_the_largest_arrays_are_named_with_their_share():
     assert any("64,5,32" in one.shape for one in kept) and kept[0].bytes >= kept[-1].bytes
 
 
-def test_one_device_sends_nothing_and_experts_are_sent_all_to_all():
+def test_one_device_sends_nothing_and_experts_use_all_to_all():
     layer = MoeMlp(dataclasses.replace(MOE, dispatch="capacity", groups=8), hidden=32)
     x = jnp.zeros((16, 5, 16))
     variables = layer.init(jax.random.key(0), x)
@@ -424,7 +424,7 @@ def test_slices_lie_along_the_data_axis():
 @pytest.mark.parametrize(
     ("topology", "slices"), [("v5e:16x16", 1), ("v5e:16x16", 2), ("v6e:16x16", 1), ("v4:4x4x4", 1)]
 )
-def test_an_axis_may_be_a_part_of_one_of_the_torus(topology, slices):
+def test_mesh_axis_may_be_part_of_a_torus_axis(topology, slices):
     devices = describe_chips(topology, slices=slices)
     mesh = make_mesh(MeshConfig(expert=8), devices)
     assert dict(mesh.shape) == {"data": len(devices) // 8, "fsdp": 1, "expert": 8}

@@ -45,7 +45,7 @@ def make(stamps, out, *flags):
     return [dict(zip(lines[0].split("\t"), line.split("\t"), strict=True)) for line in lines[1:]]
 
 
-def test_a_stamp_is_a_row_with_its_picture(stamps, tmp_path, capsys):
+def test_stamp_becomes_a_row_with_its_picture(stamps, tmp_path, capsys):
     rows = make(stamps, tmp_path / "out")
     assert [row["picture"] for row in rows] == [
         "animals/frog-1.png",
@@ -64,7 +64,7 @@ def test_a_stamp_is_a_row_with_its_picture(stamps, tmp_path, capsys):
     assert [truck.getpixel(place) for place in ((8, 8), (1, 8))] == [(0, 255, 0), (255,) * 3]
 
 
-def test_the_table_is_a_corpus(stamps, tmp_path):
+def test_stamp_table_loads_as_a_corpus(stamps, tmp_path):
     split = make(stamps, tmp_path / "out")[1]["split"]
     config = DataConfig("table", str(tmp_path / "out/stamps.tsv"))
     corpus = load_corpus(config, split, ("en", "de"), with_images=True)
@@ -88,7 +88,7 @@ def test_stamps_of_one_thing_share_a_split(stamps, tmp_path):
     assert len({things[key] for key in list(names)[:4]}) == 1 and len(set(things.values())) == 2
 
 
-def test_emoji_are_trained_on_unless_they_name_what_is_held_out(stamps, tmp_path, monkeypatch):
+def test_emoji_are_for_training_unless_they_name_held_out_stamps(stamps, tmp_path, monkeypatch):
     names = {"en": ("frog", "red truck", "truck"), "de": ("Frosch", "roter Lastwagen", "Lastwagen")}
 
     def load(split, languages, size):

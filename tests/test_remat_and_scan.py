@@ -95,21 +95,21 @@ def compare(name, rate, *variants):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_remat_changes_no_loss_and_no_gradient(name):
+def test_remat_changes_neither_loss_nor_gradient(name):
     kept, again = compare(name, 0.1, {"remat": True})
     assert kept.again == 0 < again.again
     assert kept.model == again.model
 
 
 @pytest.mark.parametrize("name", LOOPED)
-def test_a_loop_over_layers_changes_no_loss_and_no_gradient(name):
+def test_scan_layers_changes_neither_loss_nor_gradient(name):
     loop = {"scan_layers": True}
     one_by_one, kept, again = compare(name, 0.0, loop, loop | {"remat": True})
     assert one_by_one.again == kept.again == 0 < again.again
     assert one_by_one.model == kept.model == again.model
 
 
-def test_in_a_loop_every_block_drops_paths_at_its_own_rate(monkeypatch):
+def test_scanned_blocks_have_their_own_drop_path_rates(monkeypatch):
     # A branch is dropped if its rate is above one half, regardless of the draw.
     monkeypatch.setattr(
         encoder, "drop_path", lambda x, u, rate, drop=encoder.drop_path: drop(x, 0 * u + 0.5, rate)
@@ -117,7 +117,7 @@ def test_in_a_loop_every_block_drops_paths_at_its_own_rate(monkeypatch):
     compare("vit", 0.9, {"scan_layers": True})
 
 
-def test_in_a_loop_every_layer_draws_for_itself():
+def test_scanned_layers_draw_independently():
     config = vit.ViTConfig(depths=(4,), scan_layers=True, **SIZES)
     stage = vit.build(config, INTERFACE).stages[0]
     blocks = tuple(dataclasses.replace(block, drop_path=0.5) for block in stage.blocks)
@@ -134,7 +134,7 @@ def test_in_a_loop_every_layer_draws_for_itself():
     assert len({row.tobytes() for row in passed}) == 4
 
 
-def test_every_layer_s_gate_draws_its_own_noise():
+def test_gate_noise_is_drawn_per_layer():
     moe = MoeConfig(experts=3, router="softmax_topk", noise_std=1.5)
     config = vmoe.VMoEConfig(depths=(1, 2), moe=moe, scan_layers=True, **SIZES)
     network = vmoe.build(config, INTERFACE, stitch_width=None)
@@ -150,7 +150,7 @@ def test_every_layer_s_gate_draws_its_own_noise():
     np.testing.assert_allclose(noise.std(), 0.5, rtol=0.1)
 
 
-def test_what_layers_sow_is_there_after_a_loop():
+def test_scanned_layers_sow_the_same_records():
     found = []
     for loop in (False, True):
         network = _vmoe(0.0, depths=(1, 2), scan_layers=loop)
@@ -166,7 +166,7 @@ def test_what_layers_sow_is_there_after_a_loop():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-6), one, looped[path])
 
 
-def test_a_loop_is_one_program_whatever_its_length():
+def test_scanned_program_size_does_not_depend_on_depth():
     def size(depth):
         network = vit.build(vit.ViTConfig(depths=(depth,), scan_layers=True, **SIZES), INTERFACE)
         params = jax.eval_shape(network.init, jax.random.key(0))

@@ -102,7 +102,7 @@ def read(name: str) -> dict:
     return json.loads((DOCS / "data" / name).read_text())
 
 
-def test_every_table_of_results_has_its_data_or_is_known_to_have_none():
+def test_every_results_table_has_data_or_is_listed_without():
     found = [[title(table) for table in results(page)] for page in PAGES]
     for titles in found:
         assert len(set(titles)) == len(titles)
@@ -121,7 +121,7 @@ def test_translations_are_complete(name):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_tables_are_those_of_their_data(page):
+def test_tables_match_their_data(page):
     with_data = [table for table in results(page) if title(table) in DATA]
     assert with_data
     for table in with_data:
@@ -129,7 +129,7 @@ def test_tables_are_those_of_their_data(page):
 
 
 @pytest.mark.parametrize("name", DATA.values())
-def test_a_file_of_data_is_as_the_tool_writes_it(name):
+def test_data_files_are_as_the_tool_writes_them(name):
     data = read(name)
     assert (DOCS / "data" / name).read_text() == table_data.dump(data)
     assert list(data["values"]) == list(data["rows"])
@@ -138,7 +138,7 @@ def test_a_file_of_data_is_as_the_tool_writes_it(name):
         assert len(values) == len(data["columns"]) and counts <= {0, len(data["rows"][row])}
 
 
-def test_a_cell_that_differs_is_named():
+def test_differing_cell_is_reported():
     columns = [{"title": "BLEU", "file": "scores.json", "key": "bleu"}, {"title": "hours"}]
     data = {"columns": columns, "values": {"a": [[1234.56, 1235.56], []], "b": [[0.5], []]}}
     table = [["x", "BLEU", "hours"], ["a", "1,235.1 ± 0.7 %", "3"], ["b", "0.5", ""]]
@@ -152,7 +152,7 @@ def test_a_cell_that_differs_is_named():
     assert "columns" in differences([["x", "chrF", "hours"], *table[1:]], data)[0]
 
 
-def test_the_tool_reads_the_values_of_runs(tmp_path):
+def test_tool_reads_the_values_of_runs(tmp_path):
     for seed, accuracy in ((0, 0.25), (1, 0.75)):
         run = tmp_path / f"a_{seed}"
         run.mkdir()

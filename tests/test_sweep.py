@@ -40,7 +40,7 @@ def stand_in(tmp_path, monkeypatch):
 # The grid and its cells.
 
 
-def test_a_grid_is_a_product_and_brackets_keep_commas():
+def test_grid_is_a_product_and_brackets_keep_commas():
     grid = sweep_cells.parse_grid("a.b=(1,1),(2,2); :prior=ring ;c='x;y',[1,(2,3)]")
     expected = itertools.product(["(1,1)", "(2,2)"], ["ring"], ["'x;y'", "[1,(2,3)]"])
     assert [tuple(one.values()) for one in grid] == list(expected)
@@ -59,12 +59,12 @@ def test_a_grid_is_a_product_and_brackets_keep_commas():
         (" ; ", "sweeps nothing"),
     ],
 )
-def test_a_grid_of_another_form_is_refused(grid, said):
+def test_malformed_grid_is_refused(grid, said):
     with pytest.raises(ValueError, match=said):
         sweep_cells.parse_grid(grid)
 
 
-def test_names_are_short_plain_and_the_same_for_equal_values():
+def test_cell_names_are_short_plain_and_equal_for_equal_values():
     names = [cell.name for cell in cells("model.moe.experts=4;baseline.alpha=0.30,5e-1")]
     assert names == ["alpha=0.3,experts=4", "alpha=0.5,experts=4"]
     assert cells("baseline.alpha=.3;model.moe.experts=4")[0].name == names[0]
@@ -78,7 +78,7 @@ def test_names_are_short_plain_and_the_same_for_equal_values():
     assert len(set(paths)) == 2 and not set(" /'()") & set("".join(paths))
 
 
-def test_arguments_are_swept_beside_those_given():
+def test_config_arguments_are_swept_beside_the_given_ones():
     found = cells(":prior=ring,none;optim.clip=None,1", f"{NAC}:phase=end_to_end")
     assert [cell.name for cell in found[1::2]] == ["clip=1.0,prior=ring", "clip=1.0,prior=none"]
     assert found[0].command[1:] == (
@@ -100,13 +100,13 @@ def test_arguments_are_swept_beside_those_given():
         (f"{EMOJI}:stage=clip", "cliptrans_jax", "", {"": 1}),
     ],
 )
-def test_the_config_tells_the_command_and_its_results(config, package, main, files):
+def test_config_determines_the_command_and_result_files(config, package, main, files):
     cell = cells("run.log_every=1", config)[0]
     assert cell.command[:2] == ("-m", f"{package}.main") and cell.main == main
     assert {name: len(cell.files[name]) for name in files} == files
 
 
-def test_a_config_of_neither_system_is_refused(tmp_path):
+def test_config_of_neither_system_is_refused(tmp_path):
     file = tmp_path / "other.py"
     file.write_text(
         "import ml_collections\ndef get_config(arg=None):\n"
@@ -137,7 +137,7 @@ def test_a_config_of_neither_system_is_refused(tmp_path):
         ("optim.epochs=1", ["'optim.epochs' is swept, but --config.optim.epochs=2 sets it"]),
     ],
 )
-def test_a_bad_cell_is_found_before_any_is_started(tmp_path, capsys, stand_in, grid, said):
+def test_bad_cell_is_found_before_any_run_starts(tmp_path, capsys, stand_in, grid, said):
     _, take = stand_in
     config = DIGITS if grid.startswith(":") else WHOLE
     flags = ["--config.optim.epochs=2"] if config == WHOLE else []
@@ -147,7 +147,7 @@ def test_a_bad_cell_is_found_before_any_is_started(tmp_path, capsys, stand_in, g
     assert not take() and not (tmp_path / "sweep").exists()
 
 
-def test_all_bad_cells_are_named_at_once(tmp_path, capsys):
+def test_all_bad_cells_are_reported_at_once(tmp_path, capsys):
     assert start(tmp_path, grid="baseline.alpha=2,0.5,3") == 2
     printed = capsys.readouterr().err
     assert "alpha=2.0" in printed and "alpha=3.0" in printed and "alpha=0.5" not in printed
@@ -168,7 +168,7 @@ def test_all_bad_cells_are_named_at_once(tmp_path, capsys):
         ),
     ],
 )
-def test_a_field_that_the_run_does_not_read_is_no_sweep(config, grid, said):
+def test_sweeping_an_unread_field_is_refused(config, grid, said):
     with pytest.raises(ValueError, match="cells that cannot run") as caught:
         cells(grid, config)
     for text in said:
@@ -178,7 +178,7 @@ def test_a_field_that_the_run_does_not_read_is_no_sweep(config, grid, said):
 
 
 @pytest.mark.parametrize("path", SWEPT, ids=lambda path: path.stem)
-def test_every_config_s_own_sweep_has_cells(path):
+def test_sweeps_in_config_files_have_distinct_cells(path):
     settings = sweep_cells.read_sweep(str(path))
     found = sweep_cells.plan_cells(str(path), (), settings, sweep.programs())
     assert len({cell.name for cell in found}) == len(settings) > 1
@@ -194,7 +194,7 @@ def test_every_config_s_own_sweep_has_cells(path):
         ("def sweep():\n    return [{'a': 1}, {'b': 1}]\n", "must have the same keys"),
     ],
 )
-def test_a_sweep_of_another_form_is_refused(tmp_path, body, said):
+def test_malformed_sweep_is_refused(tmp_path, body, said):
     (tmp_path / "config.py").write_text(body)
     with pytest.raises(ValueError, match=said):
         sweep_cells.read_sweep(f"{tmp_path}/config.py:phase=x")
@@ -203,7 +203,7 @@ def test_a_sweep_of_another_form_is_refused(tmp_path, body, said):
 # What is run.
 
 
-def test_failures_stop_no_other_and_are_tried_again(tmp_path, capsys, stand_in):
+def test_failed_runs_stop_no_others_and_are_retried(tmp_path, capsys, stand_in):
     give, take = stand_in
     workdir = tmp_path / "sweep"
     give({"alpha=0.3,seed=0": "fail", "alpha=0.5,seed=1": "die"})
@@ -225,7 +225,7 @@ def test_failures_stop_no_other_and_are_tried_again(tmp_path, capsys, stand_in):
     assert start(workdir, "--seeds=2") == 0 and not take()
 
 
-def test_a_folder_takes_more_values_and_seeds_but_no_other_sweep(tmp_path, capsys, stand_in):
+def test_sweep_can_be_extended_but_not_replaced(tmp_path, capsys, stand_in):
     _, take = stand_in
     assert start(tmp_path / "s") == 0 and len(take()) == 2
     assert start(tmp_path / "s", "--seeds=2", grid="baseline.alpha=0.4,0.3") == 0
@@ -242,7 +242,7 @@ def test_a_folder_takes_more_values_and_seeds_but_no_other_sweep(tmp_path, capsy
     assert not take()
 
 
-def test_a_signal_is_passed_on_and_the_sweep_goes_on_later(tmp_path, capsys, stand_in):
+def test_signal_is_passed_on_and_the_sweep_resumes_later(tmp_path, capsys, stand_in):
     give, take = stand_in
     workdir, first = tmp_path / "sweep", "alpha=0.3,seed=0"
     give({first: "wait"})
@@ -271,7 +271,7 @@ def test_a_signal_is_passed_on_and_the_sweep_goes_on_later(tmp_path, capsys, sta
     assert start(workdir) == 0 and len(take()) == 2
 
 
-def test_a_run_that_another_process_is_at_is_let_alone(tmp_path, capsys, stand_in):
+def test_run_locked_by_another_process_is_skipped(tmp_path, capsys, stand_in):
     _, take = stand_in
     workdir = tmp_path / "sweep"
     workdir.mkdir()
@@ -282,7 +282,7 @@ def test_a_run_that_another_process_is_at_is_let_alone(tmp_path, capsys, stand_i
     assert "alpha=0.3,seed=0  is being run by another process" in capsys.readouterr().out
 
 
-def test_a_demo_s_runs_keep_memory_unless_the_user_says_otherwise(tmp_path, monkeypatch):
+def test_demo_runs_keep_memory_unless_the_user_says_otherwise(tmp_path, monkeypatch):
     said = "import os; print(os.environ['GLIBC_TUNABLES'], os.environ['JAX_PLATFORMS'])"
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     jobs.run_all({"ours": jobs.Job(("-c", said))}, tmp_path, at_a_time=1)
@@ -310,7 +310,7 @@ main()
 """
 
 
-def test_a_demo_waits_for_its_runs_after_sigterm(tmp_path):
+def test_demo_waits_for_its_runs_after_sigterm(tmp_path):
     running = tmp_path / "run.pid"  # exists as long as the run lives
     with subprocess.Popen([sys.executable, "-c", DEMO, tmp_path]) as demo:
         until(running.exists)
@@ -319,7 +319,7 @@ def test_a_demo_waits_for_its_runs_after_sigterm(tmp_path):
     assert not running.exists()
 
 
-def test_a_demo_ends_its_runs_whatever_happens(tmp_path):
+def test_demo_ends_its_runs_on_any_error(tmp_path):
     def fail(name):
         raise KeyError(name)
 
@@ -332,7 +332,7 @@ def test_a_demo_ends_its_runs_whatever_happens(tmp_path):
     assert time.monotonic() - start < 30
 
 
-def test_a_demo_s_runs_wait_for_what_they_need_and_end_at_a_failure(tmp_path, capsys, stand_in):
+def test_demo_runs_wait_for_their_needs_and_end_at_a_failure(tmp_path, capsys, stand_in):
     give, take = stand_in
     flags = ("--config.seed=0",)
     plan = {"second": jobs.Job(flags, "first"), "first": jobs.Job(flags)}
@@ -354,7 +354,7 @@ def test_a_demo_s_runs_wait_for_what_they_need_and_end_at_a_failure(tmp_path, ca
     assert take() == ["first"]
 
 
-def test_a_run_that_was_killed_goes_on(tmp_path, monkeypatch, capsys):
+def test_killed_run_resumes(tmp_path, monkeypatch, capsys):
     """The sweep's only cell, a meta model of one block, is killed after a checkpoint."""
     monkeypatch.setenv("XLA_FLAGS", QUICKLY)
     settings = {

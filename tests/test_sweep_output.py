@@ -43,13 +43,13 @@ VALUES = {
 }
 
 
-def test_a_metric_that_is_not_finite_shows_in_the_table(tmp_path):
+def test_non_finite_metric_shows_in_the_table(tmp_path):
     values = {("4", "a"): [0.5, float("nan")], ("16", "a"): [float("inf"), 1.0]}
     table = sweep_table.write_table(epath.Path(tmp_path), rows(values), ["test/accuracy"])
     assert [row[2:] for row in table.rows] == [("nan ± nan", "2"), ("inf ± nan", "2")]
 
 
-def test_the_table_has_mean_spread_and_count_of_what_is_finished(tmp_path):
+def test_table_has_mean_spread_and_count_of_finished_runs(tmp_path):
     ordered = sweep_table.sort_rows(rows(VALUES))
     places = [tuple(row.swept.values()) for row in ordered]
     assert places == [("4", "a"), ("4", "b"), ("16", "a"), ("16", "b")]
@@ -74,7 +74,7 @@ def test_the_table_has_mean_spread_and_count_of_what_is_finished(tmp_path):
         assert min(picture.size) > 300 and len(picture.convert("RGB").getcolors(1 << 20)) > 20
 
 
-def test_the_plot_has_a_line_a_setting_of_the_rest_with_error_bars():
+def test_plot_has_a_line_with_error_bars_per_setting():
     figure = sweep_table.plot(sweep_table.sort_rows(rows(VALUES)), ["test/accuracy", "test/loss"])
     axes = figure.axes[0]
     first, second = axes.containers
@@ -90,7 +90,7 @@ def test_the_plot_has_a_line_a_setting_of_the_rest_with_error_bars():
     assert ticks == ["one", "two"]
 
 
-def test_results_of_a_pipeline_go_by_their_folders(tmp_path):
+def test_pipeline_results_are_named_by_their_folders(tmp_path):
     (cell,) = cells("run.log_every=1", EMOJI)
     root = epath.Path(tmp_path)
     for name in ("clip", "caption", "translate"):
@@ -105,7 +105,7 @@ def test_results_of_a_pipeline_go_by_their_folders(tmp_path):
     assert "clip/test/bleu" not in found and "test/step" not in found
 
 
-def test_results_of_another_run_in_a_cells_folder_are_refused(tmp_path):
+def test_results_of_another_run_in_a_cell_folder_are_refused(tmp_path):
     (cell,) = cells("run.log_every=1", EMOJI)
     root = epath.Path(tmp_path)
     config = dict(cell.config) | {"seed": 0}
@@ -115,7 +115,7 @@ def test_results_of_another_run_in_a_cells_folder_are_refused(tmp_path):
         sweep_table.read_results(root, cell, 1)
 
 
-def test_a_metric_that_no_run_has_is_said(tmp_path, capsys, stand_in):
+def test_unknown_metric_is_reported(tmp_path, capsys, stand_in):
     assert start(tmp_path / "s", "--metric=test/acuracy") == 2
     printed = capsys.readouterr().err
     assert "--metric=test/acuracy: no finished run has it (did you mean 'test/accuracy'" in printed
@@ -123,7 +123,7 @@ def test_a_metric_that_no_run_has_is_said(tmp_path, capsys, stand_in):
     assert list(read_csv(tmp_path / "s")[0])[1::3] == ["test/accuracy mean", "steps mean"]
 
 
-def test_a_table_leaves_the_record_of_a_sweep_that_has_just_begun(tmp_path, capsys, stand_in):
+def test_emit_table_leaves_the_record_of_a_sweep_that_has_just_begun(tmp_path, capsys, stand_in):
     workdir = tmp_path / "s"
     assert start(workdir, "--emit=commands") == 0  # no run has begun yet
     files = [workdir / name for name in ("sweep.json", "config.json")]
@@ -154,7 +154,7 @@ def bash(script, folder, **environment):
     ).returncode
 
 
-def test_commands_that_are_printed_are_those_that_would_be_run(tmp_path, capsys, stand_in):
+def test_emitted_commands_are_those_that_would_be_run(tmp_path, capsys, stand_in):
     _, take = stand_in
     workdir = tmp_path / "a sweep"
     assert start(workdir) == 0 and len(take()) == 2
@@ -167,9 +167,7 @@ def test_commands_that_are_printed_are_those_that_would_be_run(tmp_path, capsys,
     assert start(workdir, "--seeds=2") == 0 and not take()
 
 
-def test_the_slurm_array_runs_a_cell_a_task_and_queues_again_when_stopped(
-    tmp_path, capsys, stand_in
-):
+def test_slurm_array_runs_one_cell_per_task_and_requeues_when_stopped(tmp_path, capsys, stand_in):
     give, take = stand_in
     stub(tmp_path, "srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"')
     stub(tmp_path, "scontrol", f'echo "$@" >> {tmp_path}/requeued')
@@ -195,7 +193,7 @@ def test_the_slurm_array_runs_a_cell_a_task_and_queues_again_when_stopped(
     assert (tmp_path / "requeued").read_text() == "requeue 7_1\n"
 
 
-def test_xpk_gets_a_workload_a_run(tmp_path, capsys, stand_in):
+def test_xpk_gets_one_workload_per_run(tmp_path, capsys, stand_in):
     stub(tmp_path, "xpk", f'printf "%s\\n" "$@" >> {tmp_path}/made')
     script = emitted(capsys, tmp_path / "s", "xpk")
     place = {"CLUSTER": "c", "TPU_TYPE": "v5litepod-16"}
@@ -216,7 +214,7 @@ def test_xpk_gets_a_workload_a_run(tmp_path, capsys, stand_in):
     assert commands[0][:3] == ["python", "-m", "m2mkd_jax.main"]
 
 
-def test_cells_that_are_equal_to_the_last_digit_are_marked(tmp_path):
+def test_cells_with_identical_results_are_marked(tmp_path):
     """One swept field changes no number; the other does."""
     same = [{"test/accuracy": 0.5, "test/loss": 1.25}, {"test/accuracy": 0.75, "test/loss": 0.5}]
     near = [{"test/accuracy": 0.5, "test/loss": 1.2500000000000002}, same[1]]
@@ -237,7 +235,7 @@ def test_cells_that_are_equal_to_the_last_digit_are_marked(tmp_path):
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "x", "1.5", "", "9" * 5000])
-def test_a_number_of_runs_that_is_none_is_refused(tmp_path, capsys, number):
+def test_invalid_number_of_runs_is_refused(tmp_path, capsys, number):
     parser = jobs.demo_parser("", workdir="runs", seeds=1)
     assert parser.parse_args(["--seeds=3", "--jobs=12"]).jobs == 12
     for flag in ("seeds", "jobs"):
@@ -247,7 +245,7 @@ def test_a_number_of_runs_that_is_none_is_refused(tmp_path, capsys, number):
         assert "must be a whole number from 1" in capsys.readouterr().err
 
 
-def test_a_workdir_that_cannot_be_made_is_refused_in_a_line(tmp_path, capsys):
+def test_impossible_workdir_is_refused_in_one_line(tmp_path, capsys):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as stop:
         jobs.run_all({}, tmp_path / "file" / "runs", at_a_time=1)

@@ -39,7 +39,7 @@ def imported(path: pathlib.Path) -> dict[str, tuple[pathlib.Path, str]]:
     return found
 
 
-def asks(path: pathlib.Path, name: str) -> bool:
+def has_assertion(path: pathlib.Path, name: str) -> bool:
     """Whether a function asserts, expects an error, or uses a function that does."""
     todo, seen = [(path, name)], set()
     while todo:
@@ -65,17 +65,17 @@ def asks(path: pathlib.Path, name: str) -> bool:
 def test_every_test_has_an_assertion(path):
     tests = [name for name in functions(path) if name.startswith("test_")]
     assert tests
-    assert [name for name in tests if not asks(path, name)] == []
+    assert [name for name in tests if not has_assertion(path, name)] == []
     asserts = (x for x in ast.walk(ast.parse(path.read_text())) if isinstance(x, ast.Assert))
     assert not any(isinstance(x.test, ast.Constant | ast.Tuple) for x in asserts)  # always true
 
 
-def test_the_quick_tests_leave_out_files_that_there_are():
+def test_quick_tests_skip_only_existing_files():
     assert [name for name in SLOW if not (FOLDER / name).exists()] == []
     assert is_slow(FOLDER / SLOW[0]) and not is_slow(pathlib.Path(__file__))
 
 
-def test_a_test_that_asks_nothing_is_found(tmp_path):
+def test_test_without_an_assertion_is_detected(tmp_path):
     path = tmp_path / "test_it.py"
     path.write_text(
         "import pytest\nfrom same import assert_same\n\n"
@@ -87,7 +87,7 @@ def test_a_test_that_asks_nothing_is_found(tmp_path):
         "def test_d():\n    with pytest.raises(ValueError):\n        call(1)\n\n"
         "def test_e():\n    print(checked)\n"
     )
-    assert {name for name in functions(path) if asks(path, name)} == {
+    assert {name for name in functions(path) if has_assertion(path, name)} == {
         "check",
         "test_a",
         "test_c",
@@ -103,7 +103,7 @@ def commands() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", commands())
-def test_a_command_of_the_makefile_finds_its_modules(name):
+def test_makefile_commands_find_their_modules(name):
     """Although tests/ has folders named like the packages, and an editable install comes after
     them."""
     environment = os.environ | {"PYTHONPATH": commands()[name]}

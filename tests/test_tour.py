@@ -40,7 +40,7 @@ def runs(tmp_path):
     return tmp_path
 
 
-def test_the_notebook_runs(runs, monkeypatch, capsys):
+def test_notebook_runs(runs, monkeypatch, capsys):
     monkeypatch.setenv("RUNS", str(runs))
     monkeypatch.setattr(plt, "show", lambda: None)
     cells = json.loads(NOTEBOOK.read_text())["cells"]

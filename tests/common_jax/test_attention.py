@@ -34,7 +34,7 @@ def attend(params, x, visible):
 
 
 @pytest.mark.parametrize("qkv_bias", [True, False])
-def test_every_token_hears_those_that_are_visible(qkv_bias):
+def test_tokens_attend_to_visible_tokens_only(qkv_bias):
     layer, draw = SelfAttention(HEADS, qkv_bias, jnp.float32), np.random.default_rng(0)
     x = jnp.asarray(draw.normal(size=(B, T, WIDTH)), jnp.float32)
     params = fill(partial(nn.Module.init, layer), x)  # `init` is one of its fields
@@ -51,7 +51,7 @@ def test_every_token_hears_those_that_are_visible(qkv_bias):
         np.testing.assert_allclose(found, attend(plain, np.float64(x), heard), 1e-4, 1e-4)
 
 
-def test_both_matrices_start_as_they_are_told_and_biases_at_zero():
+def test_kernels_use_the_given_initializers_and_biases_start_at_zero():
     ones, twos = nn.initializers.constant(1.0), nn.initializers.constant(2.0)
     layer = SelfAttention(HEADS, True, jnp.float32, init=ones, out_init=twos)
     params = nn.Module.init(layer, jax.random.key(0), jnp.ones((1, T, WIDTH)))["params"]
@@ -90,7 +90,9 @@ def with_cuda(monkeypatch):
         ("cudnn", "bfloat16", 8, 64, {"cuda": "cudnn"}),
     ],
 )
-def test_the_choice_depends_on_dtype_length_and_width(with_cuda, name, dtype, keys, width, chosen):
+def test_implementation_choice_depends_on_dtype_length_and_width(
+    with_cuda, name, dtype, keys, width, chosen
+):
     assert attention.choose(name, jnp.dtype(dtype), keys, width) == chosen
 
 
@@ -103,7 +105,7 @@ def test_the_choice_depends_on_dtype_length_and_width(with_cuda, name, dtype, ke
         ("absent", "bfloat16", 64, r"install jax\[cuda12\] or jax\[cuda13\], or set attention to"),
     ],
 )
-def test_cudnn_is_refused_with_the_way_out(monkeypatch, plugin, dtype, width, message):
+def test_cudnn_error_says_how_to_fix_it(monkeypatch, plugin, dtype, width, message):
     monkeypatch.setattr(attention, "CUDA_PLUGINS", (plugin,))
     with pytest.raises(ValueError, match=message):
         attention.choose("cudnn", jnp.dtype(dtype), 256, width)
@@ -118,7 +120,7 @@ def test_cudnn_is_refused_with_the_way_out(monkeypatch, plugin, dtype, width, me
         (512, {"cuda": "tanh", "cpu": "abs", "tpu": "floor"}),
     ],
 )
-def test_the_platform_is_that_which_a_program_is_lowered_for(with_cuda, length, found):
+def test_platform_is_the_one_a_program_is_lowered_for(with_cuda, length, found):
     forms = {
         "xla": lambda query, keys: jnp.abs(query),
         "cudnn": lambda query, keys: jnp.tanh(keys),
@@ -131,7 +133,7 @@ def test_the_platform_is_that_which_a_program_is_lowered_for(with_cuda, length, 
         assert re.findall(r"stablehlo\.(abs|tanh|floor)\b", text) == [wanted]
 
 
-def test_a_form_that_a_network_lacks_is_left_to_xla(with_cuda):
+def test_missing_implementation_falls_back_to_xla(with_cuda):
     x = jnp.ones((1, 512, 1, 8), jnp.bfloat16)
     choose = jax.jit(lambda x: attention.by_platform("auto", {"xla": lambda q, k: q}, x, x))
     assert "case" not in choose.lower(x).as_text()
@@ -139,7 +141,7 @@ def test_a_form_that_a_network_lacks_is_left_to_xla(with_cuda):
 
 @pytest.mark.parametrize(("queries", "senders"), [(4, 7), (5, 6)])
 @pytest.mark.parametrize("others", ["nothing", "a bias", "a mask", "a mask of keys"])
-def test_padding_to_an_even_length_changes_nothing(queries, senders, others):
+def test_padding_to_even_length_changes_nothing(queries, senders, others):
     draw = np.random.default_rng(0)
     query, keys, values, dy = (
         jnp.asarray(draw.normal(size=(2, length, 3, 8)), jnp.float32)
@@ -171,7 +173,7 @@ def test_padding_to_an_even_length_changes_nothing(queries, senders, others):
     reason="needs JAX for NVIDIA GPUs",
 )
 @pytest.mark.parametrize("visible", [None, jnp.tril(jnp.ones((1, 1, 197, 197), bool))])
-def test_a_program_for_a_gpu_calls_cudnn_forward_and_backward(visible):
+def test_gpu_program_calls_cudnn_forward_and_backward(visible):
     layer = SelfAttention(HEADS, True, jnp.bfloat16)
     x = jax.ShapeDtypeStruct((2, 197, 128), jnp.bfloat16)
     params = jax.eval_shape(partial(nn.Module.init, layer), jax.random.key(0), x)

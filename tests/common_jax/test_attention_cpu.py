@@ -27,7 +27,7 @@ def masks():
 
 
 @pytest.mark.parametrize("name", masks())
-def test_values_and_gradients_are_those_of_jax(name):
+def test_values_and_gradients_match_jax(name):
     with jax.enable_x64():
         query, keys, values, weights = draw()
         visible = masks()[name]
@@ -52,7 +52,7 @@ def test_values_and_gradients_are_those_of_jax(name):
         )
 
 
-def test_scores_of_any_size_are_finite():
+def test_large_scores_stay_finite():
     query, keys, values, _ = (1e4 * x.astype("float32") for x in draw())
     found = attention_cpu.attend(query, keys, values)
     best = jnp.argmax(jnp.einsum("BTHK,BSHK->BHTS", query, keys), axis=-1)
@@ -63,11 +63,11 @@ def test_scores_of_any_size_are_finite():
 @pytest.mark.parametrize(
     ("dtype", "expected"), [("float32", True), ("float64", True), ("bfloat16", False)]
 )
-def test_narrow_types_are_left_to_jax(dtype, expected):
+def test_narrow_dtypes_are_left_to_jax(dtype, expected):
     assert attention_cpu.fits(jnp.dtype(dtype)) == expected
 
 
-def test_under_remat_and_vmap_gradients_are_the_same():
+def test_remat_and_vmap_leave_gradients_unchanged():
     query, keys, values, weights = (x.astype("float32") for x in draw())
 
     def loss(attend, query, keys, values, weights):

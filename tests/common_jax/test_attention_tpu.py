@@ -38,7 +38,7 @@ def with_gradients(form, query, keys, values, dy, visible):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 0.02)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_kernel_is_the_plain_attention_with_its_gradients(dtype, tolerance, masked):
+def test_kernel_matches_plain_attention_and_its_gradients(dtype, tolerance, masked):
     *arrays, visible = case(2, 140, 150, dtype)
     visible = visible if masked else None
     found = jax.jit(partial(with_gradients, INTERPRETED))(*arrays, visible)
@@ -50,7 +50,7 @@ def test_the_kernel_is_the_plain_attention_with_its_gradients(dtype, tolerance, 
 
 
 @pytest.mark.parametrize("batch", [8, 3])
-def test_devices_attend_for_their_own_examples(batch):
+def test_each_device_attends_to_its_own_examples(batch):
     *arrays, visible = case(batch, 130, 130, "float32")
     wanted = jax.jit(partial(with_gradients, INTERPRETED))(*arrays, visible[:1])
     with jax.set_mesh(split_mesh()):
@@ -59,7 +59,7 @@ def test_devices_attend_for_their_own_examples(batch):
 
 
 @pytest.mark.parametrize(("length", "block"), [(1, 384), (577, 640), (729, 768), (1025, 384)])
-def test_blocks_are_those_of_least_padding(monkeypatch, length, block):
+def test_block_size_minimises_padding(monkeypatch, length, block):
     monkeypatch.undo()
     assert attention_tpu._block(length) == block
 
@@ -67,7 +67,7 @@ def test_blocks_are_those_of_least_padding(monkeypatch, length, block):
 @pytest.mark.parametrize(
     ("length", "rows", "calls"), [(512, None, 2), (512, 1, 2), (512, 512, 0), (511, None, 0)]
 )
-def test_long_attention_of_a_program_for_tpus_is_the_kernel_s(length, rows, calls):
+def test_tpu_program_uses_the_kernel_for_long_sequences(length, rows, calls):
     layer = SelfAttention(2, True, jnp.bfloat16)
     x = jax.ShapeDtypeStruct((2, length, 16), jnp.bfloat16)
     visible = None if rows is None else jnp.ones((1, 1, rows, length), bool)

@@ -55,11 +55,11 @@ def workdir(tmp_path):
     return tmp_path
 
 
-def test_the_newest_and_the_best_stay(workdir):
+def test_newest_and_best_checkpoints_are_kept(workdir):
     assert checkpoint.finished_steps(workdir / "checkpoints") == [2, 4, 5]
 
 
-def test_of_losses_the_lowest_stays(tmp_path):
+def test_lowest_loss_is_kept_as_best(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1, best="test/module_0/loss")
     for step, value in enumerate([0.5, 0.2, 0.9, 0.4], start=1):
         metrics = {"test/module_0/loss": value}
@@ -68,23 +68,23 @@ def test_of_losses_the_lowest_stays(tmp_path):
     assert checkpoint.finished_steps(tmp_path / "checkpoints") == [2, 4]
 
 
-def test_the_newest_is_restored_whole(workdir):
+def test_restore_latest_restores_the_whole_newest_state(workdir):
     restored = Checkpoints(workdir, keep=2, best=None).restore_latest(abstract())
     jax.tree.map(np.testing.assert_array_equal, restored, state(5, 0.4))
     assert (int(restored.step), float(restored.opt_state["m"][0, 0])) == (5, np.float32(0.4))
 
 
-def test_an_empty_folder_restores_nothing(tmp_path):
+def test_restoring_from_an_empty_folder_raises(tmp_path):
     with pytest.raises(ValueError, match=r"none of the checkpoints \[\]"):
         Checkpoints(tmp_path, keep=1, best=None).restore_latest(abstract())
 
 
-def test_a_misspelt_best_metric_is_named(tmp_path):
+def test_misspelt_best_metric_is_reported(tmp_path):
     with pytest.raises(ValueError, match=r"config\.run\.best='test/accuracies' is not one of"):
         save(tmp_path, [0.1], best="test/accuracies")
 
 
-def test_a_part_is_loaded_by_its_path(workdir):
+def test_subtree_is_loaded_by_its_path(workdir):
     part = checkpoint.load(workdir, subtree="net/stage_1")
     np.testing.assert_array_equal(part["bias"], np.ones(3))
     assert checkpoint.load_config(workdir) == {"a": {"b": 5}}
@@ -92,7 +92,7 @@ def test_a_part_is_loaded_by_its_path(workdir):
     np.testing.assert_array_equal(older, np.full((4, 2), 0.9, np.float32))
 
 
-def test_the_running_average_is_loaded_where_there_is_one(tmp_path, monkeypatch):
+def test_running_average_is_loaded_if_present(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path, keep=1, best=None)
     average = {"net": {"stage_0": {"kernel": jnp.full((4, 2), 7.0)}}}
     with_average = state(1, 0.5).replace(ema=average)
@@ -123,14 +123,14 @@ def test_the_running_average_is_loaded_where_there_is_one(tmp_path, monkeypatch)
     jax.tree.map(np.testing.assert_array_equal, restored, with_average)
 
 
-def test_paths_may_be_relative(tmp_path, monkeypatch):
+def test_relative_paths_are_accepted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save("runs/a", [0.5])
     assert checkpoint.load("runs/a", subtree="net/stage_1/bias").shape == (3,)
     assert str(checkpoint.absolute("gs://bucket/run")) == "gs://bucket/run"
 
 
-def test_what_is_not_there_is_named(workdir, tmp_path):
+def test_missing_subtree_or_checkpoint_is_reported(workdir, tmp_path):
     with pytest.raises(
         KeyError, match=r"holds no 'net/stage_2'; it holds .*net/stage_0.*net/stage_1"
     ):
@@ -142,7 +142,7 @@ def test_what_is_not_there_is_named(workdir, tmp_path):
         checkpoint.load(tmp_path / "empty")
 
 
-def test_a_workdir_may_be_called_like_a_step(tmp_path):
+def test_workdir_may_be_named_like_a_step(tmp_path):
     save(tmp_path / "7", [0.5, 0.6])
     folder = tmp_path / "7" / "checkpoints" / "2"
     for source in (tmp_path / "7", folder.parent, folder):
@@ -152,7 +152,7 @@ def test_a_workdir_may_be_called_like_a_step(tmp_path):
         checkpoint.find_step(tmp_path / "file")
 
 
-def test_a_checkpoint_evaluated_later_may_be_the_best(tmp_path):
+def test_score_added_after_saving_counts_for_best(tmp_path):
     """As if a run was stopped between saving and evaluating."""
     checkpoints = Checkpoints(tmp_path, keep=1, best="test/w")
     for step, value in ((1, 0.2), (2, 0.9), (3, None)):
@@ -164,7 +164,7 @@ def test_a_checkpoint_evaluated_later_may_be_the_best(tmp_path):
     assert checkpoint.finished_steps(tmp_path / "checkpoints") == [2, 4]
 
 
-def test_the_best_stays_where_a_later_save_fails(tmp_path, monkeypatch):
+def test_best_checkpoint_survives_a_later_failed_save(tmp_path, monkeypatch):
     """A failed save replaces orbax's manager, which held the scores."""
     checkpoints = Checkpoints(tmp_path, keep=1, best="test/w", on_failed="go_on")
     check = writing.check_written
@@ -182,7 +182,7 @@ def test_the_best_stays_where_a_later_save_fails(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("large", "waits"), [(1, True), (1 << 30, False)])
-def test_a_step_waits_for_the_checkpoint_of_a_large_state(tmp_path, monkeypatch, large, waits):
+def test_next_step_waits_for_the_checkpoint_of_a_large_state(tmp_path, monkeypatch, large, waits):
     monkeypatch.setattr(writing, "LARGE", large)
     checkpoints, finished = Checkpoints(tmp_path, keep=1, best=None), []
     checkpoints.save(state(1, 0.0), step=1, config={}, metrics=None)
@@ -195,7 +195,7 @@ def test_a_step_waits_for_the_checkpoint_of_a_large_state(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize(("at_once", "limit"), [(8, 1), (10**9 + 1, 2)])
-def test_arrays_are_written_a_part_at_a_time(tmp_path, monkeypatch, at_once, limit):
+def test_at_once_limits_concurrent_writes(tmp_path, monkeypatch, at_once, limit):
     used = []
 
     class Handler(ocp.PyTreeCheckpointHandler):
@@ -219,7 +219,7 @@ def test_arrays_are_written_a_part_at_a_time(tmp_path, monkeypatch, at_once, lim
 
 
 @pytest.mark.parametrize("largest", [1, 1.5])
-def test_a_file_is_small_unless_an_array_is_larger(tmp_path, monkeypatch, largest):
+def test_files_stay_small_unless_an_array_is_larger(tmp_path, monkeypatch, largest):
     monkeypatch.setattr(writing, "FILE", 1 << 16)
     rng = np.random.default_rng(0)
     params = {f"{i}": rng.random(int(largest * (1 << 14)), np.float32) for i in range(8)}
@@ -233,13 +233,13 @@ def test_a_file_is_small_unless_an_array_is_larger(tmp_path, monkeypatch, larges
 
 
 @pytest.mark.parametrize(("scheme", "driver"), [("gs", "gcs"), ("s3", "s3")])
-def test_arrays_of_a_bucket_are_looked_for_in_the_bucket(scheme, driver):
+def test_arrays_in_a_bucket_are_looked_up_in_the_bucket(scheme, driver):
     found = contents._kvstore(epath.Path(f"{scheme}://bucket/run/checkpoints/4/params"))
     base = {"driver": driver, "bucket": "bucket", "path": "run/checkpoints/4/params/"}
     assert found == {"driver": "ocdbt", "base": base}
 
 
-def test_every_chunk_of_a_split_array_is_counted(tmp_path):
+def test_every_chunk_of_a_sharded_array_is_counted(tmp_path):
     spec = jax.sharding.PartitionSpec("fsdp", ("data", "expert"))
     table = np.arange(32.0, dtype=np.float32).reshape(4, 8)
     params = {"a": jax.device_put(table, jax.sharding.NamedSharding(split_mesh(), spec))}
@@ -254,7 +254,7 @@ def test_every_chunk_of_a_split_array_is_counted(tmp_path):
         contents.check_written(folder, outline, {"config": {}})
 
 
-def test_unfinished_folders_are_not_read_and_make_room(workdir):
+def test_unfinished_folders_are_ignored_and_moved_aside(workdir):
     folder = workdir / "checkpoints"
     (folder / "7" / "params").mkdir(parents=True)
     (folder / "8.orbax-checkpoint-tmp").mkdir()
@@ -264,14 +264,14 @@ def test_unfinished_folders_are_not_read_and_make_room(workdir):
     assert {path.name for path in folder.iterdir()} == {"2", "4", "5", "007", "unfinished_7"}
 
 
-def test_a_run_does_not_start_again_over_partial_copies_of_its_checkpoints(workdir):
+def test_partial_checkpoints_prevent_a_restart_from_scratch(workdir):
     for marker in (workdir / "checkpoints").rglob("commit_success.txt"):
         marker.unlink()
     with pytest.raises(ValueError, match=r"none of the checkpoints \[2, 4, 5\] in .* is complete"):
         checkpoint.take_stock(workdir, config={}, total=5)
 
 
-def test_a_step_is_finished_when_it_and_its_every_item_are_marked(workdir):
+def test_step_is_finished_only_with_all_commit_markers(workdir):
     folder = workdir / "checkpoints"
     for item in (".", "params", "trainer", "config"):
         marker = folder / "5" / item / "commit_success.txt"
@@ -281,7 +281,7 @@ def test_a_step_is_finished_when_it_and_its_every_item_are_marked(workdir):
     assert checkpoint.finished_steps(folder) == [2, 4, 5]
 
 
-def test_a_run_whose_every_checkpoint_is_damaged_is_not_restarted_silently(workdir):
+def test_run_with_only_damaged_checkpoints_does_not_restart_silently(workdir):
     for path in (workdir / "checkpoints").rglob("*"):
         if path.is_file() and "trainer" in path.parts and path.name != "commit_success.txt":
             path.write_bytes(b"")
@@ -298,7 +298,7 @@ def wanted(**shapes):
     }
 
 
-def test_the_account_names_what_was_taken_left_and_drawn(workdir):
+def test_account_lists_taken_left_and_fresh_parameters(workdir):
     warm = take(
         wanted(kernel=(4, 2), extra=(5,)),
         [Origin(workdir, "net/stage_0", "student"), Origin(workdir, "net/stage_1", "student")],
@@ -311,7 +311,7 @@ def test_the_account_names_what_was_taken_left_and_drawn(workdir):
     assert warm.account["fresh"] == [{"name": "student/extra", "reason": "new"}]
 
 
-def test_all_that_does_not_fit_is_named_at_once(workdir):
+def test_all_mismatches_are_reported_at_once(workdir):
     origins = [Origin(workdir, "net/stage_0", "student"), Origin(workdir, "net/stage_1", "student")]
     with pytest.raises(ValueError, match="the weights do not fit") as error:
         take(wanted(kernel=(4, 3), extra=(5,)), origins)
@@ -322,7 +322,7 @@ def test_all_that_does_not_fit_is_named_at_once(workdir):
     assert "config.sources.fresh" in message
 
 
-def test_a_parameter_can_be_brought_to_another_shape(workdir):
+def test_parameter_can_be_adapted_to_another_shape(workdir):
     warm = take(
         wanted(kernel=(2, 2)),
         [Origin(workdir, "net/stage_0", "student")],

@@ -56,20 +56,20 @@ def make(path):
         ("a/b/metrics.jsonl", False),
     ],
 )
-def test_a_run_has_come_to_something_or_not(tmp_path, path, counts):
+def test_holds_results_recognises_run_outputs(tmp_path, path, counts):
     assert not holds_results(tmp_path / "none")
     make(tmp_path / path)
     assert holds_results(tmp_path) == counts
 
 
-def test_results_are_looked_for_as_deep_as_asked_for(tmp_path):
+def test_results_are_searched_to_the_given_depth(tmp_path):
     make(tmp_path / "a/b/c/d/result.json")
     assert [holds_results(tmp_path, below=below) for below in (0, 3, 4)] == [False, False, True]
     make(tmp_path / "checkpoints/4/x")
     assert holds_results(tmp_path, below=0)
 
 
-def test_one_whole_checkpoint_beside_an_unfinished_one_counts_and_an_empty_folder_does_not(
+def test_one_finished_checkpoint_counts_as_results(
     tmp_path,
 ):
     (tmp_path / "checkpoints").mkdir()
@@ -79,7 +79,7 @@ def test_one_whole_checkpoint_beside_an_unfinished_one_counts_and_an_empty_folde
     assert holds_results(tmp_path)
 
 
-def test_a_folder_that_may_not_be_read_holds_no_results(tmp_path, monkeypatch):
+def test_unreadable_folder_holds_no_results(tmp_path, monkeypatch):
     # As root, every folder may be read.
     (tmp_path / "lost+found").mkdir()
     make(tmp_path / "run" / "result.json")
@@ -96,7 +96,7 @@ def test_a_folder_that_may_not_be_read_holds_no_results(tmp_path, monkeypatch):
     assert find_runs(epath.Path(tmp_path)) == []
 
 
-def test_a_config_that_is_there_is_not_written_again(tmp_path, monkeypatch):
+def test_unchanged_config_is_not_rewritten(tmp_path, monkeypatch):
     claim(tmp_path, Config(sides=[(1, 2)]))
 
     def read_only(*_):
@@ -109,7 +109,7 @@ def test_a_config_that_is_there_is_not_written_again(tmp_path, monkeypatch):
         claim(tmp_path, Config(seed=1))
 
 
-def test_another_config_takes_the_place_of_one_that_came_to_nothing(tmp_path, caplog):
+def test_config_of_a_run_without_results_is_replaced(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     refuse_other_config(tmp_path, Config(seed=1))  # there is none
     claim(tmp_path, Config(seed=0))
@@ -126,7 +126,7 @@ def test_another_config_takes_the_place_of_one_that_came_to_nothing(tmp_path, ca
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
 
 
-def test_a_field_that_came_since_has_its_default_and_one_that_went_is_named(tmp_path, caplog):
+def test_new_fields_get_defaults_and_removed_ones_are_reported(tmp_path, caplog):
     stored = {"sides": [[1, 2]], "gone": 5, "shape": {"kind": "star", "size": 7}}
     filled, gone = versions.fill(Config, stored)
     assert filled == {
@@ -147,14 +147,14 @@ def test_a_field_that_came_since_has_its_default_and_one_that_went_is_named(tmp_
         refuse_other_config(tmp_path, Config(seed=1, shape=Star()))
 
 
-def test_configs_contradict_each_other_in_what_both_have():
+def test_configs_are_compared_on_shared_fields_only():
     stored = {"seed": 0, "optim": {"lr": 0.1, "old": 1}, "run": {"log_every": 2}}
     config = {"seed": 1, "optim": {"lr": 0.1, "new": 2}, "run": {"log_every": 3}}
     assert contradictions(stored, config) == ["run.log_every: 2 -> 3", "seed: 0 -> 1"]
     assert contradictions(stored, stored) == contradictions({}, config) == []
 
 
-def test_runs_that_were_moved_together_are_still_theirs(tmp_path):
+def test_runs_moved_together_still_match_their_sources(tmp_path):
     def config(root, teacher="teacher"):
         runs = [f"{root}/modules/module_{i}" for i in range(2)]
         return {"seed": 0, "sources": {"teacher": f"{root}/{teacher}", "modules": runs}}
@@ -177,7 +177,7 @@ def test_runs_that_were_moved_together_are_still_theirs(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["mesh.data", "run.keep", "data.bad_share", "model.vit.remat"])
-def test_fields_that_change_no_result_may_change(path):
+def test_fields_without_effect_on_results_may_change(path):
     def nested(value):
         for key in reversed(path.split(".")):
             value = {key: value}

@@ -94,7 +94,7 @@ def read(file):
         (["--config.run.every=steps"], "run.every", "steps"),
     ],
 )
-def test_every_form_of_a_flag_means_the_same(read, tmp_path, flags, path, expected):
+def test_all_flag_forms_are_equivalent(read, tmp_path, flags, path, expected):
     flagfile = tmp_path / "flags"
     flagfile.write_text("# one argument a line\n" + "\n".join(flags) + "\n")
     for one in (flags, [f"--flagfile={flagfile}"], ["-flagfile", str(flagfile)]):
@@ -104,12 +104,12 @@ def test_every_form_of_a_flag_means_the_same(read, tmp_path, flags, path, expect
         assert value == expected and type(value) is type(expected)
 
 
-def test_overrides_may_stand_before_the_config_file(file):
+def test_overrides_may_precede_the_config_file(file):
     argv = ["run", "--config.optim.steps", "7", "-workdir", "w", "-config", str(file)]
     assert app.read_config(argv).optim.steps == 7
 
 
-def test_a_dict_replaces_a_section_and_later_flags_change_it(read):
+def test_dict_flag_replaces_a_section_and_later_flags_change_it(read):
     config = read("--config.optim={'lr': 2}", "--config.optim.steps=5")
     assert config.optim.to_dict() == {"lr": 2, "steps": 5}
 
@@ -155,7 +155,7 @@ def test_a_dict_replaces_a_section_and_later_flags_change_it(read):
         (["--config.optim.lr=\n\x00\x1b[31m"], [r"--config.optim.lr=\n\x00\x1b[31m must be"]),
     ],
 )
-def test_what_is_wrong_is_named(read, flags, said):
+def test_invalid_flags_are_reported(read, flags, said):
     with pytest.raises((ValueError, OSError)) as caught:
         read(*flags)
     for text in said:
@@ -163,13 +163,13 @@ def test_what_is_wrong_is_named(read, flags, said):
     assert len(str(caught.value)) < 2000
 
 
-def test_a_flag_file_that_is_none_is_named(read, tmp_path):
+def test_invalid_flag_file_is_reported(read, tmp_path):
     (tmp_path / "flags").write_bytes(b"\xff\xfe--config")
     with pytest.raises(ValueError, match=r"--flagfile=.*/flags is not a file of flags"):
         read(f"--flagfile={tmp_path}/flags")
 
 
-def test_a_pipeline_s_fields_are_found_in_its_recipes():
+def test_pipeline_field_error_suggests_its_recipes():
     from sweeps import ROOT
 
     argv = ["run", f"--config={ROOT}/configs/m2mkd/digits.py:phase=pipeline", "--workdir=w"]
@@ -200,7 +200,7 @@ def test_a_pipeline_s_fields_are_found_in_its_recipes():
         ("def get_config():\n    raise ValueError('x' * 10000)\n", ["line 2"]),
     ],
 )
-def test_an_error_inside_a_config_file_has_file_and_line(tmp_path, text, said):
+def test_config_file_error_gives_file_and_line(tmp_path, text, said):
     file = tmp_path / "config.py"
     file.write_text(text)
     with pytest.raises(ValueError) as caught:
@@ -210,13 +210,13 @@ def test_an_error_inside_a_config_file_has_file_and_line(tmp_path, text, said):
     assert len(str(caught.value)) < 2000
 
 
-def test_arguments_that_a_config_file_does_not_take_are_named(tmp_path):
+def test_unexpected_config_arguments_are_reported(tmp_path):
     (tmp_path / "config.py").write_text("def get_config():\n    return 1\n")
     with pytest.raises(ValueError, match=r"config.py: TypeError.*positional argument"):
         read_config_file(f"{tmp_path}/config.py:phase=x")
 
 
-def test_a_config_file_that_is_not_there_is_looked_for(file, tmp_path, monkeypatch):
+def test_missing_config_file_error_suggests_paths(file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert read_config_file("config.py:a").phase == "a"
     with pytest.raises(FileNotFoundError, match=rf"no such file in {tmp_path} \(did you mean 'con"):
@@ -243,7 +243,7 @@ def test_a_config_file_that_is_not_there_is_looked_for(file, tmp_path, monkeypat
         read_config_file("gs://bucket/config.py")
 
 
-def test_a_file_without_a_suffix_is_read_as_it_is_now(tmp_path):
+def test_config_file_without_a_suffix_is_never_stale(tmp_path):
     file = tmp_path / "config"
     for best in ("a", "b"):  # within a second and equally long: no stale bytecode is used
         file.write_text(CONFIG.replace("val/loss", best))
@@ -252,7 +252,7 @@ def test_a_file_without_a_suffix_is_read_as_it_is_now(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"config"}
 
 
-def test_a_config_file_loads_another_beside_it_from_any_working_directory(tmp_path, monkeypatch):
+def test_load_beside_works_from_any_working_directory(tmp_path, monkeypatch):
     """Two folders have files of the same name, and neither is mistaken for the other."""
     for folder, value in (("a", 1), ("b", 2)):
         (tmp_path / folder).mkdir()
@@ -309,7 +309,7 @@ OTHERS = (
 )  # fmt: skip
 
 
-def test_no_command_line_ends_in_a_traceback(file):
+def test_random_command_lines_never_end_in_a_traceback(file):
     """1,500 odd ones: each is accepted, or refused with a short, printable message."""
     drawn, refused = random.Random(0), 0
     for _ in range(1500):
@@ -334,14 +334,14 @@ def test_no_command_line_ends_in_a_traceback(file):
     assert 300 < refused < 1200  # both happen often
 
 
-def test_fields_of_a_converted_file_are_set_as_flags_are(file):
+def test_set_field_parses_values_like_flags(file):
     config = read_config_file(str(file))
     set_field(config, "model.depths", "6,6")
     set_field(config, "run.best", "None")
     assert config.model.depths == (6, 6) and config.run.best is None
 
 
-def test_a_run_is_called_whether_or_not_its_command_says_what_it_reads(file, capsys):
+def test_run_starts_and_warns_about_flags_it_does_not_read(file, capsys):
     called = []
     argv = ["run", f"--config={file}:one", "--workdir=w", "--config.optim.lr=2"]
     main = lambda config, workdir: called.append(config.optim.lr)  # noqa: E731
@@ -357,7 +357,7 @@ def test_a_run_is_called_whether_or_not_its_command_says_what_it_reads(file, cap
 
 
 @pytest.mark.parametrize("section", ["optim", "recipes.one.optim"])
-def test_a_length_in_epochs_that_one_in_steps_replaces_is_warned_of(section, caplog):
+def test_epochs_overridden_by_steps_cause_a_warning(section, caplog):
     optim = {"steps": 7, "epochs": 50, "warmup_steps": None, "warmup_epochs": 1}
     config = {"optim": optim, "recipes": {"one": {"optim": optim}}, "epochs": 3}
     paths = [f"{section}.{name}" for name in optim]
@@ -368,7 +368,7 @@ def test_a_length_in_epochs_that_one_in_steps_replaces_is_warned_of(section, cap
     )
 
 
-def test_a_config_of_the_project_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
+def test_project_config_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("m2mkd/digits.py", "configs/m2mkd/digits.py"):
         assert read_config_file(f"{name}:phase=distill").phase == "distill"

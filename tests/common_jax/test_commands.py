@@ -43,14 +43,14 @@ def test_help_lists_the_commands(argv, capsys):
     assert "  look  look at a place\n" in capsys.readouterr().out
 
 
-def test_arguments_are_parsed_or_passed_on(capsys):
+def test_arguments_are_parsed_or_passed_through(capsys):
     assert call("look", "--config.a=1", "here", "--config.b=x y") == 0
     assert capsys.readouterr().out == "here --config.a=1 --config.b=x y\n"
     assert call("look", "three") == 3
     assert call("all", "--help", "--debug", "x") == 3
 
 
-def test_an_error_of_the_user_is_a_line_and_status_2(capsys):
+def test_user_error_prints_one_line_and_returns_2(capsys):
     assert call("look", "nowhere") == 2
     assert capsys.readouterr().err == "error: nowhere does not exist\n"
     with pytest.raises(FileNotFoundError, match="nowhere"):
@@ -62,14 +62,14 @@ def test_an_error_of_the_user_is_a_line_and_status_2(capsys):
         call("pass", "on", "--debug")  # the command itself may read this flag too
 
 
-def test_an_unknown_command_is_named_with_the_nearest(capsys):
+def test_unknown_command_error_suggests_the_nearest(capsys):
     assert call("lok") == 2
     assert (
         "no command 'lok' (did you mean 'look'?); it has pass, look, all" in capsys.readouterr().err
     )
 
 
-def test_settings_are_paths_and_texts():
+def test_read_settings_splits_paths_and_values():
     assert read_settings(["--config.data.path=/x=y", "--data.name=a"]) == {
         "data.path": "/x=y",
         "data.name": "a",
@@ -78,13 +78,13 @@ def test_settings_are_paths_and_texts():
         read_settings(["--config.seed"])
 
 
-def test_columns_are_as_wide_as_their_cells():
+def test_table_columns_fit_their_cells():
     lines = format_table(("name", "images"), [("a", 1), ("long name", 200)]).splitlines()
     assert lines == ["name       images", "a               1", "long name     200"]
 
 
 @pytest.mark.parametrize("package", ["m2mkd_jax", "cliptrans_jax"])
-def test_the_list_of_commands_needs_no_jax(package):
+def test_listing_commands_does_not_import_jax(package):
     code = (
         f"import sys; from {package}.commands import main; sys.argv = ['x', '--help']; main(); "
         "sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"

@@ -79,7 +79,7 @@ class Graph(Section):
     name: str | None = None
 
 
-def test_of_several_sections_the_kind_chooses_and_without_one_the_first():
+def test_kind_selects_the_section_and_defaults_to_the_first():
     assert freeze(Graph, {"shape": {"kind": "star", "size": 7}}).shape == Star(size=7)
     assert freeze(Graph, {"shape": {"size": 7}}).shape == Ring(size=7)
     assert freeze(Graph, {}).shape == Ring()
@@ -92,7 +92,7 @@ def test_of_several_sections_the_kind_chooses_and_without_one_the_first():
         freeze(Graph, {"shape": {"centre": True}})
 
 
-def test_lists_become_tuples_and_references_their_values():
+def test_lists_become_tuples_and_references_are_resolved():
     assert freeze(Graph, {"grid": [[1, 2], [3]]}).grid == ((1, 2), (3,))
     config = ml_collections.ConfigDict({"rate": ml_collections.FieldReference(0.5)})
     assert freeze(Graph, config).rate == 0.5
@@ -100,7 +100,7 @@ def test_lists_become_tuples_and_references_their_values():
         freeze(Graph, {"grid": [[1], ["a"]]})
 
 
-def test_what_may_be_none_takes_its_type_later():
+def test_field_that_may_be_none_accepts_its_type_later():
     config = unfreeze(Graph())
     config.rate, config.name = 2, "a"  # an integer for a float
     assert freeze(Graph, config) == Graph(rate=2.0, name="a")
@@ -113,7 +113,7 @@ def test_what_may_be_none_takes_its_type_later():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1.1e9])
-def test_numbers_without_a_range_are_finite(value):
+def test_numbers_without_a_range_must_be_finite(value):
     with pytest.raises(ValueError, match=r"config\.rate=.* must be (a finite number|at most)"):
         freeze(Graph, {"rate": value})
 
@@ -130,7 +130,7 @@ def test_optional_field_can_be_set_after_unfreezing():
     assert freeze(Outer, config).clip == 2.0
 
 
-def test_misspelt_key_names_the_section_and_the_close_one():
+def test_misspelt_key_error_names_the_section_and_suggests_a_key():
     with pytest.raises(
         ValueError, match=r"config\.moe has no field 'expert' .*did you mean 'experts'"
     ):
@@ -148,12 +148,12 @@ def test_misspelt_key_names_the_section_and_the_close_one():
         ({"moe": 3}, r"config\.moe=3 must be a section"),
     ],
 )
-def test_wrong_values_are_named(config, message):
+def test_invalid_values_are_reported(config, message):
     with pytest.raises(ValueError, match=message):
         freeze(Outer, config)
 
 
-def test_an_integer_may_stand_for_a_float():
+def test_integer_is_accepted_for_a_float():
     assert freeze(Outer, {"moe": {"rate": 1}}).moe.rate == 1.0
 
 
@@ -183,7 +183,7 @@ def test_an_integer_may_stand_for_a_float():
         ({"first": {"heads": 10**5000}}, "config.first.heads=a number of 16610 bits must be at"),
     ],
 )
-def test_a_value_out_of_range_is_named_with_its_path_once(config, message):
+def test_out_of_range_value_is_reported_with_its_path_once(config, message):
     with pytest.raises(ValueError) as error:
         freeze(Both, config)
     assert str(error.value).startswith(message)
@@ -191,7 +191,7 @@ def test_a_value_out_of_range_is_named_with_its_path_once(config, message):
     assert len(str(error.value)) < 500
 
 
-def test_a_section_made_in_python_is_checked_too():
+def test_section_built_in_python_is_validated_too():
     with pytest.raises(FieldError, match=r"^rate=2\.0 must be in \[0, 1\]$"):
         Heads(rate=2.0)
     with pytest.raises(FieldError, match=r"^heads=3 must divide width=8$"):
@@ -200,13 +200,13 @@ def test_a_section_made_in_python_is_checked_too():
         Heads(heads=3)
 
 
-def test_a_long_value_is_cut_in_the_message():
+def test_long_value_is_truncated_in_the_message():
     with pytest.raises(ValueError, match=r"^config\.first\.paths='\(aaa") as error:
         freeze(Both, {"first": {"paths": "(" + "a" * 10_000}})
     assert len(str(error.value)) < 500
 
 
-def test_keys_of_a_recipe_are_called_by_their_own_path():
+def test_renamed_rewrites_config_keys_in_errors():
     keys = {"config.optim": "config.recipes.distill.optim"}
     with pytest.raises(FileNotFoundError) as error, renamed(keys):
         raise FileNotFoundError("config.optim.batch=8, or config.recipes.distill.optim.steps")
@@ -217,18 +217,18 @@ def test_keys_of_a_recipe_are_called_by_their_own_path():
         pathlib.Path("/nowhere/config.optim").read_text()
 
 
-def test_difference_names_changed_and_absent_leaves():
+def test_difference_lists_changed_and_absent_leaves():
     old, new = {"a": {"b": 1, "c": (1, 2)}}, {"a": {"b": 2, "c": [1, 2]}, "d": 0}
     assert difference(old, new) == ["a.b: 1 -> 2", "d: '(absent)' -> 0"]
 
 
-def test_leaves_come_by_their_dotted_names_in_order():
+def test_flatten_gives_dotted_names_in_order():
     config = {"b": {"d": (1,), "c": {}}, "a": ml_collections.ConfigDict({"x": None})}
     assert list(flatten(config)) == [("a.x", None), ("b.d", [1])]
     assert difference({"a": None}, {}) == ["a: None -> '(absent)'"]
 
 
-def test_fields_of_a_recipe_are_named_where_they_come_from():
+def test_in_recipe_prefixes_fields_in_errors():
     with pytest.raises(ValueError) as error, in_recipe(Both, "distill"):
         raise ValueError("config.first.heads=3 and config.mesh.data=2")
     assert str(error.value) == "config.recipes.distill.first.heads=3 and config.mesh.data=2"
@@ -237,7 +237,7 @@ def test_fields_of_a_recipe_are_named_where_they_come_from():
 @pytest.mark.parametrize(
     ("text", "value"), [("true", True), ("Yes", True), ("1", True), ("false", False), ("NO", False)]
 )
-def test_yes_and_no_are_understood(text, value):
+def test_boolean_config_arguments_are_parsed(text, value):
     assert parse_args(f"flag={text}", {"flag": not value}).flag is value
     assert parse_args("", {"flag": value}).flag is value
     assert parse_args(None, {"flag": value}).flag is value
@@ -256,6 +256,6 @@ def test_config_arguments_keep_the_type_of_their_default():
     ("text", "message"),
     [("phas=x", "did you mean 'phase'"), ("phase", "write key=value"), ("size=x", "must be a int")],
 )
-def test_config_arguments_that_are_wrong(text, message):
+def test_invalid_config_arguments_are_refused(text, message):
     with pytest.raises(ValueError, match=message):
         parse_args(text, {"phase": "", "size": 1})

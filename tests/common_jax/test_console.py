@@ -43,7 +43,7 @@ def loss(value):
     return {"train/loss": value, "train/skipped": 0, "train/learning_rate": 1e-3, "train/x": 9.0}
 
 
-def test_without_a_terminal_lines_keep_their_distance_and_have_the_last_values(at, said):
+def test_log_lines_are_throttled_and_show_the_latest_values(at, said):
     shown = Console("run", step=4, total=44, shown=("train/loss", "train/skipped", "test/score"))
     at(20)
     shown.advance(5)
@@ -68,7 +68,7 @@ def test_without_a_terminal_lines_keep_their_distance_and_have_the_last_values(a
     ]
 
 
-def test_what_was_said_is_not_said_again_at_the_end(at, said):
+def test_last_line_is_not_repeated_at_the_end(at, said):
     shown = Console("run", step=0, total=1)
     shown.advance(1)
     shown.show({"examples_per_second": 3})
@@ -76,7 +76,7 @@ def test_what_was_said_is_not_said_again_at_the_end(at, said):
     assert sum("step 1/1" in message for message in said.messages) == 1
 
 
-def test_on_a_terminal_there_is_a_bar(at, said, monkeypatch):
+def test_terminal_shows_a_progress_bar(at, said, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(console.sys, "stderr", terminal)
     shown = Console("run", step=4, total=8, shown=("train/loss",))
@@ -91,7 +91,7 @@ def test_on_a_terminal_there_is_a_bar(at, said, monkeypatch):
     assert not any("step 8/8" in message for message in said.messages)
 
 
-def test_other_processes_say_nothing(said, monkeypatch):
+def test_other_processes_print_nothing(said, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     shown = Console("run", step=0, total=2, shown=("train/loss",))
     shown.advance(1)
@@ -100,7 +100,7 @@ def test_other_processes_say_nothing(said, monkeypatch):
     assert not said.messages
 
 
-def test_a_run_says_what_it_is_about_to_do(said, tmp_path):
+def test_introduction_describes_the_run(said, tmp_path):
     task = make_task(lambda params, helpers, step: {"w": 0.0})
     abstract = abstract_state(task, OPTIM, one_device())
     introduce(task, OPTIM, abstract, one_device(), tmp_path, {"precision": "bfloat16"})
@@ -115,7 +115,7 @@ def test_a_run_says_what_it_is_about_to_do(said, tmp_path):
     ("schedule", "lr", "warns"),
     [("warmup_cosine", 1e-4, True), ("warmup_cosine", 1.0, False), ("constant", 1e-4, False)],
 )
-def test_a_rate_below_its_end_is_warned_of(said, tmp_path, schedule, lr, warns):
+def test_peak_learning_rate_below_min_lr_causes_a_warning(said, tmp_path, schedule, lr, warns):
     optim = OptimConfig(schedule=schedule, lr=lr, lr_per=512, batch=8, min_lr=1e-5)
     task = make_task(lambda params, helpers, step: {"w": 0.0})
     abstract = abstract_state(task, optim, one_device())
@@ -127,7 +127,7 @@ def test_a_rate_below_its_end_is_warned_of(said, tmp_path, schedule, lr, warns):
     assert (said.messages[0] == warning) == warns
 
 
-def test_a_run_says_all_of_it_in_order(said, tmp_path):
+def test_run_prints_its_messages_in_order(said, tmp_path):
     descend(tmp_path / "run")
     starts = (
         "1 x cpu",
@@ -144,7 +144,7 @@ def test_a_run_says_all_of_it_in_order(said, tmp_path):
     assert places == sorted(places)
 
 
-def test_at_the_end_are_the_scores_and_the_command(said):
+def test_conclusion_shows_scores_and_the_next_command(said):
     conclude({"test/accuracy": 0.98765, "test/loss": 1}, "use RUN")
     conclude({})
     assert said.messages == [
@@ -155,7 +155,7 @@ def test_at_the_end_are_the_scores_and_the_command(said):
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_progress_gives_every_item_and_says_how_far_it_is(monkeypatch, caplog, terminal):
+def test_progress_yields_every_item_and_reports_percentages(monkeypatch, caplog, terminal):
     times = iter([0.0, 4.0, 12.0, 15.0, 25.0])
     monkeypatch.setattr(bars.sys.stderr, "isatty", lambda: terminal, raising=False)
     if not terminal:
@@ -166,7 +166,7 @@ def test_progress_gives_every_item_and_says_how_far_it_is(monkeypatch, caplog, t
     assert [record.message for record in caplog.records] == said
 
 
-def test_progress_of_an_unknown_length_is_counted_and_only_process_0_tells(monkeypatch, caplog):
+def test_progress_without_a_total_counts_and_only_process_0_logs(monkeypatch, caplog):
     monkeypatch.setattr(bars, "LOG_SECONDS", 0)
     for process in (0, 1):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)

@@ -24,7 +24,7 @@ def numbers(shapes):
 
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_values_and_gradients_are_those_of_dot_general(shapes, dtype):
+def test_values_and_gradients_match_dot_general(shapes, dtype):
     x, kernel, dimensions = numbers(shapes)
     x, kernel = x.astype(dtype), kernel.astype(dtype)
     results = []
@@ -38,7 +38,7 @@ def test_values_and_gradients_are_those_of_dot_general(shapes, dtype):
         np.testing.assert_allclose(got, wanted, atol=tolerance * abs(wanted).max())
 
 
-def test_on_cpu_the_gradient_of_a_kernel_contracts_rows_alone():
+def test_kernel_gradient_on_cpu_contracts_rows_only():
     x, kernel, dimensions = numbers(SHAPES["a width"])
 
     def loss(kernel, times):
@@ -51,7 +51,7 @@ def test_on_cpu_the_gradient_of_a_kernel_contracts_rows_alone():
     assert "contracting_dims = [0, 1] x [0, 1]" not in text(dense.product)
 
 
-def test_what_is_not_trained_gets_no_gradient():
+def test_untrained_operand_gets_no_gradient():
     x, kernel, dimensions = numbers(SHAPES["to heads"])
     for place in (0, 1):
         operands = [x, kernel]
@@ -64,7 +64,7 @@ def test_what_is_not_trained_gets_no_gradient():
         assert str(jaxpr).count("dot_general") == 3, jaxpr  # forward, and once per platform
 
 
-def test_the_precision_that_is_asked_for_holds_for_gradients_too():
+def test_precision_argument_applies_to_gradients():
     x, kernel, dimensions = numbers(SHAPES["from heads"])
     for asked in (None, jax.lax.Precision.HIGHEST):
 
@@ -77,7 +77,7 @@ def test_the_precision_that_is_asked_for_holds_for_gradients_too():
 
 
 @pytest.mark.parametrize("name", ["default", "high", "highest"])
-def test_a_context_sets_the_precision_of_products_and_gradients(name):
+def test_matmul_precision_context_applies_to_products_and_gradients(name):
     x, kernel, dimensions = numbers(SHAPES["from heads"])
 
     def loss(x, kernel):
@@ -88,6 +88,6 @@ def test_a_context_sets_the_precision_of_products_and_gradients(name):
     assert text.count(f"[{name.upper()}, {name.upper()}]") == text.count("dot_general") == 3
 
 
-def test_matmul_is_a_product_of_matrices():
+def test_matmul_matches_numpy():
     x, kernel, _ = numbers(SHAPES["a width"])
     np.testing.assert_allclose(dense.matmul(x, kernel), np.asarray(x) @ kernel, rtol=1e-5)

@@ -70,7 +70,7 @@ def averaged(tmp_path_factory):
     return workdir, train(workdir, task=task(BROKEN), optim=AVERAGED, keep=9)
 
 
-def test_every_step_is_the_one_worked_out_by_hand(averaged):
+def test_every_step_matches_a_hand_computation(averaged):
     losses, _, _ = by_hand(broken=BROKEN)
     close(list(lines(averaged[0], "train/loss").values()), losses)
     skipped = list(lines(averaged[0], "train/skipped").values())
@@ -79,7 +79,7 @@ def test_every_step_is_the_one_worked_out_by_hand(averaged):
     assert in_row == [0, 0, 1, 0, 0, 1, 2, 0, 0, 0, 0, 0]
 
 
-def test_what_is_evaluated_is_the_average_without_the_skipped_steps(averaged):
+def test_evaluation_uses_the_average_without_skipped_steps(averaged):
     workdir, result = averaged
     _, values, averages = by_hand(broken=BROKEN)
     evaluated = lines(workdir, "test/w")
@@ -95,7 +95,7 @@ def test_what_is_evaluated_is_the_average_without_the_skipped_steps(averaged):
     assert json.loads((workdir / "result.json").read_text()) == result
 
 
-def test_checkpoints_hold_the_parameters_and_their_average(averaged):
+def test_checkpoints_hold_parameters_and_average(averaged):
     _, values, averages = by_hand(broken=BROKEN)
     for step in (4, 8, 12):
         folder = averaged[0] / "checkpoints" / str(step)
@@ -104,7 +104,7 @@ def test_checkpoints_hold_the_parameters_and_their_average(averaged):
     assert finished_steps(averaged[0] / "checkpoints") == [4, 8, 12]
 
 
-def test_epochs_are_counted_in_the_log(averaged):
+def test_log_counts_epochs(averaged):
     assert lines(averaged[0], "epoch") == {step: step / 4 for step in range(1, STEPS + 1)}
 
 
@@ -120,7 +120,7 @@ def stop_after(step, monkeypatch):
 
 
 @pytest.mark.parametrize("stopped", [3, 6])
-def test_a_resumed_run_has_the_same_average_to_the_bit(averaged, stopped, tmp_path, monkeypatch):
+def test_resumed_average_is_bitwise_identical(averaged, stopped, tmp_path, monkeypatch):
     """Stopped right after a skipped step, or in a row of them."""
     workdir = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(signals.Stopped):
@@ -145,7 +145,7 @@ def mean(tmp_path_factory):
     return workdir, descend(workdir, task=task(), **MEAN)
 
 
-def test_the_mean_of_the_last_checkpoints_is_evaluated_and_loaded_at_the_end(mean):
+def test_checkpoint_mean_is_evaluated_and_loaded_at_the_end(mean):
     workdir, result = mean
     _, values, _ = by_hand()
     wanted = np.mean([values[8], values[12]])
@@ -159,7 +159,7 @@ def test_the_mean_of_the_last_checkpoints_is_evaluated_and_loaded_at_the_end(mea
 
 
 @pytest.mark.parametrize("stopped", [7, 8, 9])
-def test_a_resumed_run_has_the_same_mean_to_the_bit(mean, stopped, tmp_path, monkeypatch):
+def test_resumed_checkpoint_mean_is_bitwise_identical(mean, stopped, tmp_path, monkeypatch):
     """Stopped before, right after and past a step that counts, in a run that keeps one
     checkpoint."""
     workdir, settings = tmp_path / "run", MEAN | {"keep": 1}
@@ -175,7 +175,7 @@ def test_a_resumed_run_has_the_same_mean_to_the_bit(mean, stopped, tmp_path, mon
     assert descend(workdir, task=task(), **settings) == mean[1]
 
 
-def test_saves_by_the_clock_are_not_in_the_mean(ticking, mean, tmp_path):
+def test_timed_saves_are_excluded_from_the_mean(ticking, mean, tmp_path):
     """Saves after steps 6 and 12; a batch takes ten seconds."""
     settings = MEAN | {"checkpoint_minutes": 1.0, "log_every": 2, "checkpoint_every": 2}
     descend(tmp_path, task=ticking(10.0), **settings)
@@ -184,7 +184,7 @@ def test_saves_by_the_clock_are_not_in_the_mean(ticking, mean, tmp_path):
     np.testing.assert_array_equal(*loaded)
 
 
-def test_without_an_average_the_parameters_are_evaluated(tmp_path):
+def test_parameters_are_evaluated_without_an_average(tmp_path):
     """In a run with another seed, longer logging intervals, and epochs between evaluations and
     saves."""
     settings = {"log_every": 5, "eval_every": 3, "checkpoint_every": 2, "keep": 9}
@@ -202,7 +202,7 @@ def test_without_an_average_the_parameters_are_evaluated(tmp_path):
     close(list(logged.values()), wanted)
 
 
-def test_a_run_killed_before_its_result_is_evaluated_for_it_and_logs_nothing_more(tmp_path):
+def test_run_killed_before_its_result_is_evaluated_without_logging(tmp_path):
     result = train(tmp_path, task=task(), optim=AVERAGED)
     text = (tmp_path / "metrics.jsonl").read_bytes()
     (tmp_path / "result.json").unlink()
@@ -213,7 +213,7 @@ def test_a_run_killed_before_its_result_is_evaluated_for_it_and_logs_nothing_mor
     assert not (tmp_path / "checkpoints" / "12").exists()
 
 
-def test_a_stretch_of_skipped_steps_has_no_mean_and_the_run_goes_on(tmp_path):
+def test_interval_of_skipped_steps_logs_nan_and_the_run_continues(tmp_path):
     result = train(tmp_path, task=task((0, 1, 2)), optim=PLAIN, log_every=3, nan_patience=4)
     assert result["skipped"] == 3
     logged = list(lines(tmp_path, "train/loss").values())
@@ -228,7 +228,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path):
     assert not (tmp_path / "result.json").exists()
 
 
-def test_the_best_checkpoint_is_that_of_the_highest_value(tmp_path):
+def test_best_checkpoint_has_the_highest_score(tmp_path):
     rising_and_falling = {4: 0.1, 8: 0.9, 12: 0.5}
     evaluate = lambda params, helpers, step: {"w": rising_and_falling[step]}  # noqa: E731
     train(tmp_path, task=make_task(evaluate), keep=1, best="test/w")
@@ -266,9 +266,7 @@ def ticking(monkeypatch):
 
 
 @pytest.mark.parametrize(("eval_every", "checkpoint_every"), [(1, 3), (3, 1)])
-def test_the_time_of_steps_is_neither_that_of_evaluations_nor_of_saves(
-    ticking, eval_every, checkpoint_every, tmp_path
-):
+def test_step_time_excludes_evaluations_and_saves(ticking, eval_every, checkpoint_every, tmp_path):
     settings = {"eval_every": eval_every, "checkpoint_every": checkpoint_every, "log_every": 2}
     optim = dataclasses.replace(OPTIM, accumulate=2)  # 8 examples per step, however it is split
     train(tmp_path, task=ticking(2.0, 100.0), optim=optim, **settings)
@@ -280,21 +278,21 @@ def test_the_time_of_steps_is_neither_that_of_evaluations_nor_of_saves(
         assert line["examples_per_second"] * line["milliseconds_per_step"] == pytest.approx(8000)
 
 
-def test_the_clock_starts_anew_with_every_save(ticking, tmp_path):
+def test_every_save_resets_the_save_clock(ticking, tmp_path):
     """Each batch is prefetched by one step: after step 6, more than a minute has passed."""
     settings = {"checkpoint_every": 3, "checkpoint_minutes": 1.0, "log_every": 2, "keep": 9}
     train(tmp_path, task=ticking(10.0), **settings)
     assert finished_steps(tmp_path / "checkpoints") == [6, 12]
 
 
-def test_a_save_by_the_clock_has_no_score_of_an_earlier_step(ticking, tmp_path):
+def test_timed_save_does_not_inherit_an_earlier_score(ticking, tmp_path):
     task = ticking(10.0, scores=(0.9, 0.1, 0.2))
     settings = {"checkpoint_every": 2, "checkpoint_minutes": 1.0, "log_every": 2, "keep": 1}
     train(tmp_path, task=task, best="test/w", **settings)
     assert finished_steps(tmp_path / "checkpoints") == [12]  # out of 6, 8 and 12
 
 
-def test_a_warm_start_takes_the_place_of_the_draw_once(tmp_path, monkeypatch):
+def test_warm_start_replaces_initialisation_once(tmp_path, monkeypatch):
     starts = []
 
     def warm_start(wanted):
@@ -315,7 +313,7 @@ def test_a_warm_start_takes_the_place_of_the_draw_once(tmp_path, monkeypatch):
     assert account["taken"] == [{"arrays": 1}]
 
 
-def test_losses_and_evaluations_are_given_what_helps_them(tmp_path):
+def test_loss_and_evaluation_receive_helpers(tmp_path):
     evaluate = lambda params, helpers, step: {"w": float(helpers["x"]) + step}  # noqa: E731
 
     def loss(params, helpers, batch, rngs, step):
@@ -328,7 +326,7 @@ def test_losses_and_evaluations_are_given_what_helps_them(tmp_path):
     assert lines(tmp_path, "train/seen") == {step + 1: step for step in range(STEPS)}
 
 
-def test_micro_batches_are_those_of_the_batch(tmp_path):
+def test_micro_batches_split_the_batch(tmp_path):
     """Each has its own draw: the mean of two."""
     train(tmp_path, task=task(), optim=dataclasses.replace(PLAIN, accumulate=2), log_every=1)
     w = by_hand()[1][0]

@@ -3,7 +3,7 @@
 from common_jax.inputs.grouping import Groups
 
 
-def test_what_is_joined_has_the_smallest_name():
+def test_joined_nodes_take_the_smallest_name():
     groups = Groups()
     groups.join("c", "b")
     groups.join("d", "e")

@@ -53,14 +53,14 @@ def archive(tmp_path, value, storages=None, *, extra=None):
     ],
     ids=["memo", "lists", "tuples", "deep"],
 )
-def test_what_a_pickle_repeats_costs_nothing(tmp_path, opcodes):
+def test_repeated_pickle_contents_cost_nothing(tmp_path, opcodes):
     path = archive(tmp_path, {"model": {"a": ONES}, "odd": Raw(opcodes)})
     assert_same(read_tensors(path), {"a": np.ones(2, np.float32)})
     with pytest.raises(ValueError, match=r"weights\.pth holds 'b', a (list|dict), where"):
         read_tensors(archive(tmp_path, {"a": ONES, "b": Raw(opcodes)}))
 
 
-def test_integers_with_one_hash_are_no_keys():
+def test_integer_keys_with_equal_hashes_are_replaced():
     keys = [number * (2**61 - 1) for number in range(1, 20)]
     items = b"".join(pickle.dumps(key, protocol=2)[2:-1] + b"N" for key in keys)
     found = torch_pickle.load(b"\x80\x02}(" + items + b"u.", script=False)
@@ -76,12 +76,12 @@ def test_integers_with_one_hash_are_no_keys():
     ],
     ids=["memo", "class"],
 )
-def test_what_a_short_pickle_could_make_slow_or_large_is_refused(opcodes, message):
+def test_pickle_bombs_are_refused(opcodes, message):
     with pytest.raises(ValueError, match=message):
         torch_pickle.load(b"\x80\x02" + opcodes + b".", script=False)
 
 
-def test_lists_of_lists_are_plain_only_where_they_are_of_a_size_to_write(tmp_path):
+def test_read_plain_skips_large_cyclic_and_deep_lists(tmp_path):
     few = [[1, 2], [3.5, "x"]]
     path = archive(tmp_path, {"model": {"a": ONES}, "few": few, "many": Raw(DOUBLED), "no": [ONES]})
     assert read_plain(path) == {"few": few}
@@ -120,19 +120,19 @@ HUGE = 1 << 40
         (Raw(b"ctorch\nSize\n(K\x01tR"), "shape or strides are not a list of sizes: 1"),
     ],
 )
-def test_odd_numbers_are_refused_before_anything_is_read(tmp_path, value, message):
+def test_invalid_numbers_are_refused_before_reading(tmp_path, value, message):
     path = archive(tmp_path, {"a": value})
     with pytest.raises(ValueError, match=rf"weights\.pth .*{message}") as caught:
         read_tensors(path)
     assert len(str(caught.value)) < 2000 and str(caught.value).isprintable()
 
 
-def test_steps_along_an_axis_of_length_1_may_be_of_any_length(tmp_path):
+def test_strides_of_length_1_axes_are_ignored(tmp_path):
     path = archive(tmp_path, {"a": tensor(FLOATS, (1, 2), (1 << 61, 1))})
     assert_same(read_tensors(path), {"a": np.ones((1, 2), np.float32)})
 
 
-def test_a_storage_larger_than_its_count_is_not_read(tmp_path):
+def test_oversized_storage_is_not_read(tmp_path):
     large = np.zeros(1 << 24, np.uint8)
     value = {"a": tensor(storage("FloatStorage", "0", 2), (2,), (1,))}
     path = archive(tmp_path, value, {"0": large})
@@ -151,7 +151,7 @@ def packed(path, contents):
     return path
 
 
-def test_what_inflates_is_bounded(tmp_path):
+def test_decompressed_size_is_bounded(tmp_path):
     pickled = b"\x80\x02" + torch_files.encode({"a": ONES}) + b"."
     numbers = np.random.default_rng(0).normal(size=2).astype(np.float32).tobytes()
     path = packed(tmp_path / "a.pth", {"data.pkl": pickled, "data/0": numbers})
@@ -167,7 +167,7 @@ def test_what_inflates_is_bounded(tmp_path):
         read_tensors(path)
 
 
-def test_text_beside_tensors_may_be_larger_than_the_file(tmp_path):
+def test_code_beside_tensors_may_be_larger_than_the_file(tmp_path):
     # TorchScript compresses its code, so for a small module code is most of the content.
     pickled = b"\x80\x02" + torch_files.encode({"a": ONES}) + b"."
     code = b"def forward(self, x):\n" + b"  x = torch.add(x, x)\n" * 2000
@@ -178,7 +178,7 @@ def test_text_beside_tensors_may_be_larger_than_the_file(tmp_path):
     np.testing.assert_array_equal(read_tensors(path)["a"], [1, 1])
 
 
-def test_an_entry_that_inflates_to_more_than_it_declares_is_cut_there(tmp_path):
+def test_entry_inflating_beyond_its_declared_size_is_cut_off(tmp_path):
     path = tmp_path / "a.npz"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("x.npy", bytes(1 << 24))
@@ -190,7 +190,7 @@ def test_an_entry_that_inflates_to_more_than_it_declares_is_cut_there(tmp_path):
     assert tracemalloc.get_traced_memory()[1] < 4 << 20
 
 
-def test_an_entry_that_two_names_lead_to_or_none_is_refused(tmp_path):
+def test_duplicate_or_dangling_zip_entries_are_refused(tmp_path):
     path = archive(tmp_path, {"a": ONES})
     raw = path.read_bytes()
     last = raw.rindex(b"weights/data/0")
@@ -210,7 +210,7 @@ def test_an_entry_that_two_names_lead_to_or_none_is_refused(tmp_path):
         read_tensors(path)
 
 
-def test_shared_modules_of_a_script_are_bounded(tmp_path, monkeypatch):
+def test_shared_script_modules_are_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(torch_archive, "MOST_VISITS", 1000)
     opcodes = torch_files.encode(New(Global("__torch__", "Net"), {"weight": ONES})) + b"q\x00"
     for i in range(40):  # each module holds the previous one twice: 2^40 paths
@@ -233,7 +233,7 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8), **more):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets), **more}
 
 
-def test_narrow_types_of_safetensors_are_read(tmp_path):
+def test_safetensors_float8_and_bfloat16_are_read(tmp_path):
     numbers = np.array([0.5, -2, 448], ml_dtypes.float8_e4m3fn)
     header = {"a": entry("F8_E4M3", (3,), (0, 3)), "b": entry("BF16", (1,), (3, 5))}
     path = write(tmp_path / "a.safetensors", header, numbers.tobytes() + b"\x80\x3f")
@@ -268,7 +268,7 @@ ODD_HEADERS = [
 
 
 @pytest.mark.parametrize(("header", "message"), ODD_HEADERS)
-def test_an_odd_header_of_safetensors_is_named(tmp_path, header, message):
+def test_invalid_safetensors_header_is_reported(tmp_path, header, message):
     path = write(tmp_path / "a.safetensors", header)
     with pytest.raises(ValueError, match=rf"a\.safetensors .*{message}") as caught:
         read_tensors(path)
@@ -276,7 +276,7 @@ def test_an_odd_header_of_safetensors_is_named(tmp_path, header, message):
 
 
 @pytest.mark.parametrize("length", [0, 1, 1 << 20, 1 << 40, (1 << 64) - 1])
-def test_a_header_that_is_longer_than_its_file_is_not_read(tmp_path, length):
+def test_header_longer_than_its_file_is_not_read(tmp_path, length):
     path = tmp_path / "a.safetensors"
     path.write_bytes(struct.pack("<Q", length) + b"{}")
     with pytest.raises(ValueError, match=r"a\.safetensors is damaged or cut off"):
@@ -304,7 +304,7 @@ INDEX = "model.safetensors.index.json"
         ({"weight_map": {str(i): f"{i}.safetensors" for i in range(999)}}, r"missing; fetch"),
     ],
 )
-def test_an_index_leads_nowhere_else(tmp_path, content, message):
+def test_shard_index_cannot_point_elsewhere(tmp_path, content, message):
     (tmp_path / "loop.safetensors").symlink_to("loop.safetensors")
     (tmp_path / INDEX).write_text(json.dumps(content))
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
@@ -312,7 +312,7 @@ def test_an_index_leads_nowhere_else(tmp_path, content, message):
     assert INDEX in str(caught.value) and len(str(caught.value)) < 2000
 
 
-def test_missing_shards_of_a_large_number_are_not_counted_out(tmp_path):
+def test_huge_number_of_missing_shards_is_not_enumerated(tmp_path):
     save_file({"a": np.ones(2)}, tmp_path / "m_999999999999.pth")
     with pytest.raises(FileNotFoundError, match=r"are missing: m_1\.pth, .*m_5\.pth, \.\.\.;"):
         read_tensors(tmp_path / "m.pth")
@@ -321,7 +321,7 @@ def test_missing_shards_of_a_large_number_are_not_counted_out(tmp_path):
 # ----- text that messages quote -----
 
 
-def test_values_are_quoted_in_short_and_printable():
+def test_quoted_values_are_short_and_printable():
     doubled = []
     for _ in range(60):
         doubled = [doubled, doubled]
@@ -342,12 +342,12 @@ def test_values_are_quoted_in_short_and_printable():
         (b"9" * 5000, "is not JSON"),
     ],
 )
-def test_json_that_is_none_is_refused(content, message):
+def test_invalid_json_is_refused(content, message):
     with pytest.raises(ValueError, match=message):
         parse_json(content)
 
 
-def test_json_may_have_a_byte_order_mark_and_numbers_that_are_not_finite():
+def test_json_may_have_a_bom_and_infinities():
     assert parse_json(b'\xef\xbb\xbf{"a": [1, null]}') == {"a": [1, None]}
     assert parse_json(b"[Infinity, -Infinity]") == [float("inf"), -float("inf")]
 
@@ -376,7 +376,7 @@ def test_npz_files_are_read_as_numpy_writes_them(tmp_path):
 
 
 @pytest.mark.parametrize("mapped", [False, True])
-def test_every_damaged_byte_of_an_npz_file_is_noticed_or_without_effect(tmp_path, mapped):
+def test_damaged_npz_bytes_are_detected_or_harmless(tmp_path, mapped):
     arrays, path = {"x": np.arange(40, dtype=np.int32)}, tmp_path / "a.npz"
     np.savez(path, **arrays)
     content = path.read_bytes()
@@ -396,7 +396,7 @@ def test_every_damaged_byte_of_an_npz_file_is_noticed_or_without_effect(tmp_path
     assert refused > len(damaged) / 2
 
 
-def test_texts_of_characters_that_there_are_not_are_refused(tmp_path):
+def test_text_with_invalid_characters_is_refused(tmp_path):
     np.savez(tmp_path / "a.npz", text=np.array("abcd"))
     text = np.array("abcd").tobytes()
     with zipfile.ZipFile(tmp_path / "a.npz") as file:

@@ -48,7 +48,7 @@ def undisturbed(tmp_path_factory):
     return workdir
 
 
-def test_stopped_in_compiling_then_killed_two_resume_to_the_bit(undisturbed, tmp_path):
+def test_pair_stopped_while_compiling_then_killed_resumes_bitwise(undisturbed, tmp_path):
     """A single run for both, since starts spend most of their time compiling. `faults.py` stops at
     more moments."""
     workdir = tmp_path / "run"
@@ -69,7 +69,7 @@ def test_stopped_in_compiling_then_killed_two_resume_to_the_bit(undisturbed, tmp
     assert_same_files(workdir, undisturbed)
 
 
-def test_one_computes_what_two_do_and_each_resumes_as_the_other(undisturbed, tmp_path):
+def test_one_and_two_processes_agree_and_resume_each_other(undisturbed, tmp_path):
     """In the second epoch, after two processes ran the first."""
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed, workdir)
@@ -104,12 +104,12 @@ def test_one_computes_what_two_do_and_each_resumes_as_the_other(undisturbed, tmp
         ({"hosts": "some"}, "--hosts='some' must be auto, all or one"),
     ],
 )
-def test_flags_that_connect_nobody_are_refused(settings, said):
+def test_invalid_connection_flags_are_refused(settings, said):
     with pytest.raises(ValueError, match=said):
         hosts.start(**{"hosts": "auto"} | settings)
 
 
-def test_processes_that_cannot_be_reached_are_an_error_of_the_user(monkeypatch):
+def test_unreachable_coordinator_is_a_user_error(monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("UNKNOWN: Failed to start RPC server")
 
@@ -131,7 +131,7 @@ def test_processes_that_cannot_be_reached_are_an_error_of_the_user(monkeypatch):
         ({}, None),
     ],
 )
-def test_the_environment_says_which_cluster_it_is(variables, kind, monkeypatch):
+def test_cluster_is_detected_from_the_environment(variables, kind, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert hosts.cluster() == kind
@@ -147,9 +147,7 @@ def test_the_environment_says_which_cluster_it_is(variables, kind, monkeypatch):
         ([], True, "", None),
     ],
 )
-def test_a_tpu_vm_is_one_that_has_chips_and_may_use_them(
-    chips, libtpu, platforms, kind, monkeypatch
-):
+def test_tpu_vm_needs_chips_it_may_use(chips, libtpu, platforms, kind, monkeypatch):
     found = lambda pattern: [x for x in chips if x.startswith(pattern[:8])]  # noqa: E731
     monkeypatch.setattr(hosts.glob, "glob", found)
     monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: libtpu or None)
@@ -172,19 +170,19 @@ def others(monkeypatch):
     return rows.extend
 
 
-def test_every_process_gets_the_largest_of_each_value(others):
+def test_largest_is_taken_across_processes(others):
     others([(1.0, 2**48 - 1, -3.0), (0.0, 7.0, -2.0)])
     found = hosts.largest(0.5, 2**48 - 3, -1.0)
     assert (found.dtype, found.tolist()) == (np.float64, [1.0, 2**48 - 1, -1.0])
 
 
-def test_one_process_gets_its_own_values():
+def test_single_process_gets_its_own_values():
     assert hosts.largest(True, 2**48 - 1).tolist() == [1.0, 2**48 - 1]
     assert not hosts.any_process(False)
 
 
 @pytest.mark.parametrize(("theirs", "same"), [("ab", True), ("ac", False)])
-def test_what_is_not_the_same_everywhere_is_named(others, theirs, same):
+def test_mismatch_between_processes_is_reported(others, theirs, same):
     checksum = zlib.crc32(theirs.encode())
     others([(checksum, -checksum)])
     context = (
@@ -196,7 +194,7 @@ def test_what_is_not_the_same_everywhere_is_named(others, theirs, same):
         hosts.require_same("the texts", "a", b"b")
 
 
-def test_all_are_asked_by_number_until_the_answer_is_yes_and_it_stays(monkeypatch):
+def test_stop_polls_are_numbered_and_the_answer_persists(monkeypatch):
     monkeypatch.setattr(hosts, "_stopping", False)
     monkeypatch.setattr(hosts, "_polls", 0)
     asked = []
@@ -215,7 +213,7 @@ def test_all_are_asked_by_number_until_the_answer_is_yes_and_it_stays(monkeypatc
     assert asked == [1, 2, 3]
 
 
-def test_alone_it_stops_when_it_is_asked_to(monkeypatch):
+def test_single_process_stops_on_request(monkeypatch):
     monkeypatch.setattr(hosts, "_stopping", False)
     monkeypatch.setattr(signals, "requested", lambda: False)
     hosts.check()
@@ -235,7 +233,7 @@ def test_alone_it_stops_when_it_is_asked_to(monkeypatch):
         ({"hosts": "all", "coordinator": "a:1", "processes": 2, "process": 1}, None, True),
     ],
 )
-def test_processes_connect_where_there_are_others(settings, found, connects, monkeypatch):
+def test_processes_connect_if_there_are_others(settings, found, connects, monkeypatch):
     calls = []
     monkeypatch.setattr(hosts, "cluster", lambda: found)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kw: calls.append((args, kw)))

@@ -74,7 +74,7 @@ def forget(workdir) -> None:
             shutil.rmtree(step / "run")
 
 
-def test_a_run_and_its_checkpoints_carry_one_id(stopped):
+def test_run_and_its_checkpoints_share_one_id(stopped):
     identity = json.loads((stopped / "run.json").read_text())
     assert len(identity["id"]) == 12
     assert int(identity["id"], 16) >= 0
@@ -86,13 +86,13 @@ def test_a_run_and_its_checkpoints_carry_one_id(stopped):
     assert json.loads((stopped / "run.json").read_text()) == identity
 
 
-def test_two_runs_have_two_ids(tmp_path):
+def test_runs_have_distinct_ids(tmp_path):
     ids = {keep_identity(tmp_path / name).id for name in ("a", "b", "a")}
     assert len(ids) == 2
 
 
 @pytest.mark.parametrize("run_id", ["00000000002a", "ffffffffffff", "0123456789ab"])
-def test_all_processes_get_the_id_of_the_first(run_id, tmp_path, monkeypatch):
+def test_all_processes_use_the_id_of_the_first(run_id, tmp_path, monkeypatch):
     """Also if they do not see its file yet."""
     assert keep_identity(tmp_path, adopt=run_id, unmarked=(4,)).unmarked == (4,)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
@@ -106,7 +106,7 @@ def test_all_processes_get_the_id_of_the_first(run_id, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("marked", [True, False])
-def test_a_foreign_checkpoint_is_put_aside(marked, stopped, undisturbed, tmp_path, caplog):
+def test_foreign_checkpoint_is_set_aside(marked, stopped, undisturbed, tmp_path, caplog):
     other = tmp_path / "other"
     descend(other, seed=1)
     copy(other / "checkpoints" / "8", stopped / "checkpoints" / "8")
@@ -121,7 +121,9 @@ def test_a_foreign_checkpoint_is_put_aside(marked, stopped, undisturbed, tmp_pat
     )
 
 
-def test_one_of_the_same_config_is_foreign_too(stopped, undisturbed, tmp_path, caplog):
+def test_checkpoint_of_another_run_with_the_same_config_is_foreign(
+    stopped, undisturbed, tmp_path, caplog
+):
     other = tmp_path / "other"
     descend(other)
     copy(other / "checkpoints" / "8", stopped / "checkpoints" / "8")
@@ -132,7 +134,7 @@ def test_one_of_the_same_config_is_foreign_too(stopped, undisturbed, tmp_path, c
 
 
 @pytest.mark.parametrize("marked", [True, False])
-def test_an_own_checkpoint_under_another_number_is_put_aside(marked, stopped, undisturbed, caplog):
+def test_own_checkpoint_under_the_wrong_step_is_set_aside(marked, stopped, undisturbed, caplog):
     copy(stopped / "checkpoints" / "4", stopped / "checkpoints" / "8")
     if not marked:
         forget(stopped)
@@ -142,7 +144,7 @@ def test_an_own_checkpoint_under_another_number_is_put_aside(marked, stopped, un
     assert "step 4, so " in caplog.text
 
 
-def test_a_step_beyond_the_end_is_put_aside(stopped, undisturbed, caplog):
+def test_step_beyond_the_end_is_set_aside(stopped, undisturbed, caplog):
     copy(stopped / "checkpoints" / "4", stopped / "checkpoints" / "2400")
     descend(stopped)
     assert log(stopped) == undisturbed
@@ -150,7 +152,7 @@ def test_a_step_beyond_the_end_is_put_aside(stopped, undisturbed, caplog):
     assert steps(stopped) == [8, 12]
 
 
-def test_what_was_put_aside_before_stays(stopped, undisturbed):
+def test_checkpoints_set_aside_earlier_are_kept(stopped, undisturbed):
     for name in ("foreign_2400", "2400"):
         copy(stopped / "checkpoints" / "4", stopped / "checkpoints" / name)
     descend(stopped)
@@ -158,7 +160,7 @@ def test_what_was_put_aside_before_stays(stopped, undisturbed):
     assert (stopped / "checkpoints" / "foreign_2400_2").exists()
 
 
-def test_where_none_is_the_runs_nothing_is_written(stopped, tmp_path):
+def test_workdir_with_only_foreign_checkpoints_is_left_untouched(stopped, tmp_path):
     workdir = tmp_path / "new"
     copy(stopped / "checkpoints", workdir / "checkpoints")
     before = sorted(str(path) for path in workdir.rglob("*"))
@@ -168,7 +170,7 @@ def test_where_none_is_the_runs_nothing_is_written(stopped, tmp_path):
     assert sorted(str(path) for path in workdir.rglob("*")) == before
 
 
-def test_a_lost_run_json_is_made_again_from_the_checkpoints(stopped, undisturbed):
+def test_lost_run_json_is_rebuilt_from_the_checkpoints(stopped, undisturbed):
     before = read_identity(stopped)
     (stopped / "run.json").unlink()
     descend(stopped)
@@ -176,7 +178,7 @@ def test_a_lost_run_json_is_made_again_from_the_checkpoints(stopped, undisturbed
     assert read_identity(stopped) == before
 
 
-def test_a_run_without_ids_gets_one_and_its_checkpoints_stay_its_own(stopped, undisturbed):
+def test_run_without_an_id_gets_one_and_keeps_its_checkpoints(stopped, undisturbed):
     forget(stopped)
     descend(stopped, keep=4)
     assert log(stopped) == undisturbed
@@ -184,7 +186,7 @@ def test_a_run_without_ids_gets_one_and_its_checkpoints_stay_its_own(stopped, un
     assert checkpoint.own_steps(stopped / "checkpoints") == [4, 6, 8, 12]
 
 
-def test_the_newest_checkpoint_says_which_run_it_is_where_run_json_is_lost(stopped, tmp_path):
+def test_newest_checkpoint_identifies_a_run_without_run_json(stopped, tmp_path):
     other = tmp_path / "other"
     descend(other, keep=9)
     shutil.rmtree(stopped / "checkpoints" / "4")
@@ -196,7 +198,7 @@ def test_the_newest_checkpoint_says_which_run_it_is_where_run_json_is_lost(stopp
     assert (stock.steps, stock.id, stock.unmarked, list(stock.foreign)) == ((6,), run_id, (), [4])
 
 
-def test_beside_an_id_a_checkpoint_without_one_is_foreign(stopped):
+def test_unmarked_checkpoint_is_foreign_to_a_run_with_an_id(stopped):
     shutil.rmtree(stopped / "checkpoints" / "6" / "run")
     stock = checkpoint.take_stock(stopped, config={"seed": 0}, total=STEPS)
     assert stock.steps == (4,)
@@ -206,19 +208,19 @@ def test_beside_an_id_a_checkpoint_without_one_is_foreign(stopped):
     }
 
 
-def test_a_result_of_a_step_that_was_not_saved_ends_no_run(stopped):
+def test_result_of_an_unsaved_step_does_not_end_the_run(stopped):
     for total, own in ((5, [4, 6]), (4, [4])):
         (stopped / "result.json").write_text(json.dumps({"steps": total}))
         assert checkpoint.own_steps(stopped / "checkpoints") == own
 
 
-def test_a_broken_run_json_is_named(stopped):
+def test_broken_run_json_is_reported(stopped):
     (stopped / "run.json").write_text('{"id": 3}')
     with pytest.raises(ValueError, match=r"run/run\.json must hold the id of a run"):
         descend(stopped)
 
 
-def test_a_broken_mark_is_damage(stopped, undisturbed, caplog):
+def test_broken_run_mark_counts_as_damage(stopped, undisturbed, caplog):
     (stopped / "checkpoints" / "6" / "run" / "metadata").write_text("{")
     descend(stopped)
     assert log(stopped) == undisturbed
@@ -226,7 +228,7 @@ def test_a_broken_mark_is_damage(stopped, undisturbed, caplog):
     assert "checkpoints/6 cannot be read" in caplog.text
 
 
-def test_loading_leaves_out_what_is_not_the_runs(stopped, tmp_path, caplog):
+def test_loading_skips_foreign_checkpoints(stopped, tmp_path, caplog):
     want = checkpoint.load(stopped)["w"]
     other = tmp_path / "other"
     descend(other, seed=1)
@@ -246,7 +248,7 @@ def test_loading_leaves_out_what_is_not_the_runs(stopped, tmp_path, caplog):
         checkpoint.load(stopped)
 
 
-def test_in_a_finished_run_a_later_step_is_left_out(tmp_path):
+def test_finished_run_ignores_later_steps(tmp_path):
     workdir = tmp_path / "run"
     descend(workdir)
     forget(workdir)
@@ -255,13 +257,13 @@ def test_in_a_finished_run_a_later_step_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["020", "²", "20.tmp"])
-def test_only_numbers_are_steps(name, stopped):
+def test_only_numbered_folders_are_steps(name, stopped):
     copy(stopped / "checkpoints" / "4", stopped / "checkpoints" / name)
     assert steps(stopped) == [4, 6]
 
 
 @pytest.mark.parametrize("letter", "[]*?\\")
-def test_folders_that_orbax_cannot_write_are_refused(letter, tmp_path):
+def test_folders_orbax_cannot_write_are_refused(letter, tmp_path):
     workdir = tmp_path / f"lr={letter}1e-3" / "run"
     with pytest.raises(ValueError, match="checkpoints cannot be written below") as error:
         descend(workdir)
@@ -281,7 +283,7 @@ def test_folders_that_orbax_cannot_write_are_refused(letter, tmp_path):
 
 
 @pytest.mark.parametrize("program", [m2mkd_jax.main, cliptrans_jax.main])
-def test_such_a_workdir_is_refused_with_its_flag(program, tmp_path, capsys):
+def test_workdir_orbax_cannot_write_is_reported_with_its_flag(program, tmp_path, capsys):
     config = {m2mkd_jax.main: "m2mkd/digits.py", cliptrans_jax.main: "cliptrans/emoji.py"}[program]
     flags = ["", f"--config={ROOT}/configs/{config}", f"--workdir={tmp_path}/lr=[1e-3]"]
     with pytest.raises(SystemExit, match="2"):
@@ -291,7 +293,7 @@ def test_such_a_workdir_is_refused_with_its_flag(program, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_such_a_folder_is_refused_for_weights_and_sweeps(tmp_path, capsys):
+def test_convert_and_sweep_refuse_folders_orbax_cannot_write(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         convert_weights.main([f"{tmp_path}/none.pth", f"{tmp_path}/a[1]"])
     assert f"OUT='{tmp_path}/a[1]': checkpoints cannot be written" in capsys.readouterr().err
@@ -301,7 +303,7 @@ def test_such_a_folder_is_refused_for_weights_and_sweeps(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_checkpoints_that_lie_in_such_a_folder_load(stopped, tmp_path):
+def test_checkpoints_in_a_folder_orbax_cannot_write_still_load(stopped, tmp_path):
     want = checkpoint.load(stopped)["w"]
     moved = tmp_path / "lr=[1e-3]"
     shutil.move(stopped, moved)
@@ -355,7 +357,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("message", CHANGES)
-def test_a_save_counts_when_it_reads_back(message, two, tmp_path, monkeypatch):
+def test_save_counts_only_if_it_reads_back(message, two, tmp_path, monkeypatch):
     spoil(monkeypatch, CHANGES[message])
     two.save(state(2), step=2, config={"x": [1, 2]}, metrics=None)
     with pytest.raises(SaveError, match=message) as error:
@@ -367,7 +369,7 @@ def test_a_save_counts_when_it_reads_back(message, two, tmp_path, monkeypatch):
     assert not (tmp_path / "checkpoints" / "2").exists()
 
 
-def test_a_save_that_does_not_read_back_is_warned_of(tmp_path, monkeypatch, caplog):
+def test_save_that_does_not_read_back_causes_a_warning(tmp_path, monkeypatch, caplog):
     found = Checkpoints(tmp_path, keep=2, best=None, on_failed="go_on")
     with monkeypatch.context() as patch:
         spoil(patch, CHANGES["'params' cannot be read"])
@@ -379,7 +381,7 @@ def test_a_save_that_does_not_read_back_is_warned_of(tmp_path, monkeypatch, capl
     assert "step 1 could not be written" in caplog.text
 
 
-def test_what_differs_in_an_array_is_named(two, tmp_path):
+def test_check_written_reports_array_differences(two, tmp_path):
     folder = checkpoint.find_step(tmp_path)
     outline = contents.outline(state(1).params)
     assert outline == {"a.b": ((4, 2), np.float32), "c": ((3,), np.float32)}
@@ -395,7 +397,7 @@ def test_what_differs_in_an_array_is_named(two, tmp_path):
         contents.check_written(folder, {"params": {"a.b": outline["a.b"]}}, {})
 
 
-def test_the_chunks_of_arrays_are_counted(two, tmp_path, monkeypatch):
+def test_check_written_reports_missing_chunks(two, tmp_path, monkeypatch):
     folder = checkpoint.find_step(tmp_path)
     outline = contents.outline(state(1).params)
     store = contents.ts.KvStore.open(contents._kvstore(folder / "params")).result()
@@ -404,7 +406,7 @@ def test_the_chunks_of_arrays_are_counted(two, tmp_path, monkeypatch):
         contents.check_written(folder, {"params": outline}, {})
 
 
-def test_a_deleted_workdir_is_no_success(tmp_path):
+def test_saving_to_a_deleted_workdir_fails(tmp_path):
     workdir = tmp_path / "run"
     run_id = keep_identity(workdir).id
     found = Checkpoints(workdir, keep=1, best=None, run_id=run_id)
@@ -418,7 +420,7 @@ def test_a_deleted_workdir_is_no_success(tmp_path):
         found.wait()
 
 
-def test_a_result_is_that_of_its_workdir(tmp_path):
+def test_result_must_belong_to_its_workdir(tmp_path):
     workdir, config = tmp_path / "run", {"seed": 0, "optim": {"steps": 12}}
     descend(workdir)
     assert read_result(workdir, config, phase="descent", steps=12)["steps"] == 12
@@ -434,7 +436,7 @@ def test_a_result_is_that_of_its_workdir(tmp_path):
         descend(alone)
 
 
-def test_a_conversion_has_an_identity(tmp_path):
+def test_converted_weights_have_an_identity(tmp_path):
     write_params(tmp_path / "weights", {"w": np.ones(3, np.float32)}, {"a": 1})
     run_id = read_identity(tmp_path / "weights").id
     mark = tmp_path / "weights" / "checkpoints" / "0" / "run" / "metadata"

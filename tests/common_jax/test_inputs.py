@@ -63,7 +63,7 @@ def train(source, **settings):
     return inputs.train_batches(source, **settings)
 
 
-def test_batches_by_hand():
+def test_batches_follow_the_frozen_order():
     """From the frozen order 6 3 5 0 7 2 1 4, and the first of the next epoch."""
     batches = take(train(Numbers(size=8), seed=0, batch=3), 3)
     shown = [batch["image"].tolist() for batch in batches]
@@ -77,7 +77,7 @@ def test_batches_by_hand():
     assert inputs.host_rows(12, (2, 3)) == slice(8, 12)
 
 
-def test_draws_of_a_batch_are_those_of_its_examples():
+def test_transform_draws_belong_to_the_example():
     (batch,) = take(train(OnDisk(), transform=add_noise, start_step=4, repeats=3), 1)
     order = inputs.epoch_permutation(5, 1, SIZE)  # seed 5; step 4 is the second of epoch 1
     for row in range(BATCH):
@@ -96,13 +96,13 @@ def test_epochs_visit_every_example_at_most_once():
     assert "_mask" not in batches[0]
 
 
-def test_reading_one_by_one_gives_what_gathering_gives():
+def test_reading_one_by_one_matches_gathering():
     assert_all_same(take(train(OnDisk()), 5), take(train(Numbers()), 5))
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
 @pytest.mark.parametrize("kind", [Numbers, OnDisk])
-def test_hosts_together_hold_the_batches_of_one_host(kind, hosts):
+def test_hosts_together_hold_the_batches_of_a_single_host(kind, hosts):
     transform = add_noise if kind is OnDisk else None
     alone = take(train(kind(), transform=transform), 4)
     shares = [
@@ -123,7 +123,7 @@ def test_a_resumed_run_sees_the_same_pixels(count):
     assert_all_same(take(train(Numbers(), start_step=4), 3), take(train(Numbers()), 7)[4:])
 
 
-def test_resuming_reads_nothing_of_what_lies_before():
+def test_resuming_does_not_read_earlier_examples():
     source = OnDisk()
     take(train(source, start_step=5), 1)
     assert len(source.reads) == BATCH
@@ -140,7 +140,7 @@ def test_random_draws_change_with_the_epoch():
     assert all(noise[0][index] != noise[1][index] for index in both)
 
 
-def test_a_transform_is_not_passed_over_for_a_source_in_memory():
+def test_transform_is_applied_to_in_memory_sources_too():
     whole = take(train(Numbers(), transform=add_noise), 4)
     assert_all_same(whole, take(train(OnDisk(), transform=add_noise), 4))
     double = lambda example: {"twice": 2 * example["image"]}  # noqa: E731
@@ -151,7 +151,7 @@ def test_a_transform_is_not_passed_over_for_a_source_in_memory():
         np.testing.assert_array_equal(batches[1]["twice"], [8, 0, 0, 0])  # padded like the rest
 
 
-def test_steps_resume_in_the_middle_of_a_later_epoch_on_any_host():
+def test_any_host_can_resume_mid_epoch():
     whole = take(train(Numbers()), 12)
     for kind in (Numbers, OnDisk):
         mine = take(train(kind(), start_step=7, shard=(1, 4)), 5)
@@ -197,18 +197,18 @@ def test_replacements_are_the_same_on_two_hosts(tmp_path):
     }
 
 
-def test_too_many_bad_examples_stop_the_run_with_their_names():
+def test_too_many_bad_examples_stop_the_run_and_are_listed():
     with pytest.raises(ValueError, match=r"3 bad examples of 30.*bad_share=0.07.*number") as caught:
         take(train(OnDisk(bad=(4, 9, 11)), bad_share=0.07), 9)
     assert all(f"number {index}" in str(caught.value) for index in (4, 9, 11))
 
 
-def test_a_batch_without_a_good_example_stops_the_run():
+def test_batch_without_good_examples_stops_the_run():
     with pytest.raises(ValueError, match="leaves none for the batch of step 0"):
         take(train(OnDisk(size=4, bad=(0, 1, 2, 3)), batch=4, bad_share=1.0), 1)
 
 
-def test_steps_per_epoch_names_the_keys():
+def test_steps_per_epoch_error_names_the_keys():
     assert inputs.steps_per_epoch(30, 8) == 3
     with pytest.raises(ValueError, match=r"config\.optim\.batch=31 .* 30"):
         inputs.steps_per_epoch(30, 31)
@@ -224,7 +224,7 @@ def test_steps_per_epoch_names_the_keys():
         ({"seed": -1}, "config.seed=-1"),
     ],
 )
-def test_wrong_settings_fail_at_the_call(settings, message):
+def test_invalid_settings_raise_at_the_call(settings, message):
     with pytest.raises(ValueError, match=message):
         train(Numbers(), **settings)
 
@@ -262,7 +262,7 @@ def test_evaluation_transforms_each_example(kind):
     assert [batch["label"].tolist() for batch in batches] == [[0, 1, 2, 0], [1, 0, 0, 0]]
 
 
-def test_evaluation_masks_bad_examples_below_the_share(tmp_path):
+def test_evaluation_masks_bad_examples_up_to_bad_share(tmp_path):
     report = tmp_path / "bad.jsonl"
     source = OnDisk(size=10, bad=(0, 6))
     batches = list(
@@ -283,7 +283,7 @@ def test_evaluation_masks_bad_examples_below_the_share(tmp_path):
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 8])
-def test_bad_examples_of_an_evaluation_are_a_share_of_the_set_on_any_number_of_hosts(hosts):
+def test_evaluation_bad_share_is_relative_to_the_whole_set(hosts):
     source, other = OnDisk(size=18, bad=(0, 8)), {"transform": None, "batch": 8}
     for host in range(hosts):
         shard = (host, hosts)
@@ -292,7 +292,7 @@ def test_bad_examples_of_an_evaluation_are_a_share_of_the_set_on_any_number_of_h
         list(inputs.eval_batches(source, **other, bad_share=0.1, shard=(0, hosts)))
 
 
-def test_a_host_does_not_count_the_bad_examples_of_another(tmp_path):
+def test_host_does_not_count_the_bad_examples_of_another(tmp_path):
     """The last host pads its batch in the shapes of a good example, which it looks for."""
     source, report = OnDisk(size=9, bad=(0, 1)), tmp_path / "bad.jsonl"
     other = {"transform": None, "batch": 8, "report_path": report, "shard": (3, 4)}
@@ -317,7 +317,7 @@ class PicturesOnDisk(Pictures):
 
 
 @pytest.mark.parametrize("kind", [Pictures, PicturesOnDisk])
-def test_padding_is_pictures_of_zeros(kind):
+def test_padding_pictures_are_zeros(kind):
     (batch,) = inputs.eval_batches(kind(size=2), transform=None, batch=3)
     assert batch["image"].dtype == np.uint8
     wanted = [[[1, 2], [3, 4]], [[5, 6], [7, 8]], [[0, 0], [0, 0]]]
@@ -325,7 +325,7 @@ def test_padding_is_pictures_of_zeros(kind):
     np.testing.assert_array_equal(batch["_mask"], [1, 1, 0])
 
 
-def test_the_share_of_bad_examples_may_be_reached_and_not_exceeded():
+def test_bad_share_may_be_reached_but_not_exceeded():
     for bad, share in (((4,), 1 / SIZE), ((4, 9, 11), 0.1)):
         take(train(OnDisk(bad=bad), bad_share=share), 9)
         with pytest.raises(ValueError, match=f"{len(bad)} bad examples of 30"):
@@ -360,7 +360,7 @@ def notes(caught):
     return "".join(caught.value.__notes__)
 
 
-def test_the_number_of_processes_changes_no_bit():
+def test_worker_count_does_not_change_batches():
     settings = {"transform": add_noise, "repeats": 3, "bad_share": 0.5}
     runs = [take(train(Rows(bad=(4,)), workers=count, **settings), 8) for count in (0, 3)]
     processes = [{pid for b in batches for pid in b.pop("process").tolist()} for batches in runs]
@@ -371,7 +371,7 @@ def test_the_number_of_processes_changes_no_bit():
     assert alive(set.union(*processes)) == {os.getpid()}
 
 
-def test_what_a_worker_raises_is_raised_here():
+def test_worker_exception_is_reraised_in_the_parent():
     with pytest.raises(KeyError, match="eleven") as caught:
         take(train(Failing(), workers=1), 9)
     assert "in __getitem__" in "".join(traceback.format_exception(caught.value))
@@ -380,7 +380,7 @@ def test_what_a_worker_raises_is_raised_here():
         take(train(Failing()), 9)
 
 
-def test_a_killed_worker_stops_the_run_instead_of_letting_it_wait():
+def test_killed_worker_stops_the_run():
     batches = train(Rows(), workers=2)
     pids = set(next(batches)["process"].tolist())
     os.kill(min(pids), signal.SIGKILL)
@@ -390,7 +390,7 @@ def test_a_killed_worker_stops_the_run_instead_of_letting_it_wait():
     assert not alive(pids)
 
 
-def test_workers_end_with_the_process_that_they_read_for():
+def test_workers_end_with_their_parent():
     found = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     parent = subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, env=found)
     pids = json.loads(parent.stdout.readline())
@@ -403,14 +403,14 @@ def test_workers_end_with_the_process_that_they_read_for():
     assert not alive(pids)
 
 
-def test_what_cannot_be_sent_to_workers_says_how_to_do_without():
+def test_unpicklable_transform_error_suggests_zero_workers():
     lock = threading.Lock()
     with pytest.raises(TypeError, match="pickle") as caught:
         next(train(OnDisk(), workers=1, transform=lambda example, rng: lock))
     assert "set config.data.workers=0" in notes(caught)
 
 
-def test_examples_that_do_not_fit_their_slot_come_all_the_same():
+def test_examples_too_large_for_a_slot_still_arrive():
     batches = [next(train(Growing(), batch=1, workers=count, start_step=7)) for count in (0, 1)]
     assert_all_same(batches[:1], batches[1:])
 
@@ -423,7 +423,7 @@ class Growing(OnDisk):
 
 
 @pytest.mark.parametrize("kind", [Numbers, OnDisk])
-def test_copies_of_an_example_follow_each_other_with_draws_of_their_own(kind):
+def test_repeats_are_consecutive_and_drawn_separately(kind):
     transform = add_noise if kind is OnDisk else None
     settings = {"transform": transform, "repeats": 3}
     batches = take(train(kind(), **settings), 6)

@@ -79,7 +79,7 @@ def undisturbed(descend, tmp_path_factory):
 
 
 @pytest.mark.parametrize("question", [1, 4, 5, STEPS])
-def test_asked_to_stop_it_saves_the_step_and_goes_on_to_the_bit(
+def test_stop_request_saves_and_resume_is_bitwise_identical(
     train, asked, undisturbed, tmp_path, question, caplog
 ):
     caplog.set_level(logging.INFO)
@@ -95,7 +95,7 @@ def test_asked_to_stop_it_saves_the_step_and_goes_on_to_the_bit(
     assert "another size" not in caplog.text
 
 
-def test_a_run_resumed_with_more_or_fewer_examples_says_so(asked, tmp_path, caplog):
+def test_resume_warns_if_the_number_of_examples_changed(asked, tmp_path, caplog):
     asked(EPOCH + 1)
     with pytest.raises(signals.Stopped):
         descent.descend(tmp_path / "run")
@@ -105,7 +105,7 @@ def test_a_run_resumed_with_more_or_fewer_examples_says_so(asked, tmp_path, capl
     assert "an epoch has 3 steps, and had 4" in caplog.text
 
 
-def test_an_average_that_has_begun_is_not_continued_over_other_checkpoints(asked, tmp_path):
+def test_average_in_progress_refuses_another_epoch_length(asked, tmp_path):
     task = make_task(lambda *_: {"w": 0.0})
     for stop, spared in ((EPOCH + 1, True), (2 * EPOCH + 1, False)):
         asked(stop)
@@ -122,7 +122,7 @@ def test_an_average_that_has_begun_is_not_continued_over_other_checkpoints(asked
 
 
 @pytest.mark.parametrize("at", [EPOCH, STEPS])
-def test_stopped_in_an_evaluation_it_makes_up_for_it(train, undisturbed, tmp_path, at):
+def test_resume_repeats_an_interrupted_evaluation(train, undisturbed, tmp_path, at):
     def stopped(params, helpers, step):
         if step == at:
             raise signals.Stopped
@@ -135,7 +135,7 @@ def test_stopped_in_an_evaluation_it_makes_up_for_it(train, undisturbed, tmp_pat
     assert (train(run_config()), log(tmp_path)) == undisturbed
 
 
-def test_what_it_makes_up_for_counts_as_the_best(train, tmp_path):
+def test_repeated_evaluation_counts_for_the_best_checkpoint(train, tmp_path):
     """As if the checkpoint had been saved with its metrics."""
 
     def best_first(params, helpers, step):
@@ -155,13 +155,13 @@ def lines(tmp_path) -> list[dict]:
     return [json.loads(line) for line in log(tmp_path).splitlines()]
 
 
-def test_the_clock_saves_at_lines_of_the_log(train, undisturbed, tmp_path):
+def test_timed_saves_happen_at_log_lines(train, undisturbed, tmp_path):
     result = train(run_config(checkpoint_minutes=1e-9, keep=100))
     assert kept(tmp_path) == [2, 4, 6, 8, 10, 12]
     assert (result, log(tmp_path)) == undisturbed
 
 
-def test_without_a_clock_epochs_alone_count(train, tmp_path):
+def test_without_checkpoint_minutes_only_epochs_are_saved(train, tmp_path):
     train(run_config(checkpoint_minutes=None, keep=100))
     assert kept(tmp_path) == [4, 8, 12]
 
@@ -184,9 +184,7 @@ def no_room(monkeypatch):
     return fail
 
 
-def test_a_failed_save_stops_the_run_and_the_next_start_goes_on(
-    train, no_room, undisturbed, tmp_path
-):
+def test_failed_save_stops_the_run_and_a_restart_continues(train, no_room, undisturbed, tmp_path):
     no_room(8)
     with pytest.raises(SaveError, match=r"step 8 .*No space left.*is that of step 4") as error:
         train(run_config())
@@ -196,7 +194,7 @@ def test_a_failed_save_stops_the_run_and_the_next_start_goes_on(
     assert (train(run_config()), log(tmp_path)) == undisturbed
 
 
-def test_a_failed_save_may_be_a_warning(train, no_room, undisturbed, tmp_path, caplog):
+def test_failed_save_can_be_a_warning(train, no_room, undisturbed, tmp_path, caplog):
     no_room(8)
     assert (train(run_config(on_failed_save="go_on")), log(tmp_path)) == undisturbed
     assert "step 8 could not be written" in caplog.text
@@ -220,7 +218,7 @@ def full_log(monkeypatch):
     return fail
 
 
-def test_a_line_that_cannot_be_written_stops_the_run(train, full_log, undisturbed, tmp_path):
+def test_failed_log_write_stops_the_run(train, full_log, undisturbed, tmp_path):
     full_log(6, 7)
     with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'"):
         train(run_config())
@@ -229,7 +227,7 @@ def test_a_line_that_cannot_be_written_stops_the_run(train, full_log, undisturbe
     assert (train(run_config()), log(tmp_path)) == undisturbed
 
 
-def test_lines_that_cannot_be_written_may_wait(train, full_log, undisturbed, tmp_path, caplog):
+def test_failed_log_lines_can_be_deferred(train, full_log, undisturbed, tmp_path, caplog):
     full_log(6, 8)
     assert (train(run_config(on_failed_save="go_on")), log(tmp_path)) == undisturbed
     assert "its lines are kept" in caplog.text
@@ -237,7 +235,7 @@ def test_lines_that_cannot_be_written_may_wait(train, full_log, undisturbed, tmp
     assert kept(tmp_path) == [4, 12]
 
 
-def test_the_last_lines_must_be_written(train, full_log, undisturbed, tmp_path):
+def test_last_log_lines_must_be_written(train, full_log, undisturbed, tmp_path):
     full_log(10, 12)
     with pytest.raises(OSError, match="No space left on device"):
         train(run_config(on_failed_save="go_on"))
@@ -246,7 +244,9 @@ def test_the_last_lines_must_be_written(train, full_log, undisturbed, tmp_path):
     assert (train(run_config(on_failed_save="go_on")), log(tmp_path)) == undisturbed
 
 
-def test_without_room_for_events_the_run_goes_on(train, undisturbed, tmp_path, monkeypatch, caplog):
+def test_full_disk_for_events_does_not_stop_the_run(
+    train, undisturbed, tmp_path, monkeypatch, caplog
+):
     def full(self, event):
         raise OSError(28, "No space left on device")
 
@@ -255,7 +255,7 @@ def test_without_room_for_events_the_run_goes_on(train, undisturbed, tmp_path, m
     assert caplog.text.count("stopped writing TensorBoard events") == 1
 
 
-def test_the_last_save_must_not_fail(train, no_room, undisturbed, tmp_path):
+def test_last_save_must_succeed(train, no_room, undisturbed, tmp_path):
     no_room(12)
     with pytest.raises(SaveError, match="step 12 could not be written"):
         train(run_config(on_failed_save="go_on"))
@@ -264,7 +264,7 @@ def test_the_last_save_must_not_fail(train, no_room, undisturbed, tmp_path):
     assert (train(run_config()), log(tmp_path)) == undisturbed
 
 
-def test_a_damaged_checkpoint_is_put_aside(train, asked, undisturbed, tmp_path, caplog):
+def test_damaged_checkpoint_is_set_aside(train, asked, undisturbed, tmp_path, caplog):
     asked(11)
     with pytest.raises(signals.Stopped):
         train(run_config())
@@ -277,7 +277,7 @@ def test_a_damaged_checkpoint_is_put_aside(train, asked, undisturbed, tmp_path, 
     assert kept(tmp_path) == [8, 12]
 
 
-def test_in_a_bucket_the_log_is_written_as_a_whole(train, undisturbed, tmp_path, monkeypatch):
+def test_log_in_a_bucket_is_written_as_a_whole(train, undisturbed, tmp_path, monkeypatch):
     opened = loop.Recorder.__init__
 
     def in_a_bucket(self, *args, **settings):

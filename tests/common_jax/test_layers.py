@@ -31,7 +31,7 @@ class _Stack(nn.Module):
         return layers.scan(self.layer, x, remat=False)[0]
 
 
-def test_a_loop_keeps_inputs_and_products_of_its_layers():
+def test_scanned_layers_keep_inputs_and_products_for_the_backward_pass():
     x = jnp.ones((BATCH, WIDTH), jnp.bfloat16)
     stack = _Stack()
     params = jax.jit(stack.init)(jax.random.key(0), x)

@@ -17,7 +17,7 @@ def now(monkeypatch):
     return clock
 
 
-def test_a_report_is_made_at_once_then_seldom_and_at_the_end(tmp_path, now):
+def test_report_is_written_at_once_then_rarely_and_at_the_end(tmp_path, now):
     made, takes = [], [4.0]
 
     def write():
@@ -39,7 +39,7 @@ def test_a_report_is_made_at_once_then_seldom_and_at_the_end(tmp_path, now):
     assert len(made) == 3
 
 
-def test_other_processes_make_none_nor_does_a_command_that_failed(tmp_path, monkeypatch):
+def test_other_processes_and_failed_commands_write_no_report(tmp_path, monkeypatch):
     made = []
     with pytest.raises(ValueError, match="odd"), reporting(tmp_path, lambda: made.append(1)):
         raise ValueError("odd")
@@ -49,7 +49,7 @@ def test_other_processes_make_none_nor_does_a_command_that_failed(tmp_path, monk
     assert made == []
 
 
-def test_the_page_is_there_from_the_first_evaluation_on(tmp_path):
+def test_report_exists_after_the_first_evaluation(tmp_path):
     pages = {}
 
     def evaluate(params, helpers, step):

@@ -46,7 +46,7 @@ def ended() -> int:
     return process.pid
 
 
-def test_held_and_let_go(tmp_path):
+def test_lock_is_held_and_released(tmp_path):
     workdir = tmp_path / "runs" / "a"
     with hold(workdir):
         held = json.loads((workdir / NAME).read_text())
@@ -57,20 +57,20 @@ def test_held_and_let_go(tmp_path):
     assert not (tmp_path / "runs").exists()  # a refused start leaves no folder
 
 
-def test_what_was_written_stays(tmp_path):
+def test_files_written_under_the_lock_are_kept(tmp_path):
     with hold(tmp_path / "a"):
         (tmp_path / "a" / "config.json").write_text("{}")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["config.json"]
 
 
-def test_let_go_after_an_error(workdir):
+def test_lock_is_released_after_an_error(workdir):
     with pytest.raises(ZeroDivisionError), hold(workdir):
         raise ZeroDivisionError
     assert not (workdir / NAME).exists()
 
 
 @pytest.mark.parametrize("age", [0.0, 1e6])
-def test_a_running_holder_is_named(workdir, age):
+def test_running_holder_is_named_in_the_error(workdir, age):
     """However long ago it touched the lock, since it may be suspended by Ctrl-Z."""
     left_by(workdir, age=age, host="node7")
     before = (workdir / NAME).read_bytes()
@@ -82,7 +82,7 @@ def test_a_running_holder_is_named(workdir, age):
 
 
 @pytest.mark.parametrize("changes", [{"pid": None}, {"started": 1}])
-def test_of_a_process_that_has_ended_it_is_taken_over_at_once(workdir, caplog, changes):
+def test_lock_of_a_dead_process_is_taken_over_at_once(workdir, caplog, changes):
     """Even if another process has its id by now."""
     left_by(workdir, **{"pid": ended()} if "pid" in changes else changes)
     with hold(workdir):
@@ -90,7 +90,7 @@ def test_of_a_process_that_has_ended_it_is_taken_over_at_once(workdir, caplog, c
     assert "taking over the lock of process" in caplog.text
 
 
-def test_a_process_that_only_waits_for_its_parent_has_ended(workdir):
+def test_zombie_process_counts_as_dead(workdir):
     process = subprocess.Popen([sys.executable, "-c", ""])
     holder = left_by(workdir, pid=process.pid, started=lock._start_of(process.pid))
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
@@ -98,14 +98,14 @@ def test_a_process_that_only_waits_for_its_parent_has_ended(workdir):
     process.wait()
 
 
-def test_of_another_machine_it_is_taken_over_when_it_is_stale(workdir, caplog):
+def test_stale_lock_of_another_machine_is_taken_over(workdir, caplog):
     left_by(workdir, age=91, machine="another", host="node7")
     with hold(workdir):
         pass
     assert "on node7" in caplog.text
 
 
-def test_of_another_machine_it_is_watched(workdir, monkeypatch, caplog):
+def test_fresh_lock_of_another_machine_is_watched(workdir, monkeypatch, caplog):
     monkeypatch.setattr(lock, "STALE", 0.3)
     monkeypatch.setattr(lock, "LOOK", 0.02)
     left_by(workdir, machine="another")
@@ -115,7 +115,7 @@ def test_of_another_machine_it_is_watched(workdir, monkeypatch, caplog):
     assert "to see whether it still runs" in caplog.text
 
 
-def test_of_another_machine_that_touches_it_it_is_in_use(workdir, monkeypatch):
+def test_lock_touched_by_another_machine_is_in_use(workdir, monkeypatch):
     monkeypatch.setattr(lock, "LOOK", 0.05)
     left_by(workdir, age=5, machine="another")
     touch = threading.Timer(0.1, os.utime, (workdir / NAME,))
@@ -125,7 +125,7 @@ def test_of_another_machine_that_touches_it_it_is_in_use(workdir, monkeypatch):
     touch.join()
 
 
-def test_a_lock_without_content_is_of_a_process_that_has_just_started(workdir, monkeypatch, caplog):
+def test_empty_lock_belongs_to_a_starting_process(workdir, monkeypatch, caplog):
     monkeypatch.setattr(lock, "STALE", 0.2)
     monkeypatch.setattr(lock, "LOOK", 0.02)
     (workdir / NAME).touch()
@@ -136,14 +136,14 @@ def test_a_lock_without_content_is_of_a_process_that_has_just_started(workdir, m
 
 
 @pytest.mark.parametrize("pid", ["7", 1 << 70, 0, -1, None])
-def test_a_lock_that_names_no_process_is_taken_over_when_it_is_stale(workdir, pid):
+def test_stale_lock_naming_no_process_is_taken_over(workdir, pid):
     left_by(workdir, age=lock.STALE + 10, pid=pid)
     with hold(workdir):
         assert json.loads((workdir / NAME).read_text())["pid"] == os.getpid()
 
 
 @pytest.mark.parametrize("stale", [False, True])
-def test_of_many_that_start_together_one_gets_it(workdir, stale):
+def test_one_of_many_simultaneous_starts_gets_the_lock(workdir, stale):
     if stale:
         left_by(workdir, pid=ended())
     start, got, refused = threading.Barrier(8), [], []
@@ -166,7 +166,7 @@ def test_of_many_that_start_together_one_gets_it(workdir, stale):
     assert list(workdir.iterdir()) == []
 
 
-def test_a_lost_lock_is_an_error(workdir):
+def test_lost_lock_raises(workdir):
     with hold(workdir):
         left_by(workdir, host="node7")
         with pytest.raises(LockLost, match=r"was taken over by process .* on node7"):
@@ -179,7 +179,7 @@ def test_a_lost_lock_is_an_error(workdir):
             require(workdir)
 
 
-def test_it_is_touched(workdir, monkeypatch):
+def test_held_lock_is_touched_regularly(workdir, monkeypatch):
     monkeypatch.setattr(lock, "BEAT", 0.01)
     with hold(workdir):
         os.utime(workdir / NAME, (0, 0))
@@ -190,7 +190,7 @@ def test_it_is_touched(workdir, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC])
-def test_without_a_lock_nothing_is_written(workdir, monkeypatch, number):
+def test_require_fails_if_no_lock_can_be_written(workdir, monkeypatch, number):
     def fail(self, content):
         raise OSError(number, os.strerror(number))
 
@@ -201,7 +201,7 @@ def test_without_a_lock_nothing_is_written(workdir, monkeypatch, number):
         assert error.value.errno == number
 
 
-def test_a_lock_that_does_not_fit_on_the_disk_is_removed(workdir, monkeypatch):
+def test_lock_that_does_not_fit_on_the_disk_is_removed(workdir, monkeypatch):
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
 
@@ -215,13 +215,13 @@ def test_a_lock_that_does_not_fit_on_the_disk_is_removed(workdir, monkeypatch):
     assert list(workdir.iterdir()) == []
 
 
-def test_a_bucket_has_none_and_says_so_once(caplog):
+def test_bucket_has_no_lock_and_warns_once(caplog):
     with caplog.at_level(logging.WARNING), hold("gs://bucket/run"), hold("gs://bucket/run/meta"):
         require("gs://bucket/run/meta")
     assert caplog.text.count("has no locks") == 1
 
 
-def test_a_slow_start_leaves_the_lock_of_a_faster_one_alone(workdir):
+def test_slow_takeover_leaves_the_lock_of_a_faster_one_alone(workdir):
     left_by(workdir, pid=ended())
     stale = lock._read(workdir / lock.NAME)
     fast = lock._Lock.of(str(workdir))
@@ -232,7 +232,7 @@ def test_a_slow_start_leaves_the_lock_of_a_faster_one_alone(workdir):
     assert list(workdir.iterdir()) == []
 
 
-def test_a_killed_start_does_not_keep_a_stale_lock_forever(workdir, monkeypatch):
+def test_killed_takeover_does_not_keep_a_stale_lock_forever(workdir, monkeypatch):
     left_by(workdir, pid=ended())
     stale = lock._read(workdir / lock.NAME)
     monkeypatch.setattr(pathlib.Path, "unlink", lambda *_, **__: None)

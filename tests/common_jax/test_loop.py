@@ -20,13 +20,13 @@ from common_jax.workdir import refuse_other_config
     ("start", "total", "steps"),
     [(0, 100, range(5, 9)), (6, 100, range(7, 9)), (8, 100, range(9, 9)), (0, 6, range(5, 7))],
 )
-def test_a_trace_is_of_the_steps_that_are_done(start, total, steps):
+def test_profile_is_limited_to_the_steps_to_run(start, total, steps):
     traced = loop._traced_steps(RunConfig(profile=(5, 8)), start, total)
     assert list(traced) == list(steps)
     assert list(loop._traced_steps(RunConfig(), start, total)) == []
 
 
-def test_only_passing_fields_may_change(tmp_path):
+def test_only_fields_without_effect_on_results_may_change(tmp_path):
     config = {
         "optim": {"lr": 1e-3},
         "mesh": {"data": 1, "fsdp": 1},
@@ -56,12 +56,12 @@ def test_only_passing_fields_may_change(tmp_path):
         ({"average_last": 0}, r"^average_last=0 must be at least 1"),
     ],
 )
-def test_settings_out_of_range_are_named(change, message):
+def test_out_of_range_settings_are_reported(change, message):
     with pytest.raises(ValueError, match=message):
         RunConfig(**change)
 
 
-def test_lines_and_epochs_fall_due_at_their_multiples_and_at_the_end():
+def test_lines_and_evaluations_are_due_at_multiples_and_at_the_end():
     due = Due(RunConfig(log_every=3, eval_every=2, checkpoint_every=3), 3, 14)
     assert [step for step in range(1, 15) if due.line(step)] == [3, 6, 9, 12, 14]
     assert [step for step in range(1, 15) if due.evaluation(step)] == [6, 12, 14]
@@ -72,7 +72,7 @@ def test_lines_and_epochs_fall_due_at_their_multiples_and_at_the_end():
     ("last", "every", "total", "steps"),
     [(1, 1, 14, ()), (2, 1, 14, (12, 14)), (2, 3, 18, (9, 18)), (4, 1, 12, (3, 6, 9, 12))],
 )
-def test_the_last_checkpoints_by_epoch_are_averaged(last, every, total, steps):
+def test_average_last_selects_the_last_epoch_checkpoints(last, every, total, steps):
     run = RunConfig(average_last=last, checkpoint_every=every, best=None)
     due = Due(run, 3, total)
     assert due.averaged == steps and set(steps) <= set(filter(due.checkpoint, range(total + 1)))
@@ -80,7 +80,7 @@ def test_the_last_checkpoints_by_epoch_are_averaged(last, every, total, steps):
     assert whole == ([total] if steps else [*range(1, total + 1)])
 
 
-def test_a_line_has_means_over_the_steps_that_counted():
+def test_log_line_averages_over_the_steps_that_counted():
     sums = {"loss": np.float32(6), "load": np.array([3.0, 9.0]), "steps": np.float32(3)}
     counts = {"skipped": np.int32(4), "skipped_in_row": np.int32(2)}
     line = log.averages(sums | counts)
@@ -102,7 +102,7 @@ def at(monkeypatch):
     return set_to
 
 
-def test_the_clock_times_steps_and_neither_the_first_stretch_nor_evaluations(at):
+def test_clock_excludes_the_first_interval_and_evaluations(at):
     clock = log.Clock(10, 64)
     at(100.0)
     assert clock.read(12) is None  # this step compiled
@@ -116,7 +116,7 @@ def test_the_clock_times_steps_and_neither_the_first_stretch_nor_evaluations(at)
     assert clock.read(18) == {"examples_per_second": 32.0, "milliseconds": 2000.0}
 
 
-def test_the_alarm_counts_minutes_from_the_last_save(at):
+def test_alarm_counts_minutes_since_the_last_save(at):
     alarm = log.Alarm(2.0)
     at(120.0)
     assert not alarm.rings()
@@ -138,7 +138,7 @@ def test_the_alarm_counts_minutes_from_the_last_save(at):
         ({"profile": (13, 14)}, 0, r"profile=\(13, 14\) begins after the last step of descent, 12"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_before_anything_is_read(changes, seed, message):
+def test_untrainable_settings_are_refused_before_anything_is_read(changes, seed, message):
     task = make_task(lambda params, helpers, step: {"w": 0.0})
     settings = {"mesh": one_device(), "seed": seed}
     with pytest.raises(ValueError, match=message):
@@ -153,14 +153,14 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_read(changes, seed
         (2, 0.9, None, r"config\.run\.average_last=2 and config\.optim\.ema=0\.9 are two averages"),
     ],
 )
-def test_an_average_that_cannot_be_is_refused(last, ema, best, message, tmp_path):
+def test_impossible_averages_are_refused(last, ema, best, message, tmp_path):
     optim = dataclasses.replace(OPTIM, ema=ema)
     with pytest.raises(ValueError, match=message):
         descend(tmp_path / "run", optim=optim, average_last=last, best=best)
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_all_seeds_and_the_metrics_of_an_evaluation_are_taken():
+def test_valid_seeds_and_metrics_are_accepted():
     task = make_task(lambda params, helpers, step: {"w": 0.0})
     for seed in (0, 2**32 - 1):
         for best in (None, "test/w", "test/a/b"):

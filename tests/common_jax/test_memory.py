@@ -17,7 +17,7 @@ def resident() -> int:
 
 
 @pytest.mark.skipif(not STATUS.exists(), reason="/proc, which is read here, is Linux's")
-def test_freed_arrays_go_back_to_the_system():
+def test_give_back_returns_freed_memory_to_the_system():
     np.ones(8 << 20, np.uint8)  # once freed, glibc keeps blocks of this size
     arrays = [np.ones(4 << 20, np.uint8) for _ in range(40)]
     last = np.ones(1 << 20, np.uint8)  # prevents glibc from freeing the rest by itself

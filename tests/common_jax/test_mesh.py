@@ -30,7 +30,7 @@ def leaf(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def test_the_free_axis_takes_what_the_others_leave():
+def test_free_axis_takes_the_remaining_devices():
     assert dict(make_mesh(MeshConfig(fsdp=2, expert=2)).shape) == {
         "data": 2,
         "fsdp": 2,
@@ -47,14 +47,14 @@ def test_the_free_axis_takes_what_the_others_leave():
         (MeshConfig(4, 1, 2), (4, 1, 2)),
     ],
 )
-def test_devices_stand_in_the_order_of_the_axes(config, sizes):
+def test_devices_follow_the_order_of_the_axes(config, sizes):
     mesh = make_mesh(config)
     assert mesh.axis_names == ("data", "fsdp", "expert")
     numbers = np.vectorize(lambda device: device.id)(mesh.devices)
     np.testing.assert_array_equal(numbers, np.arange(8).reshape(sizes))  # expert varies fastest
 
 
-def test_slices_are_of_tpus_alone():
+def test_only_tpus_have_slices():
     def device(platform, **attributes):
         return types.SimpleNamespace(platform=platform, **attributes)
 
@@ -63,18 +63,18 @@ def test_slices_are_of_tpus_alone():
     assert count_slices([device("gpu", slice_index=i) for i in range(2)]) == 1
 
 
-def test_one_axis_alone_takes_what_is_left():
+def test_only_one_axis_may_be_free():
     with pytest.raises(ValueError, match=r"^fsdp=-1 and data=-1: only one axis"):
         MeshConfig(fsdp=-1)
 
 
 @pytest.mark.parametrize("config", [MeshConfig(data=3), MeshConfig(fsdp=3), MeshConfig(2, 2, 4)])
-def test_a_mesh_that_does_not_divide_names_the_numbers(config):
+def test_mesh_that_does_not_divide_is_reported_with_its_sizes(config):
     with pytest.raises(ValueError, match=r"config\.mesh=data .* fsdp .* expert"):
         make_mesh(config)
 
 
-def test_rules_split_what_they_match():
+def test_rules_shard_matching_parameters():
     mesh = make_mesh(MeshConfig(fsdp=2, expert=2))
     rules = ((r"/up$", P("expert", "fsdp")), (r"/bias$", P()))
     shardings = match_rules(rules, {"moe": {"up": leaf(4, 8, 3), "bias": leaf(3)}}, mesh)
@@ -82,7 +82,7 @@ def test_rules_split_what_they_match():
     assert shardings["moe"]["bias"].spec == P()
 
 
-def test_the_first_rule_counts_and_axes_without_a_name_need_not_divide():
+def test_first_matching_rule_wins_and_unsharded_axes_need_not_divide():
     mesh = make_mesh(MeshConfig(fsdp=2, expert=2))
     rules = ((r"^/up$", P("expert")), (r"/up", P(None, "fsdp")), (r"up$", P("fsdp")))
     params = {"up": leaf(4), "a": {"up": leaf(3, 8), "top_up": leaf(2, 3)}}
@@ -102,13 +102,13 @@ def test_the_first_rule_counts_and_axes_without_a_name_need_not_divide():
         ({"up": leaf(4)}, "more axes than parameter 'up'"),
     ],
 )
-def test_rules_refuse_what_does_not_fit(params, message):
+def test_rules_refuse_parameters_that_do_not_fit(params, message):
     mesh = make_mesh(MeshConfig(fsdp=2, expert=2))
     with pytest.raises(ValueError, match=message):
         match_rules(((r"/up$", P("expert", "fsdp")),), params, mesh)
 
 
-def test_an_axis_may_be_split_over_two_axes_of_the_mesh():
+def test_array_axis_may_be_sharded_over_two_mesh_axes():
     mesh, spec = make_mesh(MeshConfig(fsdp=2, expert=2)), P(("fsdp", "expert"))
     placed = match_rules(((r"/up$", spec),), {"up": leaf(4)}, mesh)
     assert placed["up"].spec == spec
@@ -117,12 +117,12 @@ def test_an_axis_may_be_split_over_two_axes_of_the_mesh():
         match_rules(((r"/up$", spec),), {"up": leaf(6)}, mesh)
 
 
-def test_idle_rules_are_those_that_come_first_nowhere():
+def test_idle_rules_are_never_the_first_match():
     rules = ((r"/up$", P()), (r"/up", P()), (r"/gone$", P()))
     assert idle_rules(rules, {"up": leaf(1)}, {"a": {"up": leaf(1)}}) == [r"/up", r"/gone$"]
 
 
-def test_constrained_activations_come_out_sharded():
+def test_constrained_activations_are_sharded():
     mesh = make_mesh(MeshConfig(fsdp=2, expert=2))
     with jax.set_mesh(mesh):
         x = jax.jit(lambda x: constrain(2 * x, "batch", "tokens", "width"))(jnp.ones((16, 3, 4)))
@@ -133,7 +133,7 @@ def test_constrain_does_nothing_without_a_mesh():
     assert constrain(jnp.ones((3, 1, 1)), "batch", "tokens", "width").shape == (3, 1, 1)
 
 
-def test_a_batch_is_split_over_all_axes():
+def test_batch_is_sharded_over_all_axes():
     mesh = make_mesh(MeshConfig(fsdp=2, expert=2))
     batch = to_devices({"label": jnp.arange(16)}, mesh)
     assert {shard.data.shape for shard in batch["label"].addressable_shards} == {(2,)}
@@ -146,13 +146,13 @@ def test_a_batch_is_split_over_all_axes():
         meshes.check_batch(mesh, "config.optim.batch", size)
 
 
-def test_a_batch_has_as_many_shares_as_devices():
+def test_batch_has_one_shard_per_device():
     assert batch_shards() == 1
     with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, expert=2))):
         assert jax.jit(batch_shards)() == 8
 
 
-def test_rows_are_taken_of_every_share_and_put_back_where_they_were():
+def test_rows_are_taken_from_every_shard_and_put_back():
     tree = {"x": jnp.arange(16).reshape(8, 2), "y": 10 * jnp.arange(8), "rate": jnp.array(0.5)}
     rows = jnp.array([[2, 0], [3, 1]])  # for two shards out of four
     taken = take_rows(tree, rows)
@@ -166,7 +166,7 @@ def test_rows_are_taken_of_every_share_and_put_back_where_they_were():
     np.testing.assert_array_equal(put["x"], sign[:, None] * np.asarray(tree["x"]))
 
 
-def test_every_activation_but_examples_is_whole_on_its_device():
+def test_activations_are_sharded_by_example_only():
     lookups = {"looked_up", "columns"}
     assert set(meshes.ACTIVATIONS) == {"batch", "tokens", "width", "labels", *lookups}
     with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, expert=2))):
@@ -175,13 +175,13 @@ def test_every_activation_but_examples_is_whole_on_its_device():
             assert x.sharding.shard_shape(x.shape) == (2, 8)
 
 
-def test_vectors_from_a_table_stay_with_its_columns():
+def test_table_lookups_stay_sharded_by_column():
     with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, expert=2))):
         x = jax.jit(lambda x: constrain(2 * x, "looked_up", "columns"))(jnp.ones((16, 8)))
         assert x.sharding.shard_shape(x.shape) == (4, 4)
 
 
-def test_a_role_without_parameters_stays_in_the_tree():
+def test_role_without_parameters_stays_in_the_tree():
     shapes = {"meta": {}, "module": {"w": jax.ShapeDtypeStruct((4,), jnp.float32)}}
     shardings = match_rules([("w$", P())], shapes, one_device())
     assert shardings["meta"] == {}
@@ -189,7 +189,7 @@ def test_a_role_without_parameters_stays_in_the_tree():
     assert placed["meta"] == {} and placed["module"]["w"].shape == (4,)
 
 
-def test_arrays_of_numpy_are_replaced_by_those_on_the_devices():
+def test_move_to_devices_replaces_numpy_arrays():
     tree = {"a": np.ones(2), "b": {"c": np.zeros((2, 3), np.float32)}}
     before = jax.tree.map(np.array, tree)
     move_to_devices(tree, replicated(one_device()))

@@ -37,7 +37,7 @@ def recorder(tmp_path):
     made.close()
 
 
-def test_a_line_has_step_epoch_and_plain_numbers(recorder, tmp_path):
+def test_metrics_line_has_step_epoch_and_plain_numbers(recorder, tmp_path):
     values = {"train/loss": np.float32(0.1), "train/skipped": 3, "train/load": jnp.array([[1, 2]])}
     recorder.write(6, 2 / 3, values)
     recorder.write(7, 1.0, {"test/accuracy": float("nan")})
@@ -47,7 +47,7 @@ def test_a_line_has_step_epoch_and_plain_numbers(recorder, tmp_path):
     )
 
 
-def test_timing_has_a_file_of_its_own(recorder, tmp_path):
+def test_timing_has_its_own_file(recorder, tmp_path):
     recorder.write_timing(6, examples_per_second=128.0, milliseconds=500.0)
     line = {"step": 6, "examples_per_second": 128.0, "milliseconds_per_step": 500.0}
     assert json.loads(text_of(tmp_path, "timing.jsonl")) == line
@@ -56,7 +56,7 @@ def test_timing_has_a_file_of_its_own(recorder, tmp_path):
     assert values == {"timing/examples_per_second": 128, "timing/milliseconds_per_step": 500}
 
 
-def test_events_hold_the_numbers_of_a_step_and_where_the_start_went_on(recorder, tmp_path):
+def test_events_hold_scalars_and_mark_the_restart(recorder, tmp_path):
     recorder.write(6, 1.5, {"train/loss": 0.25, "train/load": [1.0, 2.0], "test/x": 3})
     start, line = events_of(tmp_path)
     # TensorBoard drops what earlier starts wrote from this step on; step 4 is finished, and stays.
@@ -68,7 +68,7 @@ def test_events_hold_the_numbers_of_a_step_and_where_the_start_went_on(recorder,
     }
 
 
-def test_the_first_process_alone_writes(tmp_path, monkeypatch):
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     (tmp_path / "metrics.jsonl").write_text('{"step": 8}\n')
     other = Recorder(tmp_path, step=4)
@@ -92,7 +92,7 @@ def files_of_at_most(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_line_that_finds_no_room_leaves_nothing_of_itself(tmp_path):
+def test_line_that_does_not_fit_on_the_disk_leaves_no_trace(tmp_path):
     path = tmp_path / "metrics.jsonl"
     metrics._add_to_end(path, "1" * 60 + "\n")
     with files_of_at_most(100):
@@ -103,7 +103,7 @@ def test_a_line_that_finds_no_room_leaves_nothing_of_itself(tmp_path):
     assert path.read_text().splitlines()[1:] == ["3" * 30]
 
 
-def test_lines_that_had_to_wait_come_in_their_order_each_to_its_file(tmp_path, monkeypatch):
+def test_deferred_lines_keep_their_order_and_file(tmp_path, monkeypatch):
     patient = Recorder(tmp_path, step=0, patient=True)
     add = metrics._add_to_end
 

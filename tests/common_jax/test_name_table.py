@@ -10,7 +10,7 @@ from common_jax.weights import table as tables
 from common_jax.weights.table import Claim, Table
 
 
-def test_entries_by_their_formulas():
+def test_entries_match_their_formulas():
     """For a layer [out, in] with two heads of three."""
     layers = [np.arange(24).reshape(6, 4) + 100 * i for i in range(3)]
     kernel = entries.split_heads(("q", "k", "v"), 2).read(*layers)
@@ -32,7 +32,7 @@ def test_entries_by_their_formulas():
         assert kernel[index[2], index[3], index[1], index[0]] == conv[index]
 
 
-def test_an_alias_stands_for_its_tensor_and_zeros_for_a_missing_one():
+def test_aliases_stand_for_their_tensors_and_zeros_fill_missing_ones():
     needed = {"a": entries.copy("a.weight"), "b": entries.copy("b.weight")}
     table = Table(needed, aliases={"tied.weight": "a.weight"})
     lenient = Table(
@@ -55,7 +55,7 @@ def test_an_alias_stands_for_its_tensor_and_zeros_for_a_missing_one():
         tables.read(table, tensors | {"a.weight": np.zeros(2)}, **given)
 
 
-def test_what_may_be_lacking_is_filled_with_its_number():
+def test_missing_optional_tensor_is_filled_with_its_constant():
     gain = dataclasses.replace(entries.copy("ls1.gamma"), fill=1.0)
     table, shapes = Table({"scale": gain}), {"scale": np.zeros(2)}
     found, account = tables.read(table, {}, shapes=shapes, file="f")
@@ -77,7 +77,7 @@ def test_tied_tensors_are_one_parameter():
         tables.read(table, state, shapes=params, file="f")
 
 
-def test_the_shapes_of_a_network_choose_among_the_entries():
+def test_network_shapes_select_the_entries():
     table = Table({"a": entries.copy("a"), "b": entries.copy("b")}, left_out={"c|d": "of others"})
     tensors = {"a": np.ones(1), "c": np.ones(2)}
     found, account = tables.read(table, tensors, shapes={"a": np.zeros(1)}, file="f")
@@ -95,7 +95,7 @@ def test_the_shapes_of_a_network_choose_among_the_entries():
     assert tables.expected_tensors(table, {"b": np.zeros(4)}) == {"b": ("b", (4,))}
 
 
-def test_a_table_below_a_prefix_leaves_out_below_it_alone():
+def test_prefixed_table_leaves_out_names_below_its_prefix_only():
     table = Table({"a": entries.copy("a")}, {"b": "a"}, {"c|d": "of others"})
     part = table.below(source="net.", target="net/")
     tensors = {"net.b": np.ones(1), "net.c": np.ones(1), "net.d": np.ones(1)}
@@ -118,16 +118,16 @@ SMALL = ("small", "a", lambda: [Table({x: entries.copy(x) for x in "ab"})])
         ("bc", []),
     ],
 )
-def test_the_table_that_claims_the_most_comes_first(names, claims):
+def test_table_claiming_the_most_names_ranks_first(names, claims):
     assert tables.rank_kinds([LARGE, SMALL], set(names)) == [Claim(*claim) for claim in claims]
 
 
-def test_an_alias_stands_for_its_tensor_in_claims_too():
+def test_aliases_count_as_their_tensors_in_claims():
     table = Table({"a": entries.copy("a")}, {"b": "a"})
     assert tables.misfits(table, ["b"]) == tables.misfits(table, ["a", "b"]) == []
 
 
-def test_the_shortest_prefix_comes_first():
+def test_shortest_prefix_ranks_first():
     ranked = tables.rank_kinds([LARGE, SMALL], {"a", "b", "x.a", "x.b", "x.c"})
     assert [(claim.kind, claim.prefix) for claim in ranked] == [
         ("small", ""),
@@ -137,12 +137,12 @@ def test_the_shortest_prefix_comes_first():
     ]
 
 
-def test_few_of_many_prefixes_are_looked_below():
+def test_only_the_first_few_prefixes_are_searched():
     ranked = tables.rank_kinds([SMALL], {f"{i}.a" for i in range(1000)})
     assert [claim.prefix for claim in ranked] == [f"{i}." for i in range(8)]
 
 
-def test_the_nearest_kind_is_described():
+def test_nearest_kind_is_described():
     described = tables.describe_nearest([LARGE, SMALL], set("bcd"))
     assert described == ""  # two out of three names
     described = tables.describe_nearest([LARGE, SMALL], set("bc"))
@@ -153,11 +153,11 @@ def test_the_nearest_kind_is_described():
     ("names", "chosen", "prefix"),
     [("a", "", ""), ("x.a", "", "x."), ("a x.a", "", ""), ("x.a y.a", "y.", "y."), ("b", "", "")],
 )
-def test_a_prefix_is_taken_where_it_is_clear(names, chosen, prefix):
+def test_unambiguous_prefix_is_chosen(names, chosen, prefix):
     assert tables.choose_prefix(["a"], names.split(), chosen, "f") == prefix
 
 
-def test_a_prefix_that_is_unclear_is_asked_for():
+def test_ambiguous_prefix_must_be_given():
     with pytest.raises(ValueError, match=r"networks below 'x\.', 'y\.': choose with weights=x"):
         tables.choose_prefix(["a"], ["x.a", "y.a"], "", "f")
     with pytest.raises(ValueError, match=r"no network below weights='z\.'; there are: 'x\.'"):

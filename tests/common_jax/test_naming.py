@@ -25,7 +25,7 @@ def save(path, value, **dictionaries):
     ("raw", "average"),
     [("model", "model_ema"), ("state_dict", "state_dict_ema"), ("model", "ema")],
 )
-def test_weights_and_their_average_are_chosen_between(tmp_path, raw, average):
+def test_weights_or_average_must_be_chosen(tmp_path, raw, average):
     file = save(tmp_path / "checkpoint.pth", EPOCH, **{raw: RAW, average: AVERAGE})
     with pytest.raises(ValueError, match=rf"checkpoint\.pth holds weights under '{raw}' and ") as e:
         read_weights(file)
@@ -40,27 +40,27 @@ def test_weights_and_their_average_are_chosen_between(tmp_path, raw, average):
         read_weights(file, weights="emma")
 
 
-def test_a_student_and_a_teacher_under_keys_of_their_own_are_chosen_between(tmp_path):
+def test_student_or_teacher_must_be_chosen(tmp_path):
     file = save(tmp_path / "dino.pth", EPOCH, student=RAW, teacher=AVERAGE)
     with pytest.raises(ValueError, match=r"choose with weights=KEY, KEY one of student, teacher"):
         read_weights(file)
     assert_same(read_weights(file, weights="teacher").tensors, AVERAGE)
 
 
-def test_what_is_another_network_is_left_and_named(tmp_path):
+def test_other_networks_are_skipped_and_noted(tmp_path):
     file = save(tmp_path / "a.pt", {}, model=RAW, criterion={"center": np.ones(2, np.float32)})
     found = read_weights(file)
     assert_same(found.tensors, RAW)
     assert found.notes == ("the weights are those under 'model'; not read: 'criterion'",)
 
 
-def test_an_average_alone_is_read_and_named(tmp_path):
+def test_lone_average_is_read_and_noted(tmp_path):
     found = read_weights(save(tmp_path / "a.pt", {}, model_ema=AVERAGE))
     assert_same(found.tensors, AVERAGE)
     assert found.notes == ("the weights are those under 'model_ema'",)
 
 
-def test_deit_s_and_lightning_s_training_files_give_their_tensors(tmp_path):
+def test_deit_and_lightning_training_files_are_read(tmp_path):
     """DeiT stores argparse's Namespace next to the weights, Lightning its hyperparameters."""
     namespace = New(Global("argparse", "Namespace"), {"lr": 0.1, "model": "deit_tiny"})
     optimizer = {"state": {0: {"step": 3}}, "param_groups": [{"params": [0]}]}
@@ -79,7 +79,7 @@ def test_deit_s_and_lightning_s_training_files_give_their_tensors(tmp_path):
         assert_same(read_weights(save(tmp_path / name, EPOCH, state_dict=RAW)).tensors, RAW)
 
 
-def test_a_pickled_module_is_named_with_the_way_out(tmp_path):
+def test_pickled_module_error_says_how_to_export_it(tmp_path):
     module = New(Global("timm.models.vision_transformer", "VisionTransformer"), {"training": False})
     with pytest.raises(
         ValueError, match=r"whole\.pt holds 'model', a timm\..* with PyTorch: torch\.s"
@@ -87,7 +87,7 @@ def test_a_pickled_module_is_named_with_the_way_out(tmp_path):
         read_weights(save(tmp_path / "whole.pt", {"model": module}))
 
 
-def test_what_frameworks_put_into_names_is_taken_out(tmp_path):
+def test_framework_wrappers_are_removed_from_names(tmp_path):
     names = (
         "module._orig_mod.cls_token",
         "module._orig_mod.blocks.0._fsdp_wrapped_module.norm.bias",
@@ -113,7 +113,7 @@ def test_what_frameworks_put_into_names_is_taken_out(tmp_path):
         read_weights(file)
 
 
-def test_a_dictionary_that_is_referred_to_often_takes_no_time(tmp_path):
+def test_repeatedly_referenced_dictionary_takes_no_time(tmp_path):
     """Three levels of 2,000 references to one dictionary make 8e9 paths."""
     level = state_dict({"a": np.ones(2, np.float32)}, {})
     memo = torch_files.encode(level) + b"q\x00"
@@ -138,7 +138,7 @@ def test_messages_about_many_tensors_stay_short():
     assert list_problems(many).splitlines()[-1].endswith("more kinds of problem, 26 in all")
 
 
-def test_an_account_says_how_a_file_was_read():
+def test_account_shows_notes_and_assumptions():
     account = Account(
         (("a", "x/kernel", (2, 3)),),
         notes=("the weights are those under 'model_ema'",),

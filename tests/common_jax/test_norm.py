@@ -26,7 +26,7 @@ def params(dtype=jnp.float32):
 
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 3, 4, 6)])
-def test_values_and_gradients_are_those_of_flax(shape, fast):
+def test_values_and_gradients_match_flax(shape, fast):
     weights = jnp.asarray(draw(*shape)[::-1])
     with jax.enable_x64():
         x, parts = jnp.asarray(draw(*shape)), params(jnp.float64)
@@ -44,7 +44,7 @@ def test_values_and_gradients_are_those_of_flax(shape, fast):
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("given", [jnp.bfloat16, jnp.float32])
-def test_types_and_rounding_are_those_of_flax(given, dtype, fast):
+def test_dtypes_and_rounding_match_flax(given, dtype, fast):
     x, parts = jnp.asarray(draw(3, 6), given), params()
     for ours, theirs in zip(
         *(
@@ -65,7 +65,7 @@ def test_types_and_rounding_are_those_of_flax(given, dtype, fast):
         )
 
 
-def test_parameters_start_as_those_of_flax():
+def test_initial_parameters_match_flax():
     ours, theirs = (
         layer.init(jax.random.key(0), jnp.ones((2, 6))) for layer in pair(jnp.bfloat16, fast=False)
     )
@@ -74,7 +74,7 @@ def test_parameters_start_as_those_of_flax():
 
 
 @pytest.mark.parametrize("fast", [False, True])
-def test_equal_numbers_give_the_bias_and_finite_gradients(fast):
+def test_constant_input_gives_the_bias_and_finite_gradients(fast):
     layer, _ = pair(jnp.float32, fast=fast)
     x = jnp.full((2, 6), 1e3 + 0.1, jnp.float32)
     np.testing.assert_allclose(layer.apply(params(), x), np.tile(draw(6), (2, 1)), atol=1e-2)

@@ -35,7 +35,7 @@ def rates(config, steps_per_epoch, steps):
     return [float(schedule(jnp.asarray(step, jnp.int32))) for step in steps]
 
 
-def test_the_defaults_are_those_of_the_original():
+def test_defaults_match_the_original():
     assert dataclasses.asdict(OptimConfig()) == {
         "epochs": 300, "steps": None, "batch": 512, "accumulate": 1, "lr": 5e-4, "lr_per": 512,
         "schedule": "epoch_cosine", "warmup_epochs": 20, "warmup_steps": None, "warmup_lr": 1e-6,
@@ -45,7 +45,7 @@ def test_the_defaults_are_those_of_the_original():
     }  # fmt: skip
 
 
-def test_batch_and_length_follow_from_the_settings():
+def test_micro_batch_peak_lr_and_lengths_are_derived():
     config = OptimConfig(batch=64, accumulate=4, lr=0.5, lr_per=256, epochs=7, warmup_epochs=3)
     assert (config.micro_batch, config.peak_lr) == (16, 0.125)
     assert dataclasses.replace(config, lr_per=None).peak_lr == 0.5
@@ -63,7 +63,7 @@ def test_epoch_cosine_lags_by_one_epoch_and_never_reaches_the_peak():
     assert max(by_epoch) < CONFIG.peak_lr
 
 
-def test_unlagged_epochs_jump_where_the_warmup_ends():
+def test_unlagged_epoch_cosine_jumps_where_the_warmup_ends():
     config = dataclasses.replace(CONFIG, schedule="epoch_cosine_unlagged", lr_per=None)
     schedule = make_schedule(config, steps_per_epoch=3)
     by_epoch = [float(schedule(3 * epoch + 2)) for epoch in range(5)]
@@ -71,7 +71,7 @@ def test_unlagged_epochs_jump_where_the_warmup_ends():
     np.testing.assert_allclose(by_epoch, [1e-6, 2.505e-4, *cosine], rtol=1e-5)
 
 
-def test_curves_by_epoch_count_a_last_epoch_that_is_not_whole():
+def test_epoch_schedules_count_a_partial_last_epoch():
     config = OptimConfig(
         schedule="epoch_cosine_unlagged", steps=7, lr=0.1, lr_per=None, warmup_epochs=1,
         warmup_lr=0.01, min_lr=0.02,
@@ -86,7 +86,7 @@ def test_curves_by_epoch_count_a_last_epoch_that_is_not_whole():
     assert rates(unwarmed, 3, (0, 3, 6)) == pytest.approx([0.1, 0.1, 0.08], rel=1e-5)
 
 
-def test_constant_is_the_peak():
+def test_constant_schedule_is_the_peak():
     schedule = make_schedule(dataclasses.replace(CONFIG, schedule="constant"), steps_per_epoch=3)
     assert float(schedule(0)) == float(schedule(14)) == CONFIG.peak_lr
 
@@ -98,7 +98,7 @@ def test_warmup_cosine_reaches_peak_and_floor():
     np.testing.assert_allclose(values, [1e-6, config.peak_lr, config.min_lr], rtol=1e-5)
 
 
-def test_warmup_cosine_is_a_line_and_half_a_cosine():
+def test_warmup_cosine_is_linear_then_half_a_cosine():
     config = OptimConfig(
         schedule="warmup_cosine", epochs=5, lr=0.1, lr_per=None, warmup_epochs=2, warmup_lr=0.02,
         min_lr=0.01,
@@ -112,7 +112,7 @@ def test_warmup_cosine_is_a_line_and_half_a_cosine():
     assert rates(unwarmed, 10, (0, 25)) == pytest.approx([0.1, 0.055], rel=1e-5)
 
 
-def test_polynomial_falls_from_the_peak_at_once():
+def test_polynomial_decays_from_the_peak_without_warmup():
     config = OptimConfig(
         schedule="polynomial", steps=10, lr=0.01, lr_per=None, min_lr=0.002, power=3.0,
         warmup_epochs=9, warmup_steps=9,
@@ -127,7 +127,7 @@ def test_a_warmup_longer_than_the_run_is_refused():
         make_schedule(config, steps_per_epoch=10)
 
 
-def test_decay_spares_vectors_and_biases():
+def test_decay_mask_spares_vectors_and_biases():
     leaf = jnp.ones
     params = {
         "stage_0": {
@@ -148,7 +148,7 @@ def test_decay_spares_vectors_and_biases():
     assert mask["gain"]
 
 
-def test_what_is_called_like_a_bias_or_a_position_does_not_decay_and_the_rest_of_it_does():
+def test_decay_mask_matches_whole_names_of_biases_and_positions():
     leaf = jnp.ones((2, 2))
     params = {
         "bias": leaf,  # at the top level, with no slash before it
@@ -167,7 +167,7 @@ def test_what_is_called_like_a_bias_or_a_position_does_not_decay_and_the_rest_of
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_what_is_named_does_not_decay(optimizer):
+def test_no_decay_exempts_matching_parameters(optimizer):
     config = dataclasses.replace(
         CONFIG, optimizer=optimizer, weight_decay=0.5, momentum=0.0, no_decay="head/.*"
     )
@@ -180,7 +180,7 @@ def test_what_is_named_does_not_decay(optimizer):
     np.testing.assert_array_equal(direction["head"]["kernel"], 0)
 
 
-def test_everything_decays_if_asked():
+def test_decay_all_decays_everything():
     config = dataclasses.replace(CONFIG, decay_all=True, weight_decay=0.5)
     params = {"bias": jnp.array([2.0]), "cls_token": jnp.array([[4.0]])}
     optimizer = make_optimizer(config)
@@ -189,7 +189,7 @@ def test_everything_decays_if_asked():
     assert (direction["bias"], direction["cls_token"]) == (1.0, 2.0)
 
 
-def test_sgd_is_nesterovs():
+def test_sgd_uses_nesterov_momentum():
     config = dataclasses.replace(CONFIG, optimizer="sgd", weight_decay=0.1, momentum=0.7)
     optimizer, p, trace = make_optimizer(config), np.array([[1.0]]), 0.0
     state = optimizer.init({"kernel": jnp.asarray(p)})
@@ -203,7 +203,7 @@ def test_sgd_is_nesterovs():
         p = p - 0.1 * np.asarray(direction["kernel"])
 
 
-def test_steps_of_adamw_are_those_worked_out_by_hand():
+def test_adamw_steps_match_a_hand_computation():
     config = OptimConfig(b1=0.6, b2=0.8, eps=0.1, weight_decay=0.3)
     params = {"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.array([4.0])}
     gradients = [
@@ -222,7 +222,7 @@ def test_steps_of_adamw_are_those_worked_out_by_hand():
             np.testing.assert_allclose(found[t - 1][name], wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_a_gradient_is_clipped_to_its_norm_and_a_smaller_one_stays():
+def test_gradient_is_clipped_to_the_norm_and_smaller_ones_are_unchanged():
     gradient = {"a": {"x": jnp.array([3.0]), "y": jnp.array([0.0])}, "b": {"x": jnp.array([4.0])}}
     for largest, depth, wanted in (
         (5.0, 0, (3.0, 4.0)),
@@ -237,7 +237,7 @@ def test_a_gradient_is_clipped_to_its_norm_and_a_smaller_one_stays():
         assert float(clipped["a"]["y"][0]) == 0
 
 
-def test_a_part_of_the_network_is_clipped_by_the_norm_of_all_its_parameters():
+def test_part_is_clipped_by_the_norm_of_all_its_parameters():
     gradient = {"a": {"x": jnp.array([3.0]), "y": jnp.array([4.0])}, "b": {"x": jnp.array([0.5])}}
     clip = clip_by_norm(1.0, 1)
     clipped, _ = clip.update(gradient, clip.init(gradient), gradient)
@@ -245,7 +245,7 @@ def test_a_part_of_the_network_is_clipped_by_the_norm_of_all_its_parameters():
     assert tuple(map(float, found)) == pytest.approx((0.6, 0.8, 0.5))
 
 
-def test_decay_is_not_clipped():
+def test_weight_decay_is_not_clipped():
     config = dataclasses.replace(CONFIG, optimizer="sgd", momentum=0.0, clip=1.0, weight_decay=0.5)
     params = {"a": {"kernel": jnp.array([[10.0]])}, "b": {"kernel": jnp.array([[20.0]])}}
     gradient = {"a": {"kernel": jnp.array([[3.0]])}, "b": {"kernel": jnp.array([[4.0]])}}
@@ -255,7 +255,7 @@ def test_decay_is_not_clipped():
         assert found == pytest.approx(wanted), depth
 
 
-def test_the_direction_is_clipped_adamw():
+def test_adamw_uses_the_clipped_gradient():
     config = dataclasses.replace(CONFIG, clip=1.0, weight_decay=0.3)
     params = {"kernel": jnp.array([[1.0, -2.0], [0.5, 3.0]])}
     gradient = {"kernel": jnp.array([[3.0, 4.0], [0.0, 12.0]])}  # norm 13
@@ -278,7 +278,7 @@ def test_the_direction_is_clipped_adamw():
         ({"steps": 0}, r"^steps=0 must be at least 1"),
     ],
 )
-def test_settings_out_of_range_are_named(change, message):
+def test_out_of_range_settings_are_reported(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **change)
 
@@ -302,7 +302,7 @@ def test_inverse_sqrt_warms_up_over_epochs_or_not_at_all():
 @pytest.mark.parametrize(
     "schedule", ["epoch_cosine", "epoch_cosine_unlagged", "warmup_cosine", "inverse_sqrt"]
 )
-def test_a_warmup_is_shorter_than_the_run(schedule):
+def test_warmup_must_be_shorter_than_the_run(schedule):
     config = OptimConfig(schedule=schedule, epochs=10, warmup_epochs=20)
     said = (
         r"config\.recipes\.distill\.optim\.warmup_epochs=20 is a warm-up of 200 steps, and the run "
@@ -317,7 +317,7 @@ def test_a_warmup_is_shorter_than_the_run(schedule):
         dataclasses.replace(config, steps=200).check_warmup(10)
 
 
-def test_a_run_is_not_longer_than_its_counter_or_its_schedule():
+def test_run_length_is_limited_by_its_counter_and_schedule():
     config = OptimConfig(epochs=10**6)
     config.check_length(2147)
     with pytest.raises(ValueError, match=r"config\.optim\.epochs=1000000 is a run of 2148000000"):
@@ -328,7 +328,7 @@ def test_a_run_is_not_longer_than_its_counter_or_its_schedule():
     dataclasses.replace(by_steps, schedule="warmup_cosine").check_length(10)
 
 
-def test_a_warmup_in_steps_counts_where_the_schedule_knows_it():
+def test_warmup_steps_count_only_for_schedules_that_use_them():
     config = OptimConfig(schedule="inverse_sqrt", steps=100, warmup_steps=100)
     with pytest.raises(ValueError, match=r"config\.optim\.warmup_steps=100 is a warm-up of 100"):
         config.check_warmup(10)
@@ -365,7 +365,7 @@ def lengths(optim):
         ((10, 50, 2, 5), 2.0, (20, 100, 4, 10)),
     ],
 )
-def test_lengths_and_warmups_are_scaled_and_nothing_else(given, scale, expected):
+def test_scale_lengths_scales_lengths_and_warmups_only(given, scale, expected):
     names = ("epochs", "steps", "warmup_epochs", "warmup_steps")
     optim = dataclasses.replace(CONFIG, **dict(zip(names, given, strict=True)))
     scaled = scale_lengths({"one": Recipe(optim)}, scale)["one"]
@@ -374,7 +374,7 @@ def test_lengths_and_warmups_are_scaled_and_nothing_else(given, scale, expected)
     assert (back, scaled.other) == (optim, 3)
 
 
-def test_a_scale_of_one_changes_nothing_and_none_is_refused():
+def test_scale_of_one_changes_nothing_and_invalid_scales_are_refused():
     recipes = {"one": Recipe(dataclasses.replace(CONFIG, epochs=5, warmup_epochs=5))}
     assert scale_lengths(recipes, 1.0) == recipes
     for scale in (0.0, -1.0, float("nan"), float("inf")):
@@ -395,13 +395,13 @@ def test_a_scale_of_one_changes_nothing_and_none_is_refused():
         ({"decay_all": True, "no_decay": "x"}, ["no_decay"]),
     ],
 )
-def test_fields_that_schedule_and_optimizer_do_not_read_are_known(fields, names):
+def test_idle_lists_the_fields_that_are_not_read(fields, names):
     assert sorted(OptimConfig(**fields).idle) == names
 
 
 @pytest.mark.parametrize("name", ["warmup_epochs", "warmup_steps", "warmup_lr", "min_lr", "power"])
 @pytest.mark.parametrize("schedule", optim.SCHEDULES)
-def test_a_schedule_reads_the_fields_that_it_is_said_to_read(schedule, name):
+def test_schedules_read_exactly_their_declared_fields(schedule, name):
     start = OptimConfig(schedule=schedule, steps=40, warmup_epochs=1, warmup_steps=None)
     values = {"warmup_epochs": 2, "warmup_steps": 7, "warmup_lr": 0.1, "min_lr": 1e-4, "power": 3.0}
     other = dataclasses.replace(start, **{name: values[name]})

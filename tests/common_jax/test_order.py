@@ -21,12 +21,12 @@ def test_order_is_a_function_of_seed_and_epoch():
     np.testing.assert_array_equal(places, first)
 
 
-def test_order_is_the_same_under_every_numpy():
+def test_order_does_not_depend_on_the_numpy_version():
     # From a generator whose numbers numpy has frozen; another order would break resuming.
     assert inputs.epoch_permutation(0, 0, 8).tolist() == [6, 3, 5, 0, 7, 2, 1, 4]
 
 
-def test_draws_are_the_same_under_every_numpy():
+def test_draws_do_not_depend_on_the_numpy_version():
     # A generator's raw bits, which numpy does not change either.
     for place, want in (
         ((0, 0, 0), 16412783775159424549),
@@ -37,14 +37,14 @@ def test_draws_are_the_same_under_every_numpy():
     assert second.bit_generator.random_raw() == 9554939614766032303
 
 
-def test_draws_follow_every_part_of_an_example_s_place():
+def test_draws_depend_on_seed_epoch_index_and_copy():
     """Seed, epoch, index and copy, each separately; and they differ from those of the order."""
     places = itertools.product(range(4), range(4), range(4), range(4))
     draws = [inputs.example_generator(*place, copy=copy).random(3) for *place, copy in places]
     assert len(np.unique(draws)) == 3 * 4**4
 
 
-def test_orders_follow_seed_epoch_and_size():
+def test_orders_depend_on_seed_epoch_and_size():
     orders = {
         (size, tuple(inputs.epoch_permutation(seed, epoch, size).tolist()))
         for seed, epoch, size in itertools.product(range(5), range(5), (30, 31))

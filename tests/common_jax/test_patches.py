@@ -8,7 +8,7 @@ from jax import numpy as jnp
 from common_jax.nn.patches import PatchEmbedding
 
 
-def test_patches_are_in_raster_order_and_so_are_their_pixels():
+def test_patches_and_their_pixels_are_in_raster_order():
     images = np.random.default_rng(0).normal(size=(2, 4, 6, 3)).astype(np.float32)
     layer = PatchEmbedding(2, 12, jnp.float32)
     # Each token is its patch, reversed.
@@ -21,6 +21,6 @@ def test_patches_are_in_raster_order_and_so_are_their_pixels():
 
 
 @pytest.mark.parametrize("shape", [(8, 6), (6, 8)])
-def test_images_that_do_not_split_are_refused(shape):
+def test_indivisible_images_are_refused(shape):
     with pytest.raises(ValueError, match="do not split into patches of 4 x 4"):
         PatchEmbedding(4, 5, jnp.float32).init(jax.random.key(0), jnp.ones((1, *shape, 3)))

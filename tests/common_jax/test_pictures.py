@@ -49,12 +49,12 @@ def test_16_bit_grey_keeps_its_upper_8_bits(form):
     np.testing.assert_array_equal(decoded(content, 3), np.stack([UPPER] * 3, axis=-1))
 
 
-def test_big_endian_16_bit_grey_is_the_same():
+def test_big_endian_16_bit_grey_is_read_the_same():
     content = encoded(Image.frombytes("I;16B", (6, 1), WIDE.astype(">u2").tobytes()), "TIFF")
     np.testing.assert_array_equal(decoded(content, 1)[..., 0], UPPER)
 
 
-def test_16_bit_rgb_is_what_16_bit_grey_is():
+def test_16_bit_rgb_matches_16_bit_grey():
     rows = b"\0" + np.stack([WIDE[0]] * 3, axis=-1).astype(">u2").tobytes()
     content = png(6, 1, depth=16, colour=2, rows=rows)
     np.testing.assert_array_equal(decoded(content), np.stack([UPPER] * 3, axis=-1))
@@ -69,7 +69,7 @@ def test_grey_values_without_a_known_range_are_refused(values, mode):
         decoded(encoded(Image.fromarray(values), "TIFF"))
 
 
-def test_other_modes_are_as_pillows_convert_has_them():
+def test_other_modes_match_pillow_convert():
     one_bit = Image.fromarray(np.array([[True, False]]))
     np.testing.assert_array_equal(decoded(encoded(one_bit, "PNG"), 1)[..., 0], [[255, 0]])
     transparent = Image.new("RGBA", (1, 1), (10, 20, 30, 0))
@@ -87,7 +87,7 @@ def test_other_modes_are_as_pillows_convert_has_them():
     np.testing.assert_array_equal(decoded(encoded(blank, "TIFF")), 255)
 
 
-def test_the_orientation_of_exif_is_not_applied():
+def test_exif_orientation_is_ignored():
     """The originals call PIL's `convert`, which ignores it."""
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees
@@ -95,7 +95,7 @@ def test_the_orientation_of_exif_is_not_applied():
     assert decoded(encoded(image, "PNG", exif=exif)).shape == (2, 5, 3)
 
 
-def test_no_format_that_starts_a_program_is_opened(monkeypatch):
+def test_formats_that_start_a_program_are_not_opened(monkeypatch):
     from PIL import EpsImagePlugin
 
     started = []
@@ -106,14 +106,14 @@ def test_no_format_that_starts_a_program_is_opened(monkeypatch):
     assert not started and "EPS" not in pictures.FORMATS
 
 
-def test_every_image_is_opened_with_known_formats():
+def test_every_image_open_restricts_formats():
     for folder in ("common_jax", "m2mkd_jax", "cliptrans_jax", "tools", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):
             calls = re.findall(r"Image\.open\([^\n]*", path.read_text())
             assert all("formats=" in call for call in calls), f"{path}: {calls}"
 
 
-def test_a_header_that_promises_more_than_the_file_can_hold_is_refused():
+def test_header_promising_too_many_pixels_is_refused():
     # 5,000 x 5,000 one-bit pixels: 3 MB unpacked from 3 kB
     rows = (b"\0" + bytes(625)) * 5000
     content = png(5000, 5000, depth=1, colour=0, rows=rows)
@@ -129,7 +129,7 @@ def test_a_header_that_promises_more_than_the_file_can_hold_is_refused():
         decoded(png(60_000, 60_000, depth=8, colour=0, rows=b""))
 
 
-def test_a_byte_may_hold_twenty_pixels_beyond_what_is_always_allowed(monkeypatch):
+def test_pixel_limit_grows_with_the_file_size(monkeypatch):
     content = encoded(Image.new("L", (100, 100)), "PNG")
     assert len(content) < 400 and decoded(content, 1).shape == (100, 100, 1)
     monkeypatch.setattr(pictures, "SMALL", 9_999)
@@ -141,7 +141,7 @@ def test_a_byte_may_hold_twenty_pixels_beyond_what_is_always_allowed(monkeypatch
         decoded(content.ljust(600, b"\0"), 1)
 
 
-def test_of_an_animation_the_first_frame_is_taken():
+def test_animation_yields_its_first_frame():
     frames = [Image.new("L", (4, 3), value) for value in (10, 200)]
     for form in ("GIF", "TIFF"):
         content = encoded(frames[0], form, save_all=True, append_images=frames[1:])
@@ -153,7 +153,7 @@ def test_colours_become_grey_by_itu_r_601():
     assert decoded(encoded(colour, "PNG"), 1).tolist() == [[[118]]]  # 0.299 * 200 + 0.587 * 100
 
 
-def test_what_is_cut_off_empty_or_nonsense_is_an_error_that_can_be_printed():
+def test_truncated_or_invalid_images_raise_a_printable_error():
     whole = encoded(Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)), "PNG")
     cases = [b"", b"x", whole[:20], whole[:-30], b"GIF89a", b"II*\0" + b"\xff" * 40]
     for content in cases:
@@ -162,7 +162,7 @@ def test_what_is_cut_off_empty_or_nonsense_is_an_error_that_can_be_printed():
         assert str(error.value).isprintable() and "0x" not in str(error.value)
 
 
-def test_any_exception_of_a_decoder_is_a_value_error(monkeypatch):
+def test_decoder_exceptions_become_value_errors(monkeypatch):
     def fail(*_, **__):
         raise IndexError("bytearray index out of range")
 
@@ -171,7 +171,7 @@ def test_any_exception_of_a_decoder_is_a_value_error(monkeypatch):
         decoded(b"x")
 
 
-def test_only_regular_files_of_a_size_are_read(tmp_path):
+def test_only_regular_files_of_limited_size_are_read(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert read_file(tmp_path / "a") == b"abc"
     os.mkfifo(tmp_path / "pipe")

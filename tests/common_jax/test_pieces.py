@@ -44,7 +44,7 @@ def receive(names):
 
 
 @pytest.mark.parametrize("behind", [0, 1, 2])
-def test_slots_are_used_again_once_their_piece_is_out(names, receive, behind):
+def test_slots_are_reused_once_their_piece_is_received(names, receive, behind):
     """However far the receiver is behind, as long as no more pieces are in flight than there are
     slots."""
     send, under_way = Sender(names, slots=behind + 2), []
@@ -56,7 +56,7 @@ def test_slots_are_used_again_once_their_piece_is_out(names, receive, behind):
             assert_all_same(receive(sent), piece(number))
 
 
-def test_a_full_ring_overwrites_nothing_and_no_one_waits(names, receive):
+def test_full_ring_neither_overwrites_nor_blocks(names, receive):
     send = Sender(names, slots=3)
     sent = [through_pickle(send(piece(number))) for number in range(8)]
     assert [isinstance(each, RingPiece) for each in sent] == [True] * 3 + [False] * 5
@@ -66,7 +66,7 @@ def test_a_full_ring_overwrites_nothing_and_no_one_waits(names, receive):
     assert isinstance(send(piece(8)), RingPiece)  # its slots are free again
 
 
-def test_what_was_received_is_not_written_over(names, receive):
+def test_received_piece_is_not_overwritten(names, receive):
     send = Sender(names, slots=2)
     first = list(receive(send(piece(0))))
     for number in range(1, 6):
@@ -86,7 +86,7 @@ def test_what_was_received_is_not_written_over(names, receive):
     ],
     ids=["large", "uneven", "bad", "names", "objects", "empty"],
 )
-def test_what_fits_no_slot_goes_as_it_is(names, receive, outcomes):
+def test_pieces_that_fit_no_slot_are_sent_directly(names, receive, outcomes):
     send = Sender(names, slots=4)
     list(receive(send(piece(0))))
     sent = through_pickle(send(outcomes))
@@ -100,7 +100,7 @@ def test_what_fits_no_slot_goes_as_it_is(names, receive, outcomes):
     assert_all_same(receive(send(piece(3, count=2))), piece(3, count=2))  # a smaller one fits
 
 
-def test_what_an_ended_sender_sent_is_received(names, receive):
+def test_pieces_of_an_ended_sender_are_received(names, receive):
     send = Sender(names, slots=3)
     sent = [through_pickle(send(piece(number))) for number in range(2)]
     del send
@@ -108,7 +108,7 @@ def test_what_an_ended_sender_sent_is_received(names, receive):
         assert_all_same(receive(each), piece(number))
 
 
-def test_no_ring_stays_behind(names, receive):
+def test_no_shared_memory_is_left_behind(names, receive):
     senders = [Sender(names, slots=2) for _ in range(2)]
     rings = [send(piece(0)).ring for send in senders]  # nothing is ever received from the second
     assert len(set(rings)) == 2
@@ -152,7 +152,7 @@ class Wide:
         return {"image": np.full((8, 8), index)}
 
 
-def test_all_pieces_of_workers_find_a_slot(monkeypatch):
+def test_all_worker_pieces_find_a_slot(monkeypatch):
     """Also when the workers are as far ahead as they may be."""
     received, receive = [], Receiver.__call__
 

@@ -8,7 +8,7 @@ from common_jax.workdir import check_input, check_output
 from m2mkd_jax.data.folders import require_path
 
 
-def test_a_missing_place_is_named_with_the_last_part_that_exists(tmp_path):
+def test_missing_input_error_names_the_last_existing_part(tmp_path):
     (tmp_path / "file").touch()
     check_input("config.data.path", "", "images")
     check_input("config.data.path", "gs://bucket/images", "images")
@@ -23,7 +23,7 @@ def test_a_missing_place_is_named_with_the_last_part_that_exists(tmp_path):
     assert len(str(caught.value)) < 1000
 
 
-def test_images_below_a_missing_mount_are_named(tmp_path):
+def test_missing_images_are_reported(tmp_path):
     (tmp_path / "images").mkdir()
     with pytest.raises(FileNotFoundError, match=r"config\.data\.path='/nfs/images' "):
         require_path("/nfs/images", "a folder")
@@ -33,7 +33,7 @@ def test_images_below_a_missing_mount_are_named(tmp_path):
         require_path("", "a folder")
 
 
-def test_a_folder_that_cannot_be_made_is_refused_and_nothing_stays(tmp_path):
+def test_impossible_output_folder_is_refused_and_leaves_nothing_behind(tmp_path):
     (tmp_path / "file").touch()
     check_output("--workdir", tmp_path)
     check_output("--workdir", tmp_path / "a" / "b")
@@ -47,14 +47,14 @@ def test_a_folder_that_cannot_be_made_is_refused_and_nothing_stays(tmp_path):
         check_output("--workdir", "/proc/run/1")
 
 
-def test_a_cache_that_cannot_be_made_is_warned_of(tmp_path, caplog):
+def test_impossible_compilation_cache_causes_a_warning(tmp_path, caplog):
     (tmp_path / "file").touch()
     app.use_compilation_cache(str(tmp_path / "file"))
     assert "config.run.compilation_cache=" in caplog.text
     assert "every start will recompile" in caplog.text
 
 
-def test_a_source_without_a_checkpoint_is_named(tmp_path):
+def test_source_without_a_checkpoint_is_reported(tmp_path):
     (tmp_path / "file").touch()
     check_source("config.sources.meta", "")
     with pytest.raises(

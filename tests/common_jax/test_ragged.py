@@ -1,4 +1,4 @@
-"""Sequences of unequal length in flat arrays: they hold the same as a list of the elements."""
+"""Sequences of unequal length in flat arrays: they behave like lists of their elements."""
 
 import pickle
 import zlib
@@ -26,7 +26,7 @@ def ragged():
     return Ragged.of(np.concatenate(ROWS).astype(np.int32), np.array([3, 0, 1, 2], np.int32))
 
 
-def test_arrays_of_unequal_length_are_those_of_a_list():
+def test_ragged_arrays_match_a_list():
     rows = ragged()
     assert [row.tolist() for row in rows] == ROWS and rows[-1].tolist() == ROWS[-1]
     assert [row.tolist() for row in rows[1:3]] == ROWS[1:3]
@@ -36,7 +36,7 @@ def test_arrays_of_unequal_length_are_those_of_a_list():
         rows[4]
 
 
-def test_texts_are_those_of_a_tuple():
+def test_lines_match_a_tuple():
     lines = Lines.of(TEXTS)
     assert lines == TEXTS and lines == TEXTS and lines == [*TEXTS]
     assert lines != TEXTS[:3] and lines != (*TEXTS[:3], "x") and lines != "abcd"
@@ -62,7 +62,7 @@ def test_elements_are_picked_from_several_sequences():
     assert np.asarray(Picked.of({"x": np.eye(3)}, ["x"] * 2, rows[1:])).tolist() == [[1, 0, 0]] * 2
 
 
-def test_a_chain_has_the_texts_of_its_parts():
+def test_chain_concatenates_its_parts():
     chain = Chain((Lines.of(TEXTS[:2]), TEXTS[2:], ()))
     assert ([*chain], len(chain), chain[1], chain[2]) == ([*TEXTS], 4, TEXTS[1], TEXTS[2])
     with pytest.raises(IndexError):
@@ -70,7 +70,7 @@ def test_a_chain_has_the_texts_of_its_parts():
 
 
 @pytest.mark.parametrize("content", ["a\nbc\n\nd\n", " a\nb \nc", "a\r\nb\r\n", "", "\n"])
-def test_joined_texts_are_those_that_python_joins(tmp_path, monkeypatch, content):
+def test_joined_matches_python_join(tmp_path, monkeypatch, content):
     monkeypatch.setattr("common_jax.inputs.ragged.PIECE", 2)
     (tmp_path / "x.en").write_bytes(content.encode())
     lines = read_lines(tmp_path / "x.en")
@@ -80,7 +80,7 @@ def test_joined_texts_are_those_that_python_joins(tmp_path, monkeypatch, content
         assert zlib.crc32(b"".join(joined(texts))) == zlib.crc32(wanted)
 
 
-def test_lines_are_stripped_as_python_strips_them(tmp_path):
+def test_lines_are_stripped_like_python_strip(tmp_path):
     blank = " \t\r\x0b\x0c\x1c\x1f\x85\xa0\u1680\u2000\u200a\u2028\u2029\u202f\u205f\u3000"
     generator = np.random.default_rng(0)
     letters = [*blank, *"aß字\u200b😀à"]

@@ -26,7 +26,7 @@ BAD = (math.nan, math.inf, -math.inf, 1e39, -1e39)
         (ranges.Sizes, ((1,), (3, 3)), ((),)),
     ],
 )
-def test_values_are_in_a_range_or_outside(range_, inside, outside):
+def test_ranges_accept_values_inside_and_refuse_those_outside(range_, inside, outside):
     (allowed,) = typing.get_args(range_)[1:]
     assert [value for value in inside if allowed.refusal(value) is not None] == []
     numbers = BAD if isinstance(allowed, ranges.Interval) else ()
@@ -47,11 +47,11 @@ def test_values_are_in_a_range_or_outside(range_, inside, outside):
         (ranges.key_of(lambda: {"a": 1}), "b" * 10_000, "one of ['a']"),
     ],
 )
-def test_a_refusal_says_what_is_taken(allowed, value, said):
+def test_refusal_states_what_is_allowed(allowed, value, said):
     assert allowed.refusal(value) == said
 
 
-def test_long_values_are_cut():
+def test_long_values_are_truncated():
     assert ranges.shown("x" * 10_000) == f"'{'x' * 199}..."
     assert ranges.shown(10**5000) == "a number of 16610 bits"
     assert ranges.shown("\x1b[31m\n") == r"'\x1b[31m\n'"

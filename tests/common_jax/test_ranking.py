@@ -24,19 +24,19 @@ NAN, INF = np.nan, np.inf
         ((0.0, -0.0, -1.0), (0, 1, 2)),
     ],
 )
-def test_ranks_are_those_of_top_k_and_what_is_not_finite_comes_last(scores, ranks):
+def test_ranks_match_top_k_with_non_finite_scores_last(scores, ranks):
     rows = jnp.tile(jnp.asarray(scores, jnp.float32), (3, 1))
     np.testing.assert_array_equal(rank_of(rows, jnp.arange(3)), ranks)
 
 
-def test_finite_ranks_are_the_places_in_top_k():
+def test_finite_ranks_match_top_k_positions():
     scores = jnp.asarray(np.random.default_rng(0).integers(0, 4, (50, 9)), jnp.float32)
     _, order = lax.top_k(scores, 9)
     for place in range(9):
         np.testing.assert_array_equal(rank_of(scores, order[:, place]), place)
 
 
-def test_ranks_have_the_shape_of_what_is_asked_for():
+def test_ranks_have_the_shape_of_the_targets():
     scores = jnp.asarray([[[1.0, 2.0], [4.0, 3.0]]])
     np.testing.assert_array_equal(rank_of(scores, jnp.asarray([[1, 1]])), [[0, 1]])
 
@@ -52,6 +52,6 @@ def test_ranks_have_the_shape_of_what_is_asked_for():
         ((), None),
     ],
 )
-def test_a_metric_that_is_not_finite_is_never_the_best(values, kept):
+def test_non_finite_metric_is_never_the_best(values, kept):
     found = _Best(lambda value: value).should_preserve(list(values), context=None)
     assert found == [place == kept for place in range(len(values))]

@@ -62,7 +62,7 @@ def curves_of(lines, title):
 
 
 @pytest.mark.parametrize("cut", ['{"step": 3, "train/lo', '{"step": 3, "name": "caf\u00e9', "{"])
-def test_a_last_line_cut_off_by_a_kill_is_left_out(tmp_path, cut):
+def test_last_line_cut_off_by_a_kill_is_ignored(tmp_path, cut):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "a": NaN}\n{"step": 2}\n' + cut.encode()[:-1])
     lines = read_metrics(path)
@@ -70,7 +70,7 @@ def test_a_last_line_cut_off_by_a_kill_is_left_out(tmp_path, cut):
     assert math.isnan(lines[0]["a"])
 
 
-def test_a_whole_last_line_counts_without_its_newline(tmp_path):
+def test_last_line_without_a_newline_counts(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}')
     assert [line["step"] for line in read_metrics(path)] == [1, 2]
@@ -78,14 +78,14 @@ def test_a_whole_last_line_counts_without_its_newline(tmp_path):
 
 @pytest.mark.parametrize("broken", ['{"step": 2, "tr', "", "[1]", '{"epoch": 1}', '{"step": "2"}'])
 @pytest.mark.parametrize("after", ['{"step": 3}\n', ""])
-def test_another_broken_line_is_refused_with_file_and_number(tmp_path, broken, after):
+def test_other_broken_lines_are_refused_with_file_and_number(tmp_path, broken, after):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n' + broken + "\n" + after)
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: "):
         read_metrics(path)
 
 
-def test_a_broken_result_is_refused_by_name(tmp_path):
+def test_broken_result_is_refused_by_name(tmp_path):
     write_run(tmp_path)
     (tmp_path / "result.json").write_text('{"steps": ')
     with pytest.raises(ValueError, match=r"result\.json"):
@@ -95,12 +95,12 @@ def test_a_broken_result_is_refused_by_name(tmp_path):
 # Panels.
 
 
-def test_a_run_without_shares_has_no_panel_of_them():
+def test_run_without_shares_has_no_heat_maps():
     found = titles([training_line(20), training_line(40)])
     assert found == ["Loss", "Learning rate", "Gradient norm"]
 
 
-def test_a_run_with_shares_has_heat_maps_whose_rows_are_in_counting_order():
+def test_heat_map_layers_are_in_natural_order():
     lines = [training_line(20, experts=4), training_line(40, experts=4)]
     assert set(titles(lines)) >= HEAT_MAPS | {"Entropy"}
     layers = ["stage_0/block_2", "stage_0/block_10", "stage_1/block_1"]
@@ -109,7 +109,7 @@ def test_a_run_with_shares_has_heat_maps_whose_rows_are_in_counting_order():
     assert curves_of(lines, "Load over time")[layers[0]][40] == [0.25] * 4
 
 
-def test_lists_that_no_family_asks_for_are_not_drawn():
+def test_lists_outside_any_family_are_not_drawn():
     lines = [training_line(20, experts=4), training_line(40, experts=4)]
     assert not {panel.title for panel in panels(lines)} & HEAT_MAPS
 
@@ -124,23 +124,23 @@ def test_train_and_test_losses_share_a_panel():
     assert curves_of(lines, "Accuracy") == {"test/accuracy": {20: 0.9}}
 
 
-def test_a_metric_of_no_family_gets_a_panel_of_its_own():
+def test_metric_without_a_family_gets_its_own_panel():
     lines = [{"step": 1, "test/bleu_score": 20.0, "valid/bleu_score": 21.0, "odd": 3}]
     assert curves_of(lines, "bleu score") == {"test": {1: 20.0}, "valid": {1: 21.0}}
     assert curves_of(lines, "odd") == {"": {1: 3}}
 
 
-def test_skipped_steps_are_drawn_once_there_are_any():
+def test_skipped_steps_are_drawn_only_if_there_are_any():
     assert "Skipped steps" not in titles([training_line(20)])
     assert "Skipped steps" in titles([training_line(20), {"step": 40, "train/skipped": 2}])
 
 
-def test_of_a_step_written_twice_the_later_counts_and_steps_ascend():
+def test_duplicate_steps_keep_the_later_line():
     lines = [{"step": step, "test/loss": loss} for step, loss in ((20, 3.0), (40, 2.0), (20, 1.0))]
     assert list(curves_of(lines, "Loss")["test/loss"].items()) == [(20, 1.0), (40, 2.0)]
 
 
-def test_what_counts_or_stands_for_the_step_is_not_drawn():
+def test_step_counters_are_not_drawn():
     line = {"step": 20, "epoch": 2.0, "train/skipped_in_row": 1, "milliseconds_per_step": 5.0}
     assert titles([line | {"examples_per_second": 800.0}]) == ["Throughput"]
     assert titles([line]) == []
@@ -163,7 +163,7 @@ def drawn(monkeypatch):
     return watch
 
 
-def test_shares_are_drawn_over_the_fair_share(tmp_path, drawn):
+def test_heat_maps_show_shares_relative_to_the_fair_share(tmp_path, drawn):
     calls = drawn("pcolorfast")
     loads = {3: [0.5, 0.3, 0.2, 0.0], 7: [0.25, 0.05, 0.1, 0.6]}
     lines = [{"step": step, "train/moe/a/load": load} for step, load in loads.items()]
@@ -177,7 +177,7 @@ def test_shares_are_drawn_over_the_fair_share(tmp_path, drawn):
     np.testing.assert_allclose(y, [-0.5, -0.25, 0, 0.25, 0.5])
 
 
-def test_a_comparison_has_means_and_a_band_where_all_curves_are(tmp_path, drawn):
+def test_overlay_draws_means_and_a_band_over_common_steps(tmp_path, drawn):
     plots, bands = drawn("plot"), drawn("fill_between")
     curves = [[(20, 0.5), (40, 0.7), (60, 0.9)], [(40, 0.1), (20, 0.4)], [(20, 0.3), (40, 1.0)]]
     overlay({"a": curves}, label="accuracy", path=tmp_path / "x.png")
@@ -201,7 +201,7 @@ def page_of(workdir, **settings):
     return path.read_text()
 
 
-def test_every_run_is_listed_in_counting_order(tmp_path):
+def test_runs_are_listed_in_natural_order(tmp_path):
     names = ["meta", "seed_2/student_0", "seed_10/student_0", "seed_10/student_10"]
     for name in reversed(names):
         write_run(tmp_path / name)
@@ -217,7 +217,7 @@ def test_every_run_is_listed_in_counting_order(tmp_path):
             assert image.width > 1000
 
 
-def test_links_lead_to_runs_once_and_to_nothing_else(tmp_path):
+def test_symlinked_runs_are_found_once(tmp_path):
     top = tmp_path / "top"
     write_run(top / "run")
     write_run(tmp_path / "elsewhere/run")
@@ -234,7 +234,7 @@ def test_links_lead_to_runs_once_and_to_nothing_else(tmp_path):
     assert len(find_runs(epath.Path(tmp_path / "link"))) == 2
 
 
-def test_the_page_holds_summary_config_table_and_figures_and_nothing_from_outside(tmp_path):
+def test_page_has_all_its_parts_and_is_self_contained(tmp_path):
     write_run(tmp_path / "run")
     picture = tmp_path / "picture.png"
     overlay({"a": [[(1, 0.5)]]}, label="accuracy", path=picture)
@@ -253,7 +253,7 @@ def test_the_page_holds_summary_config_table_and_figures_and_nothing_from_outsid
     assert not re.search(r"https?:|url\(|@import|<link|<script", page)
 
 
-def test_further_tables_follow_the_first_with_headings_of_their_own_and_pictures(tmp_path):
+def test_further_tables_have_their_own_headings_and_pictures(tmp_path):
     write_run(tmp_path / "run")
     file = io.BytesIO()
     Image.new("RGB", (3, 2), "red").save(file, "png")
@@ -271,12 +271,12 @@ def test_further_tables_follow_the_first_with_headings_of_their_own_and_pictures
     assert "td img { height" in page
 
 
-def test_a_table_whose_row_is_shorter_than_its_header_is_refused(tmp_path):
+def test_table_row_shorter_than_its_header_is_refused(tmp_path):
     with pytest.raises(ValueError, match="shorter"):
         page_of(tmp_path, table=Table("", ("a", "b"), (("c",),)))
 
 
-def test_the_page_closes_what_it_opens(tmp_path):
+def test_page_closes_every_tag(tmp_path):
     class Tags(html.parser.HTMLParser):
         def __init__(self):
             super().__init__()
@@ -296,7 +296,7 @@ def test_the_page_closes_what_it_opens(tmp_path):
     assert tags.open == []
 
 
-def test_the_same_files_give_the_same_bytes(tmp_path):
+def test_report_is_reproducible_byte_for_byte(tmp_path):
     write_run(tmp_path, experts=4)  # the folder itself is a run
     pages = []
     for _ in range(2):
@@ -305,7 +305,7 @@ def test_the_same_files_give_the_same_bytes(tmp_path):
     assert pages[0] == pages[1]
 
 
-def test_a_run_that_has_only_begun_is_listed(tmp_path):
+def test_run_that_has_just_begun_is_listed(tmp_path):
     write_run(tmp_path / "running", done=False)
     (tmp_path / "new").mkdir()
     (tmp_path / "new/metrics.jsonl").write_text("")
@@ -315,12 +315,12 @@ def test_a_run_that_has_only_begun_is_listed(tmp_path):
     assert not (tmp_path / "new/plots").exists()
 
 
-def test_a_folder_without_runs_says_so(tmp_path):
+def test_report_says_if_there_are_no_runs(tmp_path):
     assert "No folder here holds metrics.jsonl" in page_of(tmp_path)
 
 
 @pytest.mark.filterwarnings("error")
-def test_strange_metrics_are_drawn(tmp_path):
+def test_unusual_metrics_are_drawn(tmp_path):
     lines = [
         {"step": 7, "test/$loss_{": float("nan"), "test/$a^": -1.0, "train/loss": 0.0},
         {"step": 7, "train/moe/only$/load": [0.0, 1.0]},

@@ -13,7 +13,7 @@ def run(tmp_path):
     return tmp_path
 
 
-def test_a_picture_of_no_bytes_is_drawn_again(run):
+def test_broken_picture_is_redrawn(run):
     page = write_report(run, title="t").read_bytes()
     curves = run / "plots" / "curves.png"
     whole = curves.read_bytes()
@@ -25,7 +25,7 @@ def test_a_picture_of_no_bytes_is_drawn_again(run):
 
 
 @pytest.mark.parametrize("hours", [-1, 1])
-def test_a_picture_of_other_curves_is_drawn_again_whatever_the_clock_says(run, hours):
+def test_picture_of_outdated_curves_is_redrawn_whatever_its_mtime(run, hours):
     write_report(run, title="t")
     curves, metrics = run / "plots" / "curves.png", run / "metrics.jsonl"
     before = curves.read_bytes()
@@ -35,7 +35,7 @@ def test_a_picture_of_other_curves_is_drawn_again_whatever_the_clock_says(run, h
     assert curves.read_bytes() != before
 
 
-def test_what_is_there_is_not_written_again(run, monkeypatch):
+def test_unchanged_report_is_not_rewritten(run, monkeypatch):
     write_report(run, title="t")
 
     def read_only(path, content):
@@ -47,7 +47,7 @@ def test_what_is_there_is_not_written_again(run, monkeypatch):
         write_report(run, title="another")
 
 
-def test_a_report_fails_no_run(tmp_path, caplog):
+def test_report_errors_do_not_fail_the_run(tmp_path, caplog):
     for error in (OSError(28, "No space left on device"), ValueError("odd"), KeyError("x")):
         with dispensable(tmp_path / "report.html"):
             raise error

@@ -26,14 +26,14 @@ from m2mkd_jax.config import Config
         (b'{"steps": 3, "loss": [1]}', r"has 'loss': \[1\], which is not of type int . float"),
     ],
 )
-def test_a_json_file_that_is_not_as_it_was_written_is_named(tmp_path, content, message):
+def test_invalid_json_file_is_reported(tmp_path, content, message):
     path = tmp_path / "result.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"result\.json {message}.*Restore it, or delete it"):
         read_json(path, {"steps": int, "loss": int | float})
 
 
-def test_a_json_file_is_read_as_it_was_written(tmp_path):
+def test_json_file_may_have_a_bom_nan_and_null(tmp_path):
     path = tmp_path / "result.json"
     path.write_bytes(b'\xef\xbb\xbf{"steps": 3, "loss": NaN, "more": null}')
     found = read_json(path, {"steps": int, "loss": int | float})
@@ -41,7 +41,7 @@ def test_a_json_file_is_read_as_it_was_written(tmp_path):
 
 
 @pytest.mark.parametrize("value", ['"x"', "null", "true", "{}", '["x"]', "[[null]]"])
-def test_metrics_are_numbers_and_lists_of_them(tmp_path, value):
+def test_metrics_must_be_numbers_or_lists_of_numbers(tmp_path, value):
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1, "a": [0.5, [1]]}}\n{{"step": 2, "a": {value}}}\n')
     with pytest.raises(
@@ -59,19 +59,19 @@ def record(workdir, step):
     return path.read_bytes() if path.exists() else b""
 
 
-def test_lines_of_later_steps_are_dropped_and_others_stay_as_they_are(tmp_path):
+def test_later_lines_are_dropped_and_others_left_unchanged(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(LINES + b'{"step": 6, "tr')
     assert record(tmp_path, 4) == b'{"step": 2, "a": 1.50}\n{"step": 4}\n'
 
 
-def test_later_lines_of_timing_are_dropped_too(tmp_path):
+def test_later_timing_lines_are_dropped_too(tmp_path):
     (tmp_path / "timing.jsonl").write_bytes(LINES)
     record(tmp_path, 5)
     assert (tmp_path / "timing.jsonl").read_bytes() == b'{"step": 2, "a": 1.50}\n{"step": 4}\n'
 
 
 @pytest.mark.parametrize("broken", [b'{"step": "x"}\n', b"[]\n", b'{"st\n', b"\xff\n"])
-def test_a_broken_line_stops_a_run_before_anything_is_rewritten(tmp_path, broken):
+def test_broken_line_stops_the_run_before_anything_is_rewritten(tmp_path, broken):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(LINES + broken)
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 4: .*; fix or delete this line"):
@@ -80,7 +80,7 @@ def test_a_broken_line_stops_a_run_before_anything_is_rewritten(tmp_path, broken
 
 
 @pytest.mark.parametrize("kind", ["nac2", 3, None, ["vmoe"], {"a": 1}])
-def test_a_stored_config_of_a_kind_that_there_is_not_is_refused(tmp_path, kind):
+def test_stored_config_of_an_unknown_kind_is_refused(tmp_path, kind):
     stored = json.loads(json.dumps(unfreeze(tiny.tiny_config("distill")).to_dict()))
     stored["model"]["kind"] = kind
     with pytest.raises(ValueError, match=r"config of runs/a is not valid in this version: .*kind"):

@@ -30,7 +30,7 @@ def terminal():
 @pytest.mark.parametrize(
     ("number", "status"), [(NUMBERS[0], 0), (NUMBERS[1], 130), (NUMBERS[2], 129)]
 )
-def test_where_nothing_is_lost_it_stops_at_once(number, status):
+def test_signal_stops_at_once_outside_deferred(number, status):
     before = signal.getsignal(number)
     with signals.listening():
         with pytest.raises(signals.Stopped):
@@ -40,7 +40,7 @@ def test_where_nothing_is_lost_it_stops_at_once(number, status):
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_where_something_is_lost_it_waits(number, monkeypatch, capfd):
+def test_signal_inside_deferred_stops_at_its_end(number, monkeypatch, capfd):
     monkeypatch.setattr(hosts, "_stopping", False)
     done = []
     with signals.listening():
@@ -63,12 +63,12 @@ def until_said(capfd, text: str) -> None:
         time.sleep(0.01)
 
 
-def test_not_asked_nothing_stops():
+def test_nothing_stops_without_a_signal():
     with signals.listening(), signals.deferred():
         assert not signals.requested()
 
 
-def test_what_is_ignored_stays_ignored():
+def test_ignored_signals_stay_ignored():
     """As set by nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -79,7 +79,7 @@ def test_what_is_ignored_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_nothing_takes_it_for_a_failure():
+def test_stopped_is_not_an_exception_subclass():
     assert not issubclass(signals.Stopped, Exception)
 
 
@@ -100,7 +100,7 @@ with signals.listening(), signals.deferred():
 """
 
 
-def test_the_second_ends_the_process_whatever_it_does():
+def test_second_signal_ends_the_process_at_once():
     process = subprocess.run([sys.executable, "-c", COMPILING], capture_output=True, text=True)
     assert process.returncode == 130, process.stderr
     assert process.stderr.splitlines() == [
@@ -109,7 +109,7 @@ def test_the_second_ends_the_process_whatever_it_does():
     ]
 
 
-def test_a_tool_says_a_line():
+def test_interrupted_tool_exits_with_130():
     @signals.ends_quietly
     def main():
         raise KeyboardInterrupt
@@ -119,7 +119,7 @@ def test_a_tool_says_a_line():
     assert stop.value.code == 130
 
 
-def test_a_tool_ends_at_sigterm_as_at_an_exit():
+def test_tool_cleans_up_on_sigterm():
     ended = []
 
     @signals.ends_quietly

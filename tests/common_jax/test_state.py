@@ -29,12 +29,12 @@ def fold(seed: int, *numbers: int) -> tuple[int, ...]:
     return words(key)
 
 
-def test_a_name_is_folded_in_as_its_crc32():
+def test_fold_name_uses_crc32():
     """It is the same in every process; for these digits, it is the standard's check value."""
     assert words(fold_name(jax.random.key(3), "123456789")) == fold(3, 0xCBF43926)
 
 
-def test_keys_of_a_step_fold_in_the_step_and_then_the_name():
+def test_step_keys_fold_in_the_step_then_the_name():
     """Any other way would change the draws of a resumed run."""
     keys = step_rngs(np.uint32(3), np.int32(7), ("drop_path", "gate"))
     assert tuple(keys) == ("drop_path", "gate")
@@ -42,13 +42,13 @@ def test_keys_of_a_step_fold_in_the_step_and_then_the_name():
     assert words(step_rngs(0, 0, ("gate",))["gate"]) == fold(0, 0, 0xB82B9894)
 
 
-def test_keys_of_an_evaluation_fold_in_its_name_the_batch_and_then_the_step():
+def test_evaluation_keys_fold_in_their_name_the_batch_then_the_step():
     assert words(evaluation_key(np.uint32(3), np.int32(7))) == fold(3, 0x1323A575, 7)
     assert words(evaluation_key(3, 7, step=np.int32(2))) == fold(3, 0x1323A575, 7, 2)
     assert words(evaluation_key(3, 7, step=0)) == fold(3, 0x1323A575, 7, 0)
 
 
-def test_no_two_keys_of_a_run_or_of_another_seed_are_the_same():
+def test_training_and_evaluation_keys_are_all_distinct():
     numbers = (0, 1, 2, 5, 7)
     trained = [
         words(key)
@@ -62,7 +62,7 @@ def test_no_two_keys_of_a_run_or_of_another_seed_are_the_same():
     assert len(set(trained + drawn)) == len(trained) + len(drawn)
 
 
-def test_keys_depend_on_seed_step_and_name_alone():
+def test_keys_depend_on_seed_step_and_name_only():
     keys = step_rngs(np.uint32(3), np.int32(7), ("drop_path", "gate"))
     more = step_rngs(np.uint32(3), np.int32(7), ("new", "gate", "drop_path"))
     for name, key in keys.items():
@@ -91,7 +91,7 @@ def test_partition_and_merge_are_inverse():
         partition(PARAMS, "gone/.*")
 
 
-def test_a_path_matches_whole_or_not_at_all():
+def test_partition_regex_must_match_the_whole_path():
     chosen, rest = partition(PARAMS, "net/kernel")
     assert jax.tree.map(np.shape, chosen) == {"net": {"kernel": (3, 2)}}
     assert jax.tree.map(np.shape, rest) == {
@@ -102,14 +102,14 @@ def test_a_path_matches_whole_or_not_at_all():
     assert (list(everything), nothing) == (["net", "other"], {})
 
 
-def test_of_two_leaves_of_one_path_the_later_stays():
+def test_merge_keeps_the_later_leaf():
     assert merge({"a": {"x": 1, "y": 2}}, {"a": {"x": 3}}, {"b": 4}) == {
         "a": {"x": 3, "y": 2},
         "b": 4,
     }
 
 
-def test_subtrees_lie_as_deep_as_asked_for():
+def test_subtrees_are_cut_at_the_given_depth():
     assert subtrees(PARAMS, 0) == {(): PARAMS}
     assert subtrees(PARAMS, 1) == {("net",): PARAMS["net"], ("other",): PARAMS["other"]}
     assert list(subtrees(PARAMS, 2)) == [

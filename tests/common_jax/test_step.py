@@ -54,7 +54,7 @@ def run(config, steps, *, batches=None, log_every=100, trainable="net/kernel"):
     return state, reports
 
 
-def test_only_what_is_trainable_moves():
+def test_only_trainable_parameters_change():
     state, _ = run(CONFIG, 3)
     params, _, _ = problem()
     np.testing.assert_array_equal(state.params["net"]["offset"], params["net"]["offset"])
@@ -127,7 +127,7 @@ def keys_of():
     return keys_of
 
 
-def test_every_micro_batch_has_keys_of_its_own(keys_of):
+def test_each_micro_batch_has_its_own_keys(keys_of):
     keys = step_rngs(np.uint32(3), np.int32(5), DRAWN)
     data = lambda key: jax.random.key_data(key).tolist()  # noqa: E731
     folded = jax.random.fold_in
@@ -137,7 +137,7 @@ def test_every_micro_batch_has_keys_of_its_own(keys_of):
     assert keys_of(1, seed=3, step=5) == {name: [data(key)] for name, key in keys.items()}
 
 
-def test_no_stream_step_seed_or_micro_batch_shares_a_key(keys_of):
+def test_streams_steps_seeds_and_micro_batches_share_no_key(keys_of):
     found = [
         tuple(key)
         for seed, step in ((3, 5), (3, 6), (4, 5), (5, 3))
@@ -148,7 +148,7 @@ def test_no_stream_step_seed_or_micro_batch_shares_a_key(keys_of):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_loss_knows_the_step(accumulate):
+def test_loss_receives_the_step(accumulate):
     def stepping(params, helpers, batch, rngs, step):
         value, metrics = loss(params, helpers, batch, rngs, step)
         return value * step, metrics | {"step": step.astype(jnp.float32)}
@@ -164,7 +164,7 @@ def test_the_loss_knows_the_step(accumulate):
         assert (report["gradient_norm"] > 0) == (count > 0)
 
 
-def test_a_non_finite_step_changes_nothing_but_the_counts():
+def test_non_finite_step_changes_only_the_counters():
     _, batch, _ = problem()
     bad = batch | {"y": batch["y"].at[0, 0].set(jnp.nan)}
     clean, _ = run(CONFIG, 1)
@@ -188,9 +188,7 @@ def fragile(params, helpers, batch, rngs, step):
     ("zero", "offset"), [(0.0, 0.0), (1.0, np.nan), (1.0, np.inf), (1.0, -np.inf)]
 )
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_loss_or_a_gradient_alone_skips_the_step_for_average_and_optimizer_too(
-    optimizer, zero, offset
-):
+def test_non_finite_loss_or_gradient_alone_skips_the_step(optimizer, zero, offset):
     config = OptimConfig(steps=9, batch=1, optimizer=optimizer, ema=0.5)
     shapes = {"error": jax.ShapeDtypeStruct((), jnp.float32)}
     fresh = init_state({"w": jnp.array(4.0)}, config, trainable="w", metrics=shapes)
@@ -211,7 +209,7 @@ def linear(params, helpers, batch, rngs, step):
     return jnp.sum(params["w"] * batch["g"]), {}
 
 
-def test_steps_of_sgd_and_its_average_are_those_worked_out_by_hand():
+def test_sgd_steps_and_average_match_a_hand_computation():
     """Each has its own learning rate, also after a skipped step."""
     config = OptimConfig(
         steps=9, batch=1, optimizer="sgd", momentum=0.5, weight_decay=0.1, ema=0.75
@@ -235,7 +233,7 @@ def test_steps_of_sgd_and_its_average_are_those_worked_out_by_hand():
         assert state.ema["w"].item() == pytest.approx(average, rel=1e-5)
 
 
-def test_norms_are_those_before_clipping_of_the_whole_and_of_each_part():
+def test_gradient_norms_are_measured_before_clipping():
     def loss(params, helpers, batch, rngs, step):
         return 3 * params["a"]["x"] + 4 * params["b"]["x"] + 99 * params["c"]["x"], {}
 
@@ -256,7 +254,7 @@ def test_norms_are_those_before_clipping_of_the_whole_and_of_each_part():
         assert found == pytest.approx(wanted)
 
 
-def test_a_network_of_one_part_has_one_norm():
+def test_network_with_one_part_has_one_norm():
     gradient = {"a": {"x": jnp.array(3.0), "y": jnp.array(4.0)}}
     assert part_norms(gradient, 0) == part_norms(gradient, 1) == {}
     assert part_norms(gradient, 2) == {"a/x/gradient_norm": 3.0, "a/y/gradient_norm": 4.0}
@@ -266,7 +264,7 @@ def test_a_network_of_one_part_has_one_norm():
     }
 
 
-def test_the_average_starts_as_the_parameters_or_is_not_kept():
+def test_average_starts_at_the_parameters_or_is_none():
     params, _, _ = problem()
     settings = {"trainable": "net/kernel", "metrics": {"load": jnp.zeros((2, 3))}}
     state = init_state(params, dataclasses.replace(CONFIG, ema=0.9), **settings)
@@ -279,7 +277,7 @@ def test_the_average_starts_as_the_parameters_or_is_not_kept():
     assert (int(state.step), int(state.skipped), int(state.skipped_in_row)) == (0, 0, 0)
 
 
-def test_the_average_follows_the_parameters():
+def test_average_follows_the_parameters():
     config = dataclasses.replace(CONFIG, ema=0.75)
     state, _ = run(config, 1)
     params, _, _ = problem()
@@ -288,7 +286,7 @@ def test_the_average_follows_the_parameters():
     assert "offset" not in state.ema["net"]
 
 
-def test_sums_start_anew_after_every_line():
+def test_sums_are_reset_after_every_line():
     _, reports = run(CONFIG, 5, log_every=2)
     assert [report["steps"] for report in reports] == [1, 2, 1, 2, 1]
     _, single = run(CONFIG, 5, log_every=1)
@@ -308,7 +306,7 @@ def test_evaluation_counts_every_example_once():
         make_evaluator(sums, list, mesh=mesh, seed=0)({}, {}, 5)
 
 
-def test_evaluations_of_runs_that_share_programs_compile_once():
+def test_runs_sharing_programs_compile_their_evaluation_once():
     programs, batches = Programs(), [{"v": np.array([1.0, 3.0])}]
     sums = lambda params, helpers, batch, key: {"v": jnp.sum(batch["v"]), "count": 2}  # noqa: E731
     refuse = lambda *_: pytest.fail("is compiled again")  # noqa: E731
@@ -325,7 +323,7 @@ def test_evaluations_of_runs_that_share_programs_compile_once():
 
 
 @pytest.mark.parametrize("fold_step", [False, True])
-def test_draws_of_an_evaluation_come_from_seed_step_and_batch_alone(fold_step):
+def test_evaluation_draws_depend_on_seed_step_and_batch_only(fold_step):
     def sums(params, helpers, batch, key):
         return {
             f"batch_{i}": jnp.where(batch["number"][0] == i, jax.random.uniform(key), 0.0)
@@ -357,7 +355,7 @@ def test_evaluation_shares_no_key_with_training():
 
 
 @pytest.mark.parametrize("average", [0.0, 0.9])
-def test_a_compiled_step_copies_no_moments(average):
+def test_compiled_step_does_not_copy_the_moments(average):
     config = dataclasses.replace(CONFIG, ema=average)
     params = {f"layer_{i}": jnp.ones((256, 256)) for i in range(8)}
 
@@ -387,7 +385,7 @@ class Result:
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_a_result_is_read_once_the_next_is_dispatched(count):
+def test_one_behind_reads_after_the_next_dispatch(count):
     events = []
     results = (Result(number, events) for number in range(count))
     assert [result.read() for result in one_behind(results)] == [*range(count)]
@@ -395,7 +393,7 @@ def test_a_result_is_read_once_the_next_is_dispatched(count):
     assert events == {0: [], 1: ["dispatch 0", "read 0"], 3: order}[count]
 
 
-def test_an_error_of_the_next_result_is_raised():
+def test_one_behind_raises_errors_of_the_next_result():
     def results():
         yield 0
         yield 1

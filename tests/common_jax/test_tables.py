@@ -1,4 +1,4 @@
-"""A user's tables: three kinds, plain and compressed, and errors that name file, line and
+"""A user's tables: three formats, plain and compressed, and errors that name file, line and
 column."""
 
 import gzip
@@ -23,7 +23,7 @@ def write(path, text, *, packed=False):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("suffix", "text"), [(".tsv", TSV), (".csv", CSV), (".jsonl", JSONL)])
-def test_three_kinds_say_the_same(tmp_path, suffix, text, packed):
+def test_all_table_formats_read_the_same(tmp_path, suffix, text, packed):
     table = read_table(write(tmp_path / f"t{suffix}", text, packed=packed))
     assert table.columns == ("a", "b")
     first = 1 if suffix == ".jsonl" else 2
@@ -35,7 +35,7 @@ def test_three_kinds_say_the_same(tmp_path, suffix, text, packed):
     assert find_table(tmp_path, "t") == table.path and find_table(tmp_path, "u") is None
 
 
-def test_a_cell_is_one_line(tmp_path):
+def test_cells_are_reduced_to_one_line(tmp_path):
     csv = read_table(write(tmp_path / "t.csv", 'a,b\r\n"one\r\n two",x\r\nthree,y\r\n'))
     assert csv.rows == ((2, {"a": "one two", "b": "x"}), (4, {"a": "three", "b": "y"}))
     jsonl = read_table(write(tmp_path / "t.jsonl", '{"a": "one\\n two", "b": 7}\n{"c": "x"}\n'))
@@ -62,12 +62,12 @@ def test_a_cell_is_one_line(tmp_path):
         ("t.tsv", "a\tb\nx\t\0\n", r"t\.tsv, line 2 has a zero byte"),
     ],
 )
-def test_what_is_malformed_is_named(tmp_path, name, text, message):
+def test_malformed_tables_are_reported(tmp_path, name, text, message):
     with pytest.raises(ValueError, match=message):
         read_table(write(tmp_path / name, text))
 
 
-def test_a_missing_column_names_those_there(tmp_path):
+def test_missing_column_error_suggests_an_existing_one(tmp_path):
     table = read_table(write(tmp_path / "t.csv", "path,lable\nx,y\n"))
     with pytest.raises(
         ValueError, match=r"t\.csv has no column 'label' \(did you mean 'lable'\?\), which should "
@@ -75,7 +75,7 @@ def test_a_missing_column_names_those_there(tmp_path):
         table.require("label", "the classes")
 
 
-def test_a_suffix_may_be_in_capitals(tmp_path):
+def test_uppercase_suffix_is_accepted(tmp_path):
     (tmp_path / "t.TSV").write_text("en\tde\na\tb\n")
     assert table_names(tmp_path) == ["t"]
     assert find_table(tmp_path, "t") == tmp_path / "t.TSV"
@@ -84,7 +84,7 @@ def test_a_suffix_may_be_in_capitals(tmp_path):
     assert table_names(tmp_path) == ["t"]
 
 
-def test_two_tables_of_one_name_are_refused(tmp_path):
+def test_tables_with_the_same_name_are_refused(tmp_path):
     write(tmp_path / "t.csv", CSV)
     write(tmp_path / "t.tsv", TSV)
     with pytest.raises(ValueError, match=r"has both t\.tsv and t\.csv; remove or rename"):

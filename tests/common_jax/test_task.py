@@ -43,7 +43,7 @@ def task():
     )
 
 
-def test_moments_and_averages_lie_as_their_parameters_and_the_rest_is_whole(task):
+def test_moments_and_averages_are_sharded_like_their_parameters(task):
     optim = dataclasses.replace(OPTIM, ema=0.9)
     abstract = abstract_state(task, optim, split_mesh())
     found = {
@@ -61,7 +61,7 @@ def test_moments_and_averages_lie_as_their_parameters_and_the_rest_is_whole(task
     assert abstract_state(task, OPTIM, split_mesh(), averaged=True).ema == abstract.ema
 
 
-def test_norms_of_parts_are_among_the_sums(task):
+def test_part_norms_are_among_the_sums(task):
     deep = dataclasses.replace(task, trainable=".*", clip_depth=1)
     sums = abstract_state(deep, OPTIM, one_device()).sums
     assert {name for name in sums if name.endswith("gradient_norm")} == {
@@ -72,7 +72,7 @@ def test_norms_of_parts_are_among_the_sums(task):
 
 
 @pytest.mark.parametrize("make_mesh", [one_device, split_mesh])
-def test_a_fresh_state_is_drawn_from_the_seed_and_the_name_init(task, make_mesh):
+def test_initial_state_is_drawn_from_the_seed_and_the_name_init(task, make_mesh):
     mesh = make_mesh()
     with jax.set_mesh(mesh):
         abstract = abstract_state(task, OPTIM, mesh)
@@ -84,7 +84,7 @@ def test_a_fresh_state_is_drawn_from_the_seed_and_the_name_init(task, make_mesh)
     assert int(state.step) == 0
 
 
-def test_what_is_warm_is_not_drawn(task):
+def test_warm_started_parameters_are_not_drawn(task):
     mesh = one_device()
     optim = dataclasses.replace(OPTIM, ema=0.9)
     with jax.set_mesh(mesh):
@@ -96,7 +96,7 @@ def test_what_is_warm_is_not_drawn(task):
     assert float(jnp.std(state.params["head"]["kernel"])) > 0.1
 
 
-def test_an_average_of_shares_is_the_mean_where_the_parameters_lie(task):
+def test_checkpoint_average_is_the_mean_and_sharded_like_the_parameters(task):
     mesh, values = split_mesh(), (1.0, 4.0, 7.0)
     with jax.set_mesh(mesh):
         abstract = abstract_state(task, OPTIM, mesh, averaged=True)
@@ -112,7 +112,7 @@ def test_an_average_of_shares_is_the_mean_where_the_parameters_lie(task):
     assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, abstract)
 
 
-def test_a_step_is_called_with_the_whole_batch(task):
+def test_step_arguments_hold_the_whole_batch(task):
     mesh = split_mesh()
     abstract = abstract_state(task, OPTIM, mesh)
     state, helpers, batch, seed = step_arguments(task, OPTIM, abstract, mesh)
@@ -121,7 +121,7 @@ def test_a_step_is_called_with_the_whole_batch(task):
     assert (seed.shape, seed.dtype) == ((), np.uint32)
 
 
-def test_of_programs_that_share_a_name_the_first_is_kept():
+def test_first_program_kept_under_a_name_is_reused():
     programs, first = Programs(), lambda: 1
     assert programs.keep("step", first) is first
     assert programs.keep("step", lambda: 2) is first
@@ -129,7 +129,7 @@ def test_of_programs_that_share_a_name_the_first_is_kept():
     assert Programs().keep("step", len) is len
 
 
-def test_a_loss_is_given_a_key_for_each_of_its_streams(task):
+def test_loss_receives_a_key_for_each_of_its_streams(task):
     given = []
 
     def listening(params, helpers, batch, rngs, step):

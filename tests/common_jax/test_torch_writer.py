@@ -34,7 +34,7 @@ CHECKPOINT = {
 }
 
 
-def test_what_is_written_for_torch_is_read_again(tmp_path):
+def test_written_torch_file_is_read_back(tmp_path):
     path = tmp_path / "weights.pth"
     write_torch(path, CHECKPOINT)
     assert_same(read_tensors(path), CHECKPOINT["model"])
@@ -58,7 +58,7 @@ def test_what_is_written_for_torch_is_read_again(tmp_path):
     assert read_plain(tmp_path / "a.safetensors") == {}
 
 
-def test_storages_begin_where_they_can_be_mapped(tmp_path):
+def test_storages_are_aligned_for_mapping(tmp_path):
     write_torch(tmp_path / "a.pth", ARRAYS)
     raw = (tmp_path / "a.pth").read_bytes()
     with zipfile.ZipFile(tmp_path / "a.pth") as archive:
@@ -69,7 +69,7 @@ def test_storages_begin_where_they_can_be_mapped(tmp_path):
             assert start % 64 == 0 and raw[start:].startswith(archive.read(entry))
 
 
-def test_torch_loads_what_is_written(tmp_path):
+def test_torch_loads_written_files(tmp_path):
     torch = pytest.importorskip("torch", reason="torch, which reads the file, is not installed")
     write_torch(tmp_path / "weights.pth", CHECKPOINT)
     for mapped in (False, True):

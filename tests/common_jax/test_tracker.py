@@ -54,7 +54,7 @@ def record(tmp_path, project="p"):
     recorder.close()
 
 
-def test_it_gets_the_scalars_of_a_run_that_is_continued(package, tmp_path):
+def test_tracker_logs_the_scalars_of_a_resumed_run(package, tmp_path):
     record(tmp_path)
     settings, *lines, last = package.calls
     expected = {"project": "p", "id": "abc", "name": "a/run", "resume": "allow"}
@@ -64,13 +64,13 @@ def test_it_gets_the_scalars_of_a_run_that_is_continued(package, tmp_path):
     assert last == "finish"
 
 
-def test_where_it_cannot_be_opened_its_reason_is_passed_on(package, tmp_path):
+def test_tracker_error_passes_on_the_reason(package, tmp_path):
     package.refuses = True
     with pytest.raises(ValueError, match=r"config\.run\.wandb='p': no key; .*WANDB_MODE=offline"):
         record(tmp_path)
 
 
-def test_it_fails_no_run(package, tmp_path, caplog):
+def test_tracker_failure_does_not_fail_the_run(package, tmp_path, caplog):
     tracker = open_tracker("p", tmp_path, run_id="abc", config={})
     package.refuses = True
     recorder = Recorder(tmp_path, step=0, tracker=tracker)
@@ -81,7 +81,7 @@ def test_it_fails_no_run(package, tmp_path, caplog):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_the_first_process_alone_opens_it_and_only_when_asked(package, tmp_path, monkeypatch):
+def test_tracker_opens_only_on_the_first_process_and_on_request(package, tmp_path, monkeypatch):
     assert open_tracker(None, tmp_path, run_id="abc", config={}) is None
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     assert open_tracker("p", tmp_path, run_id="abc", config={}) is None
@@ -89,9 +89,7 @@ def test_the_first_process_alone_opens_it_and_only_when_asked(package, tmp_path,
 
 
 @pytest.mark.parametrize("spec", [None, types.SimpleNamespace(origin=None)])
-def test_where_it_is_not_installed_it_is_refused_before_anything_is_written(
-    tmp_path, monkeypatch, spec
-):
+def test_missing_wandb_is_refused_before_anything_is_written(tmp_path, monkeypatch, spec):
     # A folder wandb/ of W&B's records has a spec, but no file that would be imported.
     absent = types.SimpleNamespace(util=types.SimpleNamespace(find_spec=lambda name: spec))
     monkeypatch.setattr(metrics, "importlib", absent)
@@ -100,7 +98,7 @@ def test_where_it_is_not_installed_it_is_refused_before_anything_is_written(
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_a_run_is_kept_offline_under_its_id(tmp_path, monkeypatch):
+def test_offline_run_is_stored_under_its_id(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     workdir = tmp_path / "run"

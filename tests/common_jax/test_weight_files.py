@@ -36,12 +36,12 @@ def archive(tmp_path, value, *, extra=None):
     return path
 
 
-def test_tensors_keep_their_type_and_shape(tmp_path):
+def test_tensors_keep_dtype_and_shape(tmp_path):
     torch_files.save(tmp_path / "weights.pth", ARRAYS)
     assert_same(read_tensors(tmp_path / "weights.pth"), ARRAYS)
 
 
-def test_views_of_one_storage_are_cut_out_of_it(tmp_path):
+def test_views_of_a_shared_storage_are_sliced_from_it(tmp_path):
     numbers = np.arange(12, dtype=np.float32)
     held = storage("FloatStorage", "a", 12)
     value = {
@@ -78,7 +78,7 @@ def test_views_of_one_storage_are_cut_out_of_it(tmp_path):
     assert_same(read_tensors(path), want)
 
 
-def test_a_checkpoint_s_optimizer_is_not_even_read(tmp_path):
+def test_optimizer_state_of_a_checkpoint_is_not_read(tmp_path):
     storages = {}
     model = state_dict({f"module.{name}": array for name, array in ARRAYS.items()}, storages)
     moments = tensor(storage("FloatStorage", "99", 1 << 40), (1 << 40,), (1,))
@@ -135,7 +135,7 @@ TRACES = [
 
 
 @pytest.mark.parametrize("trace", TRACES, ids=range(len(TRACES)))
-def test_what_a_training_file_holds_beside_its_tensors_is_left(tmp_path, monkeypatch, trace):
+def test_other_contents_of_a_training_file_are_ignored(tmp_path, monkeypatch, trace):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "spy.py").write_text(SPY)
     training = {
@@ -157,7 +157,7 @@ def test_what_a_training_file_holds_beside_its_tensors_is_left(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("name", ["a.pth.tar", "a.ckpt", "a.tar", "a", "a.bin", "a.safetensors"])
-def test_a_file_is_what_its_content_is(tmp_path, name):
+def test_file_format_is_detected_from_the_content(tmp_path, name):
     torch_files.save(tmp_path / "a.pth", ARRAYS)
     (tmp_path / "a.pth").rename(tmp_path / name)
     assert_same(read_tensors(tmp_path / name), ARRAYS)
@@ -173,14 +173,14 @@ def test_a_file_is_what_its_content_is(tmp_path, name):
         b"\x8c\x02os\x8c\x06system\x93Vtouch ran\n\x85R",  # STACK_GLOBAL
     ],
 )
-def test_no_other_opcode_runs_code_either(tmp_path, monkeypatch, opcodes):
+def test_other_opcodes_run_no_code(tmp_path, monkeypatch, opcodes):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"holds os\.system, which is code to run"):
         read_tensors(archive(tmp_path, {"a": ONES, "b": Raw(opcodes)}))
     assert not pathlib.Path("ran").exists()
 
 
-def test_a_pickle_cannot_change_how_the_next_is_read(tmp_path):
+def test_pickle_cannot_affect_the_next_read(tmp_path):
     rebuild = Global("torch._utils", "_rebuild_tensor_v2")
     slots = torch_files.encode((None, {"__defaults__": ()})) + b"b"
     with pytest.raises(ValueError, match="holds 'b'"):
@@ -217,12 +217,12 @@ FLOATS = storage("FloatStorage", "0", 2)
         ({"a": Raw(b"h\x07")}, "has a damaged data.pkl"),
     ],
 )
-def test_what_is_not_a_dictionary_of_tensors_is_named(tmp_path, value, message):
+def test_files_without_a_tensor_dictionary_are_reported(tmp_path, value, message):
     with pytest.raises(ValueError, match=rf"weights\.pth .*{message}"):
         read_tensors(archive(tmp_path, value))
 
 
-def test_what_is_no_whole_archive_says_what_to_do(tmp_path):
+def test_incomplete_archive_error_says_what_to_do(tmp_path):
     whole = archive(tmp_path, {"a": ONES}).read_bytes()
     legacy = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
     damaged = whole.replace(np.ones(2, np.float32).tobytes(), bytes(8))
@@ -248,7 +248,7 @@ def test_what_is_no_whole_archive_says_what_to_do(tmp_path):
 
 
 @pytest.mark.parametrize("with_code", [True, False])
-def test_torchscript_gives_its_parameters_and_buffers(tmp_path, with_code):
+def test_torchscript_yields_parameters_and_buffers(tmp_path, with_code):
     def module(path, **state):
         name = f"__torch__.{path}".rsplit(".", 1)
         return New(Global(*name), state)
@@ -268,7 +268,7 @@ def test_torchscript_gives_its_parameters_and_buffers(tmp_path, with_code):
     assert_same(read_tensors(path), dict.fromkeys(want, np.ones(2, np.float32)))
 
 
-def test_torchscript_of_anything_else_is_refused(tmp_path):
+def test_invalid_torchscript_is_refused(tmp_path):
     scripted = {"constants.pkl": b""}
     with pytest.raises(ValueError, match="TorchScript without a module"):
         read_tensors(archive(tmp_path, {"a": ONES}, extra=scripted))
@@ -277,7 +277,7 @@ def test_torchscript_of_anything_else_is_refused(tmp_path):
         read_tensors(archive(tmp_path, value, extra=scripted))
 
 
-def test_safetensors_are_read_and_written_whole(tmp_path):
+def test_safetensors_round_trip(tmp_path):
     path = tmp_path / "model.safetensors"
     columns = {"columns": ARRAYS["single"].T}
     write_tensors(path, ARRAYS | columns)
@@ -308,7 +308,7 @@ def index(folder, name, where):
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
-def test_shards_are_read_by_their_index(tmp_path, form):
+def test_shards_are_read_through_their_index(tmp_path, form):
     stem = {"safetensors": "model", "bin": "pytorch_model"}[form]
     write = {"safetensors": lambda path, x: save_file(x, path), "bin": torch_files.save}[form]
     single = {"single": ARRAYS["single"]}
@@ -323,7 +323,7 @@ def test_shards_are_read_by_their_index(tmp_path, form):
     assert_same(read_tensors(tmp_path / f"{stem}.{form}.index.json"), ARRAYS)
 
 
-def test_a_wrong_index_is_named(tmp_path):
+def test_invalid_index_is_reported(tmp_path):
     name = "model.safetensors.index.json"
     save_file({"a": np.ones(2)}, tmp_path / "x.safetensors")
     for where, error, message in (
@@ -340,7 +340,7 @@ def test_a_wrong_index_is_named(tmp_path):
         read_tensors(tmp_path)
 
 
-def test_numbered_shards_stand_for_a_missing_file(tmp_path):
+def test_numbered_shards_replace_a_missing_file(tmp_path):
     names = list(ARRAYS)
     path = tmp_path / "model_best_test.pth"
     for i in range(10):  # 10 sorts before 2 as text
@@ -358,7 +358,7 @@ def test_numbered_shards_stand_for_a_missing_file(tmp_path):
     assert list(read_tensors(path)) == ["whole"]
 
 
-def test_a_source_that_is_not_there_is_named(tmp_path):
+def test_missing_source_is_reported(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"there is no .*a\.pth, and it has no shards a_1\.pth"
     ):
@@ -375,7 +375,7 @@ def test_a_source_that_is_not_there_is_named(tmp_path):
         read_tensors(tmp_path / "a.pt")
 
 
-def test_what_torch_saves_is_read_as_torch_reads_it(tmp_path):
+def test_torch_files_are_read_as_torch_reads_them(tmp_path):
     torch = pytest.importorskip("torch", reason=NO_TORCH)
     torch.manual_seed(0)
     kinds = (torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.float8_e4m3fn)
@@ -405,7 +405,7 @@ def test_what_torch_saves_is_read_as_torch_reads_it(tmp_path):
         read_tensors(path)
 
 
-def test_what_is_written_has_the_layout_that_others_ask_for(tmp_path):
+def test_written_safetensors_have_the_standard_layout(tmp_path):
     write_tensors(tmp_path / "a.safetensors", {"a": np.ones(2, np.float32)})
     raw = (tmp_path / "a.safetensors").read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])

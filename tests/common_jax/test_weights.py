@@ -51,7 +51,7 @@ def values(warm):
     }
 
 
-def test_parameters_of_one_shape_keep_their_names_and_their_sources(sources):
+def test_parameters_of_equal_shape_keep_their_names_and_sources(sources):
     targets = [f"{part}/{name}" for part in ("a", "b", "c") for name in ("first", "second")]
     warm = take(
         wanted(*targets, "a/third"),
@@ -79,7 +79,7 @@ def _taken(warm):
     return warm.account["taken"]
 
 
-def test_names_change_from_the_source_s_to_the_wanted(sources):
+def test_origin_renames_source_to_target_names(sources):
     renamed = {"first": "second", "second": "third", "third": "new"}
     warm = take(
         wanted("a/second", "a/third", "a/new"),
@@ -88,7 +88,7 @@ def test_names_change_from_the_source_s_to_the_wanted(sources):
     assert values(warm) == {"a/second": 1, "a/third": 2, "a/new": 3}
 
 
-def test_what_is_to_be_fresh_is_so_whether_it_is_there_or_not(sources):
+def test_fresh_parameters_are_drawn_even_if_in_the_source(sources):
     warm = take(
         wanted("a/first", "a/second", "a/new"),
         [Origin(sources / "one", "net/stage_1", "a")],
@@ -103,7 +103,7 @@ def test_what_is_to_be_fresh_is_so_whether_it_is_there_or_not(sources):
     assert warm.account["left"] == [{"name": "a/third", "reason": "has no place"}]
 
 
-def test_a_regex_of_the_user_that_matches_nothing_is_warned_of(sources, caplog):
+def test_user_regex_without_a_match_causes_a_warning(sources, caplog):
     def taken(**allowed):
         take(
             wanted("a/first", "a/second"),
@@ -128,7 +128,7 @@ def test_a_regex_of_the_user_that_matches_nothing_is_warned_of(sources, caplog):
         ({"leave": (Allowance("a/thir", ""), Allowance("third", ""))}, "a/third .* has no place"),
     ],
 )
-def test_an_allowance_is_of_a_whole_path(sources, allowed, message):
+def test_allowances_match_whole_paths_only(sources, allowed, message):
     everything = {"fresh": (Allowance("a/new", "x"),), "leave": (Allowance("a/third", "x"),)}
     origins = [Origin(sources / "one", "net/stage_1", "a")]
     targets = wanted("a/first", "a/second", "a/new")
@@ -137,12 +137,12 @@ def test_an_allowance_is_of_a_whole_path(sources, allowed, message):
         take(targets, origins, **everything | allowed)
 
 
-def test_a_subtree_is_of_whole_keys(sources):
+def test_subtree_must_consist_of_whole_keys(sources):
     with pytest.raises(ValueError, match=r"holds no 'net/stag', only \['net'\]"):
         take(wanted("a/first"), [Origin(sources / "one", "net/stag", "a")])
 
 
-def test_only_looking_reads_nothing_and_still_finds_what_is_wrong(sources):
+def test_take_without_read_loads_nothing_but_reports_mismatches(sources):
     origins = [Origin(sources / "two", "net/stage_1", "a")]
     warm = take(wanted("a/first", "a/second"), origins, read=False)
     assert (warm.params, [entry["arrays"] for entry in _taken(warm)]) == ({}, [0])
@@ -150,7 +150,7 @@ def test_only_looking_reads_nothing_and_still_finds_what_is_wrong(sources):
         take(wanted("a/first", "a/second", shape=(3, 2)), origins, read=False)
 
 
-def test_parameters_take_the_type_and_the_places_that_are_wanted(sources):
+def test_parameters_take_the_target_dtype_and_sharding(sources):
     sharding = NamedSharding(split_mesh(), P("fsdp"))
     targets = wanted("a/first", "a/second", dtype=jnp.bfloat16, sharding=sharding)
     warm = take(targets, [Origin(sources / "two", "net/stage_1", "a")])
@@ -159,7 +159,7 @@ def test_parameters_take_the_type_and_the_places_that_are_wanted(sources):
         assert (leaf.dtype, leaf.sharding) == (jnp.bfloat16, sharding)
 
 
-def test_the_first_adaption_whose_path_matches_whole_is_taken(sources):
+def test_first_fully_matching_adaptation_is_used(sources):
     """Its result is where it is wanted, with every part in its place."""
     sharding = NamedSharding(split_mesh(), P("fsdp", "expert"))
     targets = wanted("a/first", "a/second", shape=(6, 2), sharding=sharding)

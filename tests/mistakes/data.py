@@ -26,9 +26,9 @@ TASK = (
 )
 LISTS = f"{TESTS}/test_listing.py {TESTS}/test_subsets.py {TESTS}/test_digits.py"
 ORDER = (
-    "tests/common_jax/test_order.py::test_draws_follow_every_part_of_an_example_s_place "
-    "tests/common_jax/test_inputs.py::test_batches_by_hand "
-    "tests/common_jax/test_inputs.py::test_draws_of_a_batch_are_those_of_its_examples "
+    "tests/common_jax/test_order.py::test_draws_depend_on_seed_epoch_index_and_copy "
+    "tests/common_jax/test_inputs.py::test_batches_follow_the_frozen_order "
+    "tests/common_jax/test_inputs.py::test_transform_draws_belong_to_the_example "
     "tests/common_jax/test_inputs.py::test_evaluation_transforms_each_example"
 )
 ZIPS = (
@@ -245,8 +245,7 @@ MISTAKES: tuple[Mistake, ...] = (
         what="a slot is written to before its piece is copied out",
         right="self._written - self._done[0] >= self.slots",
         wrong="self._written - self._done[0] > self.slots",
-        tests="tests/common_jax/test_pieces.py::"
-        "test_a_full_ring_overwrites_nothing_and_no_one_waits",
+        tests="tests/common_jax/test_pieces.py::test_full_ring_neither_overwrites_nor_blocks",
     ),
     Mistake(
         file=f"{INPUTS}/workers.py",
@@ -262,6 +261,6 @@ MISTAKES: tuple[Mistake, ...] = (
         wrong="return {name: np.zeros_like(value) for name, value in example.items()}\n"
         "        BadExamples(9, 0, None).add(index, example)\n    raise",
         tests="tests/common_jax/test_inputs.py::"
-        "test_a_host_does_not_count_the_bad_examples_of_another",
+        "test_host_does_not_count_the_bad_examples_of_another",
     ),
 )

@@ -39,7 +39,7 @@ EQUATIONS = " ".join(
         "test_bfloat16_network_has_bfloat16_tokens_and_float32_logits",
     )
 )
-LOOPS = "tests/test_remat_and_scan.py::test_every_layer_s_gate_draws_its_own_noise"
+LOOPS = "tests/test_remat_and_scan.py::test_gate_noise_is_drawn_per_layer"
 SIZES = " ".join(
     f"tests/m2mkd_jax/test_models.py::{name}"
     for name in (
@@ -51,10 +51,8 @@ SIZES = " ".join(
 POSITIONS = "tests/m2mkd_jax/test_positions.py"
 VARIANTS = "tests/m2mkd_jax/test_vit_variants.py"
 LAYERS = "tests/common_jax/test_attention.py tests/common_jax/test_mlp.py"
-PADDING = "tests/common_jax/test_attention.py::test_padding_to_an_even_length_changes_nothing"
-DENSE = (
-    "tests/common_jax/test_dense.py::test_the_precision_that_is_asked_for_holds_for_gradients_too"
-)
+PADDING = "tests/common_jax/test_attention.py::test_padding_to_even_length_changes_nothing"
+DENSE = "tests/common_jax/test_dense.py::test_precision_argument_applies_to_gradients"
 CONVERT = "tests/m2mkd_jax/test_vit_names.py"
 LOADING = "tests/m2mkd_jax/test_loading.py"
 
@@ -318,8 +316,7 @@ MISTAKES: tuple[Mistake, ...] = (
         what="a loop keeps the products of layers that are computed again",
         right="if not remat:",
         wrong="if True:",
-        tests="tests/test_remat_and_scan.py::"
-        "test_a_loop_over_layers_changes_no_loss_and_no_gradient",
+        tests="tests/test_remat_and_scan.py::test_scan_layers_changes_neither_loss_nor_gradient",
     ),
     Mistake(
         file="common_jax/nn/mlp.py",

@@ -10,70 +10,67 @@ def named(file: str, *tests: str) -> str:
 
 OPTIM = named(
     "test_optim.py",
-    "test_steps_of_adamw_are_those_worked_out_by_hand",
-    "test_polynomial_falls_from_the_peak_at_once",
-    "test_curves_by_epoch_count_a_last_epoch_that_is_not_whole",
-    "test_a_part_of_the_network_is_clipped_by_the_norm_of_all_its_parameters",
-    "test_what_is_called_like_a_bias_or_a_position_does_not_decay_and_the_rest_of_it_does",
+    "test_adamw_steps_match_a_hand_computation",
+    "test_polynomial_decays_from_the_peak_without_warmup",
+    "test_epoch_schedules_count_a_partial_last_epoch",
+    "test_part_is_clipped_by_the_norm_of_all_its_parameters",
+    "test_decay_mask_matches_whole_names_of_biases_and_positions",
 )
 STEP = named(
     "test_step.py",
     "test_micro_batches_take_every_nth_example",
-    "test_every_micro_batch_has_keys_of_its_own",
-    "test_a_loss_or_a_gradient_alone_skips_the_step_for_average_and_optimizer_too",
-    "test_steps_of_sgd_and_its_average_are_those_worked_out_by_hand",
+    "test_each_micro_batch_has_its_own_keys",
+    "test_non_finite_loss_or_gradient_alone_skips_the_step",
+    "test_sgd_steps_and_average_match_a_hand_computation",
 )
 STATE = "tests/common_jax/test_state.py"
 DESCENT = named(
     "test_descent.py",
-    "test_every_step_is_the_one_worked_out_by_hand",
-    "test_what_is_evaluated_is_the_average_without_the_skipped_steps",
-    "test_a_resumed_run_has_the_same_average_to_the_bit",
+    "test_every_step_matches_a_hand_computation",
+    "test_evaluation_uses_the_average_without_skipped_steps",
+    "test_resumed_average_is_bitwise_identical",
     "test_too_many_skipped_steps_in_a_row_stop_the_run",
-    "test_a_save_by_the_clock_has_no_score_of_an_earlier_step",
+    "test_timed_save_does_not_inherit_an_earlier_score",
 )
 TASK = named(
     "test_task.py",
-    "test_moments_and_averages_lie_as_their_parameters_and_the_rest_is_whole",
-    "test_a_fresh_state_is_drawn_from_the_seed_and_the_name_init",
+    "test_moments_and_averages_are_sharded_like_their_parameters",
+    "test_initial_state_is_drawn_from_the_seed_and_the_name_init",
 )
 WEIGHTS = named(
     "test_weights.py",
-    "test_names_change_from_the_source_s_to_the_wanted",
-    "test_what_is_to_be_fresh_is_so_whether_it_is_there_or_not",
+    "test_origin_renames_source_to_target_names",
+    "test_fresh_parameters_are_drawn_even_if_in_the_source",
 )
 METRICS = named(
     "test_metrics.py",
-    "test_events_hold_the_numbers_of_a_step_and_where_the_start_went_on",
-    "test_a_line_that_finds_no_room_leaves_nothing_of_itself",
+    "test_events_hold_scalars_and_mark_the_restart",
+    "test_line_that_does_not_fit_on_the_disk_leaves_no_trace",
 )
 MESH = named(
     "test_mesh.py",
-    "test_rows_are_taken_of_every_share_and_put_back_where_they_were",
+    "test_rows_are_taken_from_every_shard_and_put_back",
 )
-CONFIG = named(
-    "test_config.py", "test_of_several_sections_the_kind_chooses_and_without_one_the_first"
-)
+CONFIG = named("test_config.py", "test_kind_selects_the_section_and_defaults_to_the_first")
 INPUTS = " ".join(
     (
-        named("test_order.py", "test_draws_follow_every_part_of_an_example_s_place"),
-        named("test_inputs.py", "test_a_transform_is_not_passed_over_for_a_source_in_memory"),
+        named("test_order.py", "test_draws_depend_on_seed_epoch_index_and_copy"),
+        named("test_inputs.py", "test_transform_is_applied_to_in_memory_sources_too"),
     )
 )
 CHECKPOINT = named(
     "test_checkpoint.py",
-    "test_a_checkpoint_evaluated_later_may_be_the_best",
-    "test_the_running_average_is_loaded_where_there_is_one",
+    "test_score_added_after_saving_counts_for_best",
+    "test_running_average_is_loaded_if_present",
 )
 IDENTITY = named(
     "test_identity.py",
-    "test_the_newest_checkpoint_says_which_run_it_is_where_run_json_is_lost",
+    "test_newest_checkpoint_identifies_a_run_without_run_json",
 )
-REPORT = named("test_report.py", "test_shares_are_drawn_over_the_fair_share")
-LARGEST = named("test_hosts.py", "test_every_process_gets_the_largest_of_each_value")
+REPORT = named("test_report.py", "test_heat_maps_show_shares_relative_to_the_fair_share")
+LARGEST = named("test_hosts.py", "test_largest_is_taken_across_processes")
 FLOPS = (
-    "tests/test_plan_programs.py"
-    "::test_products_of_batches_and_convolutions_of_groups_are_counted_by_hand"
+    "tests/test_plan_programs.py::test_batched_products_and_grouped_convolutions_match_a_hand_count"
 )
 GPUS = "tests/test_gpu_programs.py"
 
@@ -321,14 +318,14 @@ MISTAKES: tuple[Mistake, ...] = (
         "after a failed save the best checkpoint is forgotten",
         "self.score(step, metrics)  # kept here, since `_attempt` may replace the manager",
         "pass",
-        "tests/common_jax/test_checkpoint.py::test_the_best_stays_where_a_later_save_fails",
+        "tests/common_jax/test_checkpoint.py::test_best_checkpoint_survives_a_later_failed_save",
     ),
     Mistake(
         "common_jax/checkpoint/writing.py",
         "files wait in memory until they have 2 GiB",
         "return FILE if largest <= FILE and",
         "return None if largest <= FILE and",
-        "tests/common_jax/test_checkpoint.py::test_a_file_is_small_unless_an_array_is_larger",
+        "tests/common_jax/test_checkpoint.py::test_files_stay_small_unless_an_array_is_larger",
     ),
     Mistake(
         "common_jax/checkpoint/writing.py",
@@ -398,21 +395,20 @@ MISTAKES: tuple[Mistake, ...] = (
         "of losses the highest is the best",
         "return -value if metric",
         "return value if metric",
-        "tests/common_jax/test_checkpoint.py::test_of_losses_the_lowest_stays",
+        "tests/common_jax/test_checkpoint.py::test_lowest_loss_is_kept_as_best",
     ),
     Mistake(
         "common_jax/hosts.py",
         "hosts whose data differ are not noticed",
         "if highest != lowest:",
         "if highest < lowest:",
-        "tests/common_jax/test_hosts.py::test_what_is_not_the_same_everywhere_is_named",
+        "tests/common_jax/test_hosts.py::test_mismatch_between_processes_is_reported",
     ),
     Mistake(
         "common_jax/weights/warm_start.py",
         "a regex of the user that matches nothing is not warned of",
         "allowance.asked and not any(",
         "allowance.asked and any(",
-        "tests/common_jax/test_weights.py::"
-        "test_a_regex_of_the_user_that_matches_nothing_is_warned_of",
+        "tests/common_jax/test_weights.py::test_user_regex_without_a_match_causes_a_warning",
     ),
 )

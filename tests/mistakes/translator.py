@@ -17,7 +17,7 @@ TOWERS = f"{TESTS}/test_towers.py::test_a_tower_computes_what_its_tensors_say"
 RESNET = f"{TESTS}/test_towers.py::test_resnet_computes_what_its_tensors_say"
 SIGLIP = f"{TESTS}/test_siglip.py::test_a_tower_computes_what_its_tensors_say"
 TABLES = f"{TESTS}/test_tower_names.py"
-FORMULAS = "tests/common_jax/test_name_table.py::test_entries_by_their_formulas"
+FORMULAS = "tests/common_jax/test_name_table.py::test_entries_match_their_formulas"
 NAMES = " ".join(
     f"{TABLES}::{name}"
     for name in (
