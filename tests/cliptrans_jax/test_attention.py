@@ -9,7 +9,7 @@ from cliptrans_jax.models import attention
 from cliptrans_jax.translators.translator import grow_cache
 
 
-def test_attention_over_kept_keys_computes_its_formula():
+def test_cached_attention_matches_the_formula():
     draw = np.random.default_rng(4)
     query, keys, values = (draw.normal(size=(2, length, 6)) for length in (3, 5, 5))
     visible = draw.random((2, 1, 3, 5)) < 0.6
@@ -23,7 +23,7 @@ def test_attention_over_kept_keys_computes_its_formula():
             np.testing.assert_allclose(found[row].reshape(3, 6), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_scores_of_half_precision_are_not_rounded():
+def test_bfloat16_scores_are_kept_in_float32():
     # 49.88 and 50.10, which are both 50 in bfloat16.
     query, keys = 7.0625, np.array([7.0625, 7.09375])
     parts = [jnp.asarray(x, jnp.bfloat16) for x in ([[[[query]]]], [[keys[:, None]]])]
@@ -33,7 +33,7 @@ def test_scores_of_half_precision_are_not_rounded():
     assert float(found[0, 0, 0, 0]) == pytest.approx(wanted, rel=0.01)
 
 
-def test_kept_keys_grow_at_their_end():
+def test_cache_grows_at_its_end():
     kept, states = jnp.ones((1, 2, 3, 4)), jnp.ones((1, 2, 6, 4))
     grown, same = grow_cache((((kept, kept), (states, states)),), 5)[0]
     assert all(part is states for part in same)

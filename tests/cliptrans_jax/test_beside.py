@@ -75,7 +75,7 @@ def open_clip_folder(folder, content, *, name="open_clip_model.safetensors"):
     return folder
 
 
-def test_the_activation_is_read_from_open_clips_config(tmp_path):
+def test_activation_is_read_from_the_open_clip_config(tmp_path):
     folder = open_clip_folder(tmp_path / "gelu", OPEN_CLIP)
     for source in (folder, folder / "open_clip_model.safetensors"):
         found = pretrained.load(source)
@@ -89,7 +89,7 @@ def test_the_activation_is_read_from_open_clips_config(tmp_path):
         pretrained.load(folder, activation="gelu")
 
 
-def test_an_image_tower_under_openai_s_names_is_read(tmp_path):
+def test_image_tower_under_openai_names_is_read(tmp_path):
     """The tensors of Hugging Face's file for the same tower, renamed by hand."""
     params = make_params(kinds.KINDS["clip_vision"][0], VISION)
     tensors = {
@@ -148,7 +148,7 @@ def test_an_image_tower_under_openai_s_names_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["visual.conv1.weight", "visual.positional_embedding"])
-def test_a_tower_of_no_size_is_named(tmp_path, name):
+def test_tower_with_an_empty_tensor_is_reported(tmp_path, name):
     tensors = {
         "visual.conv1.weight": np.zeros((16, 3, 4, 4), "f4"),
         "visual.positional_embedding": np.zeros((5, 16), "f4"),
@@ -163,7 +163,7 @@ def test_a_tower_of_no_size_is_named(tmp_path, name):
         pretrained.load(tmp_path / "a.safetensors", activation="gelu")
 
 
-def test_an_unknown_activation_is_an_error(tmp_path, caplog):
+def test_unknown_activation_is_refused(tmp_path, caplog):
     folder = open_clip_folder(tmp_path / "a", None)
     with pytest.raises(
         ValueError, match=r"does not say which activation .*open_clip_config\.json b"
@@ -186,7 +186,7 @@ def test_an_unknown_activation_is_an_error(tmp_path, caplog):
         pretrained.load(tmp_path / "tower.safetensors")
 
 
-def test_the_activation_follows_from_openais_modules_or_file_names(tmp_path, caplog):
+def test_activation_follows_from_openai_modules_or_file_names(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     tensors = make_tensors("clip_text", OPENAI_TEXT, layout=1)
     torch_files.save(tmp_path / "ViT-B-32.pt", tensors)
@@ -236,7 +236,7 @@ def test_the_activation_follows_from_openais_modules_or_file_names(tmp_path, cap
         ({"ls_init_value": 1e-5}, "ls_init_value=1e-05"),
     ],
 )
-def test_an_open_clip_that_cannot_be_computed_is_named(tmp_path, change, message):
+def test_unsupported_open_clip_is_reported(tmp_path, change, message):
     model = OPEN_CLIP["model_cfg"]
     content = {"model_cfg": model | {"text_cfg": model["text_cfg"] | change}}
     with pytest.raises(ValueError, match=message):
@@ -248,7 +248,7 @@ def test_an_open_clip_that_cannot_be_computed_is_named(tmp_path, change, message
 
 
 @pytest.mark.parametrize("side", ["text", "vision"])
-def test_the_older_sections_of_a_clip_are_read_as_hugging_face_reads_them(side):
+def test_older_clip_sections_are_read_as_by_hugging_face(side):
     """`text_config_dict` replaces `text_config`, with Hugging Face's defaults for missing keys."""
     older = {"hidden_size": 32, "num_attention_heads": 4, "hidden_act": "gelu"}
     hf = CLIP | {f"{side}_config_dict": older}
@@ -283,7 +283,7 @@ def test_the_older_sections_of_a_clip_are_read_as_hugging_face_reads_them(side):
         ({"vocab_size": None}, "vocab_size=None"),
     ],
 )
-def test_a_size_of_another_type_is_named_with_its_file(tmp_path, change, message):
+def test_size_of_the_wrong_type_is_reported_with_its_file(tmp_path, change, message):
     hf = CLIP | {"text_config": CLIP["text_config"] | change}
     folder = write_folder(tmp_path / "clip", hf, make_tensors("clip_text"))
     with pytest.raises(ValueError, match=message) as raised:
@@ -292,7 +292,7 @@ def test_a_size_of_another_type_is_named_with_its_file(tmp_path, change, message
 
 
 @pytest.mark.parametrize("key", ["d_model", "scale_embedding", "dropout"])
-def test_an_mbart_of_other_types_is_named(tmp_path, key):
+def test_mbart_config_with_wrong_types_is_reported(tmp_path, key):
     folder = write_folder(tmp_path / "a", hf_mbart(**{key: "x"}), {"a": np.ones(2, np.float32)})
     with pytest.raises(ValueError, match="holds no 'mbart'"):
         pretrained.load(folder)
@@ -300,14 +300,14 @@ def test_an_mbart_of_other_types_is_named(tmp_path, key):
         mbart_config(hf_mbart(**{key: "x"}))
 
 
-def test_a_model_type_of_another_type_is_named(tmp_path):
+def test_model_type_must_be_a_string(tmp_path):
     for odd in ({"model_type": ["mbart"]}, {"architectures": 5, "model_type": "x"}):
         folder = write_folder(tmp_path / str(len(odd)), odd, {"a": np.ones(2, np.float32)})
         with pytest.raises(ValueError, match="of no known kind"):
             pretrained.load(folder)
 
 
-def test_pictures_that_were_normalised_otherwise_are_refused(tmp_path):
+def test_mismatched_image_normalisation_is_refused(tmp_path):
     folder = write_folder(
         tmp_path / "clip", CLIP, make_tensors("clip_vision") | make_tensors("clip_text")
     )
@@ -329,7 +329,7 @@ def test_pictures_that_were_normalised_otherwise_are_refused(tmp_path):
             pretrained.load(folder)
 
 
-def test_a_missing_logits_bias_becomes_zeros_with_a_note(tmp_path):
+def test_missing_logits_bias_becomes_zeros_with_a_note(tmp_path):
     tensors = make_tensors("mbart")
     del tensors["final_logits_bias"]
     found = pretrained.load(write_folder(tmp_path / "mbart", hf_mbart(), tensors))
@@ -341,7 +341,7 @@ def test_a_missing_logits_bias_becomes_zeros_with_a_note(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "model.", "net.translator."])
-def test_a_common_prefix_is_removed(tmp_path, prefix):
+def test_common_prefix_is_removed(tmp_path, prefix):
     tensors = {prefix + name: x for name, x in make_tensors("mbart").items()}
     tensors |= {"criterion.weight": np.ones(3, np.float32)} if prefix == "model." else {}
     found = pretrained.load(write_folder(tmp_path / "mbart", hf_mbart(), tensors))
@@ -353,7 +353,7 @@ def test_a_common_prefix_is_removed(tmp_path, prefix):
         }
 
 
-def test_networks_below_two_prefixes_are_chosen_between(tmp_path):
+def test_file_with_two_networks_requires_a_choice(tmp_path):
     tensors = {
         prefix + name: x + seed
         for seed, prefix in enumerate(("model.", "ema_model."))
@@ -386,7 +386,7 @@ XLMR = {
 }
 
 
-def test_an_mclip_made_from_a_folder_is_read_by_that_folder(tmp_path):
+def test_mclip_with_a_local_base_is_read_with_that_folder(tmp_path):
     base = tmp_path / "xlmr"
     base.mkdir()
     (base / "config.json").write_text(json.dumps(XLMR))
@@ -407,7 +407,7 @@ def test_an_mclip_made_from_a_folder_is_read_by_that_folder(tmp_path):
         pretrained.load(clip, kind="clip_text", base="x")
 
 
-def test_fields_that_shapes_do_not_show_are_listed(tmp_path):
+def test_fields_not_shown_by_shapes_are_listed(tmp_path):
     shapes = {"vocab": 20, "encoder_layers": 1, "decoder_layers": 1, "positions": 9}
     small = dataclasses.replace(type(UNEVEN)(), encoder_hidden=8, decoder_hidden=4, **shapes)
     assumed = {name: getattr(small, name) for name in kinds.MBART.unstated}

@@ -1,4 +1,4 @@
-"""The checkpoint that is translated with, and scored: the best one by its validation metric."""
+"""The checkpoint used for translation and scoring: the best by its validation metric."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from common_jax.run_config import RunConfig
 from common_jax.state import TrainState
 
 
-def test_the_best_checkpoint_is_the_earliest_of_the_highest(tmp_path):
+def test_best_checkpoint_is_the_earliest_with_the_highest_score(tmp_path):
     run, none = tmp_path / "run", np.zeros((), np.int32)
     checkpoints = checkpoint.Checkpoints(run, keep=3, best=None)
     for step in (3, 6, 9):
@@ -45,9 +45,7 @@ def test_the_best_checkpoint_is_the_earliest_of_the_highest(tmp_path):
 @pytest.mark.parametrize(
     ("values", "best"), [((4.0, math.nan, 3.0), "3"), ((math.nan, 2.0, math.inf), "6")]
 )
-def test_a_metric_that_is_not_finite_makes_no_checkpoint_the_best(
-    tmp_path, monkeypatch, values, best
-):
+def test_non_finite_metric_never_selects_a_checkpoint(tmp_path, monkeypatch, values, best):
     monkeypatch.setattr(checkpoint, "own_steps", lambda folder: [3, 6, 9])
     lines = [
         {"step": step, "val/bleu": value} for step, value in zip((3, 6, 9), values, strict=True)
@@ -56,7 +54,7 @@ def test_a_metric_that_is_not_finite_makes_no_checkpoint_the_best(
     assert best_step(epath.Path(tmp_path), RunConfig(best="val/bleu")).name == best
 
 
-def test_a_folder_of_steps_with_another_name_is_used_itself(tmp_path):
+def test_checkpoint_folder_with_another_name_is_used_directly(tmp_path):
     run = epath.Path(tmp_path) / "run"
     run.mkdir()
     write_run(run, tiny_config("translate", write_corpus(tmp_path / "corpus")))

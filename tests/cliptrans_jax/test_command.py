@@ -144,7 +144,7 @@ def test_user_errors_are_raised_before_anything_is_written(refused, flags, said)
 
 
 @pytest.mark.parametrize("stage", ["clip", "caption", "triplet"])
-def test_pictures_are_asked_for_where_there_are_none(refused, corpus, runs, tmp_path, stage):
+def test_missing_images_are_reported(refused, corpus, runs, tmp_path, stage):
     texts = tmp_path / "texts"
     shutil.copytree(corpus, texts, ignore=shutil.ignore_patterns("images"))
     refused(
@@ -155,14 +155,14 @@ def test_pictures_are_asked_for_where_there_are_none(refused, corpus, runs, tmp_
     )
 
 
-def test_a_missing_file_of_a_language_is_named(refused, corpus, tmp_path):
+def test_missing_language_file_is_reported(refused, corpus, tmp_path):
     copied = shutil.copytree(corpus, tmp_path / "copied")
     (copied / "raw" / f"{TEST}.de").unlink()
     said = [f"{copied}/raw/{TEST}.de", f"'{TEST}' has the languages en"]
     refused([NO_PREFIX], said, corpus=copied)  # although the test set is only needed at the end
 
 
-def test_files_of_different_lengths_are_named_with_their_counts(refused, corpus, tmp_path):
+def test_files_of_different_lengths_are_reported_with_counts(refused, corpus, tmp_path):
     copied = shutil.copytree(corpus, tmp_path / "copied")
     with (copied / "raw" / "train.de").open("a") as file:
         file.write("ein Kreis\n")
@@ -170,7 +170,7 @@ def test_files_of_different_lengths_are_named_with_their_counts(refused, corpus,
     refused([NO_PREFIX], said, corpus=copied)
 
 
-def test_an_unreadable_picture_is_named(refused, corpus, runs, tmp_path):
+def test_unreadable_image_is_reported(refused, corpus, runs, tmp_path):
     copied = shutil.copytree(corpus, tmp_path / "copied")
     name = (copied / "image_splits" / "train.txt").read_text().splitlines()[5]
     (copied / "images" / "train" / name).write_bytes(b"no picture")
@@ -183,7 +183,7 @@ def test_an_unreadable_picture_is_named(refused, corpus, runs, tmp_path):
     )
 
 
-def test_a_tower_of_another_width_is_refused(refused, runs):
+def test_tower_of_another_width_is_refused(refused, runs):
     flags = [f"--config.sources.clip={runs / 'clip'}", "--config.model.mapper.features=16"]
     for stage, tower in (("caption", "image"), ("translate", "text")):
         said = [
@@ -193,7 +193,7 @@ def test_a_tower_of_another_width_is_refused(refused, runs):
         refused(flags, said, stage=stage)
 
 
-def test_sources_of_another_kind_are_refused(refused, runs):
+def test_sources_of_the_wrong_kind_are_refused(refused, runs):
     refused(
         [f"--config.sources.clip={runs / 'translate'}"],
         ["config.sources.clip=", "a run of stage \"translate\", not of 'clip'"],
@@ -201,7 +201,7 @@ def test_sources_of_another_kind_are_refused(refused, runs):
     refused([f"--config.sources.clip={runs}"], ["no finished checkpoint", str(runs)])
 
 
-def test_a_stage_may_start_from_the_shards_of_a_release(corpus, tmp_path):
+def test_stage_may_start_from_released_shards(corpus, tmp_path):
     config = tiny_config("translate", corpus)
     sources = dataclasses.replace(config.sources, model=str(tmp_path / "model.pth"))
     config = dataclasses.replace(config, sources=sources)
@@ -211,7 +211,7 @@ def test_a_stage_may_start_from_the_shards_of_a_release(corpus, tmp_path):
     check_start(config, None, {})
 
 
-def test_another_tokenizer_than_that_of_the_source_is_refused(refused, runs):
+def test_tokenizer_differing_from_the_source_is_refused(refused, runs):
     for source in ("model", "clip"):
         flags = [f"--config.sources.clip={runs / 'clip'}", "--config.tokenizer.vocab=290"]
         if source == "model":
@@ -222,20 +222,20 @@ def test_another_tokenizer_than_that_of_the_source_is_refused(refused, runs):
         )
 
 
-def test_a_run_without_a_mapper_gives_none(refused, runs):
+def test_source_without_a_mapper_is_refused(refused, runs):
     sources = [f"--config.sources.{name}={runs / run}"
                for name, run in (("clip", "clip"), ("model", "no_prefix"))]  # fmt: skip
     said = ["mapper/out/kernel of shape (8, 64) is in none of the sources", "config.sources.fresh"]
     refused(sources, said)
 
 
-def test_a_mapper_is_not_left_behind_unnoticed(refused, runs):
+def test_mapper_is_not_dropped_silently(refused, runs):
     said = ["mapper/out/kernel of shape (8, 64) has no place", "config.sources.leave"]
     flags = [NO_PREFIX, f"--config.sources.model={runs / 'translate'}"]
     refused(flags, said)
 
 
-def test_the_tokenizer_of_a_failed_start_is_replaced(runs, corpus, tmp_path):
+def test_tokenizer_of_a_failed_start_is_replaced(runs, corpus, tmp_path):
     """Otherwise it would refuse the corrected command, as a tokenizer of another config."""
     config, workdir = tiny_config("clip", corpus), epath.Path(tmp_path)
     tokenizer = dataclasses.replace(config.tokenizer, vocab=290)
@@ -245,7 +245,7 @@ def test_the_tokenizer_of_a_failed_start_is_replaced(runs, corpus, tmp_path):
     assert (tmp_path / "tokenizer.json").read_text() == expected
 
 
-def test_another_config_in_the_same_workdir_is_refused(capsys, corpus, runs):
+def test_different_config_in_the_same_workdir_is_refused(capsys, corpus, runs):
     for stage in ("translate", "clip"):
         workdir = runs / stage
         before = {path.name: path.stat().mtime for path in workdir.iterdir()}
@@ -257,7 +257,7 @@ def test_another_config_in_the_same_workdir_is_refused(capsys, corpus, runs):
         assert before == {path.name: path.stat().mtime for path in workdir.iterdir()}
 
 
-def test_what_is_scored_must_be_there_and_of_the_config(refused, runs):
+def test_scored_model_must_exist_and_match_the_config(refused, runs):
     refused([NO_PREFIX], ["needs config.sources.model"], stage="evaluate")
     refused(
         [NO_PREFIX, f"--config.sources.model={runs / 'translate'}"],
@@ -289,12 +289,12 @@ def test_errors_of_stage_clip(refused, flags, said):
     refused(flags, said, stage="clip")
 
 
-def test_a_pipeline_that_cannot_begin_leaves_its_folder_free(refused):
+def test_pipeline_that_cannot_start_leaves_its_workdir_unused(refused):
     refused(["--config.model.mbart.vocab=280"], ["config.model.mbart.vocab=280"], stage="pipeline")
     refused(["--config.recipes={}"], ["config.recipes is empty"], stage="pipeline")
 
 
-def test_a_pipeline_is_checked_before_it_starts(refused):
+def test_pipeline_is_checked_before_it_starts(refused):
     recipe = "--config.recipes.translate.optim"
     refused(
         [f"{recipe}.schedule=inverse_sqrt", f"{recipe}.warmup_steps=6"],
@@ -312,7 +312,7 @@ def test_help_shows_the_flags(capsys):
     assert all(flag in shown for flag in ("--config", "--workdir", "--debug", "emoji.py"))
 
 
-def test_a_start_imports_neither_other_frameworks_nor_what_takes_seconds():
+def test_startup_imports_no_other_frameworks_or_slow_modules():
     slow = "{'tensorflow', 'torch', 'nltk', 'scipy.stats', 'sklearn'}"
     code = f"import sys, cliptrans_jax.main; print(sorted({slow} & set(sys.modules)))"
     result = subprocess.run(
@@ -327,7 +327,7 @@ def test_a_start_imports_neither_other_frameworks_nor_what_takes_seconds():
 
 
 @pytest.mark.parametrize(("stage", "pictures"), [("caption", True), ("text_recon", False)])
-def test_the_command_suggests_how_to_use_a_captioning_run(stage, pictures, caplog):
+def test_command_suggests_how_to_use_a_captioning_run(stage, pictures, caplog):
     with caplog.at_level(logging.INFO):
         command._conclude({}, tiny_config(stage, None), epath.Path("runs/x"))
     wanted = 'cliptrans translate runs/x "SENTENCE"' + " --pictures PICTURE" * pictures

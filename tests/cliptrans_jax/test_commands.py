@@ -91,7 +91,7 @@ def test_commands_are_listed_without_jax():
 # translate
 
 
-def test_lines_of_a_file_stay_in_their_order(call, pipeline, model, corpus, tmp_path):
+def test_translations_follow_the_order_of_the_file(call, pipeline, model, corpus, tmp_path):
     english, _, _ = read_split(corpus, TEST)
     (tmp_path / "lines.txt").write_text("\n".join([english[0], "", *english[1:]]) + "\n")
     printed = call("translate", pipeline, "--file", tmp_path / "lines.txt", "--batch", 2)
@@ -99,7 +99,7 @@ def test_lines_of_a_file_stay_in_their_order(call, pipeline, model, corpus, tmp_
     assert printed.split("\n") == [best[0], "", *best[1:], ""]
 
 
-def test_the_best_translations_are_printed_with_scores(call, pipeline, loaded, model):
+def test_n_best_translations_are_printed_with_scores(call, pipeline, loaded, model):
     sentence = "a red square"
     expected = [(one.text, one.score) for one in model.translate([sentence])[0]]
     options = ("--n-best", 2, "--scores")
@@ -112,7 +112,7 @@ def test_the_best_translations_are_printed_with_scores(call, pipeline, loaded, m
 
 
 @pytest.mark.parametrize("form", ["column", "names", "one"])
-def test_pictures_replace_the_features_of_sentences(
+def test_images_replace_the_features_of_sentences(
     call, pipeline, loaded, model, corpus, tmp_path, form
 ):
     english, _, pictures = read_split(corpus, TEST)
@@ -136,7 +136,7 @@ def test_pictures_replace_the_features_of_sentences(
     assert scores != pytest.approx(by_text, abs=1e-4)
 
 
-def test_translations_come_before_all_sentences_are_read(model):
+def test_translations_are_streamed(model):
     read = []
 
     def lines():
@@ -152,7 +152,7 @@ def test_translations_come_before_all_sentences_are_read(model):
     ]  # fmt: skip
 
 
-def test_a_stream_is_read_line_by_line():
+def test_stream_is_read_line_by_line():
     stream = io.BytesIO(b"\xef\xbb\xbfa red square\r\n\nein gr\xc3\xbcnes Quadrat\nb\xff\n")
     lines = read_stream(stream, "standard input")
     assert [next(lines).text for _ in range(3)] == ["a red square", "", "ein grünes Quadrat"]
@@ -160,14 +160,14 @@ def test_a_stream_is_read_line_by_line():
         next(lines)
 
 
-def test_a_sentence_that_is_cut_is_named(model, caplog):
+def test_truncated_sentence_is_reported(model, caplog):
     lines = [Line("t.txt, line 1", "red"), Line("t.txt, line 2", "red " * 40)]
     assert len(list(translate_lines(model, lines, size=2))) == 2
     (message,) = [x for x in caplog.messages if "line" in x]
     assert message.startswith("t.txt, line 2 has ") and message.endswith("reads the first 18")
 
 
-def test_a_users_errors_name_file_and_line(refusal, pipeline, loaded, corpus, tmp_path):
+def test_input_errors_name_file_and_line(refusal, pipeline, loaded, corpus, tmp_path):
     file, folder = tmp_path / "lines.txt", corpus / "images" / TEST
     file.write_bytes(b"good\nb\xe4d\n")
     assert f"{file}, line 2 is not UTF-8" in refusal("translate", pipeline, "--file", file)
@@ -197,7 +197,7 @@ def test_a_users_errors_name_file_and_line(refusal, pipeline, loaded, corpus, tm
     )
 
 
-def test_another_pair_leaves_the_ids_of_a_trained_tokenizer(refusal, pipeline):
+def test_another_language_pair_keeps_trained_tokenizer_ids(refusal, pipeline):
     turned = find(pipeline, settings={"data.source_language": "de", "data.target_language": "en"})
     assert turned.config.data.pair == ("de", "en")
     ids = [x.load_tokenizer().language_id("en") for x in (turned, find(pipeline))]
@@ -209,7 +209,7 @@ def test_another_pair_leaves_the_ids_of_a_trained_tokenizer(refusal, pipeline):
 # evaluate
 
 
-def test_a_run_is_scored_on_any_split(call, pipeline, model, corpus, tmp_path):
+def test_run_can_be_scored_on_any_split(call, pipeline, model, corpus, tmp_path):
     out = tmp_path / "out"
     printed = call("evaluate", pipeline, "--split", "val", "--out", out)
     english, german, _ = read_split(corpus, "val")
@@ -222,7 +222,7 @@ def test_a_run_is_scored_on_any_split(call, pipeline, model, corpus, tmp_path):
     assert json.loads((out / "scores.json").read_text())["bleu"] == pytest.approx(expected.bleu)
 
 
-def test_scores_are_printed_without_a_folder(call, pipeline):
+def test_scores_are_only_printed_without_an_output_folder(call, pipeline):
     before = sorted(path.name for path in (pipeline / "translate").iterdir())
     settings = ("--data.source_language=en", "--data.further_tests=('of_another_corpus',)")
     scores = json.loads(call("evaluate", pipeline, "--json", *settings))
@@ -233,7 +233,7 @@ def test_scores_are_printed_without_a_folder(call, pipeline):
 # features
 
 
-def test_sentences_and_pictures_share_one_file(call, pipeline, corpus, tmp_path):
+def test_sentence_and_image_features_share_one_file(call, pipeline, corpus, tmp_path):
     english, _, pictures = read_split(corpus, TEST)
     (tmp_path / "lines.txt").write_text("\n\n".join(english))
     folder, out = corpus / "images" / TEST, tmp_path / "vectors.npz"
@@ -259,7 +259,7 @@ def test_sentences_and_pictures_share_one_file(call, pipeline, corpus, tmp_path)
     np.testing.assert_allclose(unit[0], expected[0] / np.linalg.norm(expected[0]), rtol=1e-4)
 
 
-def test_vectors_need_something_to_read(refusal, pipeline, tmp_path):
+def test_features_command_refuses_missing_inputs(refusal, pipeline, tmp_path):
     out = ("--out", tmp_path / "x.npz")
     assert "there is no" in refusal("features", pipeline, tmp_path / "missing", *out)
     assert "has no pictures" in refusal("features", pipeline, tmp_path, *out)
@@ -281,7 +281,7 @@ def exported(pipeline, tmp_path_factory):
     return folder
 
 
-def test_a_folder_has_all_that_its_readers_need(exported):
+def test_exported_folder_is_complete(exported):
     towers = {
         *("text_tower/config.json", "text_tower/model.safetensors"),
         *("text_tower/projection.safetensors", "text_tower/tokenizer.json"),
@@ -302,7 +302,7 @@ def test_a_folder_has_all_that_its_readers_need(exported):
     assert {"adapter.hidden.0.weight", "adapter.hidden.0.bias"} <= set(names)
 
 
-def test_the_card_says_what_the_model_is(exported, corpus):
+def test_model_card_describes_the_model(exported, corpus):
     card = (exported / "model" / "README.md").read_text()
     for text in (
         "license: unknown",
@@ -318,7 +318,7 @@ def test_the_card_says_what_the_model_is(exported, corpus):
     assert "AutoImageProcessor" in (exported / "towers" / "README.md").read_text()
 
 
-def test_transformers_cuts_sentences_as_the_run_does(exported, model):
+def test_exported_tokenizers_match_in_transformers(exported, model):
     transformers = pytest.importorskip("transformers", reason=NO_TORCH)
     texts = ["a red square", "ein grünes Quadrat", "Ü  de 漢", "a"]
     for folder, language, ours in (
@@ -332,7 +332,7 @@ def test_transformers_cuts_sentences_as_the_run_does(exported, model):
         assert theirs.convert_tokens_to_ids(language_token("de")) == ours.language_id("de")
 
 
-def test_a_published_tokenizer_is_copied_with_its_languages(tmp_path):
+def test_published_tokenizer_is_exported_with_its_languages(tmp_path):
     transformers = pytest.importorskip("transformers", reason=NO_TORCH)
     (tmp_path / "published").mkdir()
     sentencepiece.SentencePieceTrainer.train(
@@ -355,7 +355,7 @@ def test_a_published_tokenizer_is_copied_with_its_languages(tmp_path):
         write_tokenizer(out, config, tmp_path / "none", (), limit=20, pair=("en", "cs"))
 
 
-def test_transformers_computes_the_same(exported, model):
+def test_exported_model_matches_in_transformers(exported, model):
     torch = pytest.importorskip("torch", reason=NO_TORCH)
     transformers = pytest.importorskip("transformers", reason=NO_TORCH)
     folder = exported / "model"
@@ -376,7 +376,7 @@ def test_transformers_computes_the_same(exported, model):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_transformers_computes_the_same_features(exported, model, corpus):
+def test_exported_towers_match_in_transformers(exported, model, corpus):
     torch = pytest.importorskip("torch", reason=NO_TORCH)
     transformers = pytest.importorskip("transformers", reason=NO_TORCH)
     english, _, pictures = read_split(corpus, TEST)
@@ -407,7 +407,7 @@ def test_transformers_computes_the_same_features(exported, model, corpus):
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_a_folder_is_uploaded_when_asked(call, refusal, pipeline, tmp_path, monkeypatch):
+def test_exported_folder_is_uploaded_on_request(call, refusal, pipeline, tmp_path, monkeypatch):
     asked = []
 
     class Hub:
@@ -433,7 +433,7 @@ def test_a_folder_is_uploaded_when_asked(call, refusal, pipeline, tmp_path, monk
 # show
 
 
-def test_every_stage_of_a_config_is_shown_at_the_length_of_its_tokenizer(call):
+def test_show_covers_every_stage_at_its_tokenizer_length(call):
     shown = call("show", "cliptrans/emoji.py", "--only=seed", "--config.seed=4")
     assert "config.seed = 4   (default 0)" in shown
     titles = [line.partition(":")[0] for line in shown.splitlines() if " FLOPs" not in line]
@@ -442,6 +442,6 @@ def test_every_stage_of_a_config_is_shown_at_the_length_of_its_tokenizer(call):
     assert call("show", "--config=cliptrans/emoji.py", "--only=seed", "--config.seed=4") == shown
 
 
-def test_one_config_is_shown(refusal):
+def test_show_takes_exactly_one_config(refusal):
     assert "show takes one run or config" in refusal("show")
     assert "and got a and b" in refusal("show", "a", "--config=b")

@@ -17,7 +17,7 @@ from cliptrans_jax.models.prefix import PrefixConfig
 from cliptrans_jax.translators.mbart import MBartConfig
 
 
-def test_the_defaults_are_the_originals():
+def test_defaults_are_those_of_the_original():
     config = Config()
     assert (config.stage, config.parity, config.precision) == ("translate", False, "float32")
     assert (config.freeze, config.unfreeze_clip, config.all_languages) == ("encoder", False, False)
@@ -32,7 +32,7 @@ def test_the_defaults_are_the_originals():
     assert decode.early_stopping and decode.max_length == 61
 
 
-def test_what_networks_compute_in():
+def test_precision_sets_the_compute_dtype():
     config = tiny_config("translate", None)
     assert config.dtype == jnp.float32
     assert dataclasses.replace(config, precision="bfloat16").dtype == jnp.bfloat16
@@ -62,7 +62,7 @@ def sized(*, positions=32, prefix=4, max_length=None, new_tokens=8, vocab=300, *
         ({"positions": 3000}, 1024),
     ],
 )
-def test_sentences_are_as_long_as_tokenizer_and_positions_allow(sizes, limit):
+def test_sentence_limit_follows_tokenizer_and_positions(sizes, limit):
     assert sized(**sizes).sentence_limit == limit
     assert sized(**sizes).has_prefix is (sizes.get("prefix") != 0)
 
@@ -76,7 +76,7 @@ def test_sentences_are_as_long_as_tokenizer_and_positions_allow(sizes, limit):
         ({"max_length": 28, "positions": 32}, {"max_length": 28, "positions": 31}),
     ],
 )
-def test_the_longest_sentence_and_the_prefix_just_fit(fits, longer):
+def test_longest_sentence_and_prefix_must_fit_the_positions(fits, longer):
     sized(**fits)
     with pytest.raises(
         ValueError, match=r"^model\.mbart\.positions=3[12] is less than the longest"
@@ -86,11 +86,11 @@ def test_the_longest_sentence_and_the_prefix_just_fit(fits, longer):
         sized(**longer)
 
 
-def test_stage_clip_has_no_prefix_and_decodes_nothing():
+def test_stage_clip_needs_no_room_for_prefix_or_decoding():
     assert sized(max_length=40, stage="clip").sentence_limit == 28
 
 
-def test_a_search_has_at_most_half_of_the_vocabulary_in_beams():
+def test_beams_are_limited_to_half_of_the_vocabulary():
     for fields in ({"decode": DecodeConfig(beams=150, max_new_tokens=8)}, {"valid_beams": 150}):
         dataclasses.replace(sized(), **fields)
     for fields in ({"decode": DecodeConfig(beams=151, max_new_tokens=8)}, {"valid_beams": 151}):
@@ -101,18 +101,18 @@ def test_a_search_has_at_most_half_of_the_vocabulary_in_beams():
 @pytest.mark.parametrize("prefix", [0, 4])
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("unfreeze", [False, True])
-def test_the_step_runs_a_text_tower_that_trains_or_is_not_kept(prefix, keep, unfreeze):
+def test_step_runs_the_text_tower_if_trained_or_not_cached(prefix, keep, unfreeze):
     config = sized(prefix=prefix, keep_text_features=keep, unfreeze_clip=unfreeze)
     assert config.encodes_texts is (prefix > 0 and (unfreeze or not keep))
 
 
-def test_languages_are_the_pair_unless_more_are_known():
+def test_known_languages_default_to_the_pair():
     assert sized().known_languages == ("en", "de")
     assert sized(languages=("fr", "de", "en")).known_languages == ("fr", "de", "en")
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
-def test_parity_is_written_into_the_fields(accumulate):
+def test_parity_is_applied_to_the_fields(accumulate):
     """Adam on summed gradients is Adam on their mean with a smaller epsilon."""
     config = sized(parity=True)
     optim = dataclasses.replace(config.optim, batch=8, accumulate=accumulate, eps=1e-6)
@@ -140,13 +140,13 @@ def test_parity_is_written_into_the_fields(accumulate):
         ({"test_side": "image", "stage": "triplet"}, "image"),
     ],
 )
-def test_parity_looks_at_pictures_where_the_original_does(changes, side):
+def test_parity_uses_images_where_the_original_does(changes, side):
     assert dataclasses.replace(sized(parity=True), **changes).apply_parity().test_side == side
     plain = dataclasses.replace(sized(), **changes)
     assert plain.apply_parity() is plain
 
 
-def test_a_run_has_one_source_of_weights_and_one_of_towers():
+def test_conflicting_sources_are_refused():
     for fields in (
         {"model": "a", "mbart": "b"},
         {"clip": "a", "clip_image": "b"},
@@ -157,7 +157,7 @@ def test_a_run_has_one_source_of_weights_and_one_of_towers():
     SourcesConfig(mbart="a", clip="b", clip_text="c")
 
 
-def test_a_text_tower_that_stays_frozen_must_be_given():
+def test_locked_text_tower_needs_a_source():
     locked = ClipConfig(lock_text=True)
     for stage in ("clip", "pipeline"):
         with pytest.raises(ValueError, match=r"clip\.lock_text=True needs .* sources\.clip_text"):
@@ -166,7 +166,7 @@ def test_a_text_tower_that_stays_frozen_must_be_given():
     sized(stage="clip", clip=locked, sources=SourcesConfig(clip_text="tower"))
 
 
-def test_the_published_sizes_are_the_defaults():
+def test_published_sizes_are_the_defaults():
     assert MBartConfig().positions == 1024 and MapperConfig() == MapperConfig("mlp", 10, 512)
 
 
@@ -185,6 +185,6 @@ def test_the_published_sizes_are_the_defaults():
         ({"test_side": "picture"}, r"^test_side='picture'"),
     ],
 )
-def test_what_makes_no_sense_is_refused(changes, said):
+def test_invalid_configs_are_refused(changes, said):
     with pytest.raises(ValueError, match=said):
         dataclasses.replace(Config(), **changes)

@@ -71,7 +71,7 @@ def arguments(stage, rest):
     return f"stage={stage}" + (f",{rest}" if rest else "")
 
 
-def test_every_file_is_looked_at():
+def test_every_config_file_is_covered():
     assert set(FILES) == set(STAGES_OF) == set(ARGUMENTS)
 
 
@@ -110,7 +110,7 @@ def check(config: Config) -> None:
     [(n, stage, rest) for n, stages in STAGES_OF.items() for stage in stages
      for rest in ARGUMENTS[n]],
 )  # fmt: skip
-def test_every_stage_can_be_run(name, stage, rest, tmp_path):
+def test_every_stage_can_be_built(name, stage, rest, tmp_path):
     config = load(name, arguments(stage, rest))
     assert config.stage == stage
     for _, one in plan(config, tmp_path):
@@ -118,7 +118,7 @@ def test_every_stage_can_be_run(name, stage, rest, tmp_path):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_tenth_of_every_stage_has_a_config(name):
+def test_every_stage_can_be_scaled_to_a_tenth(name):
     for stage in STAGES_OF[name]:
         whole, short = (load(name, arguments(stage, f"scale={scale}")) for scale in (1, 0.1))
         recipes = [(whole, short)]
@@ -131,7 +131,7 @@ def test_a_tenth_of_every_stage_has_a_config(name):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_model_can_be_scored(name):
+def test_every_config_can_score_a_model(name):
     for rest in ARGUMENTS[name]:
         config = load(name, arguments("evaluate", rest), **{"sources.model": MODEL})
         assert (config.stage, config.sources.model) == ("evaluate", MODEL)
@@ -149,7 +149,7 @@ def test_a_model_can_be_scored(name):
         ("wit", "", ["caption", "translate"]),
     ],
 )
-def test_pipelines_hand_weights_on(name, rest, stages, tmp_path):
+def test_pipelines_pass_weights_on(name, rest, stages, tmp_path):
     config = load(name, arguments("pipeline", rest))
     runs = plan(config, tmp_path)
     assert [folder for folder, _ in runs] == [one.stage for _, one in runs] == stages
@@ -165,7 +165,7 @@ def test_pipelines_hand_weights_on(name, rest, stages, tmp_path):
         last = str(tmp_path / stage)
 
 
-def test_a_pipeline_keeps_the_towers_and_weights_that_are_given(tmp_path):
+def test_pipeline_keeps_given_towers_and_weights(tmp_path):
     given = {"sources.clip": "towers", "sources.mbart": "mbart", "all_languages": True}
     runs = dict(plan(load("emoji", "stage=pipeline", **given), tmp_path))
     assert list(runs) == ["caption", "translate"]
@@ -177,7 +177,7 @@ def test_a_pipeline_keeps_the_towers_and_weights_that_are_given(tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if "sweep" in read(name)])
-def test_every_item_of_a_sweep_is_understood(name):
+def test_every_sweep_item_is_applied(name):
     for item in read(name)["sweep"]():
         assert all(key.startswith(":") for key in item)
         config = load(name, ",".join(f"{key[1:]}={value}" for key, value in item.items()))
@@ -213,7 +213,7 @@ def test_unknown_arguments_are_refused(name, arg, said):
 # The published settings.
 
 
-def test_the_recipe_of_the_text_only_literature():
+def test_text_only_recipe_matches_the_literature():
     config = load("multi30k_tiny", "target=fr")
     optim, sizes = config.optim, config.model.mbart
     assert (optim.steps, optim.batch, 29_000 // optim.batch, optim.clip) == (8000, 464, 62, 25)
@@ -233,7 +233,7 @@ def test_the_recipe_of_the_text_only_literature():
     assert config.data.pair == ("en", "fr")
 
 
-def test_stages_on_texts_alone_share_a_frozen_text_tower():
+def test_text_only_stages_share_a_frozen_text_tower():
     pipeline = load("multi30k_tiny", "stage=pipeline,text_tower=weights/e5,scale=0.5")
     assert list(pipeline.recipes) == ["text_recon", "translate"]
     assert [recipe.optim.steps for recipe in pipeline.recipes.values()] == [2000, 4000]
@@ -248,7 +248,7 @@ def test_stages_on_texts_alone_share_a_frozen_text_tower():
 
 
 @pytest.mark.parametrize("scale", [0.002, 0.04, 0.1, 0.5, 3])
-def test_a_short_run_has_the_checkpoints_that_it_averages(scale):
+def test_short_runs_save_the_checkpoints_they_average(scale):
     config = load("multi30k_tiny", f"scale={scale}")
     optim = config.optim
     due = Due(config.run, 62, optim.total_steps(62))
@@ -257,7 +257,7 @@ def test_a_short_run_has_the_checkpoints_that_it_averages(scale):
 
 
 @pytest.mark.parametrize("stage", ["caption", "text_recon", "translate", "triplet"])
-def test_the_published_recipe(stage):
+def test_multi30k_has_the_published_recipe(stage):
     config = load("multi30k", f"stage={stage}")
     optim = config.optim
     assert (optim.optimizer, optim.lr, optim.lr_per, optim.schedule) == (
@@ -280,7 +280,7 @@ def test_the_published_recipe(stage):
     assert config.run.best == "val/bleu"
 
 
-def test_the_published_model():
+def test_multi30k_has_the_published_model():
     config = load("multi30k", "stage=translate")
     assert config.model.mbart == MBartConfig(
         vocab=250054, width=1024, encoder_layers=12, decoder_layers=12, encoder_heads=16,
@@ -295,7 +295,7 @@ def test_the_published_model():
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_wit_has_the_settings_of_multi30k(pair):
+def test_wit_shares_the_settings_of_multi30k(pair):
     source, target = pair.split("_")
     wit, other = load("wit", f"pair={pair}"), load("multi30k", None)
     assert (wit.data.source, wit.data.pair) == ("wit", (source, target))
@@ -303,7 +303,7 @@ def test_wit_has_the_settings_of_multi30k(pair):
     assert dataclasses.replace(wit, data=other.data) == other
 
 
-def test_parity_writes_what_it_means():
+def test_parity_sets_the_original_values():
     config = load("multi30k", "stage=translate")
     assert config.apply_parity() is config
     asked = load("multi30k", "stage=translate", parity=True)
@@ -319,7 +319,7 @@ def test_parity_writes_what_it_means():
     ("stage", "test", "side"),
     [("translate", True, "image"), ("translate", False, ""), ("triplet", True, "")],
 )
-def test_parity_looks_at_pictures_when_test_tokens_are_dropped(stage, test, side):
+def test_parity_uses_images_when_test_tokens_are_dropped(stage, test, side):
     flags = {"noise.test": test, "parity": True}
     assert load("multi30k", f"stage={stage}", **flags).apply_parity().test_side == side
     assert load("multi30k", f"stage={stage}", **flags | {"parity": False}).apply_parity() == load(

@@ -46,7 +46,7 @@ class Keyed(nn.Module):
         self.param("key", jax.random.key_data)
 
 
-def test_the_scale_begins_where_the_config_says_and_every_tower_by_a_key_of_its_own(monkeypatch):
+def test_initial_scale_is_configured_and_towers_have_separate_keys(monkeypatch):
     def keyed(config):
         return dataclasses.replace(tower_of(config), network=Keyed)
 
@@ -65,7 +65,7 @@ def cross_entropy(scores):
 
 
 @pytest.mark.parametrize(("log_scale", "scale"), [(1.5, math.exp(1.5)), (9.0, 100.0)])
-def test_the_loss_is_of_both_directions_and_its_scale_is_held(monkeypatch, log_scale, scale):
+def test_loss_covers_both_directions_and_bounds_the_scale(monkeypatch, log_scale, scale):
     texts, images = np.random.default_rng(0).normal(size=(2, 4, 6)).astype(np.float32)
     asked = []
 
@@ -84,7 +84,7 @@ def test_the_loss_is_of_both_directions_and_its_scale_is_held(monkeypatch, log_s
     assert asked == ["the key"]
 
 
-def test_a_scale_beyond_its_bound_comes_back():
+def test_scale_beyond_its_bound_can_only_decrease():
     slope = jax.grad(lambda x, weight: weight * at_most(x, 4.6))
     for x, weight, expected in (
         *((4.5, weight, weight) for weight in (-2.0, 2.0)),
@@ -96,7 +96,7 @@ def test_a_scale_beyond_its_bound_comes_back():
         assert float(slope(x, weight)) == expected
 
 
-def test_a_batch_is_not_split(corpus, tmp_path):
+def test_contrastive_batch_cannot_be_accumulated(corpus, tmp_path):
     config = config_of(root=corpus)
     optim = dataclasses.replace(config.optim, accumulate=2)
     config = dataclasses.replace(config, optim=optim)
@@ -106,7 +106,7 @@ def test_a_batch_is_not_split(corpus, tmp_path):
         contrastive.check(config, epath.Path(tmp_path), one_device(), key="config.recipes.clip")
 
 
-def test_no_device_gathers_the_embeddings_of_the_whole_batch(capfd):
+def test_no_device_gathers_the_whole_batch_of_embeddings(capfd):
     config = config_of()
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, batch=16))
     task = contrastive.describe(config, steps=3, length=LENGTH)
@@ -116,7 +116,7 @@ def test_no_device_gathers_the_embeddings_of_the_whole_batch(capfd):
     assert "rematerialization" not in capfd.readouterr().err
 
 
-def test_hosts_compare_their_pairs(corpus, tmp_path, monkeypatch):
+def test_hosts_must_have_the_same_pairs(corpus, tmp_path, monkeypatch):
     compared = []
     monkeypatch.setattr(hosts, "require_same", lambda name, *parts: compared.append((name, parts)))
     contrastive._load(config_of(root=corpus), epath.Path(tmp_path), one_device())
@@ -124,7 +124,7 @@ def test_hosts_compare_their_pairs(corpus, tmp_path, monkeypatch):
     assert all(len(parts) > 2 for _, parts in compared)
 
 
-def test_texts_use_dropout_only_with_a_key_and_ignore_pads():
+def test_text_tower_ignores_pads_and_needs_a_key_for_dropout():
     config = config_of()
     params = fill(functools.partial(contrastive.init, config))
     ids = np.full((2, LENGTH), PAD, np.int32)
@@ -149,7 +149,7 @@ def example(languages=3):
     return {"image": picture, "names": ids}
 
 
-def test_training_draws_a_language_and_a_picture_of_the_example():
+def test_training_samples_a_language_and_augments_the_image():
     config = config_of()
     found = [
         contrastive._augment(config, LENGTH, example(), np.random.default_rng(seed))
@@ -164,14 +164,14 @@ def test_training_draws_a_language_and_a_picture_of_the_example():
     assert abs(np.corrcoef(bright, codes)[0, 1]) < 0.4
 
 
-def test_validation_has_the_first_language_and_the_picture_as_it_is():
+def test_validation_uses_the_first_language_and_the_plain_image():
     one, config = example(), config_of()
     found = contrastive._prepare(config, LENGTH, one)
     assert found["ids"].tolist() == [0, 40, 2, *[PAD] * (LENGTH - 3)]
     np.testing.assert_array_equal(found["image"], prepare_picture(one["image"], 16))
 
 
-def test_pairs_are_pictures_with_their_names_in_the_known_languages(corpus, tmp_path):
+def test_pairs_are_images_with_names_in_known_languages(corpus, tmp_path):
     config = config_of(root=corpus, languages=("de", "en"))
     tokenizer, _ = train_tokenizer(config, epath.Path(tmp_path))
     pairs = contrastive._Pairs.of(config, "val", tokenizer)
@@ -185,7 +185,7 @@ def test_pairs_are_pictures_with_their_names_in_the_known_languages(corpus, tmp_
     assert pairs.longest == max(len(ids) for names in pairs.names.values() for ids in names)
 
 
-def test_a_run_trains_on_one_split_and_validates_on_another(corpus, tmp_path, monkeypatch):
+def test_run_trains_on_one_split_and_validates_on_another(corpus, tmp_path, monkeypatch):
     seen = {"evaluated": []}
 
     def reader(name):

@@ -54,7 +54,7 @@ def convert(*arguments):
     convert_weights.main([str(argument) for argument in arguments])
 
 
-def test_shards_become_a_source_and_a_checkpoint_again(shards, tmp_path, capsys):
+def test_shards_convert_to_a_workdir_and_back(shards, tmp_path, capsys):
     folder, tensors, params = shards
     source, config_file = folder / "model_best_test.pth", folder / "config.py"
     convert(source, tmp_path / "run", f"--config={config_file}")
@@ -85,7 +85,7 @@ def test_shards_become_a_source_and_a_checkpoint_again(shards, tmp_path, capsys)
             np.testing.assert_array_equal(back[tensor], array, err_msg=tensor)
 
 
-def test_a_model_of_other_sizes_and_a_run_without_one_are_refused(shards, tmp_path, capsys):
+def test_mismatched_sizes_and_runs_without_a_model_are_refused(shards, tmp_path, capsys):
     folder, _, _ = shards
     source, config_file = folder / "model_best_test.pth", folder / "config.py"
     for flags, said in (

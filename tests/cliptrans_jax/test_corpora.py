@@ -59,7 +59,7 @@ def wit(root, *, unfetched="", folder="en_de", split="train"):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_multi30k_as_published(tmp_path, packed):
+def test_multi30k_in_its_published_layout(tmp_path, packed):
     config = multi30k(tmp_path, packed=packed)
     draw(tmp_path / "images")
     corpus = load_corpus(config, "val", ("en", "de"), with_images=True)
@@ -74,7 +74,7 @@ def test_multi30k_as_published(tmp_path, packed):
 
 
 @pytest.mark.parametrize("asked", ["val", "test_2016_val"])
-def test_multi30k_as_the_original_keeps_it(tmp_path, asked):
+def test_multi30k_in_the_layout_of_the_original(tmp_path, asked):
     below = "text/data/task1/"
     config = multi30k(
         tmp_path, split="test_2016_val", texts=f"{below}raw", lists=f"{below}image_splits"
@@ -86,7 +86,7 @@ def test_multi30k_as_the_original_keeps_it(tmp_path, asked):
     assert colours_of(corpus.images) == [0, 1, 2]
 
 
-def test_published_validation_and_images_of_the_original(tmp_path):
+def test_published_validation_with_images_in_the_original_layout(tmp_path):
     config = multi30k(tmp_path, split="val")
     draw(tmp_path / "images/test_2016_val")
     assert colours_of(load_corpus(config, "test_2016_val", ("en",), with_images=True).images) == [
@@ -96,7 +96,7 @@ def test_published_validation_and_images_of_the_original(tmp_path):
     ]
 
 
-def test_the_folder_of_a_split_comes_before_that_of_all(tmp_path):
+def test_image_folder_of_the_split_comes_first(tmp_path):
     config = multi30k(tmp_path)
     draw(tmp_path / "images", colours=COLOURS[::-1])
     draw(tmp_path / "images/val")
@@ -104,7 +104,7 @@ def test_the_folder_of_a_split_comes_before_that_of_all(tmp_path):
     assert colours_of(images) == [0, 1, 2]
 
 
-def test_image_names_are_cut_at_the_caption_number(tmp_path):
+def test_caption_numbers_are_stripped_from_image_names(tmp_path):
     names = [f"{name}#{i}" for i, name in enumerate(FILES)]
     config = multi30k(tmp_path, split="test_2017_mscoco", names=names)
     draw(tmp_path / "images/test_2017_mscoco")
@@ -114,7 +114,7 @@ def test_image_names_are_cut_at_the_caption_number(tmp_path):
 
 
 @pytest.mark.parametrize("below", ["", "images"])
-def test_images_of_coco_may_lie_as_coco_has_them(tmp_path, below):
+def test_coco_images_may_keep_their_own_folders(tmp_path, below):
     names = [f"COCO_{folder}_00000000000{i}.jpg" for i, folder in enumerate(COCO_FOLDERS)]
     listed = [f"{name}#{i}" for i, name in enumerate(names)]
     config = multi30k(tmp_path, split="test_2017_mscoco", names=listed)
@@ -129,7 +129,7 @@ def test_images_of_coco_may_lie_as_coco_has_them(tmp_path, below):
         images[0]
 
 
-def test_missing_coco_images_name_the_folders_searched(tmp_path):
+def test_searched_folders_of_missing_coco_images_are_named(tmp_path):
     config = multi30k(tmp_path, split="test_2017_mscoco", names=["COCO_val2014_07.jpg"] * 3)
     corpus = load_corpus(config, "test_2017_mscoco", ("en",), with_images=True)
     with pytest.raises(ValueError, match=r"images/test_2017_mscoco .*; .*val2014/COCO_val2014_07"):
@@ -154,7 +154,7 @@ def coco(root, *, below="annotations", **changes):
 @pytest.mark.parametrize(
     ("below", "images"), [("annotations", "val2017"), ("", "images"), ("", "images/val2017")]
 )
-def test_coco_has_an_example_for_each_caption(tmp_path, below, images):
+def test_coco_has_one_example_per_caption(tmp_path, below, images):
     config = coco(tmp_path, below=below)
     draw(tmp_path / images, FILES[:2], COLOURS[:2])
     corpus = load_corpus(config, "val2017", ("en", "de"), with_images=True)
@@ -166,7 +166,7 @@ def test_coco_has_an_example_for_each_caption(tmp_path, below, images):
         corpus.require_sentences(("en", "de"), reader="stage 'translate'")
 
 
-def test_coco_that_is_not_whole_is_refused(tmp_path):
+def test_incomplete_coco_is_refused(tmp_path):
     config = coco(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no captions_train2017\.json .*splits val2017;"):
         load_corpus(config, "train2017", ("en",))
@@ -211,7 +211,7 @@ def test_texts_need_no_images(tmp_path):
         corpus.require_images()
 
 
-def test_a_bad_image_is_named(tmp_path, caplog):
+def test_bad_image_is_reported(tmp_path, caplog):
     config = multi30k(tmp_path)
     draw(tmp_path / "images")
     (tmp_path / "images/1.jpg").write_bytes(b"no jpeg")
@@ -225,7 +225,7 @@ def test_a_bad_image_is_named(tmp_path, caplog):
     assert images[1].shape == (4, 6, 3)
 
 
-def test_grey_and_transparent_images_come_as_rgb(tmp_path):
+def test_grey_and_transparent_images_become_rgb(tmp_path):
     config = multi30k(tmp_path)
     (tmp_path / "images").mkdir()
     for name, mode in zip(FILES, ("L", "P", "RGBA"), strict=True):
@@ -234,7 +234,7 @@ def test_grey_and_transparent_images_come_as_rgb(tmp_path):
     assert [images[i].shape for i in range(3)] == [(2, 3, 3)] * 3
 
 
-def test_files_of_different_lengths_are_all_named(tmp_path):
+def test_files_of_different_lengths_are_all_reported(tmp_path):
     config = multi30k(tmp_path)
     write(tmp_path / "raw/val.de", GERMAN[:2])
     with pytest.raises(ValueError, match="different numbers of lines") as error:
@@ -243,7 +243,7 @@ def test_files_of_different_lengths_are_all_named(tmp_path):
         assert f"{tmp_path / file}: {count}" in str(error.value)
 
 
-def test_a_missing_language_file_is_named_with_those_there(tmp_path):
+def test_missing_language_file_is_reported_with_those_found(tmp_path):
     config = multi30k(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"raw/val\.fr .*the languages de, en;"):
         load_corpus(config, "val", ("en", "fr"))
@@ -251,7 +251,7 @@ def test_a_missing_language_file_is_named_with_those_there(tmp_path):
         load_corpus(config, "vall", ("en",))
 
 
-def test_a_folder_that_is_not_multi30k_lists_its_content(tmp_path):
+def test_content_of_an_invalid_multi30k_folder_is_listed(tmp_path):
     (tmp_path / "raws").mkdir()
     with pytest.raises(FileNotFoundError, match=r"neither raw/ nor .*\(there: raws\)"):
         load_corpus(DataConfig("multi30k", str(tmp_path)), "val", ("en",))
@@ -259,7 +259,7 @@ def test_a_folder_that_is_not_multi30k_lists_its_content(tmp_path):
         load_corpus(DataConfig("multi30k", "/nowhere"), "val", ("en",))
 
 
-def test_a_line_that_is_not_utf8_is_named(tmp_path):
+def test_invalid_utf8_is_reported_by_line(tmp_path):
     config = multi30k(tmp_path)
     (tmp_path / "raw/val.de").write_bytes(b"eins\nzwei M\xe4nner\ndrei\n")
     with pytest.raises(ValueError, match=r"raw/val\.de, line 2 is not UTF-8 .*byte 6"):
@@ -276,20 +276,20 @@ def test_a_line_that_is_not_utf8_is_named(tmp_path):
         (b"eins\nzwei\n\ndrei\n", r"(?s)raw/val\.en: 3.*raw/val\.de: 4"),
     ],
 )
-def test_what_is_no_file_of_lines_is_named(tmp_path, content, message):
+def test_invalid_text_file_is_reported(tmp_path, content, message):
     config = multi30k(tmp_path)
     (tmp_path / "raw/val.de").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         load_corpus(config, "val", ("en", "de"))
 
 
-def test_marks_and_white_space_are_no_text(tmp_path):
+def test_bom_and_surrounding_whitespace_are_stripped(tmp_path):
     config = multi30k(tmp_path)
     (tmp_path / "raw/val.de").write_bytes(b"\xef\xbb\xbfeins\r\n zwei \t\r\n\xc2\xa0drei")
     assert load_corpus(config, "val", ("de",)).texts["de"] == ("eins", "zwei", "drei")
 
 
-def test_a_broken_gzip_is_named(tmp_path):
+def test_broken_gzip_is_reported(tmp_path):
     config = multi30k(tmp_path, packed=True)
     path = tmp_path / "raw/val.de.gz"
     path.write_bytes(path.read_bytes()[:-12])
@@ -311,13 +311,13 @@ def test_empty_lines_are_kept_and_counted(tmp_path, caplog):
     assert "multi30k val: 2 of 3 sentences in 'de' are empty" in caplog.text
 
 
-def test_lines_end_at_line_feeds_alone(tmp_path):
+def test_lines_end_only_at_line_feeds(tmp_path):
     path = tmp_path / "text"
     path.write_bytes("\ufeffone\u2028still one\r\n two\x85still two \nthree".encode())
     assert read_lines(path) == ("one\u2028still one", "two\x85still two", "three")
 
 
-def test_wit_leaves_rows_without_an_image_out_of_texts_and_images(tmp_path, caplog):
+def test_wit_skips_rows_without_an_image_in_texts_and_images(tmp_path, caplog):
     config = wit(tmp_path, unfetched="0")
     draw(tmp_path / "en_de/images", FILES[1:], COLOURS[1:])
     caplog.set_level(logging.INFO)
@@ -334,7 +334,7 @@ def test_wit_leaves_rows_without_an_image_out_of_texts_and_images(tmp_path, capl
     assert whole.texts == {"en": ENGLISH, "de": GERMAN} and whole.images is None
 
 
-def test_wit_leaves_out_listed_images_even_if_their_file_exists(tmp_path):
+def test_wit_skips_listed_images_even_if_the_file_exists(tmp_path):
     config = wit(tmp_path, unfetched="2, 0")
     draw(tmp_path / "en_de/images")  # arbitrary bytes, as from a failed download
     corpus = load_corpus(config, "train", ("en",), with_images=True)
@@ -360,7 +360,7 @@ def test_wit_is_found_in_either_order_of_the_pair(tmp_path, pair, folder):
     assert set(corpus.texts) == set(pair)
 
 
-def test_wit_says_what_it_has(tmp_path):
+def test_wit_lists_available_pairs_and_splits(tmp_path):
     config = wit(tmp_path)
     with pytest.raises(ValueError, match=r"wit has no pair ro and es, only es_fr, en_ro"):
         pair = dataclasses.replace(config, source_language="ro", target_language="es")
@@ -394,14 +394,14 @@ def test_wit_without_images_gives_the_reason(tmp_path):
         corpus.require_images()
 
 
-def test_wit_counts_every_file(tmp_path):
+def test_wit_files_must_have_equal_lengths(tmp_path):
     config = wit(tmp_path)
     write(tmp_path / "en_de/train_image.txt", ["", *FILES[:2]])
     with pytest.raises(ValueError, match=r"(?s)train\.en: 3.*train_url\.txt: 3.*first line: 2"):
         load_corpus(config, "train", ("en",))
 
 
-def test_wmt_is_text_in_either_order_of_the_pair(tmp_path):
+def test_wmt_is_read_in_either_order_of_the_pair(tmp_path):
     for split in ("train", "newstest2014"):
         write(tmp_path / "wmt_en_de" / f"{split}.en", ENGLISH)
         write(tmp_path / "wmt_en_de" / f"{split}.de", GERMAN)
@@ -434,13 +434,13 @@ def test_wmt_is_text_in_either_order_of_the_pair(tmp_path):
         ({"valid_split": "compositions"}, r"^train_split='train' .*set train_split='rest'"),
     ],
 )
-def test_a_wrong_config_is_refused_by_key(fields, message):
+def test_invalid_config_is_refused_by_key(fields, message):
     with pytest.raises(ValueError, match=message):
         DataConfig(**fields)
 
 
 @pytest.mark.parametrize(("source", "known"), [("emoji", "en, es, ja"), ("multi30k", "en, de, fr")])
-def test_an_unknown_language_names_the_known(tmp_path, source, known):
+def test_unknown_language_is_refused_listing_the_known(tmp_path, source, known):
     config = DataConfig(source, "" if source == "emoji" else str(tmp_path))
     with pytest.raises(ValueError, match=f"language='xx' is not a language of .*which has {known}"):
         load_corpus(config, "train", ("en", "xx"))

@@ -4,7 +4,7 @@ from cliptrans_jax.curves import CURVES
 from common_jax.report import panels
 
 
-def test_scores_of_translations_share_two_panels():
+def test_translation_scores_share_two_panels():
     names = ("bleu", "bleu_lower", "chrf", "meteor", "exact")
     line = {"step": 1} | {f"{split}/{name}": 20.0 for name in names for split in ("val", "flickr")}
     found = {panel.title: curves for panel, curves in panels([line], CURVES).items()}

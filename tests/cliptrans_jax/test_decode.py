@@ -1,4 +1,4 @@
-"""The beam search returns the same as a plain search without a cache."""
+"""Beam search returns the same as a plain search without a cache."""
 
 import dataclasses
 import functools
@@ -167,7 +167,7 @@ CASES = [  # every kind with both numbers of beams, and both with the default le
 
 
 @pytest.mark.parametrize(("kind", "beams", "early_stopping", "length_penalty"), CASES)
-def test_a_plain_search_finds_the_same(kind, beams, early_stopping, length_penalty):
+def test_search_matches_a_plain_search_without_cache(kind, beams, early_stopping, length_penalty):
     config = settings(beams=beams, early_stopping=early_stopping, length_penalty=length_penalty)
     features, source, language = inputs(model(kind)[0])
     run = program(kind, config)
@@ -202,7 +202,7 @@ def test_outputs_do_not_depend_on_other_examples_or_pads():
 
 
 @pytest.mark.parametrize("width", [7, 8, 12])
-def test_columns_of_pads_do_not_matter(width):
+def test_padding_columns_have_no_effect(width):
     features, source, language = inputs(model("training")[0])
     assert np.any(source[:, -1] != PAD)  # so the encoder cannot skip a column
     wanted = search("training", features, source, language)
@@ -210,14 +210,14 @@ def test_columns_of_pads_do_not_matter(width):
     assert_same_hypotheses(search("training", features, padded, language), wanted)
 
 
-def test_how_the_cache_grows_does_not_matter():
+def test_cache_growth_has_no_effect():
     arguments = inputs(model("none")[0])
     wanted = search("none", *arguments)
     assert wanted.lengths.max() == LIMIT  # all parts are used
     assert_same_hypotheses(search("none", *arguments, growth=3), wanted)
 
 
-def test_a_cache_that_grows_in_parts_ends_with_room_for_every_step():
+def test_growing_cache_has_room_for_every_step():
     assert DecodeConfig(max_new_tokens=60, growth=4).parts == (15, 29, 44, 58)
     assert DecodeConfig(max_new_tokens=4, growth=4).parts == (1, 2)
     assert DecodeConfig(max_new_tokens=2).parts == ()
@@ -235,13 +235,13 @@ def sixteen():
     return tuple(x[:16] for x in arguments), wanted
 
 
-def test_a_batch_that_shrinks_finds_the_same(sixteen):
+def test_shrinking_batch_has_no_effect(sixteen):
     arguments, wanted = sixteen
     found = search("training", *arguments, beams=2, length_penalty=0.0, growth=2, halvings=2)
     assert_same_hypotheses(found, wanted)
 
 
-def test_eight_devices_find_what_one_finds(sixteen):
+def test_search_on_eight_devices_matches_one(sixteen):
     arguments, wanted = sixteen
     translator, params = model("training")
     mesh = split_mesh()
@@ -256,7 +256,7 @@ def test_eight_devices_find_what_one_finds(sixteen):
     assert_same_hypotheses(jax.device_get(found), wanted)
 
 
-def test_no_example_leaves_its_device(sixteen):
+def test_no_example_moves_between_devices(sixteen):
     arguments, _ = sixteen
     translator, params = model("training")
     mesh = make_mesh(MeshConfig(data=8))
@@ -281,7 +281,7 @@ def endless(monkeypatch):
 
 
 @pytest.mark.parametrize("limit", [2, LIMIT])
-def test_at_the_limit_the_end_is_forced_and_free(endless, limit):
+def test_end_token_at_the_limit_is_forced_at_no_cost(endless, limit):
     _, source, language = inputs(endless[0])
     found = search("none", None, source, language, max_new_tokens=limit, length_penalty=0.0)
     assert (found.lengths == limit).all()
@@ -317,7 +317,7 @@ def begun():
     return step, language, state, logits
 
 
-def test_a_search_begins_with_one_beam_that_is_start_and_language(begun):
+def test_search_begins_with_one_beam_of_start_and_language(begun):
     _, language, state, logits = begun
     assert NEVER == -1e9
     assert int(state.length) == 2 and not state.done.any()
@@ -332,7 +332,7 @@ def test_a_search_begins_with_one_beam_that_is_start_and_language(begun):
     assert not chosen.beams.any()
 
 
-def test_a_finished_search_does_not_change(begun):
+def test_finished_search_does_not_change(begun):
     step, _, state, logits = begun
     over = {}
     while int(state.length) < TWO_BEAMS.max_length:
@@ -347,7 +347,7 @@ def test_a_finished_search_does_not_change(begun):
     assert len(over) == len(lengths)
 
 
-def test_defaults_are_the_published_ones():
+def test_decode_defaults_are_the_published_ones():
     config = DecodeConfig()
     assert dataclasses.astuple(config) == (5, 60, 1.0, True, 64, 16, 2, 2)
     assert (config.max_length, config.steps) == (61, 58)
@@ -365,6 +365,6 @@ def test_defaults_are_the_published_ones():
         ("length_penalty", 11.0),
     ],
 )
-def test_impossible_settings_are_named(key, value):
+def test_invalid_decode_settings_are_refused(key, value):
     with pytest.raises(ValueError, match=rf"^{key}={value} must be "):
         DecodeConfig(**{key: value})

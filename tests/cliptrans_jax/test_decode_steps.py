@@ -62,7 +62,7 @@ def one_step(config, *probabilities, scores=SCORES, ids=IDS, finished=(), done=F
     return jax.tree.map(lambda x: x[0] if np.ndim(x) else x, (state, chosen))
 
 
-def test_a_step_by_hand():
+def test_search_step_by_hand():
     first = {END: 0.5, 3: 0.3, 4: 0.2}
     state, chosen = one_step(LONG_PENALTY, first, {3: 0.85, END: 0.1, 4: 0.02, 0: 0.01, 7: 0.02})
     np.testing.assert_allclose(np.exp(chosen.scores), [0.34, 0.3, 0.18, 0.12], rtol=1e-5)
@@ -81,7 +81,7 @@ def test_a_step_by_hand():
     assert not state.done
 
 
-def test_an_end_that_is_not_among_the_best_is_dropped():
+def test_end_token_outside_the_best_beams_is_dropped():
     first, second = {3: 0.5, END: 0.35, 4: 0.15}, {3: 0.6, 4: 0.4}
     state, chosen = one_step(TWO_BEAMS, first, second)
     assert chosen.tokens.tolist() == [3, 3, END, 4]
@@ -97,7 +97,7 @@ def test_an_end_that_is_not_among_the_best_is_dropped():
         ((-0.6, -0.7), [(-0.4013, 3), (-0.6, 2)]),
     ],
 )
-def test_the_best_that_ended_stay(finished, left):
+def test_best_finished_hypotheses_are_kept(finished, left):
     state, _ = one_step(TWO_BEAMS, {END: 0.5, 3: 0.5}, {3: 0.9, 4: 0.1}, finished=finished)
     assert state.done
     for place, (score, length) in enumerate(left):
@@ -117,7 +117,7 @@ def test_ties_prefer_the_earlier_beam_and_the_smaller_id():
 
 
 @pytest.mark.parametrize(("worst", "over"), [(-0.115, True), (-0.125, False), (-np.inf, False)])
-def test_a_search_ends_when_nothing_open_can_be_better(worst, over):
+def test_search_ends_when_no_open_beam_can_improve(worst, over):
     """The best continuation, 0.34 at length 3, scores log(0.34) / 9 = -0.1199."""
     rows = {3: 0.5, 4: 0.5}, {3: 0.85, 4: 0.15}
     state, _ = one_step(LONG_PENALTY, *rows, finished=(-0.01, worst))
@@ -126,7 +126,7 @@ def test_a_search_ends_when_nothing_open_can_be_better(worst, over):
     assert bool(state.done) is (worst > -np.inf)  # early stopping needs only their number
 
 
-def test_a_finished_search_is_fed_pads_and_adds_nothing():
+def test_finished_search_is_fed_pads_and_adds_nothing():
     rows = {END: 0.9, 3: 0.1}, {END: 0.8, 4: 0.2}
     state, _ = one_step(LONG_PENALTY, *rows, finished=(-9.0,), done=True)
     assert state.done
@@ -134,7 +134,7 @@ def test_a_finished_search_is_fed_pads_and_adds_nothing():
     np.testing.assert_array_equal(state.tokens[:, 3], PAD)
 
 
-def test_the_last_step_can_only_end():
+def test_last_step_can_only_end():
     ids = [[START, 5, 3, 3, 3, 3, 3, word] for word in (3, 4)]
     state, chosen = one_step(TWO_BEAMS, {3: 0.5, 4: 0.5}, {3: 0.5, 4: 0.5}, ids=ids)
     assert chosen.tokens[:2].tolist() == [END, END]
@@ -143,7 +143,7 @@ def test_the_last_step_can_only_end():
     assert state.done
 
 
-def test_the_best_of_many_tokens_are_those_of_top_k(monkeypatch):
+def test_token_selection_matches_top_k(monkeypatch):
     """Including ties: scores are integers."""
     monkeypatch.setattr(decode, "SPAN", 8)
     scores = np.random.default_rng(0).integers(0, 12, (3, 2, 500)).astype("float32")

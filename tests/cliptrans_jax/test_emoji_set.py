@@ -20,7 +20,7 @@ def corpora():
     return {split: load_emoji(split, LANGUAGES, flags=True) for split in WHOLE}
 
 
-def test_splits_are_of_the_known_size():
+def test_splits_have_the_documented_sizes():
     found = {}
     for split in SPLITS:
         corpus = load_emoji(split, ("en",))
@@ -34,7 +34,7 @@ def test_splits_are_of_the_known_size():
     }
 
 
-def test_compositions_and_the_rest_are_the_training_split(corpora):
+def test_compositions_and_rest_partition_the_training_split(corpora):
     parts = [load_emoji(split, LANGUAGES, flags=True).keys for split in ("compositions", "rest")]
     assert not set(parts[0]) & set(parts[1])
     assert set(parts[0]) | set(parts[1]) == set(corpora["train"].keys)
@@ -42,7 +42,7 @@ def test_compositions_and_the_rest_are_the_training_split(corpora):
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_names_of_compositions_are_new_and_their_words_are_known(language):
+def test_compositions_are_new_names_of_known_words(language):
     chosen, rest = (load_emoji(x, (language,)).texts[language] for x in ("compositions", "rest"))
     assert not set(chosen) & set(rest) and len(set(chosen)) == len(chosen)
     if language in ("ja", "zh"):  # by character, for lack of spaces
@@ -53,18 +53,18 @@ def test_names_of_compositions_are_new_and_their_words_are_known(language):
         assert {word for name in chosen for word in name.split()} <= known
 
 
-def test_no_name_of_compositions_is_a_single_word():
+def test_compositions_have_several_words():
     names = load_emoji("compositions", ("en",)).texts["en"]
     assert all(len(name.split()) > 1 for name in names)
     assert {"man firefighter", "ear dark skin tone"} <= set(names)
 
 
-def test_the_two_tests_are_called_by_what_is_new_in_them():
+def test_test_splits_are_named_after_what_is_new():
     names = [load_emoji(split, ("en",)).name for split in ("test", "compositions")]
     assert names == ["emoji test of new words", "emoji test of new compositions"]
 
 
-def test_no_group_and_no_name_is_in_two_splits(corpora):
+def test_splits_share_no_group_or_name(corpora):
     for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
         keys, others = corpora[one].keys, corpora[other].keys
         assert not set(keys) & set(others)
@@ -93,27 +93,27 @@ def test_no_group_and_no_name_is_in_two_splits(corpora):
         "🤼 🤼‍♀️",
     ],
 )
-def test_variants_are_of_one_group(variants):
+def test_variants_share_a_group(variants):
     found = [e["emoji"] for e in package.emoji_list(variants)]
     assert len(found) >= 2
     assert len({groups()[e] for e in found}) == 1, found
 
 
-def test_what_is_no_variant_is_a_group_of_its_own():
+def test_distinct_emoji_have_groups_of_their_own():
     apart = "😀 😃 1️⃣ 2️⃣ 🔟 🇩🇪 🇫🇷 🏴󠁧󠁢󠁥󠁮󠁧󠁿 🏴 👨 👶 ♀️ ♂️ ➡️ 👞 👠 🐱 🐈 🍎 🍏"
     found = [e["emoji"] for e in package.emoji_list(apart)]
     assert len(found) == 20
     assert len({groups()[e] for e in found}) == len(found)
 
 
-def test_a_large_group_is_for_training():
+def test_large_groups_are_in_the_training_split():
     sizes = collections.Counter(groups().values())
     large = [e for e in groups() if sizes[groups()[e]] > emoji_set.LARGEST_OUTSIDE_TRAIN]
     assert len(large) > 500
     assert {splits()[e] for e in large} == {"train"}
 
 
-def test_flags_are_left_out_unless_asked_for(corpora):
+def test_flags_are_excluded_by_default(corpora):
     flags = [e for corpus in corpora.values() for e in corpus.keys if emoji_set.is_flag(e)]
     assert len(flags) == 262
     assert {"🇩🇪", "🏴󠁧󠁢󠁥󠁮󠁧󠁿"} <= set(flags) and not {"🏴", "🏳️‍🌈", "🏁"} & set(flags)
@@ -122,14 +122,14 @@ def test_flags_are_left_out_unless_asked_for(corpora):
         assert without.keys == tuple(e for e in corpus.keys if e not in set(flags))
 
 
-def test_a_corpus_has_flags_where_the_config_asks_for_them(corpora):
+def test_flags_are_included_if_configured(corpora):
     for flags in (False, True):
         found = load_corpus(DataConfig(emoji_flags=flags), "val", ("en",))
         assert any(map(emoji_set.is_flag, found.keys)) is flags
     assert found.keys == corpora["val"].keys
 
 
-def test_names_are_plain_sentences_in_every_language(corpora):
+def test_names_are_plain_text_in_every_language(corpora):
     assert set(LANGUAGES) == set(package.LANGUAGES)
     for corpus in corpora.values():
         for language in LANGUAGES:
@@ -143,7 +143,7 @@ def test_names_are_plain_sentences_in_every_language(corpora):
     assert shown == {"en": "grinning face", "de": "grinsendes gesicht", "zh": "嘿嘿"}
 
 
-def test_pictures_are_on_white_and_drawn_once():
+def test_images_are_on_white_and_drawn_once():
     corpus = load_corpus(DataConfig(emoji_size=24), "test", ("en",), with_images=True)
     images = corpus.require_images()
     assert isinstance(images, Images) and len(images) == len(corpus) == 354
@@ -155,7 +155,7 @@ def test_pictures_are_on_white_and_drawn_once():
     assert images[0] is images[0] and not images[0].flags.writeable
 
 
-def test_pictures_are_of_their_emoji():
+def test_images_show_their_emoji():
     red, green, blue = (emoji_set.draw(e, 20)[10, 10].astype(int) for e in "🔴🟢🔵")
     assert red[0] > 200 and red[1] < 120
     assert green[1] > green[0] and green[1] > green[2]
@@ -164,7 +164,7 @@ def test_pictures_are_of_their_emoji():
     assert pale > dark + 20
 
 
-def test_a_wrong_split_or_language_is_named():
+def test_unknown_split_or_language_is_refused():
     with pytest.raises(ValueError, match=r"no split 'tests', only train, val, .* \(did you mean"):
         load_emoji("tests", ("en",))
     with pytest.raises(ValueError, match=r"no language 'cs', only en, es"):

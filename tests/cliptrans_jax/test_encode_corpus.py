@@ -1,4 +1,4 @@
-"""Ids of large corpora are stored once: the same as without a file, whatever happens to it."""
+"""Token ids of large corpora are cached in a file, which never changes the ids."""
 
 import dataclasses
 import logging
@@ -64,7 +64,7 @@ def only(folder):
     return path
 
 
-def test_ids_are_made_once_and_then_read_from_a_file(tmp_path, caplog):
+def test_ids_are_computed_once_and_then_read_from_a_file(tmp_path, caplog):
     folder, cut = tmp_path / "new" / "features", Cut()
     with caplog.at_level(logging.INFO):
         for _ in range(3):
@@ -78,7 +78,7 @@ def test_ids_are_made_once_and_then_read_from_a_file(tmp_path, caplog):
         assert stored["ids"].tolist() == [token for row in WANTED for token in row]
 
 
-def test_small_corpora_and_buckets_have_no_file(tmp_path):
+def test_small_corpora_and_buckets_use_no_file(tmp_path):
     cut = Cut()
     assert as_lists(ids_of(tmp_path, tokenizer(cut), corpus(SENTENCES[:4]))) == WANTED[:4]
     assert as_lists(ids_of("gs://bucket/features", tokenizer(cut))) == WANTED
@@ -96,7 +96,7 @@ def test_small_corpora_and_buckets_have_no_file(tmp_path):
         (tokenizer(Cut()), (*SENTENCES[:3], *"34"), "en"),
     ],
 )
-def test_what_determines_the_ids_is_in_the_name(tmp_path, made, sentences, frame):
+def test_file_name_depends_on_all_that_determines_the_ids(tmp_path, made, sentences, frame):
     ids_of(tmp_path)
     first = only(tmp_path)
     content = first.read_bytes()
@@ -105,7 +105,7 @@ def test_what_determines_the_ids_is_in_the_name(tmp_path, made, sentences, frame
     assert len([*tmp_path.iterdir()]) == 2 and first.read_bytes() == content
 
 
-def test_a_file_of_the_same_texts_serves_every_form_of_them(tmp_path):
+def test_equal_texts_share_a_file_whatever_their_container(tmp_path):
     cut = Cut()
     for sentences in (SENTENCES, Lines.of(SENTENCES)):
         assert as_lists(ids_of(tmp_path, tokenizer(cut), corpus(sentences))) == WANTED
@@ -149,7 +149,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_named_and_rewritten(tmp_path, caplog, damage):
+def test_damaged_file_is_reported_and_rewritten(tmp_path, caplog, damage):
     cut = Cut()
     ids_of(tmp_path, tokenizer(cut))
     path = only(tmp_path)
@@ -162,7 +162,7 @@ def test_a_damaged_file_is_named_and_rewritten(tmp_path, caplog, damage):
     assert cut.calls == 2
 
 
-def test_ids_stay_in_memory_where_nothing_can_be_written(tmp_path, caplog, monkeypatch):
+def test_ids_stay_in_memory_if_writing_fails(tmp_path, caplog, monkeypatch):
     def full(file, **content):
         file.write(b"some of it")
         raise OSError(28, "No space left on device")
@@ -173,7 +173,7 @@ def test_ids_stay_in_memory_where_nothing_can_be_written(tmp_path, caplog, monke
     assert not [*tmp_path.iterdir()]
 
 
-def test_threads_keep_the_order_of_the_sentences(monkeypatch):
+def test_threads_keep_the_sentence_order(monkeypatch):
     monkeypatch.setattr("cliptrans_jax.data.framing.PART", 2)
     together = threading.Barrier(2)
 
@@ -188,7 +188,7 @@ def test_threads_keep_the_order_of_the_sentences(monkeypatch):
         assert as_lists(tokenizer(Slow()).encode(texts, "en")) == WANTED
 
 
-def test_two_processes_that_make_the_same_file_have_the_same_ids(tmp_path):
+def test_concurrent_processes_get_the_same_ids(tmp_path):
     ready = tmp_path / "ready"
     other = subprocess.Popen(
         [sys.executable, __file__, str(tmp_path)],

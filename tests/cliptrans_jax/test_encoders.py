@@ -57,7 +57,7 @@ def encode(tower, corpus, folder, **settings):
     return image_features(tower, corpus, folder=folder, mesh=mesh, **settings)
 
 
-def test_a_picture_shared_by_examples_is_encoded_and_stored_once(tower, corpus, tmp_path):
+def test_shared_image_is_encoded_and_stored_once(tower, corpus, tmp_path):
     found = encode(tower, corpus, tmp_path / "features")
     pictures = [prepare_picture(np.asarray(draw(DRAWN[name])), 16) for name in NAMES]
     wanted = tower.apply(tower.params, jnp.stack(pictures))
@@ -69,7 +69,7 @@ def test_a_picture_shared_by_examples_is_encoded_and_stored_once(tower, corpus, 
     np.testing.assert_array_equal(found, again)
 
 
-def test_an_order_of_its_own_is_another_set(tower, corpus, tmp_path):
+def test_another_order_is_another_set(tower, corpus, tmp_path):
     """The same pictures in another order, with the same features folder."""
     found = encode(tower, corpus, tmp_path / "features")
     names = NAMES[::-1]
@@ -77,7 +77,7 @@ def test_an_order_of_its_own_is_another_set(tower, corpus, tmp_path):
     np.testing.assert_allclose(encode(tower, turned, tmp_path / "features"), found[::-1], atol=1e-6)
 
 
-def test_a_process_that_reads_changes_nothing(tower, corpus, tmp_path):
+def test_reading_in_a_worker_process_changes_nothing(tower, corpus, tmp_path):
     here = encode(tower, corpus, tmp_path / "here")
     corpus.images.reads.clear()
     there = encode(tower, corpus, tmp_path / "there", workers=1)
@@ -146,7 +146,7 @@ class Sums(TextTower):
 
 
 @pytest.mark.parametrize("batch", [1, 4, 256])
-def test_every_sentence_gets_its_own_feature_back(batch, monkeypatch):
+def test_every_sentence_gets_its_own_feature(batch, monkeypatch):
     monkeypatch.setattr(encoders, "TEXT_BATCH", batch)
     place = np.arange(1, ROOM + 1, dtype=np.float32)
     tower = Sums(CONFIGS["mclip"], {"place": place}, numbers(), jnp.float32)
@@ -172,7 +172,7 @@ def batches_of(ids, room, mesh=None):
     return list(encoders._text_batches(ids, PAD, room, mesh or one_device()))
 
 
-def test_batches_are_padded_to_multiples_of_a_bucket_within_the_room(monkeypatch):
+def test_batches_are_padded_to_bucket_multiples_up_to_the_limit(monkeypatch):
     monkeypatch.setattr(encoders, "TEXT_BATCH", 2)
     ids = [np.full(length, length, np.int32) for length in (2, 8, 8, 9, 17, 18, 25)]
     found = batches_of(ids, 20 + 10)
@@ -183,7 +183,7 @@ def test_batches_are_padded_to_multiples_of_a_bucket_within_the_room(monkeypatch
     np.testing.assert_array_equal(found[3]["ids"][0], found[3]["ids"][1])
 
 
-def test_hosts_bring_their_rows_of_the_same_batches(monkeypatch):
+def test_hosts_read_their_rows_of_the_same_batches(monkeypatch):
     monkeypatch.setattr(encoders, "TEXT_BATCH", 4)
     ids = [np.full(3, 10 + number, np.int32) for number in range(6)]
     monkeypatch.setattr(jax, "process_count", lambda: 2)
@@ -198,7 +198,7 @@ def test_hosts_bring_their_rows_of_the_same_batches(monkeypatch):
         assert [*one["_mask"], *other["_mask"]] == mask
 
 
-def test_a_batch_splits_over_all_devices():
+def test_batch_splits_over_all_devices():
     assert [encoders.whole_batch(size, split_mesh()) for size in (256, 20, 8, 3)] == [256, 24, 8, 8]
     shapes = text_tower("mclip").batch_shapes(split_mesh(), tokens=10)
     assert (shapes["ids"].shape, shapes["_mask"].shape) == ((256, 10), (256,))
@@ -206,14 +206,14 @@ def test_a_batch_splits_over_all_devices():
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_a_tower_that_is_described_has_the_shapes_of_one_that_is_there(kind):
+def test_described_tower_has_the_shapes_of_a_loaded_one(kind):
     found, tower = TextTower.described(CONFIGS[kind], jnp.float32), text_tower(kind)
     assert tower.longest == found.longest == ROOM
     shapes = (jax.tree.map(lambda leaf: leaf.shape, one.params) for one in (found, tower))
     assert next(shapes) == next(shapes)
 
 
-def test_the_text_tower_drops_out_only_with_a_key():
+def test_text_tower_uses_dropout_only_with_a_key():
     tower = text_tower("mclip")
     ids, keys = jnp.asarray(ids_of(tower)[0][None]), [jax.random.key(seed) for seed in (0, 0, 1)]
     apply = jax.jit(lambda key: tower.apply(tower.params, ids, dropout=key))
@@ -227,7 +227,7 @@ def text_corpus(texts=TEXTS):
     return Corpus("numbers of val", texts, None, tuple(map(str, range(len(LENGTHS)))))
 
 
-def test_text_features_are_of_sentences_framed_without_a_language(tmp_path):
+def test_text_features_use_no_language_token(tmp_path):
     tower = text_tower("mclip")
     found = text_features(tower, text_corpus(), "en", folder=tmp_path, mesh=one_device())
     framed = [np.array([0, *map(int, text.split()), 2], np.int32) for text in TEXTS["en"]]
@@ -257,7 +257,7 @@ def moved(tower):
     )
 
 
-def test_text_features_are_kept_for_one_tower_and_one_text(fingerprints, tmp_path):
+def test_text_features_are_cached_per_tower_and_text(fingerprints, tmp_path):
     tower, english = text_tower("mclip"), TEXTS["en"]
     towers = [
         tower,
@@ -280,7 +280,7 @@ def test_text_features_are_kept_for_one_tower_and_one_text(fingerprints, tmp_pat
     assert fingerprints[-1] == fingerprints[0]
 
 
-def test_picture_features_are_kept_for_one_tower_and_one_set(tower, corpus, fingerprints, tmp_path):
+def test_image_features_are_cached_per_tower_and_set(tower, corpus, fingerprints, tmp_path):
     def having(names=NAMES, keys=NAMES):
         return dataclasses.replace(corpus, images=FolderImages(tmp_path, names), keys=keys)
 

@@ -66,7 +66,7 @@ def mesh_of(count=8, **axes):
 # Encoding.
 
 
-def test_features_are_the_same_on_every_mesh_and_in_order():
+def test_features_are_equal_and_ordered_on_every_mesh():
     on_one = encode_all(apply, PARAMS, batches(), mesh=mesh_of(1), size=SIZE)
     assert on_one.dtype == np.float32
     np.testing.assert_allclose(on_one, WANTED, rtol=1e-5, atol=1e-6)
@@ -75,7 +75,7 @@ def test_features_are_the_same_on_every_mesh_and_in_order():
         np.testing.assert_allclose(features, on_one, rtol=1e-6, atol=1e-6)
 
 
-def test_sharded_parameters_and_half_precision_give_float32():
+def test_features_of_sharded_bfloat16_networks_are_float32():
     mesh = mesh_of(fsdp=4)
     sharding = NamedSharding(mesh, P(None, None))
     params = jax.device_put(PARAMS["dense"]["kernel"], sharding)
@@ -89,7 +89,7 @@ def test_sharded_parameters_and_half_precision_give_float32():
     np.testing.assert_allclose(features, TEXT @ KERNEL, rtol=2e-2, atol=2e-2)
 
 
-def test_unreadable_examples_are_an_error():
+def test_unreadable_examples_are_refused():
     with pytest.raises(ValueError, match=r"2 examples could not be read, .* number 3;"):
         encode_all(apply, PARAMS, batches(broken=(3, 9)), mesh=mesh_of(1))
     # The last one looks like padding, unless the number of examples is known.
@@ -97,14 +97,14 @@ def test_unreadable_examples_are_an_error():
         encode_all(apply, PARAMS, batches(broken=(SIZE - 1,)), mesh=mesh_of(1), size=SIZE)
 
 
-def test_nothing_to_encode_and_batches_that_do_not_divide_are_refused():
+def test_empty_input_and_indivisible_batches_are_refused():
     with pytest.raises(ValueError, match="nothing to encode"):
         encode_all(apply, PARAMS, [], mesh=mesh_of(1))
     with pytest.raises(ValueError, match="a batch of 8 must be a multiple of the mesh's 3 devices"):
         encode_all(apply, PARAMS, batches(), mesh=mesh_of(3))
 
 
-def test_features_that_are_not_finite_are_refused():
+def test_non_finite_features_are_refused():
     with pytest.raises(FloatingPointError, match=r"1 examples have features .* number 4;"):
         encode_all(
             lambda params, batch: jnp.where(batch["text"] == TEXT[4], jnp.nan, batch["text"]),
@@ -117,7 +117,7 @@ def test_features_that_are_not_finite_are_refused():
 # Fingerprints.
 
 
-def test_a_fingerprint_does_not_depend_on_the_layout():
+def test_fingerprint_does_not_depend_on_the_layout():
     wide = {"a": {"w": np.random.default_rng(0).normal(size=(8, 6, 4)).astype(np.float32)}}
     wide["a"]["half"] = jnp.asarray(wide["a"]["w"], jnp.bfloat16)
     wide["ids"], wide["flag"] = np.arange(16, dtype=np.int32), np.array([True, False] * 8)
@@ -135,7 +135,7 @@ def test_a_fingerprint_does_not_depend_on_the_layout():
         assert fingerprint(jax.tree.map(place, wide), "text") == name
 
 
-def test_a_fingerprint_does_not_depend_on_the_blocks_of_its_checksums(monkeypatch):
+def test_fingerprint_does_not_depend_on_the_checksum_block_size(monkeypatch):
     values = np.random.default_rng(0).normal(size=(7, 3, 2)).astype(np.float32)
     whole = fingerprint({"x": values})
     for block in (1, 6, 13):  # less than a row, a row, two rows
@@ -143,7 +143,7 @@ def test_a_fingerprint_does_not_depend_on_the_blocks_of_its_checksums(monkeypatc
         assert fingerprint({"x": values}) == fingerprint({"x": jnp.asarray(values)}) == whole
 
 
-def test_any_change_of_the_weights_gives_another_fingerprint():
+def test_fingerprint_changes_with_any_weight():
     kernel, bias = PARAMS["dense"]["kernel"], PARAMS["dense"]["bias"]
     swapped, turned = kernel.copy(), kernel.copy()
     swapped[[0, 3]] = swapped[[3, 0]]
@@ -173,7 +173,7 @@ def test_any_change_of_the_weights_gives_another_fingerprint():
     assert len({fingerprint(params) for params in variants}) == len(variants)
 
 
-def test_single_bits_and_swaps_never_go_unseen():
+def test_fingerprint_detects_single_bits_and_swaps():
     # All changes of a single bit, and all swaps of two out of 24 values with similar bits.
     values = np.float32(1) + np.arange(24, dtype=np.float32) * np.float32(2**-23)
     seen = {fingerprint({"x": values})}
@@ -189,7 +189,7 @@ def test_single_bits_and_swaps_never_go_unseen():
     assert len(seen) == 1 + 24 * 23 // 2 + 32
 
 
-def test_any_change_of_the_content_gives_another_fingerprint():
+def test_fingerprint_changes_with_any_content():
     rows = np.arange(6.0).reshape(2, 3)
     contents = [
         (),
@@ -213,7 +213,7 @@ def test_any_change_of_the_content_gives_another_fingerprint():
 
 
 @pytest.mark.parametrize("content", [3, None, ["text"], np.array(["text", None])])
-def test_content_without_bytes_is_refused(content):
+def test_unhashable_content_is_refused(content):
     with pytest.raises(TypeError, match="cannot be hashed"):
         fingerprint({}, content)
 
@@ -242,7 +242,7 @@ def test_stored_features_are_reused(tmp_path, caplog):
     assert f"{SIZE} feature vectors read" in messages[1]
 
 
-def test_another_fingerprint_recomputes_and_logs_why(tmp_path, caplog):
+def test_changed_fingerprint_recomputes_and_logs_why(tmp_path, caplog):
     cached(tmp_path, "x", "f00d", Counter())
     second = Counter(WANTED + 1)
     with caplog.at_level(logging.INFO):
@@ -323,7 +323,7 @@ ODD = [
 
 
 @pytest.mark.parametrize("spoil", [cut, flip, drop, other_kind, no_archive, emptied, half, *ODD])
-def test_a_broken_file_is_named_and_recomputed(tmp_path, caplog, spoil):
+def test_broken_file_is_reported_and_recomputed(tmp_path, caplog, spoil):
     compute = Counter()
     cached(tmp_path, "x", "f00d", compute)
     spoil(tmp_path / "x.npz")
@@ -338,9 +338,7 @@ def test_a_broken_file_is_named_and_recomputed(tmp_path, caplog, spoil):
     assert compute.calls == 2
 
 
-def test_a_failed_write_leaves_the_old_file_and_the_features_in_memory(
-    tmp_path, monkeypatch, caplog
-):
+def test_failed_write_keeps_the_old_file_and_features_in_memory(tmp_path, monkeypatch, caplog):
     cached(tmp_path, "x", "f00d", Counter())
     monkeypatch.setattr(np, "savez", failing)
     assert np.array_equal(cached(tmp_path, "x", "beef", Counter(WANTED + 1)), WANTED + 1)
@@ -407,7 +405,7 @@ def two_hosts(port, host, folder):
     assert fingerprint({"w": split}) == fingerprint({"w": whole})
 
 
-def test_two_hosts_agree(tmp_path):
+def test_two_hosts_compute_the_same_features(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

@@ -38,13 +38,13 @@ def tokenizer(tmp_path):
         ("<TABLE>", ["<", "t", "a", "b", "l", "e", ">"]),
     ],
 )
-def test_pieces_of_lower_case(tokenizer, text, pieces):
+def test_pieces_are_those_of_lower_cased_text(tokenizer, text, pieces):
     (row,) = tokenizer.encode([text], None)
     np.testing.assert_array_equal(row, [*(VOCAB[piece] for piece in pieces), 1])
     assert tokenizer.decode(row) == (text if "<table>" in text else text.casefold())
 
 
-def test_a_sentence_has_no_first_token_and_keeps_its_end(tmp_path):
+def test_sentence_has_no_start_token_and_keeps_its_end(tmp_path):
     whole, cut = load(write(tmp_path / "x")), load(tmp_path / "x", max_length=3)
     assert (whole.vocab, whole.pad, whole.eos, whole.limit) == (len(VOCAB), 0, 1, 64)
     (row,) = whole.encode(["man" * 70], None)
@@ -74,18 +74,18 @@ def model(**changes):
         ({"added_tokens": [7]}, "not Gemma's"),
     ],
 )
-def test_another_tokenizer_is_refused(tmp_path, changes, message):
+def test_other_tokenizers_are_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message) as raised:
         load(write(tmp_path / "x", **changes))
     assert f"config.tokenizer.path={str(tmp_path / 'x')!r}" in str(raised.value)
 
 
-def test_a_folder_without_the_file_is_named(tmp_path):
+def test_missing_tokenizer_file_is_reported(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"lacks tokenizer\.json; fetch .*google/siglip2"):
         load(tmp_path)
 
 
-def test_transformers_gives_the_same_ids(tokenizer, tmp_path):
+def test_ids_match_transformers(tokenizer, tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     if not hasattr(transformers, "Siglip2Tokenizer"):
         pytest.skip("this version of transformers does not lower-case SigLIP 2's texts")

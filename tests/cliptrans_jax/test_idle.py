@@ -39,14 +39,14 @@ SWITCHED_OFF = [
 
 
 @pytest.mark.parametrize(("stage", "fields", "reads"), SWITCHED_OFF)
-def test_fields_that_others_switch_off_are_listed_unless_these_are_on(stage, fields, reads):
+def test_ineffective_fields_are_listed_unless_enabled(stage, fields, reads):
     first = next(iter(fields))
     (path,) = set_all(stage, fields)
     assert first.startswith(path)
     assert set_all(stage, fields | reads) == set()
 
 
-def test_captioning_drops_tokens_whatever_the_noise_says():
+def test_captioning_drops_tokens_whatever_the_noise_config():
     config = changed("noise.train", True, tiny_config("caption", None))
     assert idle(changed("noise.mask_prob", 0.5, config)) == {
         "noise.train": "captioning always drops tokens"
@@ -54,7 +54,7 @@ def test_captioning_drops_tokens_whatever_the_noise_says():
 
 
 @pytest.mark.parametrize("stage", ["clip", "caption", "translate", "triplet"])
-def test_the_configs_of_the_tests_have_none(stage):
+def test_test_configs_have_no_idle_fields(stage):
     assert idle(tiny_config(stage, None)) == {}
 
 
@@ -69,7 +69,7 @@ def test_the_configs_of_the_tests_have_none(stage):
         ("clip", "encoder", "", False),
     ],
 )
-def test_parts_that_are_frozen_at_random_values_are_warned_of(stage, freeze, source, warns, caplog):
+def test_parts_frozen_at_random_values_give_a_warning(stage, freeze, source, warns, caplog):
     config = changed("freeze", freeze, tiny_config(stage, None))
     config = changed(f"sources.{source or 'clip'}", "there", config)
     warn_of_random_parts(config)

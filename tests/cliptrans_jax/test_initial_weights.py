@@ -63,12 +63,12 @@ def start(config, tower=None, tree=None):
     return make_warm_start(config, tower)(wanted(OURS if tree is None else tree))
 
 
-def test_without_sources_all_is_fresh():
+def test_everything_is_fresh_without_sources():
     assert make_warm_start(config_of(), None) is None
 
 
 @pytest.mark.parametrize("source", ["plain", "plain/checkpoints/0", "released.safetensors"])
-def test_a_model_gives_all_of_its_weights(sources, source):
+def test_model_source_provides_all_weights(sources, source):
     config = config_of(model=sources / source)
     assert is_run(config.sources.model) is not source.endswith("safetensors")
     check_start(config, None, wanted(OURS))
@@ -77,7 +77,7 @@ def test_a_model_gives_all_of_its_weights(sources, source):
     assert found.account["fresh"] == found.account["left"] == []
 
 
-def test_a_published_mbart_leaves_the_mapper_fresh(sources):
+def test_published_mbart_leaves_the_mapper_fresh(sources):
     found = start(config_of(mbart=sources / "mbart"))
     assert_same(jax.tree.map(np.asarray, found.params), {"mbart": OURS["mbart"]})
     sizes = [leaf.size for leaf in jax.tree.leaves(OURS["mbart"])]
@@ -87,7 +87,7 @@ def test_a_published_mbart_leaves_the_mapper_fresh(sources):
     assert {entry["name"] for entry in found.account["fresh"]} == {f"mapper/{x}" for x in mapper}
 
 
-def test_a_published_mbart_of_other_sizes_is_refused(sources):
+def test_published_mbart_of_other_sizes_is_refused(sources):
     for change, said in (
         ({"dropout": 0.3, "remat": True}, None),  # which does not affect weights
         ({"pad": 3}, "config.model.mbart.pad=3, and the file has 1"),
@@ -111,7 +111,7 @@ def test_a_published_mbart_of_other_sizes_is_refused(sources):
         ("mbart", {"kind": "mbart", "fetch": True, "weights": "ema"}),
     ],
 )
-def test_published_weights_are_read_as_the_config_says(field, wanted, monkeypatch):
+def test_published_weights_are_read_with_the_config_settings(field, wanted, monkeypatch):
     class Asked(Exception):
         pass
 
@@ -130,7 +130,7 @@ def test_published_weights_are_read_as_the_config_says(field, wanted, monkeypatc
 @pytest.mark.parametrize(
     ("source", "from_run"), [("plain", False), ("unfrozen", True), ("", False), ("mbart", False)]
 )
-def test_a_trained_tower_continues_from_the_run_that_trained_it(sources, source, from_run):
+def test_trained_tower_continues_from_its_run(sources, source, from_run):
     field = "mbart" if source == "mbart" else "model"
     config = config_of(**({field: sources / source} if source else {}))
     found = start(config, Trained(OWN_TOWER), OURS | {"clip": OWN_TOWER})
@@ -145,7 +145,7 @@ def test_a_trained_tower_continues_from_the_run_that_trained_it(sources, source,
         check_start(config, Trained(OWN_TOWER), wanted(OURS | {"clip": OWN_TOWER}))
 
 
-def test_a_run_with_a_trained_tower_is_not_loaded_without_it(sources):
+def test_run_with_a_trained_tower_needs_a_place_for_it(sources):
     config = config_of(model=sources / "unfrozen")
     for begin in (start, lambda given: check_start(given, None, wanted(OURS))):
         with pytest.raises(ValueError, match=r"clip/words of shape \(2, 3\) has no place"):
@@ -171,7 +171,7 @@ def test_fresh_parameters_are_not_loaded(sources, source, caplog):
     assert "config.sources.fresh='maper/.*' matches no parameter" in caplog.text
 
 
-def test_a_run_with_an_average_passes_on_its_parameters(tmp_path):
+def test_run_with_an_ema_passes_on_its_raw_parameters(tmp_path):
     """A stage continues from the run's parameters, not from their average."""
     none = np.zeros((), np.int32)
     average = jax.tree.map(lambda x: x + 1, OURS)

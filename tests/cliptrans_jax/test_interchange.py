@@ -1,5 +1,4 @@
-"""Published weights, compared with Hugging Face's own loading of them, from the hub to the
-devices."""
+"""Published weights from the hub to the devices, compared with Hugging Face's loading."""
 
 import dataclasses
 import json
@@ -83,7 +82,7 @@ def reference_logits(model):
 
 
 @pytest.mark.parametrize("form", ["safetensors", "shards", "bin"])
-def test_a_folder_of_hugging_face_computes_the_same(reference, logits_of, tmp_path, form):
+def test_hugging_face_folder_gives_the_same_logits(reference, logits_of, tmp_path, form):
     reference.save_pretrained(tmp_path, max_shard_size="10KB" if form == "shards" else "1GB")
     if form == "bin":
         import torch
@@ -101,7 +100,7 @@ def test_a_folder_of_hugging_face_computes_the_same(reference, logits_of, tmp_pa
     )
 
 
-def test_hugging_face_reads_what_is_saved(reference, logits_of, tmp_path):
+def test_hugging_face_reads_saved_folders(reference, logits_of, tmp_path):
     transformers = pytest.importorskip("transformers", reason=NO_TORCH)
     params = make_params()
     pretrained.save(tmp_path / "saved", params, UNEVEN)
@@ -139,7 +138,7 @@ def hub(folder, fetched, *, files):
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
-def test_a_model_of_the_hub_is_fetched_only_when_asked(tmp_path, monkeypatch, form):
+def test_hub_model_is_fetched_only_on_request(tmp_path, monkeypatch, form):
     monkeypatch.chdir(tmp_path)
     params, folder, fetched = make_params(), tmp_path / "cache", []
     pretrained.save(tmp_path / "there", params, UNEVEN)
@@ -170,7 +169,7 @@ def test_a_model_of_the_hub_is_fetched_only_when_asked(tmp_path, monkeypatch, fo
     assert len(fetched) == len(asked)
 
 
-def test_without_network_a_model_of_the_hub_is_named(tmp_path, monkeypatch):
+def test_unreachable_hub_model_is_reported(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def snapshot_download(repo_id, allow_patterns):
@@ -182,7 +181,7 @@ def test_without_network_a_model_of_the_hub_is_named(tmp_path, monkeypatch):
         pretrained.load("facebook/mbart", fetch=True)
 
 
-def test_each_device_is_given_only_its_part():
+def test_each_device_receives_only_its_shard():
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     params, shapes = make_params(), kinds.MBART.shapes(UNEVEN)
     shardings = match_rules(mbart.PARTITION_RULES, shapes, mesh)
@@ -211,7 +210,7 @@ def test_each_device_is_given_only_its_part():
             pretrained.place(params, half)
 
 
-def test_an_account_is_a_short_table(tmp_path):
+def test_account_is_a_short_table(tmp_path):
     params = make_params()
     tensors = tables.write(kinds.MBART.table(UNEVEN), params)
     tensors |= {alias: tensors[name] for alias, name in transformer_names.ALIASES.items()}
@@ -232,7 +231,7 @@ def test_an_account_is_a_short_table(tmp_path):
     assert len(lines) == 16
 
 
-def test_mbart_50_s_config_is_the_default():
+def test_mbart50_config_is_the_default():
     assert config_json.mbart_config(MBART50) == MBartConfig()
     assert config_json.mbart_config(config_json.mbart_hf_config(UNEVEN)) == UNEVEN
     for start, want in ((None, 5), (7, 7)):
@@ -256,7 +255,7 @@ def test_mbart_50_s_config_is_the_default():
         ("quantization_config", {"bits": 8}),
     ],
 )
-def test_a_setting_that_cannot_be_computed_is_named(key, value):
+def test_unsupported_setting_is_reported(key, value):
     with pytest.raises(ValueError) as raised:
         config_json.mbart_config(MBART50 | {key: value})
     assert f"{key}={value!r} of mBART's config.json is not supported" in str(raised.value)
@@ -289,7 +288,7 @@ def read_with(network, table, tensors, *arrays):
 
 
 @pytest.mark.parametrize("base", ["XLMRoberta", "Bert"])
-def test_mclip_agrees_with_its_base_of_hugging_face(base, tmp_path):
+def test_mclip_matches_its_hugging_face_base(base, tmp_path):
     torch = pytest.importorskip("torch", reason=NO_TORCH)
     transformers = pytest.importorskip("transformers", reason=NO_TORCH)
     torch.manual_seed(0)
@@ -329,7 +328,7 @@ def test_mclip_agrees_with_its_base_of_hugging_face(base, tmp_path):
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-def test_clip_agrees_with_hugging_face(activation, tmp_path):
+def test_clip_matches_hugging_face(activation, tmp_path):
     torch = pytest.importorskip("torch", reason=NO_TORCH)
     transformers = pytest.importorskip("transformers", reason=NO_TORCH)
     torch.manual_seed(0)
@@ -366,7 +365,7 @@ def test_clip_agrees_with_hugging_face(activation, tmp_path):
         np.testing.assert_allclose(found, features, rtol=1e-5, atol=1e-5)
 
 
-def test_siglip_agrees_with_hugging_face(tmp_path):
+def test_siglip_matches_hugging_face(tmp_path):
     torch = pytest.importorskip("torch", reason=NO_TORCH)
     transformers = pytest.importorskip("transformers", reason=NO_TORCH)
     torch.manual_seed(0)

@@ -68,7 +68,7 @@ def framed(text):
     return " ".join([str(ENGLISH), *text.split()[:7], "2"])
 
 
-def test_every_sentence_is_translated_with_its_own_feature():
+def test_each_sentence_is_translated_with_its_own_feature():
     model, fed = loaded()
     found = model.translate(SENTENCES)
     assert [outputs[0].text for outputs in found] == [framed(text) for text in SENTENCES]
@@ -79,7 +79,7 @@ def test_every_sentence_is_translated_with_its_own_feature():
     assert {int(code) for batch in fed for code in batch["labels"][:, 0]} == {GERMAN}
 
 
-def test_every_picture_stands_with_its_sentence():
+def test_each_image_belongs_to_its_sentence():
     model, _ = loaded()
     found = model.translate(SENTENCES, pictures=PICTURES)
     assert [outputs[0].text for outputs in found] == [framed(text) for text in SENTENCES]
@@ -90,7 +90,7 @@ def test_every_picture_stands_with_its_sentence():
 
 
 @pytest.mark.parametrize("stage", ["caption", "text_recon"])
-def test_a_captioning_run_writes_captions_and_reads_no_words(stage):
+def test_captioning_run_writes_captions_and_reads_no_words(stage):
     model, fed = loaded(stage=stage, caption_language="en")
     found = model.translate(SENTENCES[:2], pictures=PICTURES[:2])
     assert model.pair == ("en", "en")
@@ -100,14 +100,14 @@ def test_a_captioning_run_writes_captions_and_reads_no_words(stage):
     assert [outputs[0].score for outputs in found] == pytest.approx(wanted, rel=1e-5)
 
 
-def test_a_sentence_is_cut_for_a_tower_that_reads_less(monkeypatch):
+def test_sentence_is_truncated_for_a_shorter_tower(monkeypatch):
     monkeypatch.setattr(TextTower, "longest", 4)
     found = loaded()[0].translate(["4 5 6 7 8"])
     assert found[0][0].text == framed("4 5 6 7 8")
     assert found[0][0].score == 4.0 + 5.0 + 2.0  # "<s>" is 0, and "</s>" 2
 
 
-def test_a_tower_that_was_trained_gets_the_tokens():
+def test_trained_tower_receives_tokens():
     model, fed = loaded(unfreeze_clip=True)
     model.translate(SENTENCES[:2])
     tokens = fed[0]["clip_tokens"]
@@ -115,7 +115,7 @@ def test_a_tower_that_was_trained_gets_the_tokens():
     assert tokens.tolist() == [[0, 4, 5, 6, 7, 2], *[[0, 8, 2, PAD, PAD, PAD]] * 3]
 
 
-def test_a_model_without_a_prefix_gets_neither():
+def test_model_without_prefix_receives_neither_features_nor_tokens():
     config = tiny_config("translate", None).model
     mapper = dataclasses.replace(config.mapper, prefix=0)
     model, fed = loaded(model=dataclasses.replace(config, mapper=mapper))
@@ -123,12 +123,12 @@ def test_a_model_without_a_prefix_gets_neither():
     assert all(not {"features", "clip_tokens"} & set(batch) for batch in fed)
 
 
-def test_lines_are_read_as_lines_of_a_file():
+def test_whitespace_is_normalised_as_in_files():
     model, _ = loaded()
     texts = [outputs[0].text for outputs in model.translate([" 4 5\n", "4 \n 5", "4\t5"])]
     assert texts == [f"{ENGLISH} 4 5 2"] * 3
 
 
-def test_a_loaded_model_prints_as_a_line():
+def test_loaded_model_has_a_one_line_repr():
     model, _ = loaded()
     assert repr(model) == "LoadedModel(stage='translate', pair=('en', 'de'), 1 parameters)"

@@ -56,9 +56,7 @@ def tower(monkeypatch):
     return made
 
 
-def test_the_image_tower_alone_is_trained_for_features_that_are_computed_once(
-    corpus, tower, tmp_path
-):
+def test_only_the_image_tower_trains_on_precomputed_text_features(corpus, tower, tmp_path):
     config, workdir = lock(tiny_config("clip", corpus)), epath.Path(tmp_path / "run")
     result = contrastive.run(config, workdir, one_device())
     assert result["steps"] == 6 and 0 <= result["val/accuracy"] <= 1
@@ -77,7 +75,7 @@ def test_the_image_tower_alone_is_trained_for_features_that_are_computed_once(
     jax.tree.map(np.testing.assert_array_equal, image, saved["image"])
 
 
-def test_the_image_tower_starts_as_beside_a_text_tower_that_trains():
+def test_image_tower_initialisation_ignores_the_text_lock():
     config, key = tiny_config("clip", None), jax.random.key(3)
     both, one = (contrastive.init(x, key)["clip"] for x in (config, lock(config)))
     assert both.keys() - one.keys() == {"text"}
@@ -86,7 +84,7 @@ def test_the_image_tower_starts_as_beside_a_text_tower_that_trains():
     assert rules and not any("text" in regex for regex, _ in rules)
 
 
-def test_a_batch_has_the_features_of_names_in_their_language(corpus, tower, tmp_path):
+def test_text_features_match_the_language_of_each_name(corpus, tower, tmp_path):
     config = lock(dataclasses.replace(tiny_config("clip", corpus), languages=("de", "en")))
     pairs = contrastive._Pairs.of(config, "val", tower.tokenizer)
     encoded = pairs.encoded(tower=tower, folder=epath.Path(tmp_path), mesh=one_device())
@@ -110,7 +108,7 @@ def test_a_batch_has_the_features_of_names_in_their_language(corpus, tower, tmp_
     assert images.shape == texts.shape
 
 
-def test_both_towers_need_one_width(corpus, tower, tmp_path):
+def test_both_towers_must_have_the_same_width(corpus, tower, tmp_path):
     config = lock(tiny_config("clip", corpus))
     image = dataclasses.replace(config.clip.image, features=FEATURES + 1)
     config = dataclasses.replace(config, clip=dataclasses.replace(config.clip, image=image))
@@ -119,7 +117,7 @@ def test_both_towers_need_one_width(corpus, tower, tmp_path):
         contrastive.check(config, epath.Path(tmp_path), one_device(), key="config")
 
 
-def test_a_pipeline_trains_the_image_tower_and_takes_the_text_tower_as_it_is(tmp_path):
+def test_pipeline_trains_only_the_image_tower(tmp_path):
     runs = dict(plan(lock(tiny_pipeline(None)), tmp_path))
     assert [*runs] == ["clip", "caption", "translate"]
     assert {one.sources.clip_text for one in runs.values()} == {"tower"}
@@ -131,7 +129,7 @@ def test_a_pipeline_trains_the_image_tower_and_takes_the_text_tower_as_it_is(tmp
     assert "clip" not in dict(plan(dataclasses.replace(config, sources=sources), tmp_path))
 
 
-def test_a_run_s_text_tower_is_given_exactly_if_it_stayed_frozen(monkeypatch):
+def test_text_tower_is_given_if_and_only_if_it_was_frozen(monkeypatch):
     stored, config = tiny_config("clip", None), tiny_config("translate", None)
     monkeypatch.setattr(checkpoint, "load_config", lambda source: unfreeze(stored).to_dict())
     given = dataclasses.replace(config, sources=SourcesConfig(clip="run", clip_text="other"))
@@ -146,9 +144,7 @@ def test_a_run_s_text_tower_is_given_exactly_if_it_stayed_frozen(monkeypatch):
             load_trained(bare, name)
 
 
-def test_another_text_tower_than_the_run_was_trained_against_is_warned_of(
-    monkeypatch, tmp_path, caplog
-):
+def test_different_text_tower_from_training_gives_a_warning(monkeypatch, tmp_path, caplog):
     stored = unfreeze(lock(tiny_config("clip", None), text=str(tmp_path / "tower"))).to_dict()
     monkeypatch.setattr(checkpoint, "load_config", lambda source: stored)
     load = mock.Mock(side_effect=FileNotFoundError("nothing is loaded here"))
@@ -164,7 +160,7 @@ def test_another_text_tower_than_the_run_was_trained_against_is_warned_of(
     assert "is not the text tower that the run in config.sources.clip='run'" in caplog.text
 
 
-def test_a_run_is_used_with_the_text_tower_that_it_was_trained_for(tmp_path):
+def test_run_is_used_with_the_text_tower_of_its_training(tmp_path):
     step = epath.Path(tmp_path / "run" / "checkpoints" / "6")
     plain = tiny_config("clip", None)
     for config, text in ((plain, ""), (lock(plain), "tower")):

@@ -31,7 +31,7 @@ def test_label_loss_by_hand():
         assert (float(total), float(count)) == (pytest.approx(wanted, rel=1e-5), 4)
 
 
-def test_label_loss_of_even_chances():
+def test_label_loss_of_simple_distributions():
     """For uniform chances, log V whatever the smoothing; with p = (1/2, 1/4, 1/4), each label's
     share is e / V."""
     labels = jnp.asarray([[0, 2]])
@@ -44,7 +44,7 @@ def test_label_loss_of_even_chances():
     assert float(total) == pytest.approx(wanted, rel=1e-6)
 
 
-def test_losses_of_half_precision_are_summed_in_float32():
+def test_bfloat16_losses_are_summed_in_float32():
     logits = jnp.zeros((1, 300, 3), jnp.bfloat16)
     total, count = label_loss(logits, jnp.zeros((1, 300), int), pad=PAD)
     assert (total.dtype, count.dtype) == (jnp.float32, jnp.float32)
@@ -104,12 +104,12 @@ def assert_close(found, wanted):
 
 
 @pytest.mark.parametrize("chunk", [1, 24, 56])
-def test_chunks_lose_nothing(chunk):
+def test_chunked_loss_matches_the_plain_loss(chunk):
     case = readout_case()
     assert_close(in_chunks(chunk)(*case), plain(*case))
 
 
-def test_a_loss_without_smoothing_and_bias():
+def test_loss_without_smoothing_and_bias():
     (matrix, bias), *rest = readout_case()
     wanted, (by_readout, by_states) = plain(Readout(matrix, 0 * bias), *rest, smoothing=0.0)
     found = in_chunks(16, smoothing=0.0)(Readout(matrix), *rest)
@@ -117,7 +117,7 @@ def test_a_loss_without_smoothing_and_bias():
 
 
 @pytest.mark.parametrize("real", [0, 16, 17, 56])
-def test_chunks_of_pads_are_not_computed(real, monkeypatch):
+def test_chunks_of_pads_are_skipped(real, monkeypatch):
     readout, states, labels = readout_case()
     order = np.random.default_rng(3).permutation(labels.size)
     labels = jnp.full(labels.size, PAD).at[order[:real]].set(5).reshape(labels.shape)
@@ -137,7 +137,7 @@ def test_chunks_of_pads_are_not_computed(real, monkeypatch):
 
 
 @pytest.mark.parametrize("chunk", [1, 4])
-def test_chunks_of_eight_devices_are_summed(chunk):
+def test_chunked_loss_on_eight_devices_matches_the_plain_loss(chunk):
     case = readout_case()
     with jax.set_mesh(split_mesh()):
         program = in_chunks(chunk).lower(*case).compile()
@@ -155,7 +155,7 @@ def test_chunks_of_eight_devices_are_summed(chunk):
         ("float32", "tpu", "highest", "f32"),
     ],
 )
-def test_the_matrix_is_sent_as_it_is_multiplied(states, platform, precision, sent):
+def test_matrix_is_gathered_in_the_matmul_dtype(states, platform, precision, sent):
     with jax.set_mesh(split_mesh()), jax.default_matmul_precision(precision):
         program = in_chunks(4).trace(*readout_case(states))
         text = program.lower(lowering_platforms=(platform,)).as_text()
@@ -163,7 +163,7 @@ def test_the_matrix_is_sent_as_it_is_multiplied(states, platform, precision, sen
     assert gathers and all(f"x{sent}>" in line for line in gathers)
 
 
-def test_products_of_half_precision_are_close():
+def test_bfloat16_gradients_are_close_to_float32():
     case = readout_case("bfloat16")
     (_, _), (by_readout, by_states) = in_chunks(8)(*case)
     assert (by_readout.matrix.dtype, by_states.dtype) == (jnp.float32, jnp.bfloat16)
@@ -171,7 +171,7 @@ def test_products_of_half_precision_are_close():
     np.testing.assert_allclose(by_readout.matrix, wanted.matrix, atol=0.02)
 
 
-def test_small_gradients_of_many_chunks_are_not_lost():
+def test_small_gradients_accumulate_over_many_chunks():
     """In bfloat16, 256 + 1/2 is 256."""
     readout = Readout(jnp.zeros((2, 1)), jnp.zeros(2))
     case = jnp.ones((4, 256, 1), jnp.bfloat16), jnp.zeros((4, 256), int)
@@ -183,7 +183,7 @@ def test_small_gradients_of_many_chunks_are_not_lost():
     assert not np.any(by_states)
 
 
-def test_gradients_of_labels_that_are_almost_certain_are_exact():
+def test_gradients_of_nearly_certain_labels_are_exact():
     """p = 0.9997 would be 1 in bfloat16, with zero gradient."""
     matrix, states = jnp.asarray([[8.0], [0.0]]), jnp.ones((1, 4, 1), jnp.bfloat16)
     total = lambda matrix: states_loss(  # noqa: E731
@@ -193,7 +193,7 @@ def test_gradients_of_labels_that_are_almost_certain_are_exact():
     np.testing.assert_allclose(jax.grad(total)(matrix)[:, 0], [-slope, slope], rtol=5e-3)
 
 
-def test_a_matrix_that_is_not_trained_costs_no_gradient():
+def test_frozen_matrix_costs_no_gradient():
     readout, states, labels = readout_case()
 
     def products(of_matrix):
@@ -234,7 +234,7 @@ def test_contrastive_loss_by_hand():
     assert float(found) == pytest.approx(-sum(own) / 2, rel=1e-5)
 
 
-def test_retrieval_counts_ties_once_and_never_what_is_not_finite():
+def test_retrieval_counts_ties_once_and_never_non_finite_scores():
     def accuracy(texts, images, mask):
         found = retrieval_sums(*(jnp.asarray(x, jnp.float32) for x in (texts, images, mask)))
         return float(found["accuracy"]), float(found["count"])

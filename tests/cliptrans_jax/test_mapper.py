@@ -70,7 +70,7 @@ def published(kind, params):
         ),
     ],
 )
-def test_mappers_have_the_parameters_of_their_formulas(kind, shapes):
+def test_mappers_have_the_expected_parameters(kind, shapes):
     vectors, variables = jax.eval_shape(
         lambda key: build(kind).init_with_output(key, CLIP, False), jax.random.key(0)
     )
@@ -101,7 +101,7 @@ BOUNDS = {  # of uniform initial values; other leaves are not random
 
 
 @pytest.mark.parametrize("kind", BOUNDS)
-def test_mappers_start_within_the_published_bounds(kind):
+def test_mapper_initialisation_is_within_the_published_bounds(kind):
     init = jax.jit(build(kind, 96).init, static_argnums=2)
     params = init(jax.random.key(0, impl="rbg"), CLIP, False)["params"]  # quick to compile
     for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
@@ -113,7 +113,7 @@ def test_mappers_start_within_the_published_bounds(kind):
             assert np.all(np.asarray(leaf) == at_first), path
 
 
-def test_the_published_mappers_have_the_published_counts():
+def test_published_mappers_have_the_published_parameter_counts():
     features = jax.ShapeDtypeStruct((1, 512), jnp.float32)
     counts = {"mlp": 5_253_121, "hidden_mlp": 11_021_313, "transformer": 10_155_349}
     for kind, count in counts.items():
@@ -124,7 +124,7 @@ def test_the_published_mappers_have_the_published_counts():
 
 
 @pytest.mark.parametrize("kind", list(MAPPERS))
-def test_mappers_compute_what_their_tensors_say(kind):
+def test_mappers_match_naive_implementations(kind):
     find = jax.jit(lambda params: build(kind).apply({"params": params}, CLIP, False))
     for size in (1.0, 0.02):  # small enough that the epsilon of every norm shows
         params = jax.tree.map(lambda x, size=size: size * x, params_of(kind))
@@ -134,7 +134,7 @@ def test_mappers_compute_what_their_tensors_say(kind):
         np.testing.assert_allclose(find(params), wanted, rtol=1e-5, atol=1e-3 * scale)
 
 
-def test_the_transformer_mapper_drops_out_branches_and_hidden_units():
+def test_transformer_mapper_applies_dropout_to_branches_and_hidden():
     config = MapperConfig("transformer", prefix=PREFIX, features=8, dropout=0.3)
     network = mapper.build(config, WIDTH, jnp.float32)
     params = params_of("transformer")

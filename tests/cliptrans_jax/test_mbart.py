@@ -14,7 +14,7 @@ from cliptrans_jax.translators.transformer import Decoder
 PAD = UNEVEN.pad
 
 
-def test_mbart_starts_as_published():
+def test_mbart_has_the_published_initialisation():
     """Matrices and tables are normal with deviation 0.02, biases 0 and gains 1."""
     ids, x, visible = jnp.asarray([[5, 6]]), jnp.zeros((1, 2, 16)), jnp.ones((1, 1, 1, 2), bool)
     network, decoder = MBart(UNEVEN, jnp.float32), Decoder(UNEVEN, jnp.float32)
@@ -33,7 +33,7 @@ def test_mbart_starts_as_published():
 
 
 @pytest.mark.parametrize(("scaled", "factor"), [(True, 4), (False, 1)])
-def test_no_gradient_comes_back_through_the_embedding_of_a_pad(scaled, factor):
+def test_pad_embedding_has_no_gradient(scaled, factor):
     network = MBart(dataclasses.replace(UNEVEN, scale_embedding=scaled), jnp.float32)
     params = {"embedding": jnp.ones((40, 16)), "logits_bias": jnp.zeros(40)}
     ids, weights = (
@@ -55,7 +55,7 @@ def test_no_gradient_comes_back_through_the_embedding_of_a_pad(scaled, factor):
     np.testing.assert_allclose(slope, np.tile(weights[0].sum(axis=0), (40, 1)), rtol=1e-4)
 
 
-def test_logits_of_half_precision_are_not_rounded():
+def test_bfloat16_logits_are_kept_in_float32():
     """In bfloat16, 16.0625 would be 16."""
     params = {"embedding": jnp.ones((40, 16)), "logits_bias": jnp.zeros(40)}
     hidden = jnp.asarray([[16.0, 0.0625, *[0.0] * 14]], jnp.bfloat16)

@@ -76,7 +76,7 @@ def logits(model, *, labels=LABELS, source=SOURCE, clip=CLIP, dropout=None, para
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, 10, 13])
-def test_the_prefix_is_as_long_as_the_config_says(count):
+def test_prefix_has_the_configured_length(count):
     model = translator(count)
     params = shapes_of(model)
     assert ("mapper" in params) is (count > 0)
@@ -91,7 +91,7 @@ def test_the_prefix_is_as_long_as_the_config_says(count):
     assert (found.shape, found.dtype) == ((2, 7, VOCAB), jnp.float32)
 
 
-def test_defaults_are_the_published_model():
+def test_default_sizes_are_the_published_model():
     sides = ("encoder", "decoder")
     sizes = {"layers": 12, "heads": 16, "hidden": 4096}
     assert dataclasses.asdict(MBartConfig()) == {
@@ -126,12 +126,12 @@ def test_defaults_are_the_published_model():
         (lambda: MapperConfig("lstm"), r"^kind='lstm' must be one"),
     ],
 )
-def test_impossible_models_are_refused(make, message):
+def test_invalid_models_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_widths_that_a_mapper_can_take_are_taken():
+def test_valid_mapper_widths_are_accepted():
     for kind, count, width in (("transformer", 4, 4), ("transformer", 0, 15), ("mlp", 4, 15)):
         model = translator(count, kind=kind, width=width, **ONE_HEAD)
         assert model.config.mbart.width == width
@@ -142,7 +142,7 @@ def shapes_of(model):
     return jax.eval_shape(model.init, jax.random.key(0))
 
 
-def test_labels_are_shifted_and_start_with_the_last_real_one():
+def test_labels_are_shifted_and_start_with_the_last_real_token():
     labels = jnp.array([[31, 7, EOS, -1, PAD], [31, 7, 8, 9, EOS]])
     assert shift_right(labels, pad=PAD).tolist() == [[2, 31, 7, 2, 1], [2, 31, 7, 8, 9]]
 
@@ -152,7 +152,7 @@ def test_labels_are_shifted_and_start_with_the_last_real_one():
 SIZES_OF_NUMBERS = (1.0, 0.02)  # small enough that the epsilon of every norm shows
 
 
-def test_the_model_computes_what_its_tensors_say():
+def test_model_matches_a_naive_implementation():
     mbart = dataclasses.replace(UNEVEN, decoder_layers=2)
     model = Translator(ModelConfig(mbart, MapperConfig(prefix=3, features=FEATURES)))
     clip = np.stack([CLIP[0], -CLIP[0]])
@@ -189,7 +189,7 @@ def visibility(mask, *, count, rule):
     return np.asarray(find(jnp.array([mask]), count=count, rule=rule))[0, 0]
 
 
-def test_a_prefix_attends_to_itself_and_the_rest_is_causal():
+def test_prefix_attends_to_itself_and_the_rest_is_causal():
     visible = visibility([True] * 5, count=2, rule="prefix")
     assert (visible == matrix("x....", "xxx..", "xxx..", "xxxx.", "xxxxx")).all()
     visible = visibility([True, True, True, True, False], count=2, rule="prefix")
@@ -198,7 +198,7 @@ def test_a_prefix_attends_to_itself_and_the_rest_is_causal():
     assert (visible == matrix("x..", "xx.", "xxx")).all()
 
 
-def test_the_original_mask_always_shows_slots_1_to_10():
+def test_original_mask_always_shows_slots_1_to_10():
     visible = visibility([True, True, True, False], count=2, rule="original")
     assert (visible == matrix("x...", "xxxx", "xxxx", "xxxx")).all()
     visible = visibility([True] * 12 + [False], count=12, rule="original")
@@ -206,7 +206,7 @@ def test_the_original_mask_always_shows_slots_1_to_10():
     assert (visible == matrix("x............", *later)).all()
 
 
-def test_the_two_rules_agree_for_a_prefix_of_ten():
+def test_both_masks_agree_for_a_prefix_of_ten():
     for length in (11, 15):
         mask = [True] * 11 + [True, False] * 2
         rules = (visibility(mask[:length], count=10, rule=rule) for rule in prefix.MASKS)
@@ -214,7 +214,7 @@ def test_the_two_rules_agree_for_a_prefix_of_ten():
 
 
 @pytest.mark.parametrize("layout", prefix.LAYOUTS)
-def test_what_decoding_begins_with(layout):
+def test_decoding_begins_with_start_prefix_and_language(layout):
     start, vectors, language = (jnp.full((1, n, 3), v) for n, v in ((1, 7.0), (2, 8.0), (1, 9.0)))
     for mask in prefix.MASKS:
         config = PrefixConfig(layout=layout, mask=mask)
@@ -227,7 +227,7 @@ def test_what_decoding_begins_with(layout):
         assert (np.asarray(visible)[0, 0] == matrix("x.", "xx")).all()
 
 
-def test_decoding_begins_with_the_mask_of_the_config():
+def test_decoding_begins_with_the_configured_mask():
     start, language = jnp.zeros((1, 1, 3)), jnp.ones((1, 1, 3))
     for mask, last in (("prefix", 12), ("original", 10)):
         config = PrefixConfig(mask=mask)
@@ -237,7 +237,7 @@ def test_decoding_begins_with_the_mask_of_the_config():
         np.testing.assert_array_equal(visible[0, 0], wanted)
 
 
-def test_what_the_decoder_reads_in_training():
+def test_decoder_inputs_in_training():
     """`</s>`, the prefix unscaled, and scaled words; nothing attends to pads, except in the
     original's slots 1 to 10."""
     labels = jnp.asarray([[31, 7, EOS, PAD, PAD]])
@@ -274,7 +274,7 @@ def test_decoder_is_causal(count):
         assert np.abs(other[place] - other[0]).max() > 1e-3
 
 
-def test_the_original_mask_leaks_words_into_a_short_prefix():
+def test_original_mask_leaks_words_into_a_short_prefix():
     labels = LABELS.copy()
     labels[1, 5] = 20
     for count, leaks in ((4, True), (13, False)):
@@ -285,7 +285,7 @@ def test_the_original_mask_leaks_words_into_a_short_prefix():
         assert leaks or apart[:6].max() < 1e-5
 
 
-def test_padding_changes_nothing():
+def test_padding_has_no_effect():
     model, (source, labels) = translator(4), (SOURCE.copy(), LABELS.copy())
     source[:, 2:], labels[:, 3:] = PAD, PAD
     source[:, 2], labels[:, 3] = EOS, EOS
@@ -305,7 +305,7 @@ def test_logits_depend_on_source_and_features():
     assert apart[1:].min() > 1e-3
 
 
-def test_slots_of_the_prefix_are_left_out_of_the_logits():
+def test_logits_exclude_the_prefix():
     model = translator(4)
 
     def every(params, *inputs):
@@ -336,12 +336,12 @@ def prefilled(model):
 
 
 @pytest.mark.parametrize("count", [0, 4, 13])
-def test_decoding_begins_as_training_did(count):
+def test_start_of_decoding_matches_training(count):
     hidden, trained = prefilled(translator(count))
     np.testing.assert_allclose(hidden, trained[:, : count + 2], rtol=1e-4, atol=1e-5)
 
 
-def test_the_original_layout_starts_with_the_prefix():
+def test_original_layout_starts_decoding_with_the_prefix():
     hidden, trained = prefilled(translator(10, rule=PrefixConfig("original", "original")))
     assert np.abs(hidden[:, -1] - trained[:, 11]).max() > 1e-3
 
@@ -360,7 +360,7 @@ def test_dropout_depends_on_the_key():
     np.testing.assert_allclose(plain, np.broadcast_to(plain[:1], plain.shape), rtol=1e-5, atol=1e-5)
 
 
-def test_embeddings_and_every_branch_drop_out_in_training_alone():
+def test_embeddings_and_branches_have_dropout_only_in_training():
     """With all branches zero, the norms of the embeddings are left, and of these the last bias."""
     model = translator(0, dropout=0.3, encoder_layers=2, decoder_layers=2)
     params, labels = params_of(model), jnp.asarray(LABELS[:1])
@@ -391,14 +391,14 @@ def test_embeddings_and_every_branch_drop_out_in_training_alone():
 
 
 @pytest.mark.parametrize("kind", list(MAPPERS))
-def test_only_the_transformer_mapper_drops_out(kind):
+def test_only_the_transformer_mapper_has_dropout(kind):
     model = translator(4, kind=kind)
     find = jax.jit(lambda params, key: model.prefix(params, jnp.asarray(CLIP), BATCH, dropout=key))
     plain, one = (find(params_of(model), key) for key in (None, jax.random.key(0)))
     assert np.allclose(plain, one, rtol=1e-5, atol=1e-6) is (kind != "transformer")
 
 
-def test_the_mapper_drops_out_in_a_training_step():
+def test_mapper_dropout_is_active_in_a_training_step():
     model = translator(4, kind="transformer")
     labels, features = jnp.asarray(LABELS), jnp.asarray(CLIP)
 
@@ -411,7 +411,7 @@ def test_the_mapper_drops_out_in_a_training_step():
     assert shapes == [(BATCH, 4, WIDTH), (BATCH, 4, WIDTH // 3), (BATCH, 4, WIDTH)]
 
 
-def test_half_precision_runs_and_gives_float32():
+def test_bfloat16_model_gives_float32_logits():
     half, whole = translator(4, dtype=jnp.bfloat16), translator(4)
     rough, exact = logits(half, params=params_of(whole)), logits(whole)
     assert rough.dtype == np.float32

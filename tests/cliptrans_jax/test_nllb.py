@@ -105,7 +105,7 @@ def assert_same_logits(found, expected):
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
-def test_a_folder_of_hugging_face_computes_the_same(reference, tmp_path, form):
+def test_hugging_face_folder_gives_the_same_logits(reference, tmp_path, form):
     reference.save_pretrained(tmp_path)
     if form == "bin":
         import torch
@@ -129,7 +129,7 @@ def search():
 
 
 @pytest.mark.parametrize(("likely", "last"), [(0.4, 10), (0.6, 6)])
-def test_a_search_of_five_beams_is_hugging_face_s(reference, search, tmp_path, likely, last):
+def test_beam_search_matches_hugging_face(reference, search, tmp_path, likely, last):
     """With rare ends, so that the limit forces most of them, and with frequent ones."""
     torch = pytest.importorskip("torch", reason=NO_TORCH)
     with torch.no_grad():
@@ -164,7 +164,7 @@ def test_a_search_of_five_beams_is_hugging_face_s(reference, search, tmp_path, l
     assert min(lengths) == 2 and max(lengths) == last
 
 
-def test_hugging_face_reads_what_is_saved(tmp_path):
+def test_hugging_face_reads_saved_folders(tmp_path):
     transformers = pytest.importorskip("transformers", reason=NO_TORCH)
     pytest.importorskip("torch", reason=NO_TORCH)
     params = jax.tree.map(lambda x: 0.4 * x, make_params(kinds.NLLB, UNEVEN))
@@ -182,7 +182,7 @@ def test_hugging_face_reads_what_is_saved(tmp_path):
     assert_same(again.params, params)
 
 
-def test_sinusoids_by_their_formula():
+def test_sinusoids_match_their_formula():
     found = np.asarray(sinusoids(jnp.asarray([[2, 3], [900, 7]]), width=8, dtype=jnp.float32))
     assert found.shape == (2, 2, 8)
     for place, position in (((0, 0), 2), ((0, 1), 3), ((1, 0), 900)):
@@ -195,12 +195,12 @@ def test_sinusoids_by_their_formula():
     np.testing.assert_allclose(rounded.astype(jnp.float32), exact, atol=4e-3)
 
 
-def test_the_first_position_follows_that_of_pads():
+def test_first_position_follows_the_pad_id():
     for pad in (1, 3):
         assert dataclasses.replace(UNEVEN, pad=pad).first_row == pad + 1
 
 
-def test_labels_are_shifted_after_the_start():
+def test_labels_are_shifted_behind_the_start_token():
     config = dataclasses.replace(UNEVEN, start=7)
     labels = jnp.array([[31, 5, EOS, -1, PAD], [31, 5, 8, 9, EOS]])
     expected = [[7, 31, 5, EOS, PAD], [7, 31, 5, 8, 9]]
@@ -208,13 +208,13 @@ def test_labels_are_shifted_after_the_start():
 
 
 @pytest.mark.parametrize("width", [15, 2])
-def test_a_width_without_sinusoids_is_refused(width):
+def test_width_without_sinusoids_is_refused(width):
     heads = {"encoder_heads": 1, "decoder_heads": 1}
     with pytest.raises(ValueError, match=rf"^width={width} must be even and at least 4"):
         NllbConfig(width=width, **heads)
 
 
-def test_rules_split_every_matrix_and_none_is_idle():
+def test_partition_rules_shard_every_matrix_and_none_is_idle():
     mesh, config = make_mesh(MeshConfig(fsdp=8)), dataclasses.replace(MODEL, mapper=MapperConfig())
     shapes = jax.eval_shape(Translator(config).init, jax.random.key(0))
     rules = partition_rules(config)
@@ -223,7 +223,7 @@ def test_rules_split_every_matrix_and_none_is_idle():
     assert [regex for regex in idle_rules(rules, shapes) if "nllb" in regex] == []
 
 
-def test_published_configs_are_those_of_the_hub():
+def test_published_configs_match_the_hub():
     assert config_json.nllb_config(NLLB_600M) == NllbConfig()
     assert config_json.nllb_config(config_json.nllb_hf_config(UNEVEN)) == UNEVEN
     old = {"normalize_before": True, "add_final_layer_norm": True, "encoder_layerdrop": 0.05}
@@ -241,7 +241,7 @@ def test_published_configs_are_those_of_the_hub():
         ("quantization_config", {"bits": 8}),
     ],
 )
-def test_a_setting_that_cannot_be_computed_is_named(key, value):
+def test_unsupported_setting_is_reported(key, value):
     with pytest.raises(ValueError) as raised:
         config_json.nllb_config(NLLB_600M | {key: value})
     assert f"{key}={value!r} of NLLB's config.json is not supported" in str(raised.value)
@@ -253,7 +253,7 @@ def save(folder, **changes):
     return write_folder(folder, config_json.nllb_hf_config(UNEVEN) | changes, tensors), params
 
 
-def test_rates_that_have_no_effect_are_noted(tmp_path):
+def test_ineffective_dropout_rates_are_noted(tmp_path):
     folder, params = save(tmp_path / "a", attention_dropout=0.1, encoder_layerdrop=0.05)
     found = pretrained.load(folder, kind="nllb")
     assert_same(found.params, params)
@@ -264,14 +264,14 @@ def test_rates_that_have_no_effect_are_noted(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [None, "nllb"])
-def test_the_mixture_of_experts_is_refused_before_its_weights_are_read(tmp_path, kind):
+def test_moe_checkpoint_is_refused_before_its_weights_are_read(tmp_path, kind):
     folder, _ = save(tmp_path / "a", model_type="nllb-moe")
     (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"mixture of experts \(54B\), .*600M to 3\.3B.*nllb-moe"):
         pretrained.load(folder, kind=kind)
 
 
-def test_tensors_alone_show_the_kind_and_the_published_sizes(tmp_path):
+def test_kind_and_published_sizes_are_inferred_from_tensors(tmp_path):
     shapes = {
         "model.shared.weight": (7, 2048),
         **{f"model.encoder.layers.{i}.fc1.weight": (5, 2048) for i in range(2)},
@@ -292,6 +292,6 @@ def test_tensors_alone_show_the_kind_and_the_published_sizes(tmp_path):
     assert_same(found.params, params)
 
 
-def test_cliptrans_own_files_hold_an_mbart():
+def test_cliptrans_checkpoints_only_hold_an_mbart():
     with pytest.raises(ValueError, match=r"model\.translator='nllb': CLIPTrans' own checkpoints"):
         cliptrans_names.table(MODEL)

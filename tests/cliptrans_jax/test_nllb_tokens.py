@@ -91,7 +91,7 @@ def load(kind, folder):
 
 
 @pytest.mark.parametrize("form", ["json", "sentencepiece"])
-def test_nllb_s_ids_are_sentencepiece_s_and_one(model, tmp_path, form):
+def test_nllb_ids_are_sentencepiece_ids_plus_one(model, tmp_path, form):
     tokenizer = load("nllb", write(tmp_path, "nllb", model, form))
     theirs = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
     first = len(model.pieces) + 1
@@ -104,7 +104,7 @@ def test_nllb_s_ids_are_sentencepiece_s_and_one(model, tmp_path, form):
     assert tokenizer.decode(tokenizer.encode(LINES[:1], "en")[0]) == LINES[0]
 
 
-def test_m2m_100_s_ids_are_those_of_its_vocabulary(model, tmp_path):
+def test_m2m100_ids_are_those_of_its_vocabulary(model, tmp_path):
     folder = write(tmp_path, "m2m100", model, "sentencepiece")
     tokenizer = load("m2m100", folder)
     vocab = json.loads((folder / "vocab.json").read_text())
@@ -122,7 +122,7 @@ def test_m2m_100_s_ids_are_those_of_its_vocabulary(model, tmp_path):
         load("m2m100", folder)
 
 
-def test_a_model_of_another_form_is_refused(model, tmp_path):
+def test_model_of_another_type_is_refused(model, tmp_path):
     folder = write(tmp_path / "a", "nllb", model, "sentencepiece")
     with pytest.raises(ValueError, match="is not a Unigram model that begins with <unk>"):
         load("mbart50", folder)
@@ -147,7 +147,7 @@ def test_a_model_of_another_form_is_refused(model, tmp_path):
     ("kind", "form", "source"),
     [("nllb", "json", "eng_Latn"), ("m2m100", "sentencepiece", "en")],
 )
-def test_transformers_loads_what_is_copied(model, tmp_path, kind, form, source):
+def test_transformers_loads_exported_tokenizers(model, tmp_path, kind, form, source):
     transformers = pytest.importorskip("transformers", reason=NO_TRANSFORMERS)
     folder, out = write(tmp_path / "a", kind, model, form), tmp_path / "out"
     out.mkdir()
@@ -162,7 +162,7 @@ def test_transformers_loads_what_is_copied(model, tmp_path, kind, form, source):
     assert targets == [ids.tolist() for ids in ours.encode(texts, "cs")]
 
 
-def test_nllb_without_its_tokenizer_json_is_not_exported(model, tmp_path):
+def test_nllb_without_tokenizer_json_is_not_exported(model, tmp_path):
     """From the other file, transformers 5 numbers the mask before the languages."""
     config = TokenizerConfig("nllb", str(write(tmp_path, "nllb", model, "sentencepiece")))
     with pytest.raises(FileNotFoundError, match=r"lacks tokenizer\.json, without which"):
@@ -182,7 +182,7 @@ def test_languages_are_the_published_ones():
     )
 
 
-def test_translations_are_scored_by_the_language_of_a_token():
+def test_scoring_follows_the_language_of_the_token():
     assert set(CODE_BY_TOKEN) <= set(NLLB_TOKENS)
     outputs = references = ["早上 好 。", "他 来 了 吗 ?"]
     for language, other in (("zho_Hans", "zh"), ("zho_Hant", "zh"), ("deu_Latn", "de")):

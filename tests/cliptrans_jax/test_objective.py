@@ -77,7 +77,7 @@ def rngs(seed=0):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("chunk", [2, 1024])
-def test_the_loss_is_a_mean_over_the_tokens_of_the_batch(smoothing, chunk):
+def test_loss_is_the_mean_over_the_tokens_of_the_batch(smoothing, chunk):
     loss = make_loss(Model(), None, label_smoothing=smoothing, chunk=chunk)
     found, metrics = loss(PARAMS, {}, BATCH, rngs(), 0)
     each = -(1 - smoothing) * of_labels(log_p()) - smoothing * log_p().mean(axis=-1)
@@ -86,7 +86,7 @@ def test_the_loss_is_a_mean_over_the_tokens_of_the_batch(smoothing, chunk):
     assert metrics == {}
 
 
-def test_the_loss_has_no_more_logits_at_a_time_than_asked_for(monkeypatch):
+def test_loss_computes_logits_in_the_configured_chunks(monkeypatch):
     asked = []
 
     def states_loss(*given, **settings):
@@ -99,13 +99,13 @@ def test_the_loss_has_no_more_logits_at_a_time_than_asked_for(monkeypatch):
     assert asked == [{"pad": PAD, "smoothing": 0.2, "chunk": 7}]
 
 
-def test_a_batch_of_pads_has_no_loss():
+def test_batch_of_pads_has_zero_loss():
     batch = BATCH | {"labels": jnp.full((3, 5), PAD)}
     loss = make_loss(Model(), None, label_smoothing=0.1)
     assert float(loss(PARAMS, {}, batch, rngs(), 0)[0]) == 0
 
 
-def test_training_drops_out_by_the_key_of_dropout():
+def test_training_uses_the_dropout_key():
     model = Model()
     make_loss(model, None, label_smoothing=0.0)(PARAMS, {}, BATCH, rngs(5), 0)
     (key,) = model.keys
@@ -125,7 +125,7 @@ def sums(mask, params=PARAMS, **settings):
 
 
 @pytest.mark.parametrize("mask", [(1, 1, 1), (1, 0, 1), (0, 1, 0)])
-def test_an_evaluation_adds_up_the_tokens_of_real_examples(mask):
+def test_evaluation_sums_over_the_tokens_of_real_examples(mask):
     real = REAL & np.array(mask, bool)[:, None]
     found = sums(mask)
     assert found["count"] == real.sum()
@@ -133,12 +133,12 @@ def test_an_evaluation_adds_up_the_tokens_of_real_examples(mask):
     assert found["token_accuracy"] == (log_p().argmax(axis=-1) == LABELS)[real].sum()
 
 
-def test_an_evaluation_may_take_a_label_at_a_time():
+def test_evaluation_does_not_depend_on_the_chunk():
     assert sums((1, 0, 1), chunk=1) == pytest.approx(sums((1, 0, 1)), rel=1e-6)
 
 
 @pytest.mark.parametrize(("token", "count"), [(8, 3), (2, 3), (7, 1), (PAD, 0), (0, 0)])
-def test_a_guess_is_right_where_the_label_has_the_highest_score(token, count):
+def test_token_accuracy_counts_highest_scores_except_pads(token, count):
     """The bias makes every guess the same token; pads do not count as guesses."""
     readout = {"bias": jnp.zeros(VOCAB).at[token].set(100.0)}
     assert sums((1, 1, 1), PARAMS | {"readout": readout})["token_accuracy"] == count
@@ -165,14 +165,14 @@ TEXTS = {name: x for name, x in BATCH.items() if name != "features"} | {
 SUMMED = jnp.float32([[0.07], [0.11], [0.06]]) * jnp.arange(1.0, 1 + VOCAB)
 
 
-def test_features_are_the_batchs_or_the_towers():
+def test_features_come_from_the_batch_or_the_tower():
     assert make_encode(None)(PARAMS, {"source": BATCH["source"]}) is None
     assert make_encode(None)(PARAMS, BATCH) is BATCH["features"]
     np.testing.assert_allclose(make_encode(Tower())(CLIP, TEXTS), SUMMED, rtol=1e-6)
 
 
 @pytest.mark.parametrize("trains", [False, True])
-def test_a_tower_drops_out_where_it_trains_alone(trains):
+def test_tower_uses_dropout_only_if_trained(trains):
     trained, helpers = (PARAMS | CLIP, {}) if trains else (PARAMS, CLIP)
     tower = Tower()
     loss = make_loss(Model(), tower, label_smoothing=0.0)
@@ -189,7 +189,7 @@ def test_a_tower_drops_out_where_it_trains_alone(trains):
 
 
 @pytest.mark.parametrize("trains", [False, True])
-def test_an_evaluation_takes_the_tower_from_parameters_or_helpers(trains):
+def test_evaluation_takes_the_tower_from_parameters_or_helpers(trains):
     trained, helpers = (PARAMS | CLIP, {}) if trains else (PARAMS, CLIP)
     tower, batch = Tower(), TEXTS | {"_mask": jnp.ones(3)}
     found = make_sums(Model(), make_encode(tower))(trained, helpers, batch, jax.random.key(0))
@@ -209,7 +209,7 @@ HELD = {
 
 @pytest.mark.parametrize("freeze", HELD)
 @pytest.mark.parametrize("stage", TRANSLATION_STAGES)
-def test_the_parameters_that_a_stage_trains(stage, freeze):
+def test_trained_parameters_of_each_stage(stage, freeze):
     """In captioning: the mapper, and the decoder's positions, norms and layers."""
     config = dataclasses.replace(tiny_config(stage, None), freeze=freeze)
     model = translation.Model(config, Translator(config.model), None)

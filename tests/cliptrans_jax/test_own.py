@@ -1,5 +1,4 @@
-"""A user's own sentences: parallel files and tables, what they may omit, and how errors refer to
-it."""
+"""A user's own data: parallel files and tables, what they may omit, and their errors."""
 
 import dataclasses
 import gzip
@@ -49,7 +48,7 @@ def config_of(path, source="table"):
 
 @pytest.mark.parametrize("suffix", [".tsv", ".csv", ".jsonl"])
 @pytest.mark.parametrize("images", ["", "images"])
-def test_a_table_of_all_splits(tmp_path, suffix, images):
+def test_one_table_for_all_splits(tmp_path, suffix, images):
     write_table(tmp_path / f"all{suffix}")
     draw(tmp_path / images)
     config = config_of(tmp_path / f"all{suffix}")
@@ -64,7 +63,7 @@ def test_a_table_of_all_splits(tmp_path, suffix, images):
     assert load_corpus(config, "val", ("sv",)).texts == {"sv": ("en bil",)}
 
 
-def test_a_table_for_each_split(tmp_path):
+def test_one_table_per_split(tmp_path):
     write_table(tmp_path / "train.tsv", ROWS[:2], PAIR)
     write_table(tmp_path / "test.csv", ROWS[4:], PAIR)
     config = config_of(tmp_path)
@@ -78,7 +77,7 @@ def test_a_table_for_each_split(tmp_path):
         load_corpus(config, "train", ("svv",))
 
 
-def test_a_split_that_no_row_has_is_named(tmp_path):
+def test_split_without_rows_is_reported(tmp_path):
     write_table(tmp_path / "all.csv")
     with pytest.raises(ValueError, match=r"no row of split 'test', only of: train, val; correct"):
         load_corpus(config_of(tmp_path / "all.csv"), "test", PAIR)
@@ -87,7 +86,7 @@ def test_a_split_that_no_row_has_is_named(tmp_path):
         load_corpus(config_of(tmp_path / "all.csv"), "train", PAIR)
 
 
-def test_a_path_of_a_picture_may_be_whole(tmp_path):
+def test_image_paths_may_be_absolute(tmp_path):
     draw(tmp_path / "elsewhere")
     rows = [row | {"picture": str(tmp_path / "elsewhere" / row["picture"])} for row in ROWS[:2]]
     write_table(tmp_path / "set/all.jsonl", rows)
@@ -97,7 +96,7 @@ def test_a_path_of_a_picture_may_be_whole(tmp_path):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_parallel_files(tmp_path, packed):
+def test_parallel_text_files(tmp_path, packed):
     for name in (*PAIR, "picture"):
         text = "".join(f"{row[name]}\n" for row in ROWS[:4]).encode()
         ending = "pictures" if name == "picture" else name
@@ -114,7 +113,7 @@ def test_parallel_files(tmp_path, packed):
         load_corpus(config, "train", ("de",))
 
 
-def test_parallel_files_without_pictures_and_of_other_lengths(tmp_path):
+def test_parallel_files_without_images_or_of_unequal_lengths(tmp_path):
     (tmp_path / "train.en").write_text("a\nb\n")
     (tmp_path / "train.sv").write_text("c\nd\n")
     config = config_of(tmp_path, "text")
@@ -137,7 +136,7 @@ def test_parallel_files_without_pictures_and_of_other_lengths(tmp_path):
         ),
     ],
 )
-def test_examples_without_a_sentence_are_none(tmp_path, stage, several, expected):
+def test_examples_without_a_sentence_are_skipped(tmp_path, stage, several, expected):
     write_table(tmp_path / "all.tsv")
     corpus = load_corpus(config_of(tmp_path / "all.tsv"), "train", PAIR)
     words = {
@@ -157,7 +156,7 @@ def test_examples_without_a_sentence_are_none(tmp_path, stage, several, expected
     assert texts == [source for source, _ in expected]
 
 
-def test_a_language_that_mbart_does_not_know_is_refused_by_key():
+def test_language_unknown_to_mbart_is_refused_by_key():
     tokenizer = {"kind": "mbart50", "path": "folder"}
     data = {"source": "text", "path": "folder", "target_language": "pt_BR"}
     message = r"^config\.data\.target_language='pt_BR' is not a language of tokenizer.*af, ar, az"
@@ -167,7 +166,7 @@ def test_a_language_that_mbart_does_not_know_is_refused_by_key():
     assert known.data.pair == ("en", "pt")
 
 
-def test_settings_are_found(tmp_path):
+def test_data_settings_are_inferred_from_the_path(tmp_path):
     write_table(tmp_path / "table/all.csv")
     write_table(tmp_path / "tables/training.tsv", ROWS[:2], PAIR)
     write_table(tmp_path / "tables/dev.tsv", ROWS[4:], PAIR)

@@ -36,7 +36,7 @@ def tower_shapes(config):
     return jax.eval_shape(MClip(config, jnp.float32).init, jax.random.key(0), ids, ids)["params"]
 
 
-def test_rules_split_every_matrix_along_a_width_and_none_is_idle():
+def test_rules_shard_every_matrix_along_a_width_and_none_is_idle():
     mesh = make_mesh(MeshConfig(fsdp=8))
     trees = [shapes_of(translator(kind)) for kind in MAPPERS]
     for tree in trees:
@@ -58,7 +58,7 @@ def test_rules_of_stage_clip_match_its_towers():
     assert idle_rules(rules, tree) == [regex for regex, _ in rules if "words" in regex][1:]
 
 
-def test_the_published_model_fits_sixteen_devices_of_16_gigabytes():
+def test_published_model_fits_sixteen_devices_of_16_gigabytes():
     tree = shapes_of(Translator(ModelConfig())) | {"clip": tower_shapes(MClipConfig())}
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree["mbart"]))
     assert count == 610_879_488 + 250_054  # the network, and the bias of its logits

@@ -18,7 +18,7 @@ def random_image(rows, columns, seed=0):
 
 
 @pytest.mark.parametrize("shape", [(50, 70), (70, 50), (32, 32), (31, 97), (20, 21), (333, 32)])
-def test_pictures_are_prepared_as_clips_processor_does(shape):
+def test_preprocessing_matches_the_clip_processor(shape):
     module = pytest.importorskip(
         "transformers.models.clip.image_processing_pil_clip",
         reason="this transformers has no processor without torch",
@@ -33,19 +33,19 @@ def test_pictures_are_prepared_as_clips_processor_does(shape):
     np.testing.assert_allclose(found, expected.transpose(1, 2, 0), rtol=1e-6, atol=1e-6)
 
 
-def test_a_square_of_the_size_is_only_normalised():
+def test_square_image_of_the_right_size_is_only_normalised():
     image = random_image(16, 16)
     found = prepare_picture(image, 16) * CLIP_PICTURES.std + CLIP_PICTURES.mean
     np.testing.assert_allclose(found, image / 255, rtol=0, atol=1e-6)
 
 
-def test_the_crop_is_central():
+def test_crop_is_central():
     image = np.zeros((8, 24, 3), np.uint8)
     image[:, 8:16] = 255
     assert np.all(prepare_picture(image, 8) > 1.8)
 
 
-def test_grey_and_transparent_pictures_are_taken():
+def test_grey_and_transparent_images_are_accepted():
     grey = random_image(9, 9)[..., 0]
     np.testing.assert_array_equal(
         prepare_picture(grey, 9), prepare_picture(np.stack([grey] * 3, axis=-1), 9)
@@ -65,18 +65,18 @@ def test_grey_and_transparent_pictures_are_taken():
         np.zeros((0, 4, 3), np.uint8),
     ],
 )
-def test_pixels_of_another_type_or_shape_are_refused(image):
+def test_pixels_of_the_wrong_dtype_or_shape_are_refused(image):
     with pytest.raises(ValueError, match=rf"a picture is {image.dtype} \(.*give uint8 .* of shape"):
         prepare_picture(image, 4)
 
 
-def test_no_augmentation_changes_nothing():
+def test_disabled_augmentation_changes_nothing():
     image = random_image(12, 17)
     found = augment_picture(image, STILL, np.random.default_rng(0))
     np.testing.assert_array_equal(found, image)
 
 
-def test_augmentation_depends_on_the_generator_alone():
+def test_augmentation_depends_only_on_the_generator():
     image = random_image(24, 24)
     one, same, other = (
         augment_picture(image, AugmentConfig(), np.random.default_rng(s)) for s in (1, 1, 2)
@@ -86,7 +86,7 @@ def test_augmentation_depends_on_the_generator_alone():
     assert not np.array_equal(one, other)
 
 
-def test_a_config_does_not_change_how_many_numbers_are_drawn():
+def test_config_does_not_change_the_number_of_draws():
     after = []
     for config in (STILL, AugmentConfig(flip=True)):
         generator = np.random.default_rng(5)
@@ -108,7 +108,7 @@ def centre(image):
     return np.array([(weight * rows).sum(), (weight * columns).sum()]) / weight.sum()
 
 
-def test_mirroring_is_of_half_of_the_pictures():
+def test_half_of_the_images_are_flipped():
     config = dataclasses.replace(STILL, flip=True)
     columns = [
         centre(augment_picture(square(), config, np.random.default_rng(seed)))[1]
@@ -121,7 +121,7 @@ def test_mirroring_is_of_half_of_the_pictures():
 @pytest.mark.parametrize(
     ("fields", "reach"), [({"shift": 0.2}, 4.2), ({"rotate": 30.0}, 2.2), ({"scale": 0.3}, 1.6)]
 )
-def test_moves_stay_within_the_config(fields, reach):
+def test_shifts_stay_within_the_configured_range(fields, reach):
     config = dataclasses.replace(STILL, **fields)
     moves = [
         centre(augment_picture(square(), config, np.random.default_rng(seed))) - (8, 13)
@@ -133,7 +133,7 @@ def test_moves_stay_within_the_config(fields, reach):
     np.testing.assert_array_equal(corner, 255)  # what moves into view is white
 
 
-def test_scaling_is_about_the_middle():
+def test_scaling_is_about_the_centre():
     config = dataclasses.replace(STILL, scale=0.3)
     for seed in range(10):
         moved = centre(augment_picture(square(at=(10, 10)), config, np.random.default_rng(seed)))
@@ -141,7 +141,7 @@ def test_scaling_is_about_the_middle():
 
 
 @pytest.mark.parametrize("key", ["brightness", "contrast", "saturation"])
-def test_colours_change_and_shapes_stay(key):
+def test_colour_augmentation_keeps_shapes(key):
     image = random_image(8, 8) // 2 + 60
     config = dataclasses.replace(STILL, **{key: 0.3})
     found = augment_picture(image, config, np.random.default_rng(3))
@@ -184,7 +184,7 @@ def measure(seed):
     }
 
 
-def test_every_change_reaches_both_ends_and_is_drawn_by_itself():
+def test_augmentations_cover_their_range_independently():
     found = [measure(seed) for seed in range(150)]
     drawn = {name: np.array([one[name] for one in found]) for name in found[0]}
     for name, values in drawn.items():
@@ -194,7 +194,7 @@ def test_every_change_reaches_both_ends_and_is_drawn_by_itself():
     assert np.abs(together).max() < 0.35
 
 
-def test_colours_change_about_grey_and_about_the_mean():
+def test_contrast_is_about_the_mean_and_saturation_about_grey():
     """Contrast scales pixels around their mean, saturation around their own grey value."""
     stripes = np.full((4, 4, 3), 60, np.uint8)
     stripes[::2] = 140
@@ -208,7 +208,7 @@ def test_colours_change_about_grey_and_about_the_mean():
     np.testing.assert_array_equal(grey, stripes)
 
 
-def test_what_comes_into_view_is_filled_as_the_config_says():
+def test_uncovered_borders_have_the_configured_fill():
     config = dataclasses.replace(STILL, scale=0.5, fill=7)
     image = np.full((12, 12, 3), 200, np.uint8)
     corners = {
@@ -218,14 +218,14 @@ def test_what_comes_into_view_is_filled_as_the_config_says():
     assert 7 in corners and 200 in corners
 
 
-def test_the_numbers_of_pictures_are_clips():
+def test_normalisation_constants_are_those_of_clip():
     assert CLIP_PICTURES.mean == (0.48145466, 0.4578275, 0.40821073)
     assert CLIP_PICTURES.std == (0.26862954, 0.26130258, 0.27577711)
     white = prepare_picture(np.full((30, 20, 3), 255, np.uint8), 8)
     np.testing.assert_allclose(white[3, 4], [1.93033, 2.07488, 2.14590], rtol=1e-4)
 
 
-def test_the_long_side_is_cut_in_the_middle():
+def test_long_side_is_cropped_in_the_middle():
     """From 8 x 31 resized to 4 x 15, columns 5 to 8 are seen."""
     image = np.zeros((8, 31, 3), np.uint8)
     image[:, 13:] = 255
@@ -241,6 +241,6 @@ def test_the_long_side_is_cut_in_the_middle():
         ({"fill": 256}, r"^fill=256"),
     ],
 )
-def test_a_wrong_config_is_refused_by_key(fields, message):
+def test_invalid_config_is_refused_by_key(fields, message):
     with pytest.raises(ValueError, match=message):
         AugmentConfig(**fields)

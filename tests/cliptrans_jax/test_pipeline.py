@@ -20,7 +20,7 @@ def pipeline(*, sources=None, **changes):
     return dataclasses.replace(config, recipes=recipes, sources=given, **changes)
 
 
-def test_every_stage_has_its_own_recipe_and_the_weights_of_the_one_before(tmp_path):
+def test_each_stage_has_its_recipe_and_the_previous_weights(tmp_path):
     runs = plan(pipeline(), tmp_path)
     assert [name for name, _ in runs] == ["clip", "caption", "text_recon", "translate", "triplet"]
     assert [one.optim.steps for _, one in runs] == [5, 4, 3, 2, 1]
@@ -32,7 +32,7 @@ def test_every_stage_has_its_own_recipe_and_the_weights_of_the_one_before(tmp_pa
     assert all(one.recipes == {} and one.stage == name for name, one in runs)
 
 
-def test_what_a_pipeline_is_given_it_starts_from(tmp_path):
+def test_pipeline_starts_from_given_sources(tmp_path):
     for towers in ({"clip": "c"}, {"clip_text": "t"}, {"clip_image": "i"}, {"siglip": "s"}):
         config = pipeline(sources=towers | {"model": "released"}, features="kept")
         runs = plan(config, tmp_path)
@@ -50,7 +50,7 @@ def test_what_a_pipeline_is_given_it_starts_from(tmp_path):
     assert fresh == [("mapper/.*", "clip/.*"), ("", ""), ("", ""), ("", "")]
 
 
-def test_settings_of_one_stage_stay_with_it(tmp_path):
+def test_settings_of_one_stage_do_not_reach_others(tmp_path):
     runs = dict(plan(pipeline(all_languages=True, unfreeze_clip=True), tmp_path))
     assert [name for name, one in runs.items() if one.all_languages] == ["caption", "text_recon"]
     assert [name for name, one in runs.items() if one.unfreeze_clip] == ["translate"]

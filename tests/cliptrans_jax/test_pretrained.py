@@ -33,7 +33,7 @@ from common_jax.weights import read_tensors, write_tensors
 from common_jax.weights import table as tables
 
 
-def test_a_saved_folder_round_trips_exactly(tmp_path):
+def test_saved_folder_round_trips_exactly(tmp_path):
     params = make_params(kinds.MBART, UNEVEN)
     config = dataclasses.replace(UNEVEN, scale_embedding=False, start=7, pad=3, dropout=0.2)
     vocabulary = tmp_path / "sentencepiece.bpe.model"
@@ -49,7 +49,7 @@ def test_a_saved_folder_round_trips_exactly(tmp_path):
     assert list(folder.parent.iterdir()) == [folder]
 
 
-def test_nothing_else_is_overwritten(tmp_path):
+def test_saving_does_not_overwrite_other_files(tmp_path):
     params, folder = make_params(kinds.MBART, UNEVEN), tmp_path / "mbart"
     pretrained.save(folder, params, UNEVEN)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -65,7 +65,7 @@ def test_nothing_else_is_overwritten(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mbart", "vocab.json"]
 
 
-def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
+def test_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
     def fail(path, tensors):
         path.write_bytes(b"half")
         raise OSError("No space left on device")
@@ -76,7 +76,7 @@ def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_saved_is_named(tmp_path):
+def test_invalid_saves_are_refused(tmp_path):
     params = make_params(kinds.MBART, UNEVEN)
     with pytest.raises(FileNotFoundError, match=r"tokenizer_files: there is no .*vocab\.json"):
         pretrained.save(tmp_path / "a", params, UNEVEN, tokenizer_files=[tmp_path / "vocab.json"])
@@ -96,7 +96,7 @@ def test_what_cannot_be_saved_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("mapper", ["mlp", "hidden_mlp", "transformer", None])
-def test_a_whole_model_round_trips_exactly(tmp_path, mapper):
+def test_whole_model_round_trips_exactly(tmp_path, mapper):
     config = MapperConfig(mapper or "mlp", prefix=3 if mapper else 0, features=6)
     model = dataclasses.replace(MODEL, mapper=config)
     params = make_params(kinds.CLIPTRANS, model)
@@ -122,7 +122,7 @@ def released(*, clip=False):
     return {f"module.{name}": x for name, x in tensors.items()}
 
 
-def test_a_released_file_is_read(tmp_path):
+def test_released_file_is_read(tmp_path):
     storages, path = {}, tmp_path / "model_best_test.pth"
     model = torch_files.state_dict(released(), storages)
     value = {"model": model, "optimizer": {}, "scaler": {}, "epoch": 3, "best_bleu_test": 1.5}
@@ -141,7 +141,7 @@ def test_released_shards_are_read(tmp_path):
     assert_same(found.params, make_params(kinds.CLIPTRANS, MODEL))
 
 
-def test_a_tower_that_was_trained_along_is_read_by_itself(tmp_path):
+def test_jointly_trained_tower_can_be_read_by_itself(tmp_path):
     path = tmp_path / "model.pt"
     torch_files.save(path, released(clip=True))
     whole = pretrained.load(path, config=MODEL)
@@ -155,7 +155,7 @@ def test_a_tower_that_was_trained_along_is_read_by_itself(tmp_path):
     )
 
 
-def test_an_alias_that_differs_and_a_tensor_without_a_place_are_named(tmp_path):
+def test_differing_alias_and_unknown_tensor_are_reported(tmp_path):
     tensors = released()
     tensors["module.mbart.lm_head.weight"] = np.zeros((40, 16), np.float32)
     tensors["module.adapter.gate.weight"] = np.zeros(3, np.float32)
@@ -202,7 +202,7 @@ def test_sizes_are_inferred_from_shapes(mapper):
             kinds.CLIPTRANS.config(tensors, None, "model.pth")
 
 
-def test_sizes_of_openais_towers_are_inferred_from_shapes():
+def test_openai_tower_sizes_are_inferred_from_shapes():
     """All but the heads, which have width 64 in OpenAI's models, and the activation."""
     shapes = {
         "visual.conv1.weight": (192, 3, 5, 5),
@@ -225,7 +225,7 @@ def test_sizes_of_openais_towers_are_inferred_from_shapes():
         sizes.openai_vision_config(tensors | {"visual.proj": np.zeros(7)}, "a.pt")
 
 
-def test_sizes_of_a_resnet_are_inferred_from_shapes():
+def test_resnet_sizes_are_inferred_from_shapes():
     shapes = {
         "visual.attnpool.positional_embedding": (10, 64),
         "visual.attnpool.c_proj.weight": (7, 64),
@@ -238,7 +238,7 @@ def test_sizes_of_a_resnet_are_inferred_from_shapes():
     assert sizes.resnet_config(tensors, "a.pt") == wanted
 
 
-def test_heads_must_be_given_where_shapes_do_not_show_them(tmp_path):
+def test_heads_must_be_given_if_shapes_do_not_show_them(tmp_path):
     pretrained.save_cliptrans(
         tmp_path / "a.safetensors", make_params(kinds.CLIPTRANS, MODEL), MODEL
     )
@@ -249,7 +249,7 @@ def test_heads_must_be_given_where_shapes_do_not_show_them(tmp_path):
         pretrained.load(tmp_path / "a.safetensors")
 
 
-def test_towers_are_read_by_the_sizes_of_their_files(tmp_path):
+def test_towers_are_read_with_the_sizes_in_their_files(tmp_path):
     clip = write_folder(
         tmp_path / "clip",
         {
@@ -291,7 +291,7 @@ def test_towers_are_read_by_the_sizes_of_their_files(tmp_path):
         pretrained.load(mclip)
 
 
-def test_half_precision_is_widened(tmp_path):
+def test_half_precision_weights_become_float32(tmp_path):
     tensors = {name: x.astype(np.float16) for name, x in make_tensors("mbart").items()}
     folder = write_folder(tmp_path / "mbart", hf_mbart(), tensors)
     want = jax.tree.map(
@@ -314,7 +314,7 @@ def test_non_finite_weights_are_refused(tmp_path, value, dtype, message):
         pretrained.load(write_folder(tmp_path / "mbart", hf_mbart(), tensors))
 
 
-def test_a_kind_that_does_not_fit_is_named(tmp_path):
+def test_mismatched_kind_is_reported(tmp_path):
     folder = write_folder(tmp_path / "mbart", hf_mbart(), make_tensors("mbart"))
     file = folder / "model.safetensors"
     with pytest.raises(ValueError, match=r"kind='mbert' is none of .*did you mean 'mbart'"):
@@ -342,7 +342,7 @@ def test_a_kind_that_does_not_fit_is_named(tmp_path):
     assert pretrained.load(folder, config=UNEVEN).kind == "mbart"
 
 
-def test_a_file_of_no_kind_is_named_with_the_nearest(tmp_path):
+def test_file_of_unknown_kind_is_reported_with_the_nearest_kind(tmp_path):
     tensors = make_tensors("mbart")
     del tensors["model.encoder.layernorm_embedding.weight"]
     write_tensors(tmp_path / "a.safetensors", tensors)

@@ -98,7 +98,7 @@ def refuse(kind, folder, *said):
 
 @pytest.mark.parametrize("kind", ["xlmr", "mbart50"])
 @pytest.mark.parametrize("name", ["tokenizer.json", "sentencepiece.bpe.model"])
-def test_ids_are_sentencepieces_and_one(model, tmp_path, kind, name):
+def test_ids_are_sentencepiece_ids_plus_one(model, tmp_path, kind, name):
     if name == "tokenizer.json":
         write(tmp_path, unigram_json(model, PUBLISHED[kind].last))
     else:
@@ -121,7 +121,7 @@ def test_ids_are_sentencepieces_and_one(model, tmp_path, kind, name):
 
 
 @pytest.mark.parametrize(("score", "ids"), [(-1.0, [5]), (-10.0, [3, 4])])
-def test_the_most_probable_pieces_are_taken(model, tmp_path, score, ids):
+def test_most_probable_pieces_are_chosen(model, tmp_path, score, ids):
     """The whole word, or its parts with scores -1 and -2; piece i is id i + 3."""
     pieces = (("▁a", -1.0), ("b", -2.0), ("▁ab", score))
     charsmap = model.normalizer_spec.precompiled_charsmap
@@ -130,7 +130,7 @@ def test_the_most_probable_pieces_are_taken(model, tmp_path, score, ids):
 
 @pytest.mark.parametrize("kind", ["xlmr", "mbart50"])
 @pytest.mark.parametrize("token", ["</s>", "<s>", "<mask>", "<pad>", "<unk>", "de_DE"])
-def test_a_token_in_a_sentence_is_text(model, tmp_path, kind, token):
+def test_special_tokens_in_a_sentence_are_text(model, tmp_path, kind, token):
     tokenizer = load(kind, write(tmp_path, unigram_json(model, PUBLISHED[kind].last)))
     language = "en" if kind == "mbart50" else None
     (row,) = tokenizer.encode([f"a {token} man"], language)
@@ -140,7 +140,7 @@ def test_a_token_in_a_sentence_is_text(model, tmp_path, kind, token):
         assert tokenizer.decode(row) == f"a {token} man"
 
 
-def test_a_kind_refuses_the_other_kinds_file(model, tmp_path):
+def test_tokenizer_file_of_another_kind_is_refused(model, tmp_path):
     for kind, other in (("xlmr", "mbart50"), ("mbart50", "xlmr")):
         folder = write(tmp_path / kind, unigram_json(model, PUBLISHED[other].last))
         refuse(kind, folder, r"tokenizer\.json", f"tokenizer of kind '{other}'")
@@ -149,7 +149,7 @@ def test_a_kind_refuses_the_other_kinds_file(model, tmp_path):
         refuse(kind, folder, f"tokenizer of kind '{other}'")
 
 
-def test_added_tokens_are_named(model, tmp_path):
+def test_added_tokens_are_reported(model, tmp_path):
     record = unigram_json(model, PUBLISHED["mbart50"].last)
     size = len(record["model"]["vocab"])
     record["added_tokens"] += [{"id": size + i, "content": f"<new{i}>"} for i in range(2)]
@@ -167,7 +167,7 @@ def test_added_tokens_are_named(model, tmp_path):
         refuse("mbart50", folder, *said)
 
 
-def test_a_file_without_nfkc_is_refused(model, tmp_path):
+def test_file_without_nfkc_is_refused(model, tmp_path):
     record = unigram_json(model, ["<mask>"])
     said = (
         r"'ＡＢＣ１２３' becomes '▁ＡＢＣ１２３'",
@@ -223,7 +223,7 @@ def broken_records(model):
     }
 
 
-def test_a_broken_tokenizer_json_is_refused(model, tmp_path):
+def test_broken_tokenizer_json_is_refused(model, tmp_path):
     for name, record in broken_records(model).items():
         folder = write(tmp_path / name, record)
         refuse("xlmr", folder, r"tokenizer\.json")
@@ -234,7 +234,7 @@ def test_a_broken_tokenizer_json_is_refused(model, tmp_path):
         )
 
 
-def test_a_broken_sentencepiece_model_is_refused(model, tmp_path):
+def test_broken_sentencepiece_model_is_refused(model, tmp_path):
     def changed(**fields):
         copy = sentencepiece_model_pb2.ModelProto()
         copy.CopyFrom(model)
@@ -256,7 +256,7 @@ def test_a_broken_sentencepiece_model_is_refused(model, tmp_path):
         refuse("mbart50", tmp_path, r"sentencepiece\.bpe\.model")
 
 
-def test_a_file_larger_than_any_tokenizers_is_not_read(model, tmp_path, monkeypatch):
+def test_oversized_tokenizer_file_is_not_read(model, tmp_path, monkeypatch):
     write(tmp_path, unigram_json(model, ["<mask>"]))
     monkeypatch.setattr(token_files, "MAX_BYTES", 100)
     refuse("xlmr", tmp_path, "bytes, more than any tokenizer's 100")
@@ -283,7 +283,7 @@ def write_clip(folder, vocab=None, merges=CLIP_MERGES):
     return folder
 
 
-def test_clips_tokens_in_a_sentence_are_text(tmp_path):
+def test_clip_special_tokens_in_a_sentence_are_text(tmp_path):
     tokenizer = load("clip", write_clip(tmp_path / "files"))
     record = {
         "model": {
@@ -304,7 +304,7 @@ def test_clips_tokens_in_a_sentence_are_text(tmp_path):
         tokenizer.encode(["a 7"], None)
 
 
-def test_a_broken_clip_vocabulary_is_refused(tmp_path):
+def test_broken_clip_vocabulary_is_refused(tmp_path):
     vocab = {token: i for i, token in enumerate(CLIP_VOCAB)}
     for place, (bad, merges, said) in enumerate(
         (
@@ -348,7 +348,7 @@ def published(kind, tokenizer, folder):
     return published_text(found, TokenizerConfig(tokenizer, str(folder)), dtype=np.float32)
 
 
-def test_a_published_tower_takes_its_own_tokenizer(model, tmp_path):
+def test_published_tower_requires_its_own_tokenizer(model, tmp_path):
     xlmr = write(tmp_path / "xlmr", unigram_json(model, ["<mask>"]))
     clip = write_clip(tmp_path / "clip")
     for kind, folder, tower in (("xlmr", xlmr, "mclip"), ("clip", clip, "clip_text")):
@@ -376,13 +376,13 @@ def test_a_published_tower_takes_its_own_tokenizer(model, tmp_path):
         ([[[0, 2]]], r"ids\[0\] must be"),
     ],
 )
-def test_a_tower_refuses_ids_that_it_has_no_rows_for(ids, message):
+def test_ids_outside_the_tower_embedding_are_refused(ids, message):
     tower = TextTower(TOWERS["mclip"], {}, None, np.float32)
     with pytest.raises(ValueError, match=message):
         tower.encode([np.asarray(row) for row in ids], mesh=make_mesh(MeshConfig()))
 
 
-def test_a_table_and_special_ids_must_be_the_tokenizers(model, tmp_path):
+def test_vocabulary_and_special_ids_must_match_the_tokenizer(model, tmp_path):
     tokenizer = load("xlmr", write(tmp_path, unigram_json(model, ["<mask>"])))
     require_fits(tokenizer, vocab=87, special={"pad": 1, "eos": 2}, key="config.x")
     with pytest.raises(ValueError, match=r"config\.x\.vocab=86 is less than the 87 tokens"):
@@ -391,7 +391,7 @@ def test_a_table_and_special_ids_must_be_the_tokenizers(model, tmp_path):
         require_fits(tokenizer, vocab=87, special={"pad": 1, "eos": 3}, key="config.x")
 
 
-def test_language_codes_are_mbarts():
+def test_language_codes_are_those_of_mbart():
     last = PUBLISHED["mbart50"].last
     assert (
         len(last) == len(set(last)) == 53
@@ -404,7 +404,7 @@ def test_language_codes_are_mbarts():
     ]  # fmt: skip
 
 
-def test_the_translators_tokenizer_has_its_languages(model, tmp_path):
+def test_translator_tokenizer_must_have_its_languages(model, tmp_path):
     folder = write(tmp_path / "files", unigram_json(model, ["<mask>"]))
     config = dataclasses.replace(
         tiny_config("translate", None),
@@ -416,7 +416,7 @@ def test_the_translators_tokenizer_has_its_languages(model, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model", "clip"])
-def test_weights_of_a_run_with_another_kind_of_tokenizer_are_refused(
+def test_weights_of_a_run_with_another_tokenizer_kind_are_refused(
     model, tmp_path, monkeypatch, name
 ):
     folder = write(tmp_path / "files", unigram_json(model, PUBLISHED["mbart50"].last))

@@ -92,7 +92,7 @@ READS = [
 
 
 @pytest.mark.parametrize(("stage", "train", "source", "target", "looks"), READS)
-def test_what_a_stage_reads_of_a_split(corpus, data_of, stage, train, source, target, looks):
+def test_inputs_of_each_stage(corpus, data_of, stage, train, source, target, looks):
     split = "train" if train else TEST
     made = data_of(config_of(stage, corpus))
     found = made.load(split, train=train)
@@ -112,7 +112,7 @@ def test_what_a_stage_reads_of_a_split(corpus, data_of, stage, train, source, ta
     assert inputs.clip_tokens is None
 
 
-def test_captions_in_both_languages_are_trained_on_and_one_is_evaluated(corpus, data_of):
+def test_captions_train_in_both_languages_and_validate_in_one(corpus, data_of):
     """The target language's captions come first; features belong to the sentence's own language."""
     made = data_of(config_of("text_recon", corpus, all_languages=True))
     english, german, _ = read_split(corpus, "train")
@@ -127,7 +127,7 @@ def test_captions_in_both_languages_are_trained_on_and_one_is_evaluated(corpus, 
 
 
 @pytest.mark.parametrize(("side", "looks"), [("image", "pictures"), ("text", "en"), ("", "en")])
-def test_evaluation_may_use_the_other_side(corpus, data_of, side, looks):
+def test_evaluation_may_use_the_other_modality(corpus, data_of, side, looks):
     made = data_of(config_of("triplet", corpus, test_side=side, features="/kept"))
     made.load("train", train=True)
     made.load("val", train=False)
@@ -143,7 +143,7 @@ def test_evaluation_may_use_the_other_side(corpus, data_of, side, looks):
         ("translate", {"unfreeze_clip": True}),
     ],
 )
-def test_a_step_that_runs_the_tower_gets_its_tokens(corpus, data_of, stage, change):
+def test_step_that_runs_the_tower_receives_its_tokens(corpus, data_of, stage, change):
     found = data_of(config_of(stage, corpus, **change)).load("train", train=True)
     english = read_split(corpus, "train")[0]
     assert found.inputs.features is None and data_of.asked == []
@@ -152,7 +152,7 @@ def test_a_step_that_runs_the_tower_gets_its_tokens(corpus, data_of, stage, chan
     assert found.inputs.clip_room == Tower.longest
 
 
-def test_a_model_without_a_prefix_has_no_features(corpus, data_of):
+def test_model_without_prefix_has_no_features(corpus, data_of):
     config = config_of("caption", corpus)
     mapper = dataclasses.replace(config.model.mapper, prefix=0)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, mapper=mapper))
@@ -171,7 +171,7 @@ def test_a_model_without_a_prefix_has_no_features(corpus, data_of):
         ("translate", False, False, ({TEST: False}, 0)),
     ],
 )
-def test_a_check_opens_every_split_with_what_its_stage_needs(
+def test_check_opens_every_split_with_the_modalities_it_needs(
     corpus, data_of, monkeypatch, stage, languages, train, wanted
 ):
     opened, real = {}, run_data.load_corpus
@@ -196,7 +196,7 @@ def test_a_check_opens_every_split_with_what_its_stage_needs(
         ("caption", {"test_side": "text"}, Side.IMAGE, Side.TEXT),
     ],
 )
-def test_the_side_of_an_evaluation_is_its_own(stage, changes, train, test):
+def test_feature_side_of_training_and_evaluation(stage, changes, train, test):
     config = config_of(stage, **changes)
     assert feature_side(config, train=True) is train
     assert feature_side(config, train=False) is test
@@ -216,12 +216,12 @@ def test_the_side_of_an_evaluation_is_its_own(stage, changes, train, test):
         ("triplet", {"caption_language": "de"}, "de", PAIR),
     ],
 )
-def test_the_languages_that_a_stage_uses(stage, changes, caption, used):
+def test_languages_of_each_stage(stage, changes, caption, used):
     config = config_of(stage, **changes)
     assert (caption_language(config), used_languages(config)) == (caption, used)
 
 
-def test_a_corpus_names_what_is_missing():
+def test_missing_sentences_are_reported():
     whole = Corpus("some", {"en": ("a", ""), "de": ("", "")}, None, ("1", "2"))
     assert whole.empty == {"en": 1, "de": 2}
     whole.require_sentences(("en",), reader="it")
@@ -249,7 +249,7 @@ def scored(tmp_path, config, made, outputs, *, step="12"):
 
 
 @pytest.mark.parametrize(("stage", "target"), [("translate", "de"), ("caption", "en")])
-def test_a_scored_set_is_written_row_by_row(corpus, data_of, tmp_path, stage, target):
+def test_scored_set_is_written_row_by_row(corpus, data_of, tmp_path, stage, target):
     config = config_of(stage, corpus)
     english, german, _ = read_split(corpus, TEST)
     references = {"en": english, "de": german}[target]
@@ -277,7 +277,7 @@ def test_a_scored_set_is_written_row_by_row(corpus, data_of, tmp_path, stage, ta
     assert lengths.tolist() == sorted(lengths.tolist(), reverse=True)
 
 
-def test_further_tests_are_scored_in_folders_of_their_own(corpus, data_of, tmp_path):
+def test_further_tests_are_scored_in_their_own_folders(corpus, data_of, tmp_path):
     config = config_of("translate", corpus)
     config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, further_tests=("val", "train"))
@@ -304,7 +304,7 @@ def test_further_tests_are_scored_in_folders_of_their_own(corpus, data_of, tmp_p
     assert [row[2] for row in shown[0].rows] == german
 
 
-def test_a_set_is_searched_in_batches_of_the_search(corpus, data_of, tmp_path):
+def test_scoring_uses_the_decoding_batch_size(corpus, data_of, tmp_path):
     """Regardless of training's batches and seed; tokens are dropped with the run's seed."""
     config = config_of("translate", corpus, noise=NoiseConfig(mask_prob=0.5, test=True), seed=3)
     decode = dataclasses.replace(config.decode, batch=2, bucket=6)
@@ -321,7 +321,7 @@ def test_a_set_is_searched_in_batches_of_the_search(corpus, data_of, tmp_path):
     assert sources[0] == sources[1] != sources[2]
 
 
-def test_a_gallery_is_spread_over_the_set(corpus, tmp_path):
+def test_gallery_is_spread_over_the_set(corpus, tmp_path):
     rows = [Row(i, f"{i}", f"source {i}", "r", "o", 0.0) for i in range(20)]
     write_translations(tmp_path / "translations.tsv", rows)
     shown = {}
@@ -335,7 +335,7 @@ def test_a_gallery_is_spread_over_the_set(corpus, tmp_path):
     assert scoring.gallery(config_of("translate", corpus), epath.Path(tmp_path / "none")) is None
 
 
-def test_a_table_of_scores_has_a_row_a_run_in_order(tmp_path):
+def test_score_table_has_one_row_per_run_in_order(tmp_path):
     for number, name in enumerate(("b", "a", "")):
         (tmp_path / name).mkdir(exist_ok=True)
         values = {"bleu": 1.25, "bleu_lower": 2, "chrf": 3.06, "meteor": 4, "exact": 5}

@@ -11,7 +11,7 @@ from tiny_cliptrans import PREFIX, read_split, tiny_config
 from cliptrans_jax.runs.run_tokenizer import train_tokenizer
 
 
-def test_a_tokenizer_is_trained_on_the_training_split_in_all_languages(corpus, tmp_path):
+def test_tokenizer_is_trained_on_the_training_split_in_all_languages(corpus, tmp_path):
     english, german, _ = read_split(corpus, "train")
     config = dataclasses.replace(tiny_config("translate", corpus), languages=("de", "en"))
     _, text = train_tokenizer(config, epath.Path(tmp_path))
@@ -21,7 +21,7 @@ def test_a_tokenizer_is_trained_on_the_training_split_in_all_languages(corpus, t
 
 
 @pytest.mark.parametrize(("given", "limit"), [(20, 20), (None, 32 - PREFIX)])
-def test_sentences_are_cut_to_the_model_behind_its_prefix(corpus, tmp_path, given, limit):
+def test_sentences_are_truncated_to_leave_room_for_the_prefix(corpus, tmp_path, given, limit):
     config = tiny_config("translate", corpus)
     config = dataclasses.replace(
         config, tokenizer=dataclasses.replace(config.tokenizer, max_length=given)

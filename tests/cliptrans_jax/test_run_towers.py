@@ -36,7 +36,7 @@ def config_of(stage, root=None, **changes):
         ({}, "trained", None),
     ],
 )
-def test_a_text_tower_is_described_by_where_it_is_from(sources, kind, sizes):
+def test_text_tower_description_follows_its_source(sources, kind, sizes):
     tokenizer = TokenizerConfig(kind, "" if kind == "trained" else "folder")
     config = config_of("translate", sources=SourcesConfig(**sources), clip_tokenizer=tokenizer)
     assert describe_text(config).config == (sizes or config.clip.text)
@@ -46,7 +46,7 @@ BOTH = {"clip_image": "/no", "clip_text": "/no"}
 
 
 @pytest.mark.parametrize("given", [{"clip_image": "there"}, BOTH])
-def test_a_pipeline_asks_for_every_tower_at_its_start(corpus, tmp_path, given):
+def test_pipeline_requires_every_tower_at_its_start(corpus, tmp_path, given):
     """Rather than when the stage that needs it starts, after hours of captioning."""
     config = config_of("translate", corpus, sources=SourcesConfig(**given))
     with pytest.raises((ValueError, OSError), match=r"sources\.clip_text|clip_tokenizer"):
@@ -55,7 +55,7 @@ def test_a_pipeline_asks_for_every_tower_at_its_start(corpus, tmp_path, given):
     translation.check(later, epath.Path(tmp_path), one_device(), key="config")
 
 
-def test_published_towers_are_read_as_the_config_says(monkeypatch, tmp_path):
+def test_published_towers_are_read_with_the_config_settings(monkeypatch, tmp_path):
     asked = {}
 
     def load(folder, **settings):
@@ -85,7 +85,7 @@ def test_published_towers_are_read_as_the_config_says(monkeypatch, tmp_path):
     assert made.image_tower.config == "image" and asked["image"]["weights"] == ""
 
 
-def test_towers_of_a_run_have_the_sizes_of_that_run(corpus, monkeypatch, tmp_path):
+def test_towers_from_a_run_have_the_sizes_of_that_run(corpus, monkeypatch, tmp_path):
     """Regardless of the sizes of stage "clip" in this config."""
     config = config_of("translate", corpus, sources=SourcesConfig(clip="trained"))
     tokenizer, _ = train_tokenizer(config, epath.Path(tmp_path))

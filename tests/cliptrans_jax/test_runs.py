@@ -60,7 +60,7 @@ def outputs(workdir):
     return [row.output for row in read_translations(workdir / "translations.tsv")]
 
 
-def test_every_stage_leaves_its_records(finished, corpus):
+def test_every_stage_writes_its_records(finished, corpus):
     for stage in STAGES:
         folder = finished / stage
         result = json.loads((folder / "result.json").read_text())
@@ -98,12 +98,12 @@ def test_stages_learn_and_report(finished):
     assert names <= set(result)
 
 
-def test_metrics_of_the_config_are_those_that_are_logged():
+def test_config_metrics_are_those_logged():
     found = scores.as_metrics(scores.score(["a"], ["a"], language="en"))
     assert set(found) == set(METRICS)
 
 
-def test_a_finished_pipeline_is_not_run_again(finished, corpus):
+def test_finished_pipeline_is_not_run_again(finished, corpus):
     def times():
         files = (path for path in pathlib.Path(finished).rglob("*.*") if path.is_file())
         return {path: path.stat().st_mtime_ns for path in files}
@@ -115,7 +115,7 @@ def test_a_finished_pipeline_is_not_run_again(finished, corpus):
     assert {path.name for path in after} <= {"config.json"}
 
 
-def test_the_command_suggests_how_to_use_a_pipeline(finished, corpus, monkeypatch, caplog):
+def test_command_suggests_how_to_use_a_pipeline(finished, corpus, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     monkeypatch.setattr("cliptrans_jax.main.make_mesh", lambda _: one_device())
     main(unfreeze(tiny_pipeline(corpus)), finished)
@@ -124,7 +124,7 @@ def test_the_command_suggests_how_to_use_a_pipeline(finished, corpus, monkeypatc
     assert caplog.messages[-1].endswith(f'translate {finished / "translate"} "SENTENCE"')
 
 
-def test_captioning_leaves_the_encoder_and_its_embedding(finished):
+def test_captioning_leaves_encoder_and_embedding_unchanged(finished):
     folder = finished / "caption" / "checkpoints"
     before, after = flat(folder / "3"), flat(folder / "6")
     moved = {path for path in before if np.any(before[path] != after[path])}
@@ -133,7 +133,7 @@ def test_captioning_leaves_the_encoder_and_its_embedding(finished):
     assert any(path.startswith("mapper/") for path in moved)
 
 
-def test_translation_starts_from_captioning_and_moves_all(finished):
+def test_translation_starts_from_captioning_and_trains_everything(finished):
     account = json.loads((finished / "translate" / "warm_start.json").read_text())
     assert [entry["as"] for entry in account["taken"]] == ["mapper", "mbart"]
     assert account["left"] == account["fresh"] == []
@@ -141,13 +141,13 @@ def test_translation_starts_from_captioning_and_moves_all(finished):
     assert {path for path in start if np.all(start[path] == end[path])} == {"mbart/logits_bias"}
 
 
-def test_features_are_of_the_side_of_the_stage(finished):
+def test_every_split_caches_image_and_text_features(finished):
     held = {path.name for path in (finished / "features").iterdir()}
     names = {f"multi30k_{split}" for split in ("train", "val", TEST)}
     assert held == {f"{name}.{what}.npz" for name in names for what in ("pictures", "en")}
 
 
-def test_a_killed_run_resumes_byte_for_byte(finished, runs, tmp_path):
+def test_killed_run_resumes_byte_for_byte(finished, runs, tmp_path):
     whole, cut = finished / "translate", epath.Path(tmp_path / "cut")
     shutil.copytree(whole, cut)
     for name in ("result.json", "scores.json", "translations.tsv"):
@@ -160,7 +160,7 @@ def test_a_killed_run_resumes_byte_for_byte(finished, runs, tmp_path):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_pictures_read_in_a_process_are_the_same(finished, runs, tmp_path):
+def test_images_read_in_a_worker_process_are_the_same(finished, runs, tmp_path):
     """In the remainder of a run that started without one."""
     whole, cut = finished / "clip", epath.Path(tmp_path / "cut")
     shutil.copytree(whole, cut)
@@ -180,7 +180,7 @@ def evaluation(runs, source, **changes):
     return dataclasses.replace(config, stage="evaluate", sources=sources, **changes)
 
 
-def test_a_run_is_scored_again(finished, runs, tmp_path):
+def test_scoring_a_run_again_gives_the_same_files(finished, runs, tmp_path):
     run = finished / "translate"
     result = run_stage(evaluation(runs, run), epath.Path(tmp_path), one_device())
     for name in ("scores.json", "translations.tsv"):
@@ -189,7 +189,7 @@ def test_a_run_is_scored_again(finished, runs, tmp_path):
     assert result["step"] == int(best_step(run, runs["translate"].run).name)
 
 
-def test_a_loaded_model_translates_as_the_run_did(finished, corpus):
+def test_loaded_model_translates_as_the_run_did(finished, corpus):
     english, _, _ = read_split(corpus, TEST)
     model = cliptrans_jax.load_model(finished / "translate")
     found = model.translate(english)
@@ -229,7 +229,7 @@ def test_a_loaded_model_translates_as_the_run_did(finished, corpus):
         model.translate(english[:1], pictures=np.zeros((1, 9, 3), np.uint8))
 
 
-def test_pictures_may_take_the_place_of_the_text(finished, runs, corpus, tmp_path):
+def test_images_may_replace_the_text(finished, runs, corpus, tmp_path):
     run = finished / "translate"
     run_stage(evaluation(runs, run, test_side="image"), epath.Path(tmp_path), one_device())
     english, _, pictures = read_split(corpus, TEST)
@@ -250,12 +250,12 @@ def test_only_translation_models_are_loaded(finished, tmp_path):
         cliptrans_jax.load_model(tmp_path)
 
 
-def test_the_model_of_a_pipeline_is_that_of_its_last_run(finished):
+def test_model_of_a_pipeline_is_that_of_its_last_run(finished):
     assert find(finished) == find(finished / "translate")
     assert find(finished, ("clip", "caption")).workdir == finished / "caption"
 
 
-def test_the_text_tower_trains_when_it_is_unfrozen(finished, runs, corpus, tmp_path):
+def test_unfrozen_text_tower_is_trained(finished, runs, corpus, tmp_path):
     config = dataclasses.replace(
         runs["translate"],
         unfreeze_clip=True,
@@ -278,7 +278,7 @@ def test_the_text_tower_trains_when_it_is_unfrozen(finished, runs, corpus, tmp_p
         run_stage(lost, epath.Path(tmp_path / "lost"), one_device())
 
 
-def test_features_of_texts_need_not_be_kept(finished, longer, runs, tmp_path):
+def test_text_features_need_not_be_cached(finished, longer, runs, tmp_path):
     """Neither for training, as in `longer`, nor for scoring."""
     workdir, _, _ = longer
     assert not (workdir / "features").exists()
@@ -290,7 +290,7 @@ def test_features_of_texts_need_not_be_kept(finished, longer, runs, tmp_path):
     assert outputs(tmp_path) == outputs(kept)
 
 
-def test_without_a_prefix_no_features_are_needed(corpus, tmp_path):
+def test_no_features_are_needed_without_a_prefix(corpus, tmp_path):
     config = tiny_config("translate", corpus)
     mapper = dataclasses.replace(config.model.mapper, prefix=0)
     config = dataclasses.replace(
@@ -365,7 +365,7 @@ def longer(runs, tmp_path_factory):
     return workdir, result, asked
 
 
-def test_validation_chooses_and_the_test_set_is_scored_once(longer):
+def test_validation_selects_and_the_test_set_is_scored_once(longer):
     workdir, result, asked = longer
     assert asked == ["val", "val", "val", "test"]
     assert checkpoint.finished_steps(workdir / "checkpoints") == [3, 9]
@@ -376,7 +376,7 @@ def test_validation_chooses_and_the_test_set_is_scored_once(longer):
         assert find(str(source)).step.name == step
 
 
-def test_the_chosen_checkpoint_is_what_was_scored(longer):
+def test_selected_checkpoint_is_the_one_scored(longer):
     workdir, _, _ = longer
     rows = read_translations(workdir / "translations.tsv")
     scored = pytest.approx([row.score for row in rows], rel=1e-5)
@@ -391,14 +391,14 @@ def test_the_chosen_checkpoint_is_what_was_scored(longer):
     assert [found.score for found in translated("9")] != scored
 
 
-def test_eight_devices_compute_what_one_computes(longer, finished):
+def test_eight_devices_match_one(longer, finished):
     workdir, _, _ = longer
     for name, count in (("train/loss", 6), ("val/loss", 2)):
         one, eight = values(finished / "translate", name), values(workdir, name)
         np.testing.assert_allclose(eight[:count], one, rtol=1e-5)
 
 
-def test_the_gallery_shows_each_sentence_once_beside_its_own_picture(corpus, tmp_path):
+def test_gallery_shows_each_sentence_once_beside_its_image(corpus, tmp_path):
     config = tiny_config("translate", corpus)
     english, german, pictures = read_split(corpus, TEST)
     rows = [

@@ -22,7 +22,7 @@ from cliptrans_jax.evaluators.scores import (
 TEXTS = ["Zwei Hunde spielen im Schnee.", "Ein Mann fährt auf einem Fahrrad durch die Stadt."]
 
 
-def test_a_perfect_translation_scores_100_but_for_meteors_penalty():
+def test_perfect_translation_scores_100_except_for_meteor():
     metrics = as_metrics(score(TEXTS, TEXTS, language="de"))
     lengths = [6, 10]  # token counts, including the full stop; one chunk each
     penalised = [100 * (1 - 0.5 / length**3) for length in lengths]
@@ -31,7 +31,7 @@ def test_a_perfect_translation_scores_100_but_for_meteors_penalty():
 
 
 @pytest.mark.parametrize("shorter", [True, False])
-def test_every_score_by_hand_of_an_output_that_is_shorter_or_longer(shorter):
+def test_scores_of_shorter_and_longer_outputs_by_hand(shorter):
     """Either "a b c d" or "a b c d e" is the output: it matters which one is the reference."""
     pair = [["a b c d", "z"], ["a b c d e", "z"]]
     found = score(*(pair if shorter else pair[::-1]), language="de")
@@ -52,7 +52,7 @@ def test_every_score_by_hand_of_an_output_that_is_shorter_or_longer(shorter):
     assert (found.exact, found.count) == (50, 2)
 
 
-def test_bleu_of_a_prefix_is_the_brevity_penalty():
+def test_bleu_of_a_truncated_output_is_the_brevity_penalty():
     value, signature = bleu(["a b c d"], ["a b c d e"], language="de")
     assert value.score == pytest.approx(100 * math.exp(1 - 5 / 4), abs=1e-9)
     assert signature.startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
@@ -67,7 +67,7 @@ def test_bleu_sums_counts_over_the_corpus_and_smooths():
     assert unmatched.score == pytest.approx(100 * (3 / 4 * 2 / 3 * 1 / 2 * 1 / 2) ** 0.25, abs=1e-9)
 
 
-def test_case_counts_in_bleu_only():
+def test_only_bleu_and_exact_match_are_case_sensitive():
     lowered = [text.lower() for text in TEXTS]
     scores = score(lowered, TEXTS, language="de_DE")
     assert scores.bleu < 70
@@ -89,11 +89,11 @@ def test_case_counts_in_bleu_only():
         ("cs", "Muž, žena (a pes)", "muž , žena ( a pes )"),
     ],
 )
-def test_text_is_prepared_as_moses_scripts_do(language, text, tokens):
+def test_preprocessing_matches_the_moses_scripts(language, text, tokens):
     assert moses([text], language=language) == [tokens]
 
 
-def test_bleu_lower_is_of_moses_tokens():
+def test_bleu_lower_uses_moses_tokens():
     pair = ["Er sagt „Hallo“ – und geht heim."], ['er sagt "Hallo" - und geht heim.']
     assert bleu(*pair, language="de")[0].score < 99
     value, signature = bleu_lower(*pair, language="de")
@@ -103,7 +103,7 @@ def test_bleu_lower_is_of_moses_tokens():
     assert "|case:lc|eff:no|tok:none|smooth:exp|" in signature
 
 
-def test_the_signature_says_where_moses_knows_no_abbreviations():
+def test_signature_shows_fallback_to_english_abbreviations():
     assert "tok-gl_ES" not in (signature := bleu_lower(TEXTS, TEXTS, language="gl_ES")[1])
     assert signature.startswith("prep:moses-lc-norm-tok-gl|prefixes:en|")
 
@@ -131,7 +131,7 @@ def test_languages_without_spaces_are_scored_by_characters(language, tokenizer, 
     assert 30 < scores.meteor < 100
 
 
-def test_case_counts_in_lower_case_bleu_of_no_language():
+def test_lower_case_bleu_ignores_case_in_every_language():
     for language in ("zh", "ja", "de"):
         pair = ["A Dog runs and plays"], ["a dog runs and plays"]
         assert bleu_lower(*pair, language=language)[0].score == pytest.approx(100)
@@ -141,7 +141,7 @@ def test_case_counts_in_lower_case_bleu_of_no_language():
 # METEOR.
 
 
-def test_meteor_is_its_formula():
+def test_meteor_matches_its_formula():
     # 4 of 5 and of 6 words match, in 2 chunks.
     hypothesis, reference = list("abxcd"), list("cdyzab")
     precision, recall = 4 / 5, 4 / 6
@@ -151,7 +151,7 @@ def test_meteor_is_its_formula():
     )
 
 
-def test_meteor_matches_case_aside_and_by_stem_and_no_synonyms():
+def test_meteor_matches_ignoring_case_and_by_stem_not_synonym():
     one = 1 - 0.5  # one word matched, one chunk of one
     assert meteor(["Dogs"], ["dogs"]) == pytest.approx(one)
     assert meteor(["playing"], ["plays"]) == pytest.approx(one)
@@ -163,11 +163,11 @@ def test_meteor_matches_case_aside_and_by_stem_and_no_synonyms():
 
 
 @pytest.mark.parametrize("pair", [([], ["a"]), (["a"], []), ([], []), (["a"], ["b"])])
-def test_meteor_without_a_match_is_0(pair):
+def test_meteor_without_a_match_is_zero(pair):
     assert meteor(*pair) == 0
 
 
-def test_scoring_needs_no_data_of_nltk(monkeypatch):
+def test_scoring_needs_no_nltk_data(monkeypatch):
     def missing(name, *arguments):
         raise LookupError(name)
 
@@ -177,14 +177,14 @@ def test_scoring_needs_no_data_of_nltk(monkeypatch):
     assert score(TEXTS, TEXTS[::-1], language="de").meteor > 0
 
 
-def test_words_are_nltks():
+def test_words_are_those_of_nltk():
     assert words(['He said: "don\'t go", ok.'], language="en") == [
         ["He", "said", ":", "``", "do", "n't", "go", "''", ",", "ok", "."]
     ]
     assert words(["两 只狗"], language="zh") == [["两", "只", "狗"]]
 
 
-def test_the_signatures_name_every_score_and_version():
+def test_signatures_cover_every_score_and_version():
     scores = score(TEXTS, TEXTS, language="de")
     assert set(scores.signatures) == set(as_metrics(scores))
     assert scores.signatures["meteor"] == (
@@ -197,7 +197,7 @@ def test_the_signatures_name_every_score_and_version():
 # Whole sets.
 
 
-def test_exact_matches_are_counted_spaces_and_unicode_forms_aside():
+def test_exact_match_ignores_spaces_and_unicode_forms():
     composed, decomposed = "f\u00e4hrt  weg", "fa\u0308hrt weg "
     scores = score([composed, "Weg", "weg", ""], [decomposed, "weg", "weg", ""], language="de")
     assert (scores.exact, scores.count) == (75, 4)
@@ -210,7 +210,7 @@ def test_empty_outputs_are_scored(caplog):
     assert not caplog.records
 
 
-def test_sets_that_do_not_fit_are_refused_with_their_counts():
+def test_mismatched_sets_are_refused_with_their_counts():
     with pytest.raises(ValueError, match=r"2 outputs .* 1 references"):
         score(TEXTS, TEXTS[:1], language="de")
     with pytest.raises(ValueError, match="0 outputs"):
@@ -227,7 +227,7 @@ def case_of(config, outputs):
 
 
 @pytest.mark.parametrize("wrong", [False, True])
-def test_the_runners_compare_all_that_a_case_expects(wrong):
+def test_conformance_runner_compares_every_expected_value(wrong):
     error = 1e-3 if wrong else 0
     sentences = {"hypotheses": ["a b c d", "x y"], "references": ["a b c d", "z y"]}
     value = 100 * (5 / 6 * 3 / 4) ** 0.25

@@ -1,4 +1,4 @@
-"""The file of translations survives a round trip; the table has its pictures."""
+"""The translations file round-trips, and the table shows its images."""
 
 import io
 
@@ -35,7 +35,7 @@ def test_any_text_round_trips(tmp_path):
     assert lines[1].split("\t")[1] == r"a\tb\nc\rd"
 
 
-def test_other_outputs_are_in_extra_columns(tmp_path):
+def test_other_hypotheses_are_in_extra_columns(tmp_path):
     path = tmp_path / "translations.tsv"
     others = (Hypothesis("second\n", -0.5), Hypothesis("", -2.0))
     rows = [row(0), row(1, others=others), row(2, others=others[:1])]
@@ -46,13 +46,13 @@ def test_other_outputs_are_in_extra_columns(tmp_path):
     assert read_translations(path) == rows
 
 
-def test_no_rows_leave_a_header(tmp_path):
+def test_empty_table_has_a_header(tmp_path):
     path = tmp_path / "translations.tsv"
     write_translations(path, [])
     assert read_translations(path) == []
 
 
-def test_a_failed_write_leaves_the_file_that_was_there(tmp_path, monkeypatch):
+def test_failed_write_leaves_the_previous_file(tmp_path, monkeypatch):
     path = tmp_path / "translations.tsv"
     write_translations(path, [row(0)])
     before = path.read_bytes()
@@ -78,14 +78,14 @@ def failing(*arguments):
         ("{header}\n0\tk\ts\tr\to\\\t1.0\n", "line 2: .* none of the escapes"),
     ],
 )
-def test_a_file_of_another_form_is_refused_with_its_line(tmp_path, content, message):
+def test_malformed_file_is_refused_with_its_line(tmp_path, content, message):
     path = tmp_path / "translations.tsv"
     path.write_text(content.format(header="\t".join(show.COLUMNS)))
     with pytest.raises(ValueError, match=r"translations\.tsv.*" + message):
         read_translations(path)
 
 
-def test_the_table_shows_the_first_rows_with_small_pictures(tmp_path):
+def test_table_shows_the_first_rows_with_small_images(tmp_path):
     colour = np.zeros((300, 600, 3), np.uint8)
     colour[..., 0] = 255
     grey = np.full((8, 8, 1), 77, np.uint8)
@@ -107,7 +107,7 @@ def test_the_table_shows_the_first_rows_with_small_pictures(tmp_path):
     assert page.count("<td><img") == 2
 
 
-def test_several_models_have_a_column_each_beside_the_same_rows():
+def test_several_models_have_one_column_each():
     rows = [row(7), row(3, picture=np.zeros((2, 2, 3), np.uint8))]
     outputs = {"without": ["a", "b"], "with": ["c", "d"]}
     table = show.picture_columns(rows, outputs, caption="Both")

@@ -113,7 +113,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("size", [1.0, 0.02])  # small enough that every epsilon shows
 @pytest.mark.parametrize("side", TOWERS)
-def test_a_tower_computes_what_its_tensors_say(side, size):
+def test_tower_matches_a_naive_implementation(side, size):
     shrunk = jax.tree.map(lambda x: size * x, params_of(side))
     found = np.asarray(program(side)(shrunk, INPUTS[side]))
     weights = naive.Weights(tables.write(TOWERS[side][2], shrunk), eps=SIZES["eps"])
@@ -127,7 +127,7 @@ def test_a_tower_computes_what_its_tensors_say(side, size):
 
 
 @pytest.mark.parametrize("side", TOWERS)
-def test_features_are_float32_and_nearly_the_same_in_bfloat16(side):
+def test_features_are_float32_and_nearly_equal_in_bfloat16(side):
     exact, rough = (
         np.asarray(program(side, dtype)(params_of(side), INPUTS[side]))
         for dtype in (jnp.float32, jnp.bfloat16)
@@ -137,7 +137,7 @@ def test_features_are_float32_and_nearly_the_same_in_bfloat16(side):
     assert np.all(error > 0) and np.all(error < 0.05), error
 
 
-def test_the_number_of_pads_has_no_effect_and_pads_are_read():
+def test_number_of_pads_has_no_effect_but_pads_are_read():
     run, params = program("text"), params_of("text")
     padded = np.pad(IDS, ((0, 0), (0, 3)), constant_values=TEXT.pad)
     np.testing.assert_allclose(run(params, IDS), run(params, padded), rtol=1e-5, atol=1e-6)
@@ -149,7 +149,7 @@ def test_the_number_of_pads_has_no_effect_and_pads_are_read():
     assert np.isnan(beyond[0]).all() and not np.isnan(beyond[1]).any()
 
 
-def test_partition_rules_split_the_towers_over_eight_devices():
+def test_partition_rules_shard_the_towers_over_eight_devices():
     mesh, rules = make_mesh(MeshConfig(data=1, fsdp=8)), siglip.PARTITION_RULES
     shapes = {side: tower.shapes(config) for side, (tower, config, _) in TOWERS.items()}
     assert idle_rules(rules, *shapes.values()) == []
@@ -167,7 +167,7 @@ def test_partition_rules_split_the_towers_over_eight_devices():
 # Files.
 
 
-def test_each_side_is_read_from_one_folder(folder):
+def test_both_towers_are_read_from_one_folder(folder):
     taken = []
     for side, (tower, config, _) in TOWERS.items():
         found = pretrained.load(folder, kind=(tower.kind, "mclip"))
@@ -183,7 +183,7 @@ def test_each_side_is_read_from_one_folder(folder):
         pretrained.load(folder, kind="clip_text")
 
 
-def test_sizes_of_the_published_configs():
+def test_published_configs_have_the_published_sizes():
     assert (text_config(BASE), vision_config(BASE)) == (SiglipTextConfig(), SiglipVisionConfig())
     large = {"width": 1152, "layers": 27, "heads": 16, "hidden": 4304}
     vision = SiglipVisionConfig(image=384, patch=14, **large)
@@ -212,7 +212,7 @@ def test_sizes_of_the_published_configs():
         ({"vision_config": {"hidden_size": 100}}, "heads=12 must divide width=100"),
     ],
 )
-def test_a_siglip_that_cannot_be_computed_is_named(tmp_path, changes, message):
+def test_unsupported_siglip_is_reported(tmp_path, changes, message):
     folder = write_folder(tmp_path / "x", BASE | changes, tensors_of("vision"))
     for kind in ("siglip_vision", None):
         if kind or changes.get("model_type") != "clip":
@@ -220,7 +220,7 @@ def test_a_siglip_that_cannot_be_computed_is_named(tmp_path, changes, message):
                 pretrained.load(folder, kind=kind)
 
 
-def test_other_pictures_are_refused(folder):
+def test_mismatched_preprocessing_is_refused(folder):
     good = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}
     for changes, message in (
         ({}, None),
@@ -235,7 +235,7 @@ def test_other_pictures_are_refused(folder):
                 pretrained.load(folder, kind="siglip_vision")
 
 
-def test_pictures_that_are_cut_otherwise_are_refused(folder):
+def test_centre_crop_is_refused(folder):
     (folder / "preprocessor_config.json").write_text(json.dumps({"do_center_crop": True}))
     with pytest.raises(ValueError, match=r"do_center_crop=True, .* resized to a square without a"):
         pretrained.load(folder, kind="siglip_vision")
@@ -250,7 +250,7 @@ def test_pictures_that_are_cut_otherwise_are_refused(folder):
         ({"resize_mode": "squash"}, r"resize_mode='squash', .* cropped to a square; use one with"),
     ],
 )
-def test_openclip_s_words_for_pictures_are_read_too(changes, message):
+def test_open_clip_preprocessing_config_is_read_too(changes, message):
     about = {"open_clip_config.json": {"preprocess_cfg": changes}}
     if message is None:
         pretrained._require_pictures(about, CLIP_PICTURES, "file")
@@ -259,7 +259,7 @@ def test_openclip_s_words_for_pictures_are_read_too(changes, message):
             pretrained._require_pictures(about, CLIP_PICTURES, "file")
 
 
-def test_pictures_are_resized_to_a_square_without_a_crop():
+def test_images_are_resized_to_a_square_without_a_crop():
     image = np.zeros((6, 12, 3), np.uint8)
     image[:, 9:] = 255  # a centre crop would leave this out
     found = prepare_picture(image, 4, siglip.VISION.pictures)
@@ -269,7 +269,7 @@ def test_pictures_are_resized_to_a_square_without_a_crop():
     np.testing.assert_array_equal(found[0, 0], found[3, 0])
 
 
-def test_pictures_are_those_of_hugging_face():
+def test_preprocessing_matches_hugging_face():
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     processor = getattr(transformers, "SiglipImageProcessorPil", None)
     if processor is None:
@@ -285,7 +285,7 @@ def test_pictures_are_those_of_hugging_face():
 # Runs.
 
 
-def test_one_source_gives_both_towers_and_the_tokenizer(folder, tmp_path):
+def test_one_source_provides_both_towers_and_the_tokenizer(folder, tmp_path):
     sources = SourcesConfig(siglip=str(folder))
     clip_tokenizer = TokenizerConfig("xlmr", "elsewhere")  # from the config file
     config = dataclasses.replace(
@@ -313,7 +313,7 @@ def test_one_source_gives_both_towers_and_the_tokenizer(folder, tmp_path):
 
 
 @pytest.mark.parametrize("other", ["clip", "clip_text", "clip_image"])
-def test_a_siglip_is_the_only_source_of_towers(other):
+def test_siglip_excludes_other_tower_sources(other):
     with pytest.raises(ValueError, match=r"siglip='a'.* both towers"):
         SourcesConfig(**{"siglip": "a", other: "b"})
 
@@ -326,7 +326,7 @@ def from_scratch(side):
     }
 
 
-def test_stage_clip_trains_the_towers_that_a_flag_names():
+def test_stage_clip_trains_towers_set_by_flags():
     raw = unfreeze(tiny_config("clip", None))
     set_field(raw, "clip.text", repr(from_scratch("text")))
     set_field(raw, "clip.image", repr(from_scratch("vision")))
@@ -355,7 +355,7 @@ def test_stage_clip_trains_the_towers_that_a_flag_names():
     match_rules(contrastive.partition_rules(config), params, one_device())
 
 
-def test_a_config_of_an_earlier_version_has_no_kind():
+def test_config_of_an_earlier_version_may_lack_kind():
     old = {"text": {"width": 32, "heads": 2}, "image": {"width": 32, "heads": 2}}
     found = freeze(ClipConfig, old)
     assert (found.text.kind, found.image.kind) == ("mclip", "clip_vision")
@@ -369,7 +369,7 @@ def test_a_config_of_an_earlier_version_has_no_kind():
 
 
 @pytest.mark.parametrize("side", TOWERS)
-def test_an_exported_tower_is_read_again_and_by_hugging_face(side, tmp_path):
+def test_exported_tower_is_read_back_and_by_hugging_face(side, tmp_path):
     tower, config, _ = TOWERS[side]
     params = jax.tree.map(np.asarray, params_of(side))
     write_tower(tmp_path / "tower", params, config)

@@ -37,7 +37,7 @@ def test_sigmoid_loss_by_hand():
     assert float(loss(*arguments())) == pytest.approx(wanted, rel=1e-5)
 
 
-def test_its_gradient_by_hand():
+def test_sigmoid_loss_gradient_by_hand():
     """For a logit, -z sigmoid(-z logit) / B; for the bias, the sum of that; for the logarithm of
     the scale, the sum of that times scale times cosine."""
     by_logit = -SIGNS / (1 + np.exp(SIGNS * LOGITS)) / 2
@@ -52,7 +52,7 @@ def test_its_gradient_by_hand():
     assert float(by_texts[0, 1]) == pytest.approx(wanted, rel=1e-5)
 
 
-def test_eight_devices_compare_the_pairs_of_the_whole_batch():
+def test_eight_devices_contrast_the_whole_batch():
     texts, images = np.random.default_rng(0).normal(size=(2, 16, 6)).astype(np.float32)
     case = (texts, images, jnp.float32(2.0), jnp.float32(-3.0))
     program = jax.value_and_grad(loss, (0, 1, 2, 3))
@@ -64,7 +64,7 @@ def test_eight_devices_compare_the_pairs_of_the_whole_batch():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, wanted)
 
 
-def test_a_run_learns_scale_and_bias_from_the_published_start():
+def test_scale_and_bias_are_learned_from_the_published_values():
     config = tiny_config("clip", None)
     config = dataclasses.replace(config, clip=dataclasses.replace(config.clip, loss="sigmoid"))
     params = jax.eval_shape(functools.partial(contrastive.init, config), jax.random.key(0))["clip"]
@@ -76,7 +76,7 @@ def test_a_run_learns_scale_and_bias_from_the_published_start():
     assert not any(shardings["log_scale"].spec) and not any(shardings["bias"].spec)
 
 
-def test_what_a_step_computes_and_logs(monkeypatch):
+def test_step_computes_and_logs_the_sigmoid_loss(monkeypatch):
     monkeypatch.setattr(contrastive, "_embed", lambda *_: arguments()[:2])
     config = tiny_config("clip", None)
     config = dataclasses.replace(config, clip=dataclasses.replace(config.clip, loss="sigmoid"))
@@ -87,7 +87,7 @@ def test_what_a_step_computes_and_logs(monkeypatch):
     assert float(metrics["bias"]) == BIAS
 
 
-def test_a_scale_of_the_other_loss_is_refused():
+def test_scale_of_the_softmax_loss_is_refused():
     clip = tiny_config("clip", None).clip
     with pytest.raises(
         ValueError, match=r"^scale=3\.0 has no effect with loss='sigmoid'.*leave it out"

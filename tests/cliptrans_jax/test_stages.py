@@ -62,7 +62,7 @@ def same(found, expected):
         ("triplet", Side.IMAGE, Side.TEXT, False),
     ],
 )
-def test_what_a_stage_reads_and_writes(stage, train, test, captions):
+def test_source_and_target_of_each_stage(stage, train, test, captions):
     for training, side in ((True, train), (False, test)):
         examples = choose(stage, train=training)
         assert examples.side is side
@@ -76,13 +76,13 @@ def test_what_a_stage_reads_and_writes(stage, train, test, captions):
 
 @pytest.mark.parametrize("stage", ["translate", "triplet"])
 @pytest.mark.parametrize(("train", "test"), [(True, False), (False, True)])
-def test_translation_drops_tokens_only_when_asked(stage, train, test):
+def test_translation_drops_tokens_only_if_configured(stage, train, test):
     noise = NoiseConfig(train=train, test=test)
     assert choose(stage, noise=noise).drops is train
     assert choose(stage, train=False, noise=noise).drops is test
 
 
-def test_features_are_those_of_the_example():
+def test_features_are_those_of_the_stage_modality():
     images = np.arange(SIZE * 2, dtype=np.float32).reshape(SIZE, 2)
     texts = {"en": images + 100, "de": images + 200}
     np.testing.assert_array_equal(choose("caption").features(images, {}), images)
@@ -97,11 +97,11 @@ def test_features_are_those_of_the_example():
     ("pair", "language"),
     [(("en", "de"), "en"), (("de", "en"), "en"), (("de", "es"), "es"), (("fr", "de"), "fr")],
 )
-def test_the_language_of_captions(pair, language):
+def test_default_caption_language(pair, language):
     assert default_caption_language(pair) == language
 
 
-def test_captions_in_a_chosen_language_and_in_all():
+def test_captions_in_a_given_language_and_in_all():
     examples = choose("caption", caption_language="de")
     assert same(examples.source, TOKENS["de"]) and same(examples.target, TOKENS["de"])
     both = choose("text_recon", all_languages=True)
@@ -130,7 +130,7 @@ PATHS = {
 
 @pytest.mark.parametrize("freeze", list(FREEZES))
 @pytest.mark.parametrize("stage", list(TRANSLATION_STAGES))
-def test_what_a_stage_moves(stage, freeze):
+def test_trainable_parameters_of_each_stage(stage, freeze):
     regex = trainable(STAGES[stage], freeze, TRANSLATORS["mbart"])
     for path, holds in PATHS.items():
         held = freeze in holds if STAGES[stage].captioning else path == "mbart/logits_bias"
@@ -140,7 +140,7 @@ def test_what_a_stage_moves(stage, freeze):
 # Dropped tokens.
 
 
-def test_tokens_are_dropped_without_a_gap():
+def test_dropped_tokens_leave_no_gap():
     ids = np.array([90, 11, 12, 13, 14, 2], np.int32)
     draws = np.array([0.0, 0.5, 0.7, 0.69, 0.9, 0.1], np.float32)
     assert drop_tokens(ids, draws, 0.7).tolist() == [90, 14, 2]  # 0.7 itself is not above
@@ -151,7 +151,7 @@ def test_tokens_are_dropped_without_a_gap():
 
 
 @pytest.mark.parametrize("stage", list(TRANSLATION_STAGES))
-def test_a_source_is_empty_where_all_of_it_is_dropped(stage):
+def test_source_is_empty_if_all_tokens_are_dropped(stage):
     captions = STAGES[stage].captioning
     for train in (False, True):
         for prob in (0.99, 1.0):
@@ -159,7 +159,7 @@ def test_a_source_is_empty_where_all_of_it_is_dropped(stage):
             assert empties_source(STAGES[stage], noise) is ((captions or train) and prob == 1.0)
 
 
-def test_tokens_are_dropped_each_by_itself_in_every_epoch_example_and_seed():
+def test_token_drops_are_independent_across_epochs_examples_and_seeds():
     """22 copies of one sentence of 16 words, in 4 epochs with 4 seeds."""
     ids = np.array([90, *range(10, 26), EOS], np.int32)
     rows, pairs = np.arange(SIZE, dtype=np.int32), (("en", "en"),) * SIZE
@@ -182,7 +182,7 @@ def test_tokens_are_dropped_each_by_itself_in_every_epoch_example_and_seed():
     assert kept(2, 3, [7, 4]) == [kept(2, 3, range(SIZE))[i] for i in (7, 4)]
 
 
-def test_a_sentence_that_does_not_fit_is_refused():
+def test_overlong_sentence_is_refused():
     assert pad([np.array([5, 6], np.int32)], 4, pad_id=1).tolist() == [[5, 6, 1, 1]]
     with pytest.raises(ValueError, match="has 3 tokens, and there is room for 2; lower max_length"):
         pad([np.arange(3, dtype=np.int32)], 2, pad_id=1)
@@ -223,7 +223,7 @@ def numbers(batch):
 @pytest.mark.parametrize("window", [1, 3])
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("hosts", [2, 4])
-def test_hosts_bring_the_rows_of_the_same_batches(window, clip, hosts):
+def test_hosts_read_rows_of_the_same_batches(window, clip, hosts):
     setting = {"window": window, "clip": clip, "mask_prob": 0.5}
     whole = take(feed_of(choose("caption"), **setting), 0, 12)
     parts = [
@@ -261,7 +261,7 @@ def test_every_example_occurs_once_per_epoch(window):
     assert len(set(map(frozenset, left_out))) > 1  # not the same two every time
 
 
-def test_windows_hold_sentences_of_like_length():
+def test_windows_group_sentences_of_similar_length():
     def batches(window):
         return take(feed_of(choose("caption"), window=window, bucket=1, mask_prob=0.0), 0, 5)
 
@@ -279,7 +279,7 @@ TOTALS = [len(a) + len(b) for a, b in zip(TOKENS["en"], TOKENS["de"], strict=Tru
 
 
 @pytest.mark.parametrize("window", [2, 3])
-def test_a_window_sorts_the_batches_that_the_epoch_has_there(window):
+def test_examples_are_sorted_by_length_within_a_window(window):
     """By the total number of source and target tokens."""
     plain, ranked = (
         [numbers(batch) for batch in take(feed_of(choose("translate"), window=one), 5, 5)]
@@ -293,7 +293,7 @@ def test_a_window_sorts_the_batches_that_the_epoch_has_there(window):
         assert joined == sorted(joined)
 
 
-def test_batches_of_a_window_are_reshuffled_by_epoch_and_seed():
+def test_window_batches_are_reshuffled_by_epoch_and_seed():
     def places(seed, epoch):
         """Positions of the shortest batch, of the next, and so on."""
         feed = dataclasses.replace(feed_of(choose("translate"), window=5), seed=seed)
@@ -317,7 +317,7 @@ def test_features_and_clip_tokens_stay_with_their_sentences():
             assert batch["source"][:, 1].tolist() == batch["labels"][:, 1].tolist()
 
 
-def test_the_text_tower_s_sentences_are_padded_with_its_own_id():
+def test_text_tower_sentences_are_padded_with_its_own_id():
     examples = choose("translate")
     tokens = [np.full(1 + i % 3, 30, np.int32) for i in range(len(examples))]
     inputs = Inputs(examples, None, tokens, PAD, ROOM, CLIP_PAD, 3)
@@ -330,7 +330,7 @@ def test_the_text_tower_s_sentences_are_padded_with_its_own_id():
     assert PAD in batch["source"] and PAD not in ids
 
 
-def test_lengths_are_few_and_never_beyond_the_room():
+def test_lengths_are_few_and_within_the_limit():
     feed = feed_of(choose("translate"), batch=2, bucket=5)
     lengths = {batch["source"].shape[1] for batch in take(feed, 0, 60)}
     assert lengths <= {5, 10, 20}
@@ -343,14 +343,14 @@ def test_lengths_are_few_and_never_beyond_the_room():
     assert max(widths) == ROOM and max(len(ids) for ids in TOKENS["en"]) > 19
 
 
-def test_half_steps_pad_less():
+def test_half_steps_reduce_padding():
     asked = [4, 5, 6, 7, 8, 9, 12, 13, 16, 17, 24, 25]
     whole, half = BatchingConfig(bucket=5), BatchingConfig(bucket=4, half_steps=True)
     assert [whole.padded(n) for n in asked] == [5, 5, 10, 10, 10, 10, 20, 20, 20, 20, 40, 40]
     assert [half.padded(n) for n in asked] == [4, 6, 6, 8, 8, 12, 12, 16, 16, 24, 24, 32]
 
 
-def test_empty_sources_stay_of_two_tokens():
+def test_empty_sources_have_two_tokens():
     for batch in take(feed_of(choose("caption")), 0, 5):
         assert batch["source"].tolist() == [[CODES["en"], EOS]] * BATCH
         assert batch["labels"].shape[1] in (8, 16, ROOM)
@@ -402,7 +402,7 @@ def evaluate(examples, *, shard=(0, 1), by_length=False, mask_prob=0.5, seed=7):
 
 
 @pytest.mark.parametrize("by_length", [False, True])
-def test_evaluation_covers_all_once_with_a_mask(by_length):
+def test_evaluation_covers_every_example_once_with_a_mask(by_length):
     batches = evaluate(choose("translate", train=False), by_length=by_length)
     assert len(batches) == 6
     seen = [
@@ -443,7 +443,7 @@ def test_every_evaluation_drops_the_same_tokens():
     assert kept < sum(len(ids) for ids in TOKENS["en"])
 
 
-def test_the_order_of_another_seed_is_another():
+def test_another_seed_gives_another_order():
     feed = feed_of(choose("translate"), window=2)
     other = dataclasses.replace(feed, seed=8)
     orders = [[numbers(batch) for batch in take(one, 0, 5)] for one in (feed, other)]

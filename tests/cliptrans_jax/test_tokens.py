@@ -49,7 +49,7 @@ def test_ids_are_special_then_pieces_then_languages_then_mask(trained):
 
 
 @pytest.mark.parametrize(("language", "first"), [("de", 416), (None, BOS)])
-def test_a_sentence_is_framed(trained, language, first):
+def test_sentences_have_language_and_end_tokens(trained, language, first):
     for row in trained.encode(SENTENCES, language):
         assert row.dtype == np.int32
         assert row[0] == first and row[-1] == EOS and len(row) > 3
@@ -73,14 +73,14 @@ def test_every_text_round_trips(trained, text):
     assert row[0] == 417 and row[-1] == EOS and not set(row[1:-1]) & {0, 1, 2, 3}
 
 
-def test_the_first_word_is_cut_as_it_is_inside_a_sentence(trained):
+def test_first_word_is_tokenized_as_inside_a_sentence(trained):
     inside, first = (row.tolist() for row in trained.encode(["in a blue shirt", "blue"], "en"))
     assert any(
         inside[place : place + len(first) - 2] == first[1:-1] for place in range(1, len(inside))
     )
 
 
-def test_no_text_is_a_frame_alone(trained):
+def test_empty_text_has_only_special_tokens(trained):
     np.testing.assert_array_equal(trained.encode([""], "en")[0], [415, EOS])
     assert len(trained.encode([], "en")) == 0
 
@@ -95,7 +95,7 @@ def test_decoding_drops_special_tokens(trained):
     assert trained.decode([EOS, EOS, PAD]) == trained.decode([]) == ""
 
 
-def test_long_sentences_are_cut_before_their_end(tmp_path):
+def test_truncated_sentences_keep_the_end_token(tmp_path):
     path = tmp_path / "t.json"
     full = load_or_train_tokenizer(CONFIG, SENTENCES, LANGUAGES, path)
     short = load_or_train_tokenizer(
@@ -107,7 +107,7 @@ def test_long_sentences_are_cut_before_their_end(tmp_path):
         np.testing.assert_array_equal(row, [*long_row[:5], EOS])
 
 
-def test_lower_case_texts_make_the_same_pieces_as_any_others(tmp_path):
+def test_lower_casing_ignores_the_case_of_training_texts(tmp_path):
     config = dataclasses.replace(CONFIG, lower=True)
     raised = [text.upper() for text in SENTENCES]
     lowered = [text.lower() for text in raised]
@@ -127,7 +127,7 @@ def test_lower_case_texts_make_the_same_pieces_as_any_others(tmp_path):
         TokenizerConfig(kind="mbart50", path="x", lower=True)
 
 
-def test_an_exported_tokenizer_lower_cases_as_well(tmp_path):
+def test_exported_tokenizer_lower_cases_too(tmp_path):
     config, file = dataclasses.replace(CONFIG, lower=True), tmp_path / "t.json"
     trained = load_or_train_tokenizer(config, SENTENCES, LANGUAGES, file)
     write_tokenizer(tmp_path, config, file, LANGUAGES, limit=64, pair=("en", "de"))
@@ -136,7 +136,7 @@ def test_an_exported_tokenizer_lower_cases_as_well(tmp_path):
         np.testing.assert_array_equal(exported.encode(text.title()).ids, ids)
 
 
-def test_training_is_deterministic(tmp_path):
+def test_tokenizer_training_is_deterministic(tmp_path):
     sentences = emoji_set.load_emoji("test", ("en", "de")).texts
     sentences = [*sentences["en"], *sentences["de"]]
     files = [tmp_path / "a" / "t.json", tmp_path / "b" / "t.json"]
@@ -162,7 +162,7 @@ def test_emoji_names_round_trip_in_every_language(tmp_path):
         assert max(map(len, rows)) < 64
 
 
-def test_a_trained_tokenizer_is_read_from_its_file(tmp_path, trained):
+def test_trained_tokenizer_is_read_from_its_file(tmp_path, trained):
     path = tmp_path / "t.json"
     load_or_train_tokenizer(CONFIG, SENTENCES, LANGUAGES, path)
     before = path.stat().st_mtime_ns
@@ -183,14 +183,14 @@ def test_a_trained_tokenizer_is_read_from_its_file(tmp_path, trained):
         (dataclasses.replace(CONFIG, lower=True), None, LANGUAGES, r"lower False not True"),
     ],
 )
-def test_a_file_of_other_input_is_refused(tmp_path, config, sentences, languages, message):
+def test_tokenizer_file_of_other_inputs_is_refused(tmp_path, config, sentences, languages, message):
     path = tmp_path / "t.json"
     load_or_train_tokenizer(CONFIG, SENTENCES, LANGUAGES, path)
     with pytest.raises(ValueError, match=message):
         load_or_train_tokenizer(config, sentences, languages, path)
 
 
-def test_a_missing_or_broken_file_is_named(tmp_path):
+def test_missing_or_broken_tokenizer_file_is_reported(tmp_path):
     path = tmp_path / "t.json"
     with pytest.raises(FileNotFoundError, match=r"t\.json is missing and there is nothing"):
         load_or_train_tokenizer(CONFIG, None, LANGUAGES, path)
@@ -221,7 +221,7 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
             load_or_train_tokenizer(CONFIG, SENTENCES, LANGUAGES, path)
 
 
-def test_an_unknown_language_names_the_known(trained):
+def test_unknown_language_is_refused_listing_the_known(trained):
     with pytest.raises(ValueError, match=r"no language 'eng' \(did you mean 'en'\?\); it has en, "):
         trained.language_id("eng")
     with pytest.raises(ValueError, match="no language 'es'"):
@@ -239,18 +239,18 @@ def test_an_unknown_language_names_the_known(trained):
         ({"kind": "clip", "path": "x", "max_length": 78}, r"max_length=78 .* to 77"),
     ],
 )
-def test_a_wrong_config_is_refused_by_key(fields, message):
+def test_invalid_config_is_refused_by_key(fields, message):
     with pytest.raises(ValueError, match=message):
         freeze(TokenizerConfig, fields, "config.clip_tokenizer")
 
 
-def test_a_vocabulary_must_hold_the_languages(tmp_path):
+def test_vocabulary_must_have_room_for_the_languages(tmp_path):
     with pytest.raises(ValueError, match=r"vocab=263 is too small for 256 bytes, 4 .* 4 languages"):
         load_or_train_tokenizer(TokenizerConfig(vocab=263), SENTENCES, LANGUAGES, tmp_path / "t")
 
 
 @pytest.mark.parametrize("kind", PUBLISHED)
-def test_a_missing_folder_says_what_to_fetch(tmp_path, kind):
+def test_missing_folder_is_reported_with_what_to_fetch(tmp_path, kind):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"lacks .*huggingface_hub") as error:
         load_tokenizer(TokenizerConfig(kind, str(tmp_path)))
@@ -280,12 +280,12 @@ id_ID ka_GE km_KH mk_MK ml_IN mn_MN mr_IN pl_PL ps_AF pt_XX sv_SE sw_KE ta_IN te
 uk_UA ur_PK xh_ZA gl_ES sl_SI"""
 
 
-def test_the_codes_of_mbart50_are_the_published_ones():
+def test_mbart50_codes_are_the_published_ones():
     assert list(MBART50_CODES.items()) == [(code[:2], code) for code in CODES.split()]
     assert PUBLISHED["mbart50"].last == (*CODES.split(), "<mask>")
 
 
-def test_a_kind_takes_as_many_tokens_as_its_network_has_positions_for():
+def test_token_limit_of_each_kind_matches_the_network_positions():
     wanted = {"trained": 1024, "mbart50": 1024, "nllb": 1024, "xlmr": 512, "clip": 77}
     for kind, limit in wanted.items():
         path = "" if kind == "trained" else "folder"
@@ -307,7 +307,7 @@ def framed(*, limit=6, unknown=3):
     )
 
 
-def test_a_frame_leaves_room_for_itself(caplog):
+def test_special_tokens_count_towards_the_length_limit(caplog):
     rows = framed().encode(["4 5 6 7", "4 5 6 7 4", "3", ""], "de")
     assert [row.tolist() for row in rows] == [
         [9, 4, 5, 6, 7, 2],
@@ -323,12 +323,12 @@ def test_a_frame_leaves_room_for_itself(caplog):
     ("text", "said"),
     [("4 10", "beyond the tokenizer's 10"), ("-1", "beyond"), ("4 2", "lacks"), ("9 4", "lacks")],
 )
-def test_pieces_are_no_frame_and_within_the_table(text, said):
+def test_pieces_must_be_in_the_vocabulary_and_not_special(text, said):
     with pytest.raises(ValueError, match=said):
         framed().encode(["4 5", text], "en")
 
 
-def test_clip_cuts_words_as_published():
+def test_clip_splits_words_as_published():
     """Contractions, letters of any script, single digits, and runs of anything else."""
     letters = {letter: place for place, letter in enumerate("abc")}
     tokenizer = byte_pairs.clip_tokenizer({**letters, byte_pairs.CLIP_EOS: 3}, [])
@@ -344,7 +344,7 @@ def test_clip_cuts_words_as_published():
     assert words("e\u0301") == words("é") == ["é"]
 
 
-def test_mbart50_ids_are_sentencepieces_and_one(pieces):
+def test_mbart50_ids_are_sentencepiece_ids_plus_one(pieces):
     folder, model = pieces
     tokenizer = load_tokenizer(TokenizerConfig("mbart50", str(folder)))
     # 4 special tokens in place of SentencePiece's 3, 52 languages, a mask.
@@ -365,7 +365,7 @@ def test_mbart50_ids_are_sentencepieces_and_one(pieces):
         tokenizer.language_id("la")
 
 
-def test_xlmr_frames_as_m_clip_does(pieces):
+def test_xlmr_special_tokens_match_mclip(pieces):
     folder, model = pieces
     tokenizer = load_tokenizer(TokenizerConfig("xlmr", str(folder), max_length=8))
     (row,) = tokenizer.encode(SENTENCES[:1], None)
@@ -374,7 +374,7 @@ def test_xlmr_frames_as_m_clip_does(pieces):
         tokenizer.encode(SENTENCES, "en")
 
 
-def test_clip_frames_with_its_own_tokens(tmp_path):
+def test_clip_uses_its_own_special_tokens(tmp_path):
     merges = ["a n</w>", "r u"]
     letters = sorted("abcdefghijklmnopqrstuvwxyz")
     vocab = ["!", '"', *letters, *(f"{c}</w>" for c in letters)]
@@ -392,7 +392,7 @@ def test_clip_frames_with_its_own_tokens(tmp_path):
     assert len(long_row) == PUBLISHED["clip"].limit == 77 and long_row[-1] == tokenizer.eos
 
 
-def test_a_folder_of_another_tokenizer_is_refused(pieces, tmp_path):
+def test_folder_of_another_tokenizer_is_refused(pieces, tmp_path):
     transformers = pytest.importorskip("transformers", reason="it writes a folder to read")
     folder, _ = pieces
     transformers.XLMRobertaTokenizer.from_pretrained(folder).save_pretrained(tmp_path)

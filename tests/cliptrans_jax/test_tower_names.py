@@ -154,7 +154,7 @@ def read(tower, tensors):
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_tensors_go_there_and_back_unchanged(tower):
+def test_tensors_round_trip_unchanged(tower):
     table, params = TOWERS[tower][1], random_like(shapes_of(tower))
     assert table.entries.keys() == traverse_util.flatten_dict(params, sep="/").keys()
     tensors = tables.write(table, params)
@@ -166,7 +166,7 @@ def test_tensors_go_there_and_back_unchanged(tower):
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_each_tower_takes_its_own_of_a_whole_file(file):
+def test_each_tower_takes_its_tensors_from_a_combined_file(file):
     tensors, taken = tensors_of(file), []
     for tower in FILES[file]:
         params, account = read(tower, tensors)
@@ -178,7 +178,7 @@ def test_each_tower_takes_its_own_of_a_whole_file(file):
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_what_is_missing_unknown_or_of_another_shape_is_named(file):
+def test_missing_unknown_and_misshapen_tensors_are_reported(file):
     for tower in FILES[file]:
         tensors = tensors_of(file)
         missing, reshaped = list(SHAPES[tower])[:2]
@@ -226,7 +226,7 @@ RENAMED = {  # Hugging Face's names -> OpenAI's
         (clip_names.openai_vision_table, "clip_vision"),
     ],
 )
-def test_openai_s_towers_are_the_same_under_their_own_names(openai, tower):
+def test_openai_names_give_the_same_towers(openai, tower):
     network, hugging, _ = TOWERS[tower]
     params, wanted = random_like(shapes_of(tower)), {}
     for name, tensor in tables.write(hugging, params).items():
@@ -242,7 +242,7 @@ def test_openai_s_towers_are_the_same_under_their_own_names(openai, tower):
     assert_same(back, params)
 
 
-def test_the_published_configs_are_the_defaults():
+def test_published_configs_are_the_defaults():
     assert mclip_config(MCLIP_LARGE, XLMR_LARGE) == mclip.MClipConfig()
     assert mclip_config(MCLIP_LARGE, None) == mclip.MClipConfig()
     other = mclip_config(MCLIP_LARGE | {"numDims": 768}, None)
@@ -262,7 +262,7 @@ def test_the_published_configs_are_the_defaults():
     assert clip_text_config(whole) == clip.ClipTextConfig()
 
 
-def test_all_released_mclips_are_read_with_their_image_towers():
+def test_all_released_mclip_configs_are_read_with_image_towers():
     large = {"modelBase": "xlm-roberta-large", "transformerDimensions": 1024}
     labse = {"modelBase": "setu4993/LaBSE", "transformerDimensions": 768}
     sides = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -282,7 +282,7 @@ def test_all_released_mclips_are_read_with_their_image_towers():
         assert text.features == image.features == about["numDims"]
 
 
-def test_every_key_of_a_config_is_read():
+def test_every_config_key_is_read():
     base = {"hidden_size": 20, "num_hidden_layers": 3, "num_attention_heads": 5}
     base |= {"intermediate_size": 7, "layer_norm_eps": 1e-3, "hidden_act": "gelu"}
     want = {"width": 20, "layers": 3, "heads": 5, "hidden": 7, "eps": 1e-3, "activation": "gelu"}
@@ -298,7 +298,7 @@ def test_every_key_of_a_config_is_read():
     assert mclip_config(about, roberta) == mclip.MClipConfig(**want)
 
 
-def test_a_tower_s_own_config_is_read_too():
+def test_standalone_tower_config_is_read_too():
     tower = {"model_type": "clip_vision_model", "patch_size": 16, "hidden_act": "gelu"}
     want = clip.ClipVisionConfig(patch=16, activation="gelu", features=64)
     assert clip_vision_config(tower | {"projection_dim": 64}) == want
@@ -324,7 +324,7 @@ def test_a_tower_s_own_config_is_read_too():
         (MCLIP_LARGE | {"numDims": 2.5}, None, "numDims=2.5 .* must be a whole number"),
     ],
 )
-def test_an_mclip_that_cannot_be_computed_is_named(hf, transformer_hf, message):
+def test_unsupported_mclip_is_reported(hf, transformer_hf, message):
     with pytest.raises(ValueError, match=message):
         mclip_config(hf, transformer_hf)
 
@@ -342,7 +342,7 @@ def test_an_mclip_that_cannot_be_computed_is_named(hf, transformer_hf, message):
         ("text", {"text_config": {"eos_token_id": 7}}, "eos_token_id=7 .* 2 or 49407"),
     ],
 )
-def test_a_clip_that_cannot_be_computed_is_named(tower, hf, message):
+def test_unsupported_clip_is_reported(tower, hf, message):
     reader = {"vision": clip_vision_config, "text": clip_text_config}[tower]
     if "vision_config" in hf or "text_config" in hf:
         hf = hf | {"model_type": "clip"}

@@ -119,7 +119,7 @@ NAIVE = {  # tower -> (table of names, feature of one example)
 
 @pytest.mark.parametrize("size", [1.0, 0.02])  # small enough that every epsilon shows
 @pytest.mark.parametrize("name", NAIVE)
-def test_a_tower_computes_what_its_tensors_say(name, size, params):
+def test_tower_matches_a_naive_implementation(name, size, params):
     shrunk = jax.tree.map(lambda x: size * x, params[name])
     found = np.asarray(program(name)(shrunk, *inputs(name)))
     table, feature = NAIVE[name]
@@ -133,7 +133,7 @@ def test_a_tower_computes_what_its_tensors_say(name, size, params):
     np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-3 * scale)
 
 
-def test_activations_are_those_that_the_config_names(params):
+def test_activations_match_naive_ones(params):
     x = np.linspace(-3, 3, 13)
     for name, want in (("gelu", naive.gelu), ("quick_gelu", naive.quick_gelu)):
         np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(x)), want(x), atol=1e-6)
@@ -146,7 +146,7 @@ def test_activations_are_those_that_the_config_names(params):
         np.testing.assert_allclose(found[row], want, rtol=1e-4, atol=1e-5)
 
 
-def test_mclip_drops_out_embeddings_and_branches(params):
+def test_mclip_applies_dropout_to_embeddings_and_branches(params):
     """Without them, a block is the norm of a norm."""
     network = mclip.MClip(dataclasses.replace(MCLIP, dropout=0.3), jnp.float32)
 
@@ -174,7 +174,7 @@ def embedded(weights):
 
 
 @pytest.mark.parametrize("name", ["mclip", "vision", "text"])
-def test_towers_start_as_published(name):
+def test_towers_have_the_published_initialisation(name):
     """Matrices and tables are normal with deviation 0.02, biases 0 and gains 1."""
     for path, leaf in traverse_util.flatten_dict(fresh(name), sep="/").items():
         if path.endswith(("bias", "scale")):
@@ -202,7 +202,7 @@ def test_defaults_are_the_published_models():
     assert tokens == (50, 197)
 
 
-def test_a_batch_norm_by_hand():
+def test_batch_norm_by_hand():
     network = resnet.FrozenBatchNorm(0.5, jnp.float32)
     stored = {"scale": [3.0, 1.0], "bias": [1.0, -1.0], "mean": [2.0, 0.0], "var": [0.75, 3.5]}
     params = {name: jnp.asarray(x) for name, x in stored.items()}
@@ -235,13 +235,13 @@ def test_mclip_ignores_masked_tokens(params):
     assert np.max(np.abs(features("mclip", params, changed, MASK) - before)[0]) > 1e-3
 
 
-def test_mclip_gives_a_row_without_tokens_the_mean_zero(params):
+def test_mclip_mean_of_a_row_without_tokens_is_zero(params):
     found = features("mclip", params, IDS, np.zeros_like(MASK))
     bias = params["mclip"]["projection"]["bias"]
     np.testing.assert_array_equal(found, np.broadcast_to(bias, found.shape))
 
 
-def test_positions_count_tokens_that_are_not_pads():
+def test_positions_count_non_pad_tokens():
     ids = jnp.asarray([[0, 5, 1, 9, 2, 1], [1, 1, 0, 2, 1, 1]])
     want = [[2, 3, 1, 4, 5, 1], [1, 1, 2, 3, 1, 1]]
     np.testing.assert_array_equal(mclip.position_ids(ids, 1), want)
@@ -251,7 +251,7 @@ def test_positions_count_tokens_that_are_not_pads():
     assert LabseConfig().longest == 512
 
 
-def test_mclip_drops_out_in_training_alone(params, plain):
+def test_mclip_has_dropout_only_in_training(params, plain):
     def train(seed):
         rngs = {"dropout": jax.random.key(seed)}
         return features("mclip", params, IDS, MASK, train=True, rngs=rngs)
@@ -264,7 +264,7 @@ def test_mclip_drops_out_in_training_alone(params, plain):
     np.testing.assert_allclose(found, plain["mclip"], rtol=1e-5, atol=1e-6)
 
 
-def test_clip_pools_the_first_end_token_and_ignores_what_follows(params):
+def test_clip_pools_the_first_end_token_and_ignores_the_rest(params):
     np.testing.assert_array_equal(clip.end_position(jnp.asarray(IDS)), [4, 2])
     before = features("text", params, IDS, MASK)
     padded = np.where(MASK == 1, IDS, 39)
@@ -317,7 +317,7 @@ def test_gradients_reach_every_parameter_from_the_start(name):
 
 
 @pytest.mark.parametrize("name", TOWERS)
-def test_partition_rules_split_a_tower_over_eight_devices(name, params, plain):
+def test_partition_rules_shard_a_tower_over_eight_devices(name, params, plain):
     network, rules, arrays = build(name), TOWERS[name][2], inputs(name, batch=8)
     mesh = make_mesh(MeshConfig(data=1, fsdp=8))
     with jax.set_mesh(mesh):
@@ -352,7 +352,7 @@ def test_no_partition_rule_is_idle():
     ],
     ids=["mclip", "vision", "text", "rn50x64_text", "rn50x64"],
 )
-def test_published_sizes_have_the_published_count_and_split(network, rules, count):
+def test_published_sizes_have_the_published_count_and_can_be_sharded(network, rules, count):
     arrays = (jnp.zeros((1, 4), jnp.int32),) * 2
     if isinstance(network, clip.ClipVision | resnet.ClipResNet):
         arrays = (jnp.zeros((1, network.config.image, network.config.image, 3)),)
@@ -387,18 +387,18 @@ def test_published_sizes_have_the_published_count_and_split(network, rules, coun
         (lambda: shapes_of(build("resnet"), jnp.zeros((2, 64, 64, 3))), r"takes \(2, 32, 32, 3\)"),
     ],
 )
-def test_what_does_not_fit_is_named(make, message):
+def test_invalid_towers_and_inputs_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_sentences_as_long_as_the_table_are_taken():
+def test_sentences_may_fill_the_position_table():
     ids = jnp.zeros((1, 10), jnp.int32)
     for name in ("mclip", "text"):
         assert shapes_of(build(name), ids, ids)["projection"]["kernel"].shape == (16, 8)
 
 
-def test_resnet_computes_what_its_tensors_say():
+def test_resnet_matches_a_naive_implementation():
     config = resnet.ResNetConfig(image=64, layers=(2, 1, 1, 2), width=4, features=6, eps=0.1)
     network = resnet.ClipResNet(config, jnp.float32)
     images = np.random.default_rng(2).normal(size=(2, 64, 64, 3)).astype(np.float32)

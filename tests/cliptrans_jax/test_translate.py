@@ -1,4 +1,4 @@
-"""A search's outputs as texts, in order, and the searches of a stage."""
+"""Search outputs as texts, in order, and each stage's search settings."""
 
 import dataclasses
 import types
@@ -85,7 +85,7 @@ LENGTHS = {3: 3, 0: 2, 5: 1, 1: 4, 9: 2, 2: 5, 8: 1, 4: 3, 7: 2, 6: 3}
 
 @pytest.mark.parametrize("mesh", [one_device, split_mesh])
 @pytest.mark.parametrize("language", [None, ENGLISH])
-def test_every_example_has_its_own_outputs_best_first(mesh, language):
+def test_each_example_has_its_own_outputs_best_first(mesh, language):
     def features(params, batch):
         return 2 * batch["features"]
 
@@ -102,7 +102,7 @@ def test_every_example_has_its_own_outputs_best_first(mesh, language):
     assert best_texts(found, 10) == [found[index][0].text for index in range(10)]
 
 
-def test_a_model_without_a_prefix_needs_no_features():
+def test_model_without_prefix_needs_no_features():
     translate = make_translate(Echo(), lambda *_: None, NUMBERS, mesh=one_device())
     found = translate({"more": jnp.float32(0)}, BATCHES[:1])
     assert {outputs[0].score for outputs in found.values()} == {GERMAN}
@@ -122,7 +122,7 @@ def model_of(stage, tower=None, **changes):
     [("caption", False, None), ("caption", True, GERMAN), ("translate", True, None)],
 )
 @pytest.mark.parametrize(("beams", "wanted"), [(0, 2), (1, 1), (4, 4)])
-def test_the_search_of_a_stage(stage, parity, language, beams, wanted, monkeypatch):
+def test_search_settings_of_each_stage(stage, parity, language, beams, wanted, monkeypatch):
     """With `parity`, captions, although English, start with the target language's code."""
     made = []
 
@@ -170,7 +170,7 @@ def tower():
         ),
     ],
 )
-def test_the_batch_that_a_step_is_compiled_for(stage, changes, with_tower, wanted):
+def test_step_is_compiled_for_the_batch_of_its_stage(stage, changes, with_tower, wanted):
     optim = dataclasses.replace(tiny_config(stage, None).optim, batch=6, accumulate=2)
     model = model_of(stage, tower() if with_tower else None, optim=optim, **changes)
     task = model.bare_task(one_device(), examples=21, tokens=9)
@@ -185,7 +185,7 @@ def test_the_batch_that_a_step_is_compiled_for(stage, changes, with_tower, wante
 
 
 @pytest.mark.parametrize("lower", [False, True])
-def test_a_model_that_writes_in_lower_case_is_watched_by_lower_cased_bleu(lower):
+def test_lower_case_model_is_tracked_by_bleu_lower(lower):
     tokenizer = dataclasses.replace(tiny_config("translate", None).tokenizer, lower=lower)
     task = model_of("translate", None, tokenizer=tokenizer).bare_task(one_device(), examples=21)
     assert ("val/bleu_lower" in task.shown, "val/bleu" in task.shown) == (lower, not lower)
@@ -201,7 +201,7 @@ def test_a_model_that_writes_in_lower_case_is_watched_by_lower_cased_bleu(lower)
         ("triplet", {"keep_text_features": False}, True),  # only in evaluation
     ],
 )
-def test_a_model_has_a_text_tower_where_its_step_runs_one(stage, changes, runs):
+def test_model_has_a_text_tower_if_its_step_runs_one(stage, changes, runs):
     config = dataclasses.replace(tiny_config(stage, None), **changes)
     data = types.SimpleNamespace(tokenizer=NUMBERS, text_tower="the tower")
     assert Model.of(config, data).tower == ("the tower" if runs else None)
@@ -211,7 +211,7 @@ def test_a_model_has_a_text_tower_where_its_step_runs_one(stage, changes, runs):
 
 
 @pytest.mark.parametrize("unfreeze", [False, True])
-def test_a_text_tower_is_trained_or_a_helper(unfreeze):
+def test_text_tower_is_trained_or_a_helper(unfreeze):
     model = model_of("translate", tower(), unfreeze_clip=unfreeze)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     assert set(shapes) == {"mbart", "mapper"} | ({"clip"} if unfreeze else set())
@@ -272,7 +272,7 @@ def searched(pair):
     return evaluate_translations(sentences(set_of(pair), translate)), seen
 
 
-def test_translations_are_scored_by_the_best_outputs():
+def test_scores_use_the_best_outputs():
     evaluate, seen = searched(("en", "de"))
     found = evaluate({"a": 1.0}, {"b": 10.0}, 100)
     assert found["exact"] == pytest.approx(100 / 3)
@@ -283,7 +283,7 @@ def test_translations_are_scored_by_the_best_outputs():
     assert sorted(batches[0]["_index"][batches[0]["_mask"] > 0].tolist()) == [0, 1, 2]
 
 
-def test_outputs_without_a_finite_score_stop_it():
+def test_outputs_without_a_finite_score_raise_an_error():
     tokens, lengths = np.full((2, 2, 3), 4), np.full((2, 2), 3)
     scores = np.array([[-1.0, np.nan], [np.nan, -np.inf]])
     hypotheses = types.SimpleNamespace(tokens=tokens, lengths=lengths, scores=scores)
@@ -294,7 +294,7 @@ def test_outputs_without_a_finite_score_stop_it():
         read(hypotheses, np.array([7, 3]), np.array([1.0, 1.0]))
 
 
-def test_evaluators_are_one_evaluation():
+def test_evaluators_are_combined_into_one():
     def loss(params, helpers, step):
         return {"loss": params["a"] + helpers["b"] + step}
 
@@ -303,7 +303,7 @@ def test_evaluators_are_one_evaluation():
 
 
 @pytest.mark.parametrize(("pair", "language"), [(("en", "de"), "de"), (("en", "en"), "en")])
-def test_scores_are_in_the_language_that_is_written(pair, language, monkeypatch):
+def test_scores_use_the_output_language(pair, language, monkeypatch):
     asked = []
 
     def record(outputs, references, *, language):
@@ -316,7 +316,7 @@ def test_scores_are_in_the_language_that_is_written(pair, language, monkeypatch)
 
 
 @pytest.mark.parametrize("decode", [True, False])
-def test_a_validation_is_what_the_config_asks_for(decode, monkeypatch):
+def test_validation_follows_the_config(decode, monkeypatch):
     made = []
     monkeypatch.setattr(
         labels, "make_evaluator", lambda _, *given, **more: made.append((given, more))
@@ -349,9 +349,7 @@ def test_a_validation_is_what_the_config_asks_for(decode, monkeypatch):
 # A whole run, except for its training.
 
 
-def test_a_run_trains_on_one_split_chooses_by_another_and_scores_the_third(
-    corpus, tmp_path, monkeypatch
-):
+def test_training_selection_and_scoring_use_separate_splits(corpus, tmp_path, monkeypatch):
     seen = {}
 
     def train(task, run, optim, **settings):

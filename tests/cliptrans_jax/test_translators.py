@@ -172,7 +172,7 @@ def inputs(count, batch=4):
     return features, jnp.asarray(source), jnp.asarray(rng.integers(5, 8, batch), "int32")
 
 
-def test_the_small_network_is_what_the_protocol_says():
+def test_small_network_satisfies_the_protocol():
     translator, params = model(2)
     assert isinstance(translator.network, Network) and isinstance(translator.config.sizes, Sizes)
     assert set(params) == {"small", "mapper"}
@@ -180,7 +180,7 @@ def test_the_small_network_is_what_the_protocol_says():
     assert translator.config.key == "config.model.small"
 
 
-def test_the_encoder_reads_the_frame_of_the_record():
+def test_encoder_reads_tokens_in_the_order_of_the_record():
     translator, params = model(0)
     framed = jnp.asarray([[5, 9, 8, END], [6, 7, END, PAD]], "int32")
     read = jnp.asarray([[9, 8, END, 5], [7, END, 6, PAD]], "int32")
@@ -190,7 +190,7 @@ def test_the_encoder_reads_the_frame_of_the_record():
 
 
 @pytest.mark.parametrize(("name", "count"), [("small", 0), ("small", 3), ("nllb", 3)])
-def test_greedy_decoding_takes_what_training_finds_most_probable(name, count):
+def test_greedy_decoding_takes_the_argmax_of_training_logits(name, count):
     translator, params = model(count, name)
     features, source, language = inputs(count)
     search = Search(translator, DecodeConfig(beams=1, max_new_tokens=LIMIT, growth=2, halvings=1))
@@ -210,7 +210,7 @@ def test_greedy_decoding_takes_what_training_finds_most_probable(name, count):
 
 
 @pytest.mark.parametrize("name", ["small", "nllb"])
-def test_the_loss_moves_every_parameter_that_it_should(name):
+def test_loss_has_gradients_for_every_trained_parameter(name):
     translator, params = model(3, name)
     features, source, language = inputs(3)
     labels = jnp.stack([language, language + 3, jnp.full_like(language, END)], axis=1)
@@ -225,7 +225,7 @@ def test_the_loss_moves_every_parameter_that_it_should(name):
         assert np.isfinite(slope).all() and np.abs(slope).max() > 0, path
 
 
-def test_what_is_frozen_and_split_is_named_by_the_record():
+def test_record_determines_freezing_and_sharding():
     translator, params = model(3)
     caption = trainable(STAGES["caption"], "encoder", SMALL)
     assert re.fullmatch(caption, "small/head") and re.fullmatch(caption, "mapper/out/kernel")

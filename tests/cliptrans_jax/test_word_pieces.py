@@ -77,14 +77,14 @@ def folder(request, tmp_path):
         ("", []),
     ],
 )
-def test_pieces_with_their_case(folder, text, pieces):
+def test_pieces_keep_their_case(folder, text, pieces):
     tokenizer = load(folder)
     (row,) = tokenizer.encode([text], None)
     np.testing.assert_array_equal(row, [VOCAB[x] for x in ("[CLS]", *pieces, "[SEP]")])
     assert (tokenizer.vocab, tokenizer.pad, tokenizer.limit) == (len(WORDS), 0, 512)
 
 
-def test_a_long_sentence_keeps_its_frame(folder):
+def test_truncated_sentence_keeps_its_special_tokens(folder):
     (row,) = load(folder, max_length=4).encode(["man a a a"], None)
     np.testing.assert_array_equal(row, [9, 3, 1, 10])
     assert load(folder).decode(row) == "man a"
@@ -104,13 +104,13 @@ def test_a_long_sentence_keeps_its_frame(folder):
         ({"added_tokens": [{"content": "[new]"}]}, r"lacks: \[new\]"),
     ],
 )
-def test_another_tokenizer_is_refused(tmp_path, changes, message):
+def test_other_tokenizers_are_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message) as raised:
         load(write(tmp_path / "x", **changes))
     assert f"config.tokenizer.path={str(tmp_path / 'x')!r}" in str(raised.value)
 
 
-def test_transformers_gives_the_same_ids(folder, tmp_path):
+def test_ids_match_transformers(folder, tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     out = tmp_path / "out"
     out.mkdir()

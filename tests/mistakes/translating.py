@@ -7,22 +7,22 @@ ENCODERS, FEED = f"{TESTS}/test_encoders.py", f"{TESTS}/test_stages.py"
 OBJECTIVE, RUN_DATA = f"{TESTS}/test_objective.py", f"{TESTS}/test_run_data.py"
 INITIAL = f"{TESTS}/test_initial_weights.py"
 KEPT = (
-    f"{ENCODERS}::test_every_sentence_gets_its_own_feature_back "
-    f"{ENCODERS}::test_text_features_are_kept_for_one_tower_and_one_text "
-    f"{ENCODERS}::test_picture_features_are_kept_for_one_tower_and_one_set"
+    f"{ENCODERS}::test_every_sentence_gets_its_own_feature "
+    f"{ENCODERS}::test_text_features_are_cached_per_tower_and_text "
+    f"{ENCODERS}::test_image_features_are_cached_per_tower_and_set"
 )
-AVERAGED = f"{TESTS}/test_runs.py::test_without_a_prefix_no_features_are_needed"
+AVERAGED = f"{TESTS}/test_runs.py::test_no_features_are_needed_without_a_prefix"
 TEXTS = (
-    f"{TESTS}/test_tokens.py::test_the_first_word_is_cut_as_it_is_inside_a_sentence "
-    f"{TESTS}/test_tokens.py::test_the_codes_of_mbart50_are_the_published_ones "
-    f"{TESTS}/test_tokens.py::test_a_frame_leaves_room_for_itself "
-    f"{TESTS}/test_tokens.py::test_clip_cuts_words_as_published "
-    f"{TESTS}/test_published.py::test_the_most_probable_pieces_are_taken"
+    f"{TESTS}/test_tokens.py::test_first_word_is_tokenized_as_inside_a_sentence "
+    f"{TESTS}/test_tokens.py::test_mbart50_codes_are_the_published_ones "
+    f"{TESTS}/test_tokens.py::test_special_tokens_count_towards_the_length_limit "
+    f"{TESTS}/test_tokens.py::test_clip_splits_words_as_published "
+    f"{TESTS}/test_published.py::test_most_probable_pieces_are_chosen"
 )
 CORPORA = f"{TESTS}/test_corpora.py {TESTS}/test_emoji_set.py"
 SCORES = f"{TESTS}/test_scores.py {TESTS}/test_show.py"
-DRAWN = f"{TESTS}/test_contrastive.py::test_training_draws_a_language_and_a_picture_of_the_example"
-LOCKED = f"{TESTS}/test_locked_text.py::test_a_batch_has_the_features_of_names_in_their_language"
+DRAWN = f"{TESTS}/test_contrastive.py::test_training_samples_a_language_and_augments_the_image"
+LOCKED = f"{TESTS}/test_locked_text.py::test_text_features_match_the_language_of_each_name"
 
 MISTAKES: tuple[Mistake, ...] = (
     Mistake(
@@ -44,7 +44,7 @@ MISTAKES: tuple[Mistake, ...] = (
         "the last rows of a cache do not reach the other hosts",
         "for start in range(0, rows, step):",
         "for start in range(0, rows - step, step):",
-        f"{TESTS}/test_features.py::test_two_hosts_agree",
+        f"{TESTS}/test_features.py::test_two_hosts_compute_the_same_features",
     ),
     Mistake(
         f"{PACKAGE}/config.py",
@@ -58,7 +58,7 @@ MISTAKES: tuple[Mistake, ...] = (
         "translation freezes what captioning does",
         "    if stage.captioning:\n",
         "    if stage:\n",
-        f"{OBJECTIVE}::test_the_parameters_that_a_stage_trains",
+        f"{OBJECTIVE}::test_trained_parameters_of_each_stage",
     ),
     Mistake(
         f"{PACKAGE}/data/feed.py",
@@ -107,7 +107,7 @@ MISTAKES: tuple[Mistake, ...] = (
         "damage of a mapped file goes unnoticed",
         "or zlib.crc32(content) != entry.CRC:",
         "or not content:",
-        f"{TESTS}/test_encode_corpus.py::test_a_damaged_file_is_named_and_rewritten",
+        f"{TESTS}/test_encode_corpus.py::test_damaged_file_is_reported_and_rewritten",
     ),
     Mistake(
         f"{PACKAGE}/data/framing.py",
@@ -128,21 +128,21 @@ MISTAKES: tuple[Mistake, ...] = (
         "BPE models are taken for unigram ones",
         "return types.BPE if bpe else types.UNIGRAM",
         "return types.UNIGRAM",
-        f"{TESTS}/test_nllb_tokens.py::test_nllb_s_ids_are_sentencepiece_s_and_one",
+        f"{TESTS}/test_nllb_tokens.py::test_nllb_ids_are_sentencepiece_ids_plus_one",
     ),
     Mistake(
         f"{PACKAGE}/data/published.py",
         "M2M-100's pieces have the ids of their order in the model",
         "[ids_of.get(piece, UNK) for piece, _ in model.pieces]",
         "[*range(4, 4 + len(model.pieces))]",
-        f"{TESTS}/test_nllb_tokens.py::test_m2m_100_s_ids_are_those_of_its_vocabulary",
+        f"{TESTS}/test_nllb_tokens.py::test_m2m100_ids_are_those_of_its_vocabulary",
     ),
     Mistake(
         f"{PACKAGE}/data/byte_pairs.py",
         "SigLIP 2 reads capital letters",
         "[normalizers.Lowercase(), normalizers.Replace",
         "[normalizers.Replace",
-        f"{TESTS}/test_gemma_tokens.py::test_pieces_of_lower_case",
+        f"{TESTS}/test_gemma_tokens.py::test_pieces_are_those_of_lower_cased_text",
     ),
     Mistake(
         f"{PACKAGE}/data/byte_pairs.py",
@@ -317,7 +317,7 @@ MISTAKES: tuple[Mistake, ...] = (
         "pictures of another deviation than CLIP's are let through",
         'expected = {"mean": pictures.mean, "std": pictures.std}',
         'expected = {"mean": pictures.mean, "std": statistics[1] or pictures.std}',
-        f"{TESTS}/test_beside.py::test_pictures_that_were_normalised_otherwise_are_refused",
+        f"{TESTS}/test_beside.py::test_mismatched_image_normalisation_is_refused",
     ),
     Mistake(
         f"{PACKAGE}/loading.py",
@@ -338,15 +338,14 @@ MISTAKES: tuple[Mistake, ...] = (
         "sentences for the text tower are padded with the translator's id",
         "pad(tokens[rows], length, pad_id=inputs.clip_pad)",
         "pad(tokens[rows], length, pad_id=inputs.pad)",
-        "tests/cliptrans_jax/test_stages.py::"
-        "test_the_text_tower_s_sentences_are_padded_with_its_own_id",
+        "tests/cliptrans_jax/test_stages.py::test_text_tower_sentences_are_padded_with_its_own_id",
     ),
     Mistake(
         "cliptrans_jax/config.py",
         "later stages of a pipeline forget what an earlier one learned",
         'model=stage, mbart="", fresh="", leave="")',
         'model=stage, mbart="")',
-        "tests/cliptrans_jax/test_pipeline.py::test_what_a_pipeline_is_given_it_starts_from",
+        "tests/cliptrans_jax/test_pipeline.py::test_pipeline_starts_from_given_sources",
     ),
     Mistake(
         f"{PACKAGE}/runs/initial_weights.py",
@@ -360,6 +359,6 @@ MISTAKES: tuple[Mistake, ...] = (
         "what is asked of a run of towers are not its averages",
         'f"clip/{name}", average=average)',
         'f"clip/{name}", average=False)',
-        "tests/cliptrans_jax/test_run_towers.py::test_towers_of_a_run_have_the_sizes_of_that_run",
+        "tests/cliptrans_jax/test_run_towers.py::test_towers_from_a_run_have_the_sizes_of_that_run",
     ),
 )

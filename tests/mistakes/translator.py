@@ -4,29 +4,29 @@ from mistakes.mistake import Mistake
 
 MODELS, TRANSLATORS = "cliptrans_jax/models", "cliptrans_jax/translators"
 TESTS = "tests/cliptrans_jax"
-NUMBERS = f"{TESTS}/test_models.py::test_the_model_computes_what_its_tensors_say"
-READS = f"{TESTS}/test_models.py::test_what_the_decoder_reads_in_training"
+NUMBERS = f"{TESTS}/test_models.py::test_model_matches_a_naive_implementation"
+READS = f"{TESTS}/test_models.py::test_decoder_inputs_in_training"
 ATTENTION = f"{TESTS}/test_attention.py"
-DROPS = f"{TESTS}/test_models.py::test_embeddings_and_every_branch_drop_out_in_training_alone"
+DROPS = f"{TESTS}/test_models.py::test_embeddings_and_branches_have_dropout_only_in_training"
 MAPPER = f"{TESTS}/test_mapper.py"
 STEPS = f"{TESTS}/test_decode_steps.py"
-SEARCH = f"{TESTS}/test_decode.py::test_a_plain_search_finds_the_same"
+SEARCH = f"{TESTS}/test_decode.py::test_search_matches_a_plain_search_without_cache"
 LOSSES = f"{TESTS}/test_losses.py"
 NLLB = f"{TESTS}/test_nllb.py"
-TOWERS = f"{TESTS}/test_towers.py::test_a_tower_computes_what_its_tensors_say"
-RESNET = f"{TESTS}/test_towers.py::test_resnet_computes_what_its_tensors_say"
-SIGLIP = f"{TESTS}/test_siglip.py::test_a_tower_computes_what_its_tensors_say"
+TOWERS = f"{TESTS}/test_towers.py::test_tower_matches_a_naive_implementation"
+RESNET = f"{TESTS}/test_towers.py::test_resnet_matches_a_naive_implementation"
+SIGLIP = f"{TESTS}/test_siglip.py::test_tower_matches_a_naive_implementation"
 TABLES = f"{TESTS}/test_tower_names.py"
 FORMULAS = "tests/common_jax/test_name_table.py::test_entries_match_their_formulas"
 NAMES = " ".join(
     f"{TABLES}::{name}"
     for name in (
-        "test_every_key_of_a_config_is_read",
-        "test_openai_s_towers_are_the_same_under_their_own_names",
-        "test_what_is_missing_unknown_or_of_another_shape_is_named",
+        "test_every_config_key_is_read",
+        "test_openai_names_give_the_same_towers",
+        "test_missing_unknown_and_misshapen_tensors_are_reported",
     )
 )
-SIZES = f"{TESTS}/test_pretrained.py::test_sizes_of_openais_towers_are_inferred_from_shapes"
+SIZES = f"{TESTS}/test_pretrained.py::test_openai_tower_sizes_are_inferred_from_shapes"
 
 MISTAKES: tuple[Mistake, ...] = (
     Mistake(
@@ -55,7 +55,7 @@ MISTAKES: tuple[Mistake, ...] = (
         "a pad's embedding learns from where it is read",
         "jnp.where((ids == self.config.pad)[..., None], jax.lax.stop_gradient(x), x)",
         "jnp.where((ids == self.config.pad)[..., None], x, x)",
-        f"{TESTS}/test_mbart.py::test_no_gradient_comes_back_through_the_embedding_of_a_pad",
+        f"{TESTS}/test_mbart.py::test_pad_embedding_has_no_gradient",
     ),
     Mistake(
         f"{TRANSLATORS}/transformer.py",
@@ -76,14 +76,14 @@ MISTAKES: tuple[Mistake, ...] = (
         "sines and cosines change places",
         "jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)",
         "jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)",
-        f"{NLLB}::test_sinusoids_by_their_formula",
+        f"{NLLB}::test_sinusoids_match_their_formula",
     ),
     Mistake(
         f"{TRANSLATORS}/nllb.py",
         "the first token has the position of pads",
         "return self.pad + 1",
         "return self.pad",
-        f"{NLLB}::test_the_first_position_follows_that_of_pads",
+        f"{NLLB}::test_first_position_follows_the_pad_id",
     ),
     Mistake(
         f"{MODELS}/attention.py",
@@ -118,7 +118,7 @@ MISTAKES: tuple[Mistake, ...] = (
         "decoding begins with the rule that has no bounds",
         'rule = config.mask if count else "prefix"',
         'rule = "prefix"',
-        f"{TESTS}/test_models.py::test_decoding_begins_with_the_mask_of_the_config",
+        f"{TESTS}/test_models.py::test_decoding_begins_with_the_configured_mask",
     ),
     Mistake(
         f"{MODELS}/cliptrans.py",
@@ -139,63 +139,63 @@ MISTAKES: tuple[Mistake, ...] = (
         "the transformer's attention starts within the bounds of three matrices",
         "math.sqrt(6 / (4 * width))",
         "math.sqrt(6 / (2 * width))",
-        f"{MAPPER}::test_mappers_start_within_the_published_bounds",
+        f"{MAPPER}::test_mapper_initialisation_is_within_the_published_bounds",
     ),
     Mistake(
         f"{MODELS}/mapper.py",
         "hidden units of the transformer are not dropped",
         '"down")(drop(hidden))',
         '"down")(hidden)',
-        f"{MAPPER}::test_the_transformer_mapper_drops_out_branches_and_hidden_units",
+        f"{MAPPER}::test_transformer_mapper_applies_dropout_to_branches_and_hidden",
     ),
     Mistake(
         f"{MODELS}/mapper.py",
         "the hidden layer has no ReLU",
         "out(nn.relu(hidden))",
         "out(hidden)",
-        f"{MAPPER}::test_mappers_compute_what_their_tensors_say",
+        f"{MAPPER}::test_mappers_match_naive_implementations",
     ),
     Mistake(
         f"{MODELS}/linear_loss.py",
         "gradients of the readout are summed as they come",
         "kind = jnp.promote_types(rows.dtype, jnp.float32)",
         "kind = rows.dtype",
-        f"{LOSSES}::test_small_gradients_of_many_chunks_are_not_lost",
+        f"{LOSSES}::test_small_gradients_accumulate_over_many_chunks",
     ),
     Mistake(
         f"{MODELS}/linear_loss.py",
         "the last, shorter chunk is left out",
         "(jnp.sum(labels != self.pad) + chunk - 1) // chunk",
         "jnp.sum(labels != self.pad) // chunk",
-        f"{LOSSES}::test_chunks_lose_nothing",
+        f"{LOSSES}::test_chunked_loss_matches_the_plain_loss",
     ),
     Mistake(
         f"{MODELS}/linear_loss.py",
         "blocks are added up as if all had one maximum",
         "[jnp.exp(part.top - top) for part in parts]",
         "[jnp.ones_like(top) for part in parts]",
-        f"{LOSSES}::test_chunks_lose_nothing",
+        f"{LOSSES}::test_chunked_loss_matches_the_plain_loss",
     ),
     Mistake(
         f"{MODELS}/linear_loss.py",
         "the gradient of a label is computed from its rounded probability",
         "real * (jnp.expm1(label_logits - log_z) + smoothing)",
         "real * ((jnp.exp(label_logits - log_z).astype(rows.dtype) - 1).astype(kind) + smoothing)",
-        f"{LOSSES}::test_gradients_of_labels_that_are_almost_certain_are_exact",
+        f"{LOSSES}::test_gradients_of_nearly_certain_labels_are_exact",
     ),
     Mistake(
         "cliptrans_jax/decode.py",
         "equal scores of two spans change places",
         "chosen = jnp.sort(chosen, axis=-1)",
         "chosen = -jnp.sort(-chosen, axis=-1)",
-        f"{STEPS}::test_the_best_of_many_tokens_are_those_of_top_k",
+        f"{STEPS}::test_token_selection_matches_top_k",
     ),
     Mistake(
         "cliptrans_jax/losses.py",
         "smoothing takes nothing from the label",
         "log_z - (1 - smoothing) * label_logits",
         "log_z - chosen",
-        f"{LOSSES}::test_label_loss_of_even_chances",
+        f"{LOSSES}::test_label_loss_of_simple_distributions",
     ),
     Mistake(
         "cliptrans_jax/contrastive/softmax.py",
@@ -209,7 +209,7 @@ MISTAKES: tuple[Mistake, ...] = (
         "the encoder leaves out a column that has a token",
         "source[:, short:]",
         "source[:, short + 1 :]",
-        f"{TESTS}/test_decode.py::test_columns_of_pads_do_not_matter",
+        f"{TESTS}/test_decode.py::test_padding_columns_have_no_effect",
     ),
     Mistake(
         "cliptrans_jax/decode.py",
@@ -314,7 +314,7 @@ MISTAKES: tuple[Mistake, ...] = (
         "pictures of towers without a crop are cropped",
         "if pictures.crops else (size, size)",
         "if True else (size, size)",
-        f"{TESTS}/test_siglip.py::test_pictures_are_resized_to_a_square_without_a_crop",
+        f"{TESTS}/test_siglip.py::test_images_are_resized_to_a_square_without_a_crop",
     ),
     Mistake(
         "cliptrans_jax/translators/transformer_names.py",
