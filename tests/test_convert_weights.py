@@ -258,7 +258,7 @@ def test_invalid_teacher_is_refused(tmp_path, config_file, capsys, change, said)
         (["--config.teacher.dephts=2,2"], "has no field 'dephts' (did you mean 'depths'?)"),
         (["--config.teacher.depths=(4"], "config.teacher.depths=(4 must be a tuple"),
         (["--config=nowhere.py"], "--config=nowhere.py: there is no such file in"),
-        ([], "is not a published network"),
+        ([], "has the sizes of no published network"),
         (["--kind=nac"], "give its config, such as --config=configs/m2mkd/nac_imagenet.py"),
         (["--kind=vmoe_student"], "give its config, such as --config=configs/m2mkd/vmoe_base.py"),
     ],

@@ -47,7 +47,7 @@ def read_drawn(path: epath.PathLike, panels: Panels) -> bytes | None:
     if not is_picture(path):
         return None
     content = epath.Path(path).read_bytes()
-    with Image.open(BytesIO(content)) as image:
+    with Image.open(BytesIO(content), formats=["PNG"]) as image:
         return content if image.info.get(DRAWN) == _fingerprint(panels) else None
 
 

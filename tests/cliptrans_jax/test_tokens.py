@@ -315,7 +315,7 @@ def test_special_tokens_count_towards_the_length_limit(caplog):
         [9, 3, 2],
         [9, 2],
     ]
-    assert "1 of 4 sentences have more than 4 tokens" in caplog.text
+    assert "1 of 4 sentences in de have more than 4 tokens" in caplog.text
     assert framed().encode(["5"], None)[0].tolist() == [0, 5, 2]
 
 

@@ -135,7 +135,7 @@ def test_missing_subtree_or_checkpoint_is_reported(workdir, tmp_path):
         KeyError, match=r"holds no 'net/stage_2'; it holds .*net/stage_0.*net/stage_1"
     ):
         checkpoint.load(workdir, subtree="net/stage_2")
-    with pytest.raises(FileNotFoundError, match="gone, which does not exist"):
+    with pytest.raises(FileNotFoundError, match="gone does not exist; give a run's workdir"):
         checkpoint.load(tmp_path / "gone")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="empty, which exists and has none"):

@@ -58,7 +58,8 @@ def test_source_without_a_checkpoint_is_reported(tmp_path):
     (tmp_path / "file").touch()
     check_source("config.sources.meta", "")
     with pytest.raises(
-        FileNotFoundError, match=r"^config\.sources\.meta='/nfs/x': no finished che"
+        FileNotFoundError,
+        match=r"^config\.sources\.meta='/nfs/x': /nfs/x does not exist; give a run's workdir",
     ):
         check_source("config.sources.meta", "/nfs/x")
     with pytest.raises(FileNotFoundError, match=r"/file is a file; give a run's workdir"):

@@ -195,7 +195,7 @@ def test_load_model_selects_module_by_number(together):
     assert list(params) == ["stage_1"]
     assert jax.jit(apply)(params, jnp.zeros((8, 5, 16))).shape == (8, 5, 16)
     for wrong in (None, 3):
-        with pytest.raises(ValueError, match=rf"module={wrong} .* its modules, \[0, 1, 2\]"):
+        with pytest.raises(ValueError, match=rf"module={wrong}: .* trained modules \[0, 1, 2\]"):
             m2mkd_jax.load_model(workdir, module=wrong)
 
 

@@ -112,7 +112,7 @@ def test_missing_source_is_named(capsys, tmp_path):
         f"--config.sources.meta={tmp_path / 'meta'}",
         "--config.sources.teacher=x",
     )
-    assert "no finished checkpoint" in message
+    assert "does not exist; give a run's workdir" in message
     assert not (tmp_path / "run").exists()
 
 
