@@ -138,7 +138,7 @@ def test_missing_subtree_or_checkpoint_is_reported(workdir, tmp_path):
     with pytest.raises(FileNotFoundError, match="gone does not exist; give a run's workdir"):
         checkpoint.load(tmp_path / "gone")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="empty, which exists and has none"):
+    with pytest.raises(FileNotFoundError, match="empty has no finished checkpoint"):
         checkpoint.load(tmp_path / "empty")
 
 
