@@ -411,4 +411,25 @@ MISTAKES: tuple[Mistake, ...] = (
         "allowance.asked and any(",
         "tests/common_jax/test_weights.py::test_user_regex_without_a_match_causes_a_warning",
     ),
+    Mistake(
+        "common_jax/workdir/claim.py",
+        "another run beside this one counts as the same run, moved",
+        'any(old.endswith(f"/{tail}") for tail in tails)',
+        "any(tail for tail in tails)",
+        "tests/common_jax/test_claim.py::test_runs_moved_together_still_match_their_sources",
+    ),
+    Mistake(
+        "common_jax/run_config.py",
+        "an average over the last checkpoints is continued over others",
+        "if start >= min(",
+        "if start > 10**9 + min(",
+        "tests/common_jax/test_interruptions.py::test_average_in_progress_refuses_another_epoch_length",
+    ),
+    Mistake(
+        "common_jax/checkpoint/belonging.py",
+        "a run starts again over partial copies of its checkpoints",
+        "if not steps and not in_bucket(folder)",
+        "if steps and not in_bucket(folder)",
+        "tests/common_jax/test_checkpoint.py",
+    ),
 )

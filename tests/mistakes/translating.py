@@ -361,4 +361,18 @@ MISTAKES: tuple[Mistake, ...] = (
         'f"clip/{name}", average=False)',
         "tests/cliptrans_jax/test_run_towers.py::test_towers_from_a_run_have_the_sizes_of_that_run",
     ),
+    Mistake(
+        "cliptrans_jax/contrastive/objective.py",
+        "a scale beyond its bound never comes back",
+        "jnp.where(beyond & (gradient < 0), 0, gradient)",
+        "jnp.where(beyond, 0, gradient)",
+        "tests/cliptrans_jax/test_contrastive.py::test_scale_beyond_its_bound_can_only_decrease",
+    ),
+    Mistake(
+        "cliptrans_jax/runs/translation.py",
+        "a checkpoint of an interruption may be the best",
+        'and (line.get("epoch", 0) % run.checkpoint_every == 0 or line["step"] == total)',
+        "and run.checkpoint_every",
+        "tests/cliptrans_jax/test_best_step.py",
+    ),
 )
