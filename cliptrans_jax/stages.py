@@ -11,6 +11,7 @@ from typing import Any
 
 from cliptrans_jax.translators.table import TRANSLATORS
 from cliptrans_jax.translators.translator import Architecture
+from common_jax.run_config import PIPELINE as PIPELINE
 
 
 class Side(enum.Enum):
@@ -114,8 +115,8 @@ STAGES: Mapping[str, Stage] = types.MappingProxyType(
 TRANSLATION_STAGES: Mapping[str, Stage] = types.MappingProxyType(
     {name: stage for name, stage in STAGES.items() if stage.trains is Trains.TRANSLATOR}
 )
-# The other two kinds of run: all stages in order, and scoring a trained model.
-PIPELINE, EVALUATE = "pipeline", "evaluate"
+# The other two kinds of run: PIPELINE, all stages in order, and scoring a trained model.
+EVALUATE = "evaluate"
 SCORED_AS = "translate"  # the stage whose sentences and features an evaluation reads
 
 

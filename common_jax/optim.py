@@ -135,16 +135,15 @@ class OptimConfig(Section):
     def check_length(self, steps_per_epoch: int, *, key: str = "config.optim") -> None:
         """Raises ValueError, naming fields of the section `key`, for a run of more steps than a
         32-bit counter counts, or of more epochs than a per-epoch schedule has."""
-        length = f"epochs={self.epochs}" if self.steps is None else f"steps={self.steps}"
-        total = self.total_steps(steps_per_epoch)
+        length, total = f"{key}.{self._length}", self.total_steps(steps_per_epoch)
         if total > LARGEST_COUNT:
             raise ValueError(
-                f"{key}.{length} is a run of {total} steps; there can be at most {LARGEST_COUNT}"
+                f"{length} is a run of {total} steps; there can be at most {LARGEST_COUNT}"
             )
         reads, epochs = SCHEDULES[self.schedule].reads, -(-total // steps_per_epoch)
         if "warmup_epochs" in reads and "warmup_steps" not in reads and epochs > LONGEST:
             raise ValueError(
-                f"{key}.{length} is a run of {epochs} epochs, and {key}.schedule={self.schedule!r} "
+                f"{length} is a run of {epochs} epochs, and {key}.schedule={self.schedule!r} "
                 f"has at most {LONGEST}; use 'warmup_cosine'"
             )
 
@@ -160,12 +159,17 @@ class OptimConfig(Section):
         warmup = given if by_steps else given * steps_per_epoch
         if warmup < total or warmup == 0:
             return
-        length = f"epochs={self.epochs}" if self.steps is None else f"steps={self.steps}"
+        length = f"{key}.{self._length}"
         raise ValueError(
             f"{key}.{name}={given} is a warm-up of {warmup} steps, and the run has only {total} "
-            f"({key}.{length}, {steps_per_epoch} steps per epoch): give a shorter warm-up, such as "
+            f"({length}, {steps_per_epoch} steps per epoch): give a shorter warm-up, such as "
             f"--{key}.{name}=0, or a longer run"
         )
+
+    @property
+    def _length(self) -> str:
+        """The field that sets the run's length, with its value."""
+        return f"epochs={self.epochs}" if self.steps is None else f"steps={self.steps}"
 
     def total_warmup(self, steps_per_epoch: int) -> int:
         """Updates in the warm-up, for per-step schedules."""

@@ -63,10 +63,10 @@ class Contrastive:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def at_most(x: Float[Array, ""], most: float) -> Float[Array, ""]:
-    """min(x, most), whose gradient beyond the bound is 0 only if a step would go further beyond.
+    """min(x, most), with a gradient beyond the bound too, unless it points further away from it.
 
-    `jnp.minimum` has none there at all, so a scalar that once passed the bound would stay. CLIP
-    clips the parameter itself after every update instead.
+    With `jnp.minimum`, a scalar that once passed the bound would get no gradient and stay there.
+    CLIP clips the parameter itself after every update instead.
     """
     return jnp.minimum(x, most)
 

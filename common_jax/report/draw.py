@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from io import BytesIO
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -33,22 +34,26 @@ NAME, LETTER = 0.22, 0.07  # inches: the height of a curve's name or a band, and
 
 def is_picture(path: epath.PathLike) -> bool:
     """Whether a file exists and is a complete PNG, not one cut off by a full disk."""
-    try:
-        content = epath.Path(path).read_bytes()
-        with Image.open(BytesIO(content), formats=["PNG"]) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError):  # PIL raises all three for unreadable files
-        return False
-    return content[-8:-4] == b"IEND"  # PIL accepts a file without this last chunk
+    return _read_picture(path) is not None
 
 
 def read_drawn(path: epath.PathLike, panels: Panels) -> bytes | None:
     """The file if it is a complete picture that `draw_panels` made of these panels, else None."""
-    if not is_picture(path):
+    content, about = _read_picture(path) or (None, {})
+    return content if about.get(DRAWN) == _fingerprint(panels) else None
+
+
+def _read_picture(path: epath.PathLike) -> tuple[bytes, Mapping[str, Any]] | None:
+    """A complete PNG and its text chunks; None if there is none."""
+    try:
+        content = epath.Path(path).read_bytes()
+        with Image.open(BytesIO(content), formats=["PNG"]) as image:
+            image.load()
+            about = image.info
+    except (OSError, SyntaxError, ValueError):  # PIL raises all three for unreadable files
         return None
-    content = epath.Path(path).read_bytes()
-    with Image.open(BytesIO(content), formats=["PNG"]) as image:
-        return content if image.info.get(DRAWN) == _fingerprint(panels) else None
+    # PIL accepts a file without this last chunk.
+    return (content, about) if content[-8:-4] == b"IEND" else None
 
 
 def _fingerprint(panels: Panels) -> str:
