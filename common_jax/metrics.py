@@ -21,7 +21,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from common_jax.untrusted import RefusedError, brief, parse_json
-from common_jax.workdir import write_bytes
+from common_jax.workdir import in_bucket, write_bytes
 
 MOST_AXES = 8  # of array-valued metrics
 
@@ -49,7 +49,7 @@ class Recorder:
         self._workdir, self._patient = epath.Path(workdir), patient
         self._unwritten = {}  # text by file name
         self._main = jax.process_index() == 0
-        self._appends = "://" not in str(workdir)  # objects in a bucket can only be rewritten
+        self._appends = not in_bucket(workdir)  # objects in a bucket can only be rewritten
         if not self._main:
             return
         for name in ("metrics.jsonl", "timing.jsonl"):
@@ -192,7 +192,7 @@ class Tracker(_Copy):
                 project=project,
                 id=run_id,
                 name="/".join(workdir.parts[-2:]),
-                dir=None if "://" in str(workdir) else str(workdir),
+                dir=None if in_bucket(workdir) else str(workdir),
                 config=dict(config),
                 resume="allow",
                 settings=wandb.Settings(console="off"),  # else it records every progress-bar redraw

@@ -30,7 +30,7 @@ from common_jax.config import FieldError, Section
 from common_jax.inputs.ragged import Chain, Lines, Ragged, joined
 from common_jax.ranges import Size, one_of, shown
 from common_jax.untrusted import plain
-from common_jax.workdir import read_arrays, read_json, write_arrays, write_bytes
+from common_jax.workdir import in_bucket, read_arrays, read_json, write_arrays, write_bytes
 
 # Sentences per split. Two cores encode fewer in about 2 s, so caching those would save little.
 LARGE = 1 << 17
@@ -145,7 +145,7 @@ def encode_corpus(
       ValueError: as `Tokenizer.encode`.
     """
     texts = corpus.texts[language]
-    if len(texts) < LARGE or "://" in os.fspath(folder):
+    if len(texts) < LARGE or in_bucket(folder):
         return tokenizer.encode(texts, frame)
     texts = texts if isinstance(texts, Lines) else Lines.of(texts)
     digest = hashlib.sha256(f"ids 1 {tokenizer.fingerprint(frame)}".encode())

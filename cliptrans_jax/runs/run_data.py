@@ -3,12 +3,12 @@
 import dataclasses
 import functools
 import json
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 

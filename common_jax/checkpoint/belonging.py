@@ -12,7 +12,7 @@ from etils import epath
 
 from common_jax import hosts
 from common_jax.checkpoint.contents import FAILURES, JSON, MARK, Mark, read_mark, read_stored_step
-from common_jax.workdir import Identity, contradictions, read_identity, read_json
+from common_jax.workdir import Identity, contradictions, in_bucket, read_identity, read_json
 
 FOLDER = "checkpoints"
 ITEMS = ("params", "trainer", "config")
@@ -73,11 +73,6 @@ def unfinished_steps(folder: epath.PathLike) -> list[int]:
         and path.is_dir()
         and any(path.iterdir())
     )
-
-
-def in_bucket(folder: epath.PathLike) -> bool:
-    """True for a path such as `gs://bucket/run`."""
-    return "://" in str(folder)
 
 
 def own_steps(folder: epath.PathLike) -> list[int]:

@@ -5,7 +5,8 @@ import time
 
 from etils import epath
 
-from common_jax.checkpoint.belonging import in_bucket, step_of, unfinished_steps
+from common_jax.checkpoint.belonging import step_of, unfinished_steps
+from common_jax.workdir import in_bucket
 
 
 def clear_unfinished(folder: epath.Path) -> None:

@@ -11,11 +11,11 @@ from etils import epath
 from flax import traverse_util
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from common_jax.checkpoint.belonging import FOLDER, in_bucket, own_steps, step_of
+from common_jax.checkpoint.belonging import FOLDER, own_steps, step_of
 from common_jax.checkpoint.contents import JSON
 from common_jax.mesh import Rules, match_rules, replicated, with_shardings
 from common_jax.state import merge
-from common_jax.workdir import read_json
+from common_jax.workdir import in_bucket, read_json
 
 AVERAGE = "average"  # an extra item, in runs that evaluate an average of their parameters
 PATTERN = re.compile(r"[*?\[\]\\]")  # valid in file names, but special in glob patterns

@@ -28,7 +28,7 @@ from common_jax.checkpoint.contents import (
 from common_jax.checkpoint.reading import AVERAGE, absolute, refuse_pattern
 from common_jax.mesh import move_to_devices
 from common_jax.state import TrainState
-from common_jax.workdir import keep_identity, read_identity
+from common_jax.workdir import in_bucket, keep_identity, read_identity
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # Bytes. On CPU, steps wait until a state this large is written, so that no second copy is made.
@@ -154,7 +154,7 @@ class Checkpoints:
         # An array larger than a file is cut into chunks, which made saves up to 1.4 times slower;
         # and orbax has its own file size for buckets.
         largest = max(leaf.nbytes for leaf in jax.tree.leaves(arrays))
-        return FILE if largest <= FILE and "://" not in str(self.folder) else None
+        return FILE if largest <= FILE and not in_bucket(self.folder) else None
 
     def release(self) -> bool:
         """Waits until a large state has been written, and returns whether there was one; raises as

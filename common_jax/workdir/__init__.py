@@ -8,7 +8,14 @@ from common_jax.workdir.claim import (
     plain,
     refuse_other_config,
 )
-from common_jax.workdir.files import list_folder, read_json, replacing, write_bytes, write_json
+from common_jax.workdir.files import (
+    in_bucket,
+    list_folder,
+    read_json,
+    replacing,
+    write_bytes,
+    write_json,
+)
 from common_jax.workdir.identity import Identity, keep_identity, read_identity
 from common_jax.workdir.lock import Locked, LockLost, hold, require
 from common_jax.workdir.places import check_input, check_output

@@ -43,6 +43,11 @@ def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
         raise
 
 
+def in_bucket(path: epath.PathLike) -> bool:
+    """True for a path such as `gs://bucket/run`."""
+    return "://" in str(path)
+
+
 def list_folder(folder: epath.PathLike) -> list[epath.Path]:
     """Returns the entries of a folder; [] if there is none, or if it may not be read, as
     `lost+found` at the top of a disk."""

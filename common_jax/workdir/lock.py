@@ -24,7 +24,7 @@ import jax
 from etils import epath
 
 from common_jax import hosts, signals
-from common_jax.workdir.files import temporary_beside
+from common_jax.workdir.files import in_bucket, temporary_beside
 
 NAME = "run.lock"
 BEAT = 10.0  # seconds between two touches
@@ -154,7 +154,7 @@ class _Lock:
     @classmethod
     def of(cls, workdir: str) -> "_Lock | None":
         """Locks a workdir, unless it is in a bucket; raises Locked."""
-        if "://" in workdir:
+        if in_bucket(workdir):
             # Object stores cannot create a file exclusively. Warn once, not for every run below.
             if not any(workdir.startswith(f"{other}/") for other in _locks):
                 logging.warning(
@@ -322,7 +322,7 @@ def _read(path: pathlib.Path) -> Holder | None:
 
 
 def _key(workdir: epath.PathLike) -> str:
-    return str(workdir) if "://" in str(workdir) else os.path.realpath(os.path.expanduser(workdir))
+    return str(workdir) if in_bucket(workdir) else os.path.realpath(os.path.expanduser(workdir))
 
 
 def _machine() -> str:

@@ -6,6 +6,8 @@ import tempfile
 
 from etils import epath
 
+from common_jax.workdir.files import in_bucket
+
 
 def check_input(key: str, value: str, expected: str) -> None:
     """Raises FileNotFoundError unless the file or folder that a field names exists.
@@ -15,7 +17,7 @@ def check_input(key: str, value: str, expected: str) -> None:
       value: a path; not checked if empty or in a bucket (`gs://...`).
       expected: description of the file or folder to give.
     """
-    if not value or "://" in value:
+    if not value or in_bucket(value):
         return
     path = pathlib.Path(value).expanduser()
     try:
@@ -29,7 +31,7 @@ def check_input(key: str, value: str, expected: str) -> None:
 def check_output(key: str, value: epath.PathLike) -> None:
     """Raises OSError, naming the flag or field `key`, unless the path `value` is a folder or could
     be created. Leaves nothing behind. Buckets are not checked."""
-    if "://" in str(value):
+    if in_bucket(value):
         return
     path = pathlib.Path(value).expanduser().absolute()
     try:

@@ -49,6 +49,7 @@ from common_jax.workdir import (
     check_output,
     hold,
     holds_results,
+    in_bucket,
     read_json,
     refuse_other_config,
     write_json,
@@ -206,7 +207,7 @@ def plan(
     Raises:
       ValueError: for cells that cannot run, and for a folder that holds something else.
     """
-    if "://" in str(workdir) and flags.emit is None:
+    if in_bucket(workdir) and flags.emit is None:
         raise ValueError(f"--workdir={workdir}: give a local folder to run here, or --emit")
     refuse_pattern(flags.workdir, "--workdir")
     asked = plan_asked(flags)
