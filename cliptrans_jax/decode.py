@@ -4,11 +4,11 @@ Step by step, the search matches the original's (Hugging Face's beam search with
 with one beam it is greedy decoding. It costs little more than the decoder's matrix products:
 
   - Keys and values of encoder states, prefix and language code are stored once per example, as all
-      of its beams share them.
-  - Beams are never copied in the cache. Each step writes the keys of its W tokens into the next W
-    slots, and a table says which slots hold a beam's history; the others are masked.
+    of its beams share them.
+  - Beams are never copied in the cache. Each step writes the keys and values of its W tokens into
+    the next W slots, and a table says which slots hold a beam's history; the others are masked.
   - The cache starts short and grows in a few steps, each with its own loop, so that early tokens do
-      not attend to empty slots. It is updated in place.
+    not attend to empty slots. It is updated in place.
   - When half of the examples are done, the others continue in a batch of half the size.
   - Only the 2 W best tokens of a beam can be among the 2 W best of all beams, so only their logits
     are normalised.
@@ -196,7 +196,7 @@ class Search:
 
         def encode_short(source: jax.Array) -> jax.Array:
             states = self.translator.encode(params, source[:, :short])
-            return jnp.pad(states, ((0, 0), (0, full - short), (0, 0)))
+            return jnp.pad(states, ((0, 0), (0, full - short), (0, 0)))  # nothing attends to pads
 
         encode = functools.partial(self.translator.encode, params)
         return jax.lax.cond(jnp.any(beyond), encode, encode_short, source)
@@ -214,7 +214,7 @@ class Search:
         examples."""
 
         def unfinished(state: SearchState) -> jax.Array:
-            open_ = jnp.sum(~state.done.reshape(batch_shards(), -1), axis=1)
+            open_ = jnp.sum(~state.done.reshape(batch_shards(), -1), axis=1)  # on each device
             return (state.length < FIRST + steps) & jnp.any(open_ > enough)
 
         def body(state: SearchState) -> SearchState:
@@ -295,9 +295,9 @@ class Search:
         # Slot first + t * W + w holds the t-th token of what was then beam w. A beam attends to it
         # if that is its own t-th token; slots of later steps are masked.
         times = jnp.arange((cache_slots(state.cache) - first) // beams)
-        descends = origins[:, :, : len(times), None] == own
+        descends = origins[:, :, : len(times), None] == own  # [B, W, times, W]
         descends = descends & (times <= index)[:, None]
-        descends = descends.reshape(*descends.shape[:2], -1)
+        descends = descends.reshape(*descends.shape[:2], -1)  # in the order of the slots
         visible = jnp.pad(descends, ((0, 0), (0, 0), (first, 0)), constant_values=True)
 
         call = self.translator.call
@@ -308,7 +308,7 @@ class Search:
             state.cache,
             first + index * beams,
             first + index,
-            visible[:, None],
+            visible[:, None],  # [B, 1, W, slots]
             source != self.translator.config.sizes.pad,
         )
         logits = call("logits", params, hidden)
@@ -324,7 +324,7 @@ class Search:
 
         # At most W of the 2 W best over all beams end, one per beam, so at least W remain open.
         count = min(2 * beams, totals.shape[1] * totals.shape[2])
-        best, place = _top_k(totals.reshape(totals.shape[0], -1), count)
+        best, place = _top_k(totals.reshape(totals.shape[0], -1), count)  # beam-major
         token = jnp.take_along_axis(tokens.reshape(tokens.shape[0], -1), place, axis=1)
         beam = place // totals.shape[2]
         ends = token == eos
@@ -441,10 +441,10 @@ def _top_k_of_spans(
     padded = jnp.pad(
         x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % SPAN)], constant_values=-jnp.inf
     )
-    spans = padded.reshape(*x.shape[:-1], -1, SPAN)
+    spans = padded.reshape(*x.shape[:-1], -1, SPAN)  # [..., spans, SPAN]
     _, chosen = jax.lax.top_k(jnp.max(spans, axis=-1), k)
     chosen = jnp.sort(chosen, axis=-1)  # so that ties keep their order
-    entries = jnp.take_along_axis(spans, chosen[..., None], axis=-2)
+    entries = jnp.take_along_axis(spans, chosen[..., None], axis=-2)  # [..., k, SPAN]
     best, place = jax.lax.top_k(entries.reshape(*x.shape[:-1], -1), k)
     span = jnp.take_along_axis(chosen, place // SPAN, axis=-1)
     return best, span * SPAN + place % SPAN

@@ -23,9 +23,10 @@ def label_loss(
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     weights = counts(labels, pad=pad).astype(logits.dtype)
     log_z = jax.nn.logsumexp(logits, axis=-1)
+    # Ignored labels may be negative; any valid index will do, since their weight is 0.
     label_logits = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
     losses = log_z - (1 - smoothing) * label_logits
-    if smoothing:
+    if smoothing:  # known when tracing: without it, the mean over V is not computed
         losses = losses - smoothing * jnp.mean(logits, axis=-1)
     return jnp.sum(weights * losses), jnp.sum(weights)
 
@@ -47,6 +48,7 @@ def states_loss(
       chunk: memory budget, as the number of labels per device whose float32 logits would fill it.
     """
     kind = jnp.promote_types(states.dtype, jnp.float32)
+    # A constant, so `linear_loss` computes no gradient for it.
     bias = jnp.zeros(len(readout.matrix)) if readout.bias is None else readout.bias
     # Numerators of p have the dtype of the states, so in bfloat16 twice as many rows fit.
     rows = max(1, chunk * jnp.dtype(jnp.float32).itemsize // states.dtype.itemsize)

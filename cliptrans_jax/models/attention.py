@@ -18,8 +18,7 @@ Memory = tuple[Float[Array, "B H S K"], Float[Array, "B H S K"]]
 class DecoderAttention(nn.Module):
     """`common_jax.nn.attention.SelfAttention`, split up so that keys and values can be cached.
 
-    Parameters: `qkv/kernel` (D, Q=3, H, K), `qkv/bias`, `out/kernel` (H, K, D),
-      `out/bias`.
+    Parameters: `qkv/kernel` (D, Q=3, H, K), `qkv/bias`, `out/kernel` (H, K, D), `out/bias`.
     """
 
     width: int
@@ -54,6 +53,8 @@ class DecoderAttention(nn.Module):
         """`__call__` for T more tokens, whose keys and values are first written to `memory` from
         `slot` on."""
         query, *new = self.project(x)
+        # There must be room for T tokens: XLA moves an update that does not fit to an earlier slot,
+        # where it would silently overwrite others.
         memory = tuple(
             jax.lax.dynamic_update_slice_in_dim(old, part.swapaxes(1, 2), slot, axis=2)
             for old, part in zip(memory, new, strict=True)
@@ -114,6 +115,7 @@ def attend(
     kind = jnp.promote_types(query.dtype, jnp.float32)
     query = query.swapaxes(1, 2) * query.shape[-1] ** -0.5
     scores = jnp.einsum("BHSK,BHTK->BHST", keys, query, preferred_element_type=kind)
+    # The lowest number, as in the original: with -inf, a row without visible slots would be NaN.
     scores = jnp.where(visible.swapaxes(2, 3), scores, jnp.finfo(kind).min)
     weights = jax.nn.softmax(scores.swapaxes(2, 3), axis=-1).astype(values.dtype)
     return jnp.einsum("BHTS,BHSK->BHTK", weights, values).swapaxes(1, 2)

@@ -37,8 +37,9 @@ def sum_chunks(
     more = -states.shape[1] % rows
     states = jnp.pad(states, ((0, 0), (0, more), (0, 0)))
     labels = jnp.pad(labels, ((0, 0), (0, more)), constant_values=pad)
-    parts = (
+    parts = (  # [chunks, B, rows, ...]
         jnp.moveaxis(x.reshape(len(x), -1, rows, *x.shape[2:]), 1, 0) for x in (states, labels)
     )
+    # One after the other: `vmap` would hold the logits of all chunks at once.
     parts = jax.lax.map(lambda part: sums(*part), tuple(parts))
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), parts)

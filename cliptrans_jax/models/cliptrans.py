@@ -93,6 +93,7 @@ class Translator:
 
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters."""
+        # Split even without a mapper, so that the network's weights do not depend on having one.
         keys, architecture = jax.random.split(key), self.config.architecture
         network = architecture.init(self.config.sizes, self.dtype, keys[0])
         params = {architecture.subtree: network}
@@ -111,6 +112,7 @@ class Translator:
     ) -> Float[Array, "B P D"]:
         """The prefix of each example, empty if the model has none."""
         if not self.prefix_length:
+            # Empty instead of None, so that decoding needs no second form.
             return jnp.zeros((batch, 0, self.config.sizes.width), self.dtype)
         assert features is not None
         rngs = {} if dropout is None else {"dropout": jax.random.fold_in(dropout, MAPPER)}
@@ -122,6 +124,7 @@ class Translator:
     ) -> Float[Array, "B S D"]:
         """Encoder states of framed sentences; no token attends to pads."""
         sizes = self.config.sizes
+        # It leaves pads where they are, so the mask of `source` is that of `ids`.
         ids = self.config.architecture.encoder_input(source, sizes)
         return self.call("encode", params, ids, source != sizes.pad, dropout=dropout)
 
@@ -205,6 +208,8 @@ class Translator:
             length = labels.shape[1]
             return embeddings, jnp.tril(jnp.ones((1, 1, length, length), bool))
         vectors = self.prefix(params, features, labels.shape[0], dropout=dropout)
+        # [B, 1 + P + T - 1]: start token, prefix, and all labels but the last. In a short sentence
+        # the end token is read too; the label of its slot is a pad, so it is never scored.
         mask = jnp.pad(ids[:, 1:] != config.sizes.pad, ((0, 0), (1 + count, 0)))
         # The start token is visible whatever its id: without it, its slot would attend to nothing.
         mask = mask.at[:, : 1 + count].set(True)
@@ -217,6 +222,7 @@ class Translator:
 
     def call(self, method: str, params: Params, *arguments: Any, dropout: jax.Array | None = None):
         """Calls a method of `Network` with the translator's subtree of `params`."""
+        # Only `encode` and `decode` have dropout; the other methods take no such argument.
         train = {"train": True} if dropout is not None else {}
         rngs = {} if dropout is None else {"dropout": dropout}
         variables = {"params": params[self.config.architecture.subtree]}

@@ -37,6 +37,7 @@ def _mlp() -> dict[str, Entry]:
 
 
 def _hidden_mlp() -> dict[str, Entry]:
+    # Numbered as the parts of a torch.nn.Sequential; number 1, a ReLU, has no parameters.
     return (
         linear("hidden.0", "hidden")
         | linear("hidden.2", "out")

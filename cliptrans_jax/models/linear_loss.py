@@ -262,6 +262,7 @@ class _Task:
             losses = losses - smoothing * (wide @ readout.mean + jnp.mean(readout.bias))
             by_rows = by_rows - smoothing * real[:, None] * readout.mean
 
+        # p = weights * share. The rows [T, D] are scaled by it, not the far larger weights [T, V].
         shares = [real * x / total for x in scales]
         product = functools.partial(jnp.einsum, preferred_element_type=kind)
         by_matrix = tuple(

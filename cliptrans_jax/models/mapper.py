@@ -19,9 +19,9 @@ from common_jax.nn.attention import SelfAttention
 from common_jax.nn.norm import LayerNorm
 from common_jax.ranges import BelowOne, Count, Size, key_of
 
-EPSILON = 1e-5
-HEADS = 2
-SLOPE = 0.25
+EPSILON = 1e-5  # torch's default
+HEADS = 2  # fixed in the original
+SLOPE = 0.25  # initial value, as in torch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +85,7 @@ class TransformerMapper(nn.Module):
         norm = functools.partial(LayerNorm, EPSILON, self.dtype, fast_variance=True)
         project = _linear(config.features, config.prefix * width, self.dtype, "project")
         x = _cut(project(features), config.prefix)
+        # As torch.nn.TransformerEncoderLayer, but without dropout of attention weights.
         attention = SelfAttention(
             HEADS,
             True,
@@ -117,6 +118,8 @@ class _PRelu(nn.Module):
 
 
 def _cut(x: Float[Array, "B D"], count: int) -> Float[Array, "B {count} _"]:
+    # Consecutive outputs form a vector, as in the original, so that published weights fit. They are
+    # gathered first: `fsdp` splits the layer's outputs, whose shares need not be whole vectors.
     x = constrain(x, "batch", "width")
     return constrain(x.reshape(x.shape[0], count, -1), "batch", "tokens", "width")
 

@@ -8,4 +8,5 @@ def rules_below(subtree: str, rules: Rules) -> Rules:
 
     Without this prefix, a rule of one network could match a parameter of another.
     """
+    # `(.*/)?`: a rule may match at any depth below the subtree, as it may on its own.
     return tuple((rf"/{subtree}/(.*/)?{regex.removeprefix('/')}", spec) for regex, spec in rules)

@@ -152,6 +152,7 @@ class DecoderLayer(nn.Module):
     ) -> Float[Array, "B T D"]:
         own, _ = self.attention(self.attention_norm(x), visible)
         x = x + self.drop(own, deterministic=not train)
+        # Only x is normalised: `states` are the result of the encoder's last norm.
         across = self.cross_attention(self.cross_attention_norm(x), states, states_visible)
         x = x + self.drop(across, deterministic=not train)
         x = x + self.drop(self.mlp(self.mlp_norm(x)), deterministic=not train)
@@ -167,6 +168,7 @@ class DecoderLayer(nn.Module):
         """`__call__` for inference; also returns the keys and values."""
         own, memory = self.attention(self.attention_norm(x), visible)
         x = x + own
+        # Not as in `__call__`: the cache needs these keys and values, so they are computed once.
         source = self.cross_attention.remember(states)
         x = x + self.cross_attention.recall(self.cross_attention_norm(x), source, states_visible)
         return x + self.mlp(self.mlp_norm(x)), (memory, source)
@@ -202,6 +204,7 @@ class _Half(nn.Module):
         sizes = _Sizes(heads, hidden, config.width, *shared)
         layer = nn.remat(layer, static_argnums=(train,)) if config.remat else layer
         if config.learned_positions:
+            # The first rows belong to no position, but published tables have them.
             rows = config.positions + config.first_row
             self.positions = nn.Embed(rows, config.width, embedding_init=INIT, dtype=self.dtype)
         else:
@@ -209,6 +212,7 @@ class _Half(nn.Module):
         if config.embedding_norm:
             self.embedding_norm = _norm(self.dtype)
         self.drop = nn.Dropout(config.dropout)
+        # flax names them layer_0, layer_1 and so on; these are the paths in `transformer_names`.
         self.layer = [layer(sizes) for _ in range(count)]
         self.norm = _norm(self.dtype)
 
@@ -331,6 +335,7 @@ class Transformer(nn.Module):
         x = constrain(x, "looked_up", "tokens", "columns")
         # Like torch's padding_idx: the pad's row is trained through the logits only.
         x = jnp.where((ids == self.config.pad)[..., None], jax.lax.stop_gradient(x), x)
+        # A prefix is inserted later and so is not scaled, as in the original.
         x = x * self.config.width**0.5 if self.config.scale_embedding else x
         return constrain(x, "batch", "tokens", "width")
 
@@ -388,6 +393,7 @@ def sinusoids(
     position: Int[Array, "*B"], *, width: int, dtype: DTypeLike
 ) -> Float[Array, "*B {width}"]:
     """[sin(p f), cos(p f)] with f_i = 10000^(-i / (D / 2 - 1)) (fairseq's)."""
+    # The transformer's paper alternates sines and cosines, and divides by D / 2.
     half = width // 2
     rate = np.float32(-math.log(10_000) / (half - 1))
     # Float32 whatever the `dtype`: bfloat16 would round positions above 256.
@@ -400,6 +406,7 @@ def _norm(dtype: DTypeLike, name: str | None = None) -> LayerNorm:
 
 
 # Published vocabularies are not divisible by device counts, so tables are sharded along the width.
+# So are matrices, whether D is their input or their output: `fsdp` need only divide D.
 PARTITION_RULES = (
     (r"/(embedding|positions/embedding)$", P(None, "fsdp")),
     (r"/(qkv|memory|query)/kernel$", P("fsdp")),

@@ -44,7 +44,7 @@ def _encoder_layer(source: str, heads: int) -> dict[str, Entry]:
         | entries.norm(f"{source}.self_attn_layer_norm", "attention_norm")
         | entries.linear(f"{source}.fc1", "mlp/up")
         | entries.linear(f"{source}.fc2", "mlp/down")
-        | entries.norm(f"{source}.final_layer_norm", "mlp_norm")
+        | entries.norm(f"{source}.final_layer_norm", "mlp_norm")  # before the MLP, despite its name
     )
 
 

@@ -155,7 +155,7 @@ class Architecture:
 
     def init(self, config: Any, dtype: DTypeLike, key: jax.Array) -> Mapping[str, Any]:
         """Initial parameters, below the subtree."""
-        ids = jnp.ones((1, 2), jnp.int32)
+        ids = jnp.ones((1, 2), jnp.int32)  # parameters do not depend on them
         return self.network(config, dtype).init(key, ids, ids > 0, ids)["params"]
 
     def shapes(self, config: Any) -> Mapping[str, Any]:
@@ -187,4 +187,5 @@ def grow_cache(cache: Cache, slots: int) -> tuple[tuple, ...]:
 
 
 def _grow(part: Float[Array, "B H R K"], slots: int) -> Float[Array, "B H {slots} K"]:
+    # New slots hold zeros, and are masked until a step writes to them.
     return jnp.pad(part, ((0, 0), (0, 0), (0, slots - part.shape[2]), (0, 0)))
