@@ -79,10 +79,12 @@ class TextTower:
         features = encode_all(
             self.apply_batch, self.params, batches, mesh=mesh, size=len(ids), title=title
         )
+        # The argsort of a permutation is its inverse: back to the order of `ids`.
         return features[np.argsort(order)]
 
     def _check(self, ids: Sequence[np.ndarray]) -> None:
         """Raises ValueError for ids or lengths outside the embedding tables."""
+        # On the devices, an id outside a table would give NaN, and nothing would name the sentence.
         vocab = self.config.vocab
         if len(ids) == 0:
             raise ValueError("no sentences to encode; give the ids of at least one")
@@ -188,6 +190,7 @@ def text_features(
 ) -> Float32[np.ndarray, "B M"]:
     """One feature per sentence of a language; read from `folder` if it has them, of the same tower
     and sentences."""
+    # Not only for encoding: the devices also compute the checksums of the weights.
     move_to_devices(tower.params, replicated(mesh))
     ids = encode_corpus(tower.tokenizer, corpus, language, frame=None, folder=folder)
     content = fingerprint(tower.params, *_settings(tower), *_bytes(ids))
@@ -216,7 +219,7 @@ def image_features(
     images = corpus.require_images()
     place: dict[str, int] = {}  # name of a picture -> its row among the encoded ones
     rows = np.array([place.setdefault(images.name(row), len(place)) for row in range(len(images))])
-    firsts = np.unique(rows, return_index=True)[1]
+    firsts = np.unique(rows, return_index=True)[1]  # the first example with each picture
 
     def compute() -> Float32[np.ndarray, "B M"]:
         batches = eval_batches(
@@ -268,6 +271,7 @@ def _text_batches(
     first_row = jax.process_index() * count
     for first in range(0, len(ids), batch):
         part = list(ids[first : first + batch])
+        # Of the whole batch, so that all hosts pad to the same length.
         length = min(-(-max(map(len, part)) // BUCKET) * BUCKET, room)
         real = np.arange(batch) < len(part)
         part += [part[-1]] * (batch - len(part))

@@ -83,6 +83,7 @@ class LoadedModel:
                 "them out"
             )
         source, target = self.pair
+        # Only the first id of a target is read: the code that the search begins with.
         code = np.array([self.tokenizer.language_id(target)], np.int32)
         examples = Examples(
             source=self.tokenizer.encode(sentences, source),
@@ -97,6 +98,7 @@ class LoadedModel:
         if tokens is not None:
             clip = (self.data.text_tower.tokenizer.pad, self.data.text_tower.longest)
         inputs = Inputs(examples, features, tokens, self.tokenizer.pad, limit, *clip)
+        # The sentences are this process's own, not its share of a set.
         batches = decode_batches(self.config, inputs, shard=(0, 1))
         hypotheses = self.search(self.params, batches)
         return [hypotheses[index] for index in range(len(sentences))]
@@ -177,6 +179,7 @@ def load_model(source: epath.PathLike, *, mesh: Mesh | None = None) -> LoadedMod
 def load_finished(run: Finished, *, mesh: Mesh | None = None) -> LoadedModel:
     """Loads a checkpoint of a run of `TRANSLATION_STAGES`, with the settings of `run.config`."""
     mesh = make_mesh(MeshConfig(), jax.local_devices()[:1]) if mesh is None else mesh
+    # The run's batch was for its own devices; here it becomes a multiple of these.
     run = run.with_batch(run.config.decode.batch, mesh)
     # A frozen text tower encodes the sentences before the search, not in it.
     config = dataclasses.replace(run.config.apply_parity(), keep_text_features=True)

@@ -42,9 +42,11 @@ class Resident:
         def batches() -> Iterator[np.ndarray]:
             for first in range(0, len(order), self.batch):
                 rows = [ids[place] for place in order[first : first + self.batch]]
+                # The last of them is the longest.
                 length = min(-(-len(rows[-1]) // BUCKET) * BUCKET, tower.longest)
                 yield pad(rows, length, pad_id=tower.tokenizer.pad)
 
+        # The argsort of a permutation is its inverse: back to the order of `texts`.
         return self._encode(batches())[np.argsort(order)]
 
     def pictures(self, pictures: Sequence[np.ndarray]) -> Float32[np.ndarray, "B M"]:
@@ -57,6 +59,7 @@ class Resident:
 
     @functools.cached_property
     def _params(self) -> Any:
+        # In place, so that the tower's numpy arrays do not stay in memory as well.
         move_to_devices(self.tower.params, replicated(self.mesh))
         return self.tower.params
 
@@ -75,7 +78,7 @@ class Resident:
                 batch = to_devices({"inputs": np.pad(inputs, width, mode="edge")}, self.mesh)
                 yield self._apply(self._params, batch["inputs"]), count
 
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh):  # without it, `constrain` in the towers would do nothing
             parts = [np.asarray(x, np.float32)[:count] for x, count in one_behind(dispatched())]
         features = np.concatenate(parts)
         if not np.isfinite(features).all():

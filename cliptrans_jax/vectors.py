@@ -63,10 +63,12 @@ def list_items(paths: Sequence[str]) -> list[Item]:
 
 def encode_items(run: Finished, items: Sequence[Item], mesh: Mesh) -> Float32[np.ndarray, "B M"]:
     """One vector per item, computed by a run's towers."""
+    # By row of `items`, in which sentences and pictures may alternate.
     vectors: dict[int, np.ndarray] = {}
     texts = [row for row, item in enumerate(items) if item.picture is None]
     pictures = [row for row, item in enumerate(items) if item.picture is not None]
     if texts:
+        # No larger than needed, since a smaller set is padded to a batch.
         batch = whole_batch(min(len(texts), TEXT_BATCH), mesh)
         tower = Resident(text_tower(run, mesh), mesh, batch)
         found = tower.sentences([items[row].text for row in texts])
@@ -75,6 +77,7 @@ def encode_items(run: Finished, items: Sequence[Item], mesh: Mesh) -> Float32[np
         batch = whole_batch(min(len(pictures), IMAGE_BATCH), mesh)
         tower = Resident(image_tower(run, mesh), mesh, batch)
         firsts = range(0, len(pictures), batch)
+        # Batch by batch, so that the pixels of only one batch are in memory.
         for first in tqdm.tqdm(firsts, desc="pictures", unit="batch", disable=None):
             rows = pictures[first : first + batch]
             pixels = [open_picture(items[row].picture, items[row].name) for row in rows]

@@ -48,6 +48,7 @@ class Contrastive:
     def init(self, scale: float) -> dict[str, Float[Array, ""]]:
         """Initial values of the learned scalars."""
         starts = {name: number.start for name, number in self.learned.items()}
+        # A scale is learned as its logarithm, so that it stays positive.
         return {
             name: jnp.asarray(math.log(scale) if start is None else start)
             for name, start in starts.items()
@@ -77,6 +78,7 @@ def _at_most_forward(x: jax.Array, most: float) -> tuple[jax.Array, jax.Array]:
 
 def _at_most_backward(most: float, beyond: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
     del most
+    # Descent subtracts the gradient, so a negative one would raise x further.
     return (jnp.where(beyond & (gradient < 0), 0, gradient),)
 
 
@@ -85,4 +87,6 @@ at_most.defvjp(_at_most_forward, _at_most_backward)
 
 def unit(x: Float[Array, "B M"]) -> Float[Array, "B M"]:
     """The features, scaled to length 1."""
+    # Without an epsilon, as in CLIP. Done here, not in the towers: a prefix is computed from
+    # features of any length.
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

@@ -21,8 +21,10 @@ def sigmoid_loss(
     z_bc = 1 if b = c, else -1; x and y are text and image features of unit length. Each combination
     of text and image has its own term: there is no softmax over the batch.
     """
+    # [B, B] over the global batch, so every device needs all features of one side.
     logits = jnp.exp(log_scale) * (unit(texts) @ unit(images).T) + bias
     signs = 2 * jnp.eye(len(texts), dtype=logits.dtype) - 1
+    # Divided by B, not by the number of terms, B^2.
     return -jnp.sum(jax.nn.log_sigmoid(signs * logits)) / len(texts)
 
 

@@ -17,6 +17,7 @@ def softmax_loss(
     p and q are the softmax over rows and columns of exp(log_scale) x_b . y_c, where x and y are
     text and image features of unit length.
     """
+    # [B, B] over the global batch, so every device needs all features of one side.
     scores = jnp.exp(log_scale) * (unit(texts) @ unit(images).T)
     rows, columns = jax.nn.log_softmax(scores, axis=1), jax.nn.log_softmax(scores, axis=0)
     return -(jnp.mean(jnp.diag(rows)) + jnp.mean(jnp.diag(columns))) / 2
@@ -28,6 +29,7 @@ def _metrics(learned: Numbers) -> Numbers:
 
 SOFTMAX = Contrastive(
     loss=softmax_loss,
+    # Above 100, CLIP found training to be unstable (section 2.5).
     learned={"log_scale": Learned(most=math.log(100))},
     metrics=_metrics,
 )

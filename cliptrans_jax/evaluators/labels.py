@@ -17,12 +17,14 @@ def make_sums(translator: Translator, encode: Encode, *, chunk: int = CHUNK) -> 
     pad = translator.config.sizes.pad
 
     def sums(params, helpers, batch, key):
+        # The copies that fill up the last batch count as pads.
         labels = jnp.where(batch["_mask"][:, None] > 0, batch["labels"], pad)
         features = encode({**helpers, **params}, batch)
         states = translator.label_states(params, features, batch["source"], batch["labels"])
 
         def chunk_sums(states, labels):
             logits = translator.call("logits", params, states)
+            # Without smoothing, so that runs that smooth differently can be compared.
             total, count = label_loss(logits, labels, pad=pad)
             right = (rank_of(logits, jnp.maximum(labels, 0)) < 1) & counts(labels, pad=pad)
             return {"count": count, "loss": total, "token_accuracy": jnp.sum(right)}

@@ -63,6 +63,8 @@ class Translate:
         tokens, lengths, scores = (
             np.asarray(x) for x in (hypotheses.tokens, hypotheses.lengths, hypotheses.scores)
         )
+        # By example, since batches are sorted by length. If fewer than W hypotheses have ended, the
+        # scores of the missing ones are -inf.
         found = {
             int(number): [
                 Hypothesis(self.tokenizer.decode(ids[:length].tolist()), float(score))
@@ -99,11 +101,13 @@ def make_translate(
     """
 
     def run(params: Any, batch: Mapping[str, jax.Array]):
+        # A framed sentence begins with the code of its language.
         first = batch["labels"][:, 0]
         first = first if language is None else jax.numpy.full_like(first, language)
         hypotheses = search.run(params, encode(params, batch), batch["source"], first)
         return hypotheses, batch["_index"], batch["_mask"]
 
+    # Replicated, so that every host can read the outputs of the whole batch.
     return Translate(jax.jit(run, out_shardings=replicated(mesh)), tokenizer, mesh)
 
 

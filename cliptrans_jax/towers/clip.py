@@ -58,7 +58,8 @@ class ClipVisionConfig(Section):
     eps: Positive = 1e-5
     features: Size = 512
     activation: Annotated[str, one_of(*ACTIVATIONS)] = "quick_gelu"
-    # Features are stored under the config's repr, and do not depend on it.
+    # Left out of the repr, which is part of the fingerprint of stored features: they do not depend
+    # on the implementation, and were stored before there was a `kind`.
     attention: Implementation = dataclasses.field(default="auto", repr=False)
     kind: Annotated[str, one_of("clip_vision")] = dataclasses.field(
         default="clip_vision", repr=False
@@ -95,7 +96,7 @@ class ClipTextConfig(Section):
     eps: Positive = 1e-5
     features: Size = 512
     activation: Annotated[str, one_of(*ACTIVATIONS)] = "quick_gelu"
-    # Features are stored under the config's repr, and do not depend on it.
+    # Left out of the repr, as in `ClipVisionConfig`.
     attention: Implementation = dataclasses.field(default="auto", repr=False)
 
     def __post_init__(self):
@@ -161,6 +162,7 @@ class ClipVision(nn.Module):
         positions = self.param("positions", INIT, (config.tokens, config.width))
         first = jnp.broadcast_to(class_token, (images.shape[0], 1, config.width))
         x = jnp.concatenate([first, patches], axis=1) + positions.astype(patches.dtype)
+        # A norm before the blocks too, which most ViTs lack.
         x = constrain(
             LayerNorm(config.eps, self.dtype, name="pre_norm")(x), "batch", "tokens", "width"
         )
@@ -168,6 +170,7 @@ class ClipVision(nn.Module):
         for i in range(config.layers):
             x = Block(config, self.dtype, name=f"layer_{i}")(x, None)
         self.sow("intermediates", "last_hidden", x)
+        # Only the class token's state is used, so only that is normalised.
         x = LayerNorm(config.eps, self.dtype, name="post_norm")(x[:, 0])
         self.sow("intermediates", "pooled", x)
         return _projection(config, self.dtype)(x)
@@ -225,6 +228,7 @@ def end_position(ids: Int[Array, "B S"]) -> Int[Array, " B"]:
 
 
 def _projection(config: ClipVisionConfig | ClipTextConfig, dtype: DTypeLike) -> nn.Dense:
+    # Features are stored in float32, so their product is not rounded to bfloat16.
     exact = jnp.promote_types(dtype, jnp.float32)
     return nn.Dense(
         config.features, use_bias=False, kernel_init=INIT, dtype=exact, name="projection"

@@ -32,6 +32,7 @@ class LabseConfig(MClipConfig):
 
     def places(self, ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
         """The row of the position table for each token: its index, pads included."""
+        # Pads come last and are masked, so their rows have no effect.
         return jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
 
 

@@ -55,7 +55,8 @@ class MClipConfig(Section):
     features: Size = 512
     dropout: BelowOne = 0.1
     activation: Annotated[str, one_of(*ACTIVATIONS)] = "gelu"
-    # Features are stored under the config's repr, and do not depend on it.
+    # Left out of the repr, which is part of the fingerprint of stored features: they do not depend
+    # on the implementation, and were stored before there was a `kind`.
     attention: Implementation = dataclasses.field(default="auto", repr=False)
     kind: Annotated[str, one_of("mclip")] = dataclasses.field(default="mclip", repr=False)
 
@@ -108,6 +109,7 @@ class Embeddings(nn.Module):
         kinds = self.param("types", INIT, (config.types, config.width))
         x = constrain_rows(jnp.take(words, ids, axis=0, mode="fill"))
         x = x + constrain_rows(jnp.take(positions, config.places(ids), axis=0))
+        # Type 0: a sentence stands alone. The types of pairs are not used here.
         x = LayerNorm(config.eps, self.dtype, name="norm")(x + kinds[0])
         return nn.Dropout(config.dropout, deterministic=not train)(x)
 
@@ -165,6 +167,7 @@ class MClip(nn.Module):
           ValueError: if there are more tokens than the position table allows.
         """
         config = self.config
+        # Beyond its table, `jnp.take` would return NaN instead of failing.
         if ids.shape[1] > config.longest:
             raise ValueError(
                 f"ids have {ids.shape[1]} tokens, but positions={config.positions} allows "
@@ -177,6 +180,7 @@ class MClip(nn.Module):
             block = Block(config, self.dtype, name=f"layer_{i}")
             x = block(x, visible[:, None, None, :], train=train)
         self.sow("intermediates", "last_hidden", x)
+        # A mean sums up to hundreds of tokens, too many for bfloat16.
         exact = jnp.promote_types(self.dtype, jnp.float32)
         return nn.Dense(config.features, kernel_init=INIT, dtype=exact, name="projection")(
             _masked_mean(x.astype(exact), visible)
@@ -185,6 +189,7 @@ class MClip(nn.Module):
 
 def _masked_mean(x: Float[Array, "B S D"], visible: Bool[Array, "B S"]) -> Float[Array, "B D"]:
     total = jnp.sum(x, axis=1, where=visible[:, :, None])
+    # At least 1, so that a row without visible tokens gives 0 instead of NaN.
     return total / jnp.maximum(jnp.sum(visible, axis=1, keepdims=True), 1)
 
 

@@ -150,7 +150,7 @@ class AttentionPool(nn.Module):
         batch, width = x.shape[0], config.pooled_width
         init = nn.initializers.normal(width**-0.5)
         exact = jnp.promote_types(self.dtype, jnp.float32)
-        places = x.reshape(batch, -1, width)
+        places = x.reshape(batch, -1, width)  # [B, I J, D]
         # Sums over hundreds of positions, too many for bfloat16.
         mean = jnp.mean(places.astype(exact), axis=1, keepdims=True).astype(x.dtype)
         positions = self.param("positions", init, (config.tokens, width)).astype(x.dtype)

@@ -58,10 +58,11 @@ class SiglipVisionConfig(Section):
     heads: Size = 12
     hidden: Size = 3072
     eps: Positive = 1e-6
-    # Features are stored under the config's repr, and do not depend on it.
+    # Left out of the repr, which is part of the fingerprint of stored features: they do not depend
+    # on the implementation.
     attention: Implementation = dataclasses.field(default="auto", repr=False)
 
-    activation = ACTIVATION
+    activation = ACTIVATION  # without a type, so that it is not a field
 
     def __post_init__(self):
         super().__post_init__()
@@ -113,10 +114,10 @@ class SiglipTextConfig(Section):
     eps: Positive = 1e-6
     features: Size = 768
     pad: Count = 0
-    # Features are stored under the config's repr, and do not depend on it.
+    # Left out of the repr, as in `SiglipVisionConfig`.
     attention: Implementation = dataclasses.field(default="auto", repr=False)
 
-    activation = ACTIVATION
+    activation = ACTIVATION  # without a type, so that it is not a field
 
     def __post_init__(self):
         super().__post_init__()
@@ -150,7 +151,8 @@ class SiglipVision(nn.Module):
         """
         config, exact = self.config, jnp.promote_types(self.dtype, jnp.float32)
         require_size(images, config.image)
-        # Patches of size 14 do not cover the last six of 384 pixels, which are ignored.
+        # Patches of size 14 do not cover the last six of 384 pixels. SigLIP's convolution ignores
+        # them, and `PatchEmbedding` would refuse them.
         images = images[:, : config.covered, : config.covered]
         embed = PatchEmbedding(
             config.patch, config.width, self.dtype, kernel_init=INIT, name="patches"
@@ -162,6 +164,7 @@ class SiglipVision(nn.Module):
             x = Block(config, self.dtype, name=f"layer_{i}")(x, None)
         x = LayerNorm(config.eps, self.dtype, name="final_norm")(x)
         self.sow("intermediates", "last_hidden", x)
+        # In float32 at least: no projection follows, so the pool's output is the feature.
         return AttentionPool(
             config.heads,
             config.hidden,

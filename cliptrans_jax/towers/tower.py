@@ -150,6 +150,7 @@ class Tower:
         network, variables = self.network(config, dtype), {"params": params}
         if self.sentences is None:
             return network.apply(variables, inputs)
+        # From the ids, so that callers need not pass a mask along with them.
         visible = self.sentences.visible(config, inputs)
         if dropout is None or not self.sentences.drops_out:
             return network.apply(variables, inputs, visible)
