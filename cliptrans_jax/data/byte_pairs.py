@@ -40,6 +40,7 @@ def clip_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> toke
             normalizers.Lowercase(),
         ]
     )
+    # Inverted: keeps what matches, and removes the white space in between.
     words = pre_tokenizers.Split(tokenizers.Regex(CLIP_WORDS), behavior="removed", invert=True)
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_])
@@ -86,6 +87,7 @@ def byte_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> toke
 def byte_level(model: models.BPE) -> tokenizers.Tokenizer:
     """Returns the tokenizer of a byte-level model, which may still be untrained."""
     tokenizer = tokenizers.Tokenizer(model)
+    # Callers add the space before a first word themselves.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer

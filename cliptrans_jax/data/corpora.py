@@ -53,6 +53,7 @@ class DataConfig(Section):
     def __post_init__(self):
         super().__post_init__()
         source = SOURCES[self.source]
+        # Otherwise only scores that are too good would show that a run has seen its test set.
         for split in (self.valid_split, self.test_split, *self.further_tests):
             whole, rest = source.parts.get(split, (None, None))
             if self.train_split == whole:

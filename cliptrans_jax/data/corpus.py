@@ -124,6 +124,7 @@ class Numbered(Sequence):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return tuple(self[row] for row in range(self.size)[index])
+        # Made on access, since a corpus may have millions of lines.
         return f"{self.split}:{range(1, self.size + 1)[index]}"
 
 
@@ -143,6 +144,7 @@ class FolderImages:
     def __getitem__(self, index: int) -> np.ndarray:
         try:
             return np.asarray(decode_picture(read_file(self.name(index)), channels=3))
+        # Not fatal as such: whoever reads a set counts bad examples, and decides how many to allow.
         except (OSError, ValueError) as error:
             raise BadExample(self.name(index), f"{type(error).__name__}: {error}") from error
 
@@ -156,6 +158,7 @@ def open_folder(roots: Sequence[Path], names: Sequence[str]) -> tuple[FolderImag
     Returns:
       (images, "") or (None, the reason why there are none).
     """
+    # Each folder is listed once, instead of testing perhaps a hundred thousand files one by one.
     folders = {name.rpartition("/")[0] for name in names}
     for root in roots:
         present = set()

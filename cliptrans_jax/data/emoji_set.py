@@ -137,6 +137,7 @@ def splits() -> dict[str, str]:
     """Returns train, val or test for each emoji, by a hash of its group: about a tenth each for val
     and test."""
     sizes = collections.Counter(groups().values())
+    # Not Python's hash, which differs between processes.
     hashed = {group: zlib.crc32(f"{SALT}:{group}".encode()) % 10 for group in sizes}
     split_of = {
         group: {8: "val", 9: "test"}.get(digit, "train")
@@ -169,6 +170,7 @@ def draw(emoji: str, size: int) -> np.ndarray:
     import resvg_py
 
     drawing = (_drawings() / f"{_file_stems()[emoji]}.svg").read_text(encoding="utf-8")
+    # Without the system's fonts, so that pixels are the same on every machine.
     png = resvg_py.svg_to_bytes(
         svg_string=drawing, width=size, height=size, background="#ffffff", skip_system_fonts=True
     )
@@ -182,7 +184,7 @@ def names(language: str) -> dict[str, str]:
     """Returns the name in a language, such as "grinning face", of each emoji that has a picture."""
     import emoji
 
-    emoji.config.load_language(language)
+    emoji.config.load_language(language)  # adds the language to EMOJI_DATA
     return {
         character: unicodedata.normalize("NFC", emoji.EMOJI_DATA[character][language].strip(":"))
         .replace("_", " ")
@@ -238,6 +240,7 @@ def _file_stems() -> dict[str, str]:
     whole = emoji.STATUS["fully_qualified"]
     stems = {}
     for character in sorted(c for c, data in emoji.EMOJI_DATA.items() if data["status"] == whole):
+        # OpenMoji's file names have the presentation selector only in some sequences.
         spellings = (character, character.replace(PRESENTATION, ""))
         codes = ["-".join(f"{ord(c):04X}" for c in spelling) for spelling in spellings]
         if stem := next((code for code in codes if code in present), None):

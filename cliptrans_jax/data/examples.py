@@ -123,6 +123,7 @@ def choose_examples(
         single = caption_language or default_caption_language(pair)
         captions = (pair[1], pair[0]) if all_languages else (single,)
         languages = [pair for language in captions for pair in [(language, language)] * size]
+        # In evaluation too: the encoder reads the target itself, whose words would give it away.
         drops = True
     elif all_languages:
         raise ValueError(
@@ -131,6 +132,7 @@ def choose_examples(
     else:
         languages = [pair] * size
         drops = noise.train if train else noise.test
+    # With captions in two languages, every row of the corpus makes two examples.
     rows = np.tile(np.arange(size, dtype=np.int32), len(languages) // size if size else 0)
     return Examples(
         source=Picked.of(tokens, [source for source, _ in languages], rows),
@@ -162,6 +164,7 @@ def drop_tokens(
 
 def keep_mask(draws: Float32[np.ndarray, " S"], mask_prob: float) -> Bool[np.ndarray, " S"]:
     """Returns True for tokens to keep."""
+    # Strictly, as in the original: with mask_prob=0, a draw of exactly 0 still drops its token.
     keep = draws > np.float32(mask_prob)
     keep[0] = keep[-1] = True
     return keep

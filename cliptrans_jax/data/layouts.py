@@ -54,6 +54,7 @@ def load_multi30k(root: Path, split: str, languages: Sequence[str], *, with_imag
             f"folder of Multi30k with one of them (there: {_entries(root)})"
         )
     aliases = VALIDATION if split in VALIDATION else (split,)
+    # If no file has either name, the error is about the one that was asked for.
     stem = next((s for s in aliases if _has_texts(top / "raw", s)), split)
     texts, counts = read_texts(top / "raw", stem, languages)
     lists = (find_text(top / "image_splits" / f"{name}.txt") for name in aliases)
@@ -62,6 +63,7 @@ def load_multi30k(root: Path, split: str, languages: Sequence[str], *, with_imag
         keys = Numbered(stem, next(iter(counts.values())))
         reason = f"{top}/image_splits/{split}.txt, which names them, is missing"
     else:
+        # In test_2017_mscoco, "#" and a number may follow the name of the file.
         keys = tuple(name.split("#")[0] for name in read_lines(names_file))
         counts[str(names_file)] = len(keys)
         reason = ""
@@ -111,6 +113,7 @@ def load_coco(
         record = parse_json(path.read_bytes())
         files = {image["id"]: as_text(image["file_name"]) for image in record["images"]}
         pairs = [(note["image_id"], as_text(note["caption"])) for note in record["annotations"]]
+        # A sentence is one line, as in text files.
         captions = tuple(" ".join(caption.split()) for _, caption in pairs)
         # Raises for an unpaired surrogate, which is not a character.
         "".join((*captions, *files.values())).encode()
@@ -195,6 +198,8 @@ def load_wit(
         return log_empty(Corpus(name, texts, None, keys, reason))
     unfetched = _parse_unfetched(lists, lines[0], size)
     present = {path.name for path in (folder / "images").glob("*")}
+    # Left out of texts and pictures alike. Outside captioning, the original leaves them out of the
+    # features alone, which shifts all pairs that follow.
     rows = [i for i in range(size) if i not in unfetched and keys[i] in present]
     logging.info(
         "%s: %d of %d rows are left out, %d that could not be fetched and %d without their file",

@@ -30,6 +30,7 @@ from common_jax.inputs.texts import find_text, read_lines
 from common_jax.ranges import did_you_mean
 
 PICTURE, SPLIT = "picture", "split"  # columns of a table besides the languages
+# A language is two letters and perhaps a region; other suffixes, such as "txt", are none.
 TEXT_FILE = re.compile(r"(?P<split>.+)\.(?P<language>[a-z]{2}([_-]\w+)?)")
 # Usual split names for each field, the most likely first.
 SPLITS = {
@@ -178,6 +179,7 @@ def _choose(
       reason: why there are no pictures; "" if there are.
     """
     needs_picture = bool(roots) and not reason
+    # A sentence in any language is enough: which pairs are complete depends on the stage.
     kept = np.any([lengths_of(sentences) > 0 for sentences in texts.values()], axis=0)
     if needs_picture:
         kept &= lengths_of(names) > 0

@@ -35,6 +35,7 @@ def prepare_picture(image: np.ndarray, size: int, pictures: Pictures = CLIP_PICT
             f"a picture is {image.dtype} {image.shape}; give uint8 from 0 to 255 of shape "
             "(rows, columns), (rows, columns, 3) or (rows, columns, 4)"
         )
+    # Drops transparency without blending, as CLIP's processors do.
     picture = Image.fromarray(image).convert("RGB")
     width, height = picture.size
     short = min(width, height)
@@ -89,6 +90,7 @@ def augment_picture(
     mirror = generator.random() < 0.5 and config.flip
     picture = Image.fromarray(image)
     columns, rows = picture.size
+    # One map for all changes of place, so that pixels are interpolated only once.
     matrix = _pixel_matrix(
         (columns, rows),
         shift=(right * config.shift * columns, down * config.shift * rows),

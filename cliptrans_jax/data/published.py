@@ -202,6 +202,7 @@ def _sentencepiece(
     places = {name: first + place for place, name in enumerate(published.last)}
 
     def cut(texts: list[str]) -> list[list[int]]:
+        # One thread per call, since `FramedTokenizer` makes several calls at a time.
         ids = processor.encode(texts, num_threads=1)
         return [[ids_of_pieces[i] for i in pieces] for pieces in ids]
 
@@ -286,6 +287,7 @@ def _labse(folder: Path, limit: int) -> FramedTokenizer:
         raise ValueError(f"{path} lacks {', '.join(missing)}; fetch it again")
     model = models.WordPiece(vocab, unk_token=BERT_UNK, max_input_chars_per_word=100)
     tokenizer = tokenizers.Tokenizer(model)
+    # Accents stay as well: by default, they are stripped only together with lower-casing.
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()

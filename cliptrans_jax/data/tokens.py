@@ -145,7 +145,7 @@ def encode_corpus(
       ValueError: as `Tokenizer.encode`.
     """
     texts = corpus.texts[language]
-    if len(texts) < LARGE or in_bucket(folder):
+    if len(texts) < LARGE or in_bucket(folder):  # a file in a bucket cannot be memory-mapped
         return tokenizer.encode(texts, frame)
     texts = texts if isinstance(texts, Lines) else Lines.of(texts)
     digest = hashlib.sha256(f"ids 1 {tokenizer.fingerprint(frame)}".encode())
@@ -241,7 +241,7 @@ def load_or_train_tokenizer(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, json.dumps(record, ensure_ascii=False).encode())
     made_from, tokenizer = _read(path)
-    made_from = {"lower": False} | made_from
+    made_from = {"lower": False} | made_from  # missing in files of earlier versions
     expected = {"lower": config.lower} | _origin(config, sentences, languages)
     if changed := [key for key in expected if expected[key] != made_from.get(key)]:
         changes = ", ".join(
@@ -251,6 +251,7 @@ def load_or_train_tokenizer(
             f"{path} was made from other input: {changes}; remove it to train it again, or restore "
             "the config"
         )
+    # `_read` builds the tokenizer from vocabulary and merges alone.
     if config.lower:
         tokenizer.normalizer = normalizers.Lowercase()
     return _add_frame(tokenizer, languages, config.limit)
@@ -295,6 +296,7 @@ def _origin(
 
 
 def _train(config: TokenizerConfig, sentences: Sequence[str], languages: tuple[str, ...]) -> dict:
+    # Languages and a mask follow the pieces, see `_add_frame`.
     room = config.vocab - len(languages) - 1
     if room < BYTES + len(SPECIAL):
         raise ValueError(
