@@ -52,6 +52,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     train, evaluated, text, tower = _load(config, workdir, mesh)
     optim, length = config.optim, _longest(train, evaluated)
     task = describe(config, steps=steps_per_epoch(len(train), optim.batch), length=length)
+    # By default config.run.best is BLEU, which only translators have.
     run_config = dataclasses.replace(config.run, best=None)
     loop.check(task, run_config, optim, seed=config.seed, mesh=mesh)
     save_tokenizer(text, workdir)  # written before anything else
@@ -84,6 +85,8 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
                 eval_batches,
                 pairs,
                 transform=functools.partial(_prepare, config, length),
+                # A small set is a batch of its own. Accuracy depends on the batch: it is the share
+                # of pairs found among those of their batch.
                 batch=min(optim.micro_batch, -(-len(pairs) // mesh.size) * mesh.size),
                 workers=config.data.workers,
                 bad_share=config.data.bad_share,
@@ -147,6 +150,7 @@ def _load(
     train = _Pairs.of(config, config.data.train_split, tokenizer)
     splits = {"val": config.data.valid_split, **config.data.further}
     evaluated = {name: _Pairs.of(config, split, tokenizer) for name, split in splits.items()}
+    # Hosts with other files would train on other sentences without an error.
     for pairs in (train, *evaluated.values()):
         rows = (row.tobytes() for ids in pairs.names.values() for row in ids)
         hosts.require_same(pairs.corpus.name, text, *rows)
@@ -173,7 +177,7 @@ def describe(config: Config, *, steps: int, length: int) -> Task:
         title="clip",
         init=functools.partial(init, config),
         rules=partition_rules(config),
-        trainable=".*",
+        trainable=".*",  # a text tower that stays frozen is no parameter
         streams=("dropout",),
         shown=(
             "train/loss",
@@ -210,6 +214,7 @@ def _embed(
 def _loss(
     config: Config, params, helpers, batch, rngs, step
 ) -> tuple[Float[Array, ""], Mapping[str, Float[Array, ""]]]:
+    # Both are of the global batch, so negatives come from all devices.
     texts, images = _embed(config, params, batch, rngs["dropout"])
     objective = CONTRASTIVE[config.clip.loss]
     learned = objective.limit(params["clip"])
@@ -267,6 +272,7 @@ class _Pairs:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         texts, sparse = self.corpus.texts, self.corpus.sparse
+        # In a sparse corpus, an empty name is a missing one; elsewhere it is a name.
         names = [
             names[index]
             for language, names in self.names.items()
@@ -276,12 +282,14 @@ class _Pairs:
 
 
 def _augment(config: Config, length: int, example: dict, generator: np.random.Generator) -> dict:
+    # One language per epoch and picture, so that an epoch sees every picture once.
     name = example["names"][generator.integers(len(example["names"]))]
     picture = augment_picture(example["image"], config.augment, generator)
     return _finish(config, length, picture, name)
 
 
 def _prepare(config: Config, length: int, example: dict) -> dict:
+    # No draw, so that evaluations can be compared: the first language that has a name.
     return _finish(config, length, example["image"], example["names"][0])
 
 

@@ -30,6 +30,7 @@ def evaluate(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, 
     if not user_config.sources.model:
         raise ValueError("stage 'evaluate' needs config.sources.model, the model to score")
     refuse_other_config(workdir, user_config)
+    # Whatever stage trained it, the model is scored as a translator.
     config = dataclasses.replace(user_config, stage=SCORED_AS, all_languages=False).apply_parity()
     data = RunData(config, workdir, mesh)
     data.check(train=False)
@@ -41,7 +42,7 @@ def evaluate(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, 
         _require_same(shapes, step)
         params = checkpoint.load(step, mesh=mesh, rules=model.rules, average=True)
         name = step.name
-    else:
+    else:  # a released file has no step
         targets = with_shardings(shapes, match_rules(model.rules, shapes, mesh))
         params, name = make_warm_start(config, model.trained_tower)(targets).params, "0"
     test = data.load(config.data.test_split, train=False)

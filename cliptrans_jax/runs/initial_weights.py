@@ -80,6 +80,7 @@ def _take_run(config: Config, shapes: Shapes, *, read: bool = True) -> WarmStart
 
 def _take_released(config: Config, shapes: Shapes) -> WarmStart:
     sources = config.sources
+    # With sizes from the config: these checkpoints have none.
     published = pretrained.load(
         sources.model, kind="cliptrans", config=config.model, weights=sources.weights
     )
@@ -111,6 +112,7 @@ def _join(parts: Sequence[WarmStart], shapes: Shapes) -> WarmStart:
         for key in ("taken", "adapted", "left", "fresh", "notes", "assumed")
     }
     listed = {entry["name"] for entry in account["fresh"]}
+    # For example the mapping network of a first stage, which starts from a published translator.
     every, loaded = (set(traverse_util.flatten_dict(tree, sep="/")) for tree in (shapes, params))
     account["fresh"] += [
         {"name": name, "reason": "in none of the sources"}
@@ -124,6 +126,7 @@ def _published(
 ) -> WarmStart:
     params, shapes = (traverse_util.flatten_dict(tree, sep="/") for tree in (params, shapes))
     left_out = sorted(path for path in shapes if fresh and re.fullmatch(fresh, path))
+    # Left out of both trees, since `place` is strict: each must have all parameters of the other.
     if fresh:
         warn_of_no_match(Allowance(fresh, "config.sources.fresh", True), shapes)
     for path in left_out:

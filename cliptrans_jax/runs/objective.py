@@ -42,6 +42,8 @@ def make_loss(
         features = encode({**helpers, **params}, batch, key)
         source, labels = batch["source"], batch["labels"]
         states = translator.label_states(params, features, source, labels, dropout=dropout)
+        # Sums over all devices, so that every token has the same weight on any mesh. The original
+        # averages the means of its devices.
         total, count = states_loss(
             translator.readout(params),
             states,

@@ -153,6 +153,7 @@ class RunData:
 
     def release_towers(self) -> None:
         """Frees the towers, except a text tower that the model runs. Later uses load them again."""
+        # `cached_property` keeps its value in the instance's dict, even of a frozen dataclass.
         if not encodes_texts(self.config):
             vars(self).pop("text_tower", None)
         vars(self).pop("image_tower", None)
@@ -173,6 +174,7 @@ class RunData:
         of_translator = sources.mbart or (sources.model and not is_run(sources.model))
         return pretrained.load(
             getattr(sources, name),
+            # Each kind once: M-CLIP's two text towers have the same.
             kind=tuple(dict.fromkeys(tower.kind for tower in towers)),
             fetch=sources.fetch,
             weights="" if of_translator else sources.weights,
@@ -198,7 +200,7 @@ class RunData:
         if train:
             corpus = self._corpus(config.data.train_split, training)
             count = sum(len(corpus.rows_with(pair)) for pair in pairs_of(config))
-            steps_per_epoch(count, config.optim.batch)
+            steps_per_epoch(count, config.optim.batch)  # raises ValueError if they fill no batch
             self._corpus(config.data.valid_split, evaluation)
         for split in (config.data.test_split, *config.data.further_tests):
             self._corpus(split, evaluation)
@@ -223,11 +225,13 @@ class RunData:
         config, side = self.config, feature_side(self.config, train=train)
         corpus = self._corpus(split, side)
         folder = features_folder(config, self.workdir)
+        # Sources and targets alike are framed with their own language, as in the original.
         tokens = {
             name: encode_corpus(self.tokenizer, corpus, name, frame=name, folder=folder)
             for name in corpus.texts
         }
         arrays = (part for ids in tokens.values() for part in (ids.lengths, ids.flat))
+        # Hosts with other files would train on other sentences without an error.
         hosts.require_same(corpus.name, *(np.ascontiguousarray(part).data for part in arrays))
         examples = choose_examples(
             STAGES[config.stage],
@@ -245,6 +249,7 @@ class RunData:
 
     def _corpus(self, split: str, side: Side) -> Corpus:
         config = self.config
+        # Stages that look at no pictures must run on data without any.
         pictures = config.has_prefix and side is Side.IMAGE
         corpus = load_corpus(config.data, split, config.data.pair, with_images=pictures)
         if len(corpus) == 0:
@@ -265,6 +270,7 @@ class RunData:
         framed = (self.tokenizer.pad, config.sentence_limit)
         if not config.has_prefix:
             return Inputs(examples, None, None, *framed)
+        # The step runs the text tower, so it gets ids of the tower's tokenizer instead of features.
         if config.encodes_texts and examples.side is Side.TEXT:
             tower, folder = self.text_tower, features_folder(config, self.workdir)
             tokens = {
@@ -378,6 +384,7 @@ def load_trained(config: Config, name: str) -> tuple[Any, Any]:
     sizes = getattr(_clip_run(config).clip, name)
     checkpoint.warn_if_unfinished(source)
     params = checkpoint.load(source, subtree=f"clip/{name}", average=average)
+    # To the host, like published towers, which move to the devices when they are used.
     return sizes, jax.device_get(params)
 
 

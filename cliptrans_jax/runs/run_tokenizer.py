@@ -31,6 +31,7 @@ def train_tokenizer(config: Config, workdir: epath.Path) -> tuple[Tokenizer, str
         corpus = load_corpus(config.data, config.data.train_split, languages)
         sentences = Chain(tuple(corpus.texts[language] for language in languages))
     cut = dataclasses.replace(config.tokenizer, max_length=config.sentence_limit)
+    # Trained elsewhere, since nothing may be written to the workdir before all is checked.
     with tempfile.TemporaryDirectory() as folder:
         path = workdir / TOKENIZER
         resumes = path.exists() and holds_results(workdir)

@@ -72,6 +72,7 @@ def score_split(
         for index in range(len(split.inputs))
     ]
     outputs, references = [row.output for row in rows], [row.reference for row in rows]
+    # Examples to evaluate all have the same target language, even with config.all_languages.
     scores = score(outputs, references, language=split.inputs.examples.languages[0][1])
     report = {
         "set": split.corpus.name,
@@ -80,7 +81,7 @@ def score_split(
         **as_metrics(scores),
         "signatures": dict(scores.signatures),
     }
-    if jax.process_index() == 0:
+    if jax.process_index() == 0:  # every host has all outputs
         write_translations(workdir / TRANSLATIONS, rows)
         write_json(workdir / SCORES, report)
     return report
@@ -119,6 +120,7 @@ def galleries(config: Config, folder: epath.Path) -> list[Table]:
     """The `gallery` of each test split of a finished run, with the set's name in its caption."""
     tables = []
     for test, split in {"": config.data.test_split, **config.data.further}.items():
+        # As if it were the run's test split, whose pictures `gallery` loads.
         data = dataclasses.replace(config.data, test_split=split, further_tests=())
         shown = gallery(dataclasses.replace(config, data=data), folder / test)
         if shown is not None:
@@ -141,6 +143,7 @@ def gallery(config: Config, folder: epath.Path, *, limit: int = 8) -> Table | No
 def with_pictures(config: Config, rows: Sequence[Row]) -> list[Row]:
     """The rows of a test split, with their pictures where those can be read."""
     corpus = load_corpus(config.data, config.data.test_split, config.data.pair, with_images=True)
+    # By key, not by number: a scored set may lack rows of its corpus.
     places = {key: place for place, key in enumerate(corpus.keys)}
     return [dataclasses.replace(row, picture=_picture(corpus, places.get(row.key))) for row in rows]
 

@@ -78,6 +78,7 @@ def _locked_shapes(config: Config, batch: int, length: int):
     return {"features": jax.ShapeDtypeStruct(shape, np.float32)}
 
 
+# A batch has the features themselves: the tower is no part of the step, and gets no parameters.
 LOCKED = TextSide(
     shapes=_locked_shapes,
     init=lambda config, key: {},

@@ -50,12 +50,15 @@ def run(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
       The result of `common_jax.loop.train`, with the scores of the test split under "test".
     """
     done = workdir / SCORES
+    # An interruption while the test split is translated leaves a result without scores.
     result = read_result(workdir, user_config, phase=user_config.stage)
     if result is not None and done.exists():
         logging.info("%s is already finished: %s", user_config.stage, workdir)
         return result | {"test": read_json(done)}
+    # Checkpoints store `user_config`, since parity must not be applied twice.
     config = user_config.apply_parity()
     data = RunData(config, workdir, mesh)
+    # From here to `loop.check`: everything that can be refused before features are computed.
     count = data.check(train=True)
     model = Model.of(config, data)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
@@ -68,9 +71,11 @@ def run(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     train = data.load(config.data.train_split, train=True)
     valid = data.load(config.data.valid_split, train=False)
     test = data.load(config.data.test_split, train=False)
+    # All of these splits have their features now, and training needs the memory.
     data.release_towers()
     translate = model.translate(data)
     beams = config.valid_beams
+    # By default, validation and test share one compiled search.
     valid_translate = model.translate(data, beams=beams) if beams else translate
     feed = TrainFeed(
         train.inputs, config.noise, config.batching, config.optim.batch, config.seed, hosts.shard()
@@ -89,7 +94,7 @@ def run(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     )  # fmt: skip
     step = best_step(workdir, config.run)
     params = checkpoint.load(step, mesh=mesh, rules=model.rules, average=True)
-    params = {**task.helpers, **params}
+    params = {**task.helpers, **params}  # checkpoints have no helpers
     further = score_further(config, workdir, data, translate, params, step=step.name)
     scores = score_split(config, workdir, test, translate, params, step=step.name)
     return result | further | {"test": scores}
@@ -122,7 +127,7 @@ def check(user_config: Config, workdir: epath.Path, mesh: Mesh, *, key: str) -> 
     config = user_config.apply_parity()
     data = RunData(config, workdir, mesh)
     count = data.check(train=True, towers=not _awaits_towers(config))
-    data.release_towers()
+    data.release_towers()  # read to check the width of their features
     task = describe(user_config, mesh, examples=count, tokens=config.sentence_limit)
     loop.check(task, config.run, config.optim, seed=config.seed, mesh=mesh, key=key)
 
@@ -182,6 +187,7 @@ class Model:
         to `tokens`."""
         config, tower = self.config, self.tower
         stage = STAGES[config.stage]
+        # Where all words are dropped, steps are compiled for a source of two tokens.
         batch = batch_shapes(
             config.optim.micro_batch,
             tokens=min(tokens, config.sentence_limit),
@@ -215,6 +221,7 @@ class Model:
 
     def frozen(self, mesh: Mesh) -> dict[str, Any]:
         """The parameters of `frozen_shapes`, on the mesh."""
+        # The tower in a step is sharded by its rules; one that encodes a whole set is replicated.
         shapes = self.frozen_shapes(mesh)
         return place({"clip": self.tower.params}, shapes) if shapes else {}
 
@@ -222,6 +229,7 @@ class Model:
         """The config's search, with another number of beams unless 0. Reuse it for all sets, so
         that it compiles only once."""
         config, language = self.config, None
+        # The original evaluates captioning in the target language, even if captions are in another.
         if config.parity and STAGES[config.stage].captioning:
             language = data.tokenizer.language_id(config.data.target_language)
         decode = dataclasses.replace(config.decode, beams=beams or config.decode.beams)
@@ -268,6 +276,7 @@ def best_step(workdir: epath.Path, run: RunConfig) -> epath.Path:
     if metric is None:
         return checkpoint.find_step(workdir)
     result = workdir / "result.json"
+    # The checkpoint of the last step counts even if no epoch ends there.
     total = read_json(result).get("steps") if result.exists() else None
     folder = checkpoint.absolute(workdir) / checkpoint.FOLDER
     steps, record = checkpoint.own_steps(folder), workdir / "metrics.jsonl"
