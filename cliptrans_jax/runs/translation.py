@@ -26,9 +26,15 @@ from cliptrans_jax.models.cliptrans import Translator
 from cliptrans_jax.pretrained import place
 from cliptrans_jax.runs.initial_weights import check_start, make_warm_start
 from cliptrans_jax.runs.objective import make_encode, make_loss
-from cliptrans_jax.runs.run_data import RunData, Split, describe_text, encodes_texts
+from cliptrans_jax.runs.run_data import (
+    RunData,
+    Split,
+    describe_text,
+    encodes_texts,
+    feature_side,
+)
 from cliptrans_jax.runs.scoring import SCORES, decode_batches, score_further, score_split
-from cliptrans_jax.stages import STAGES, trainable
+from cliptrans_jax.stages import STAGES, Side, trainable
 from cliptrans_jax.towers.table import tower_of
 from common_jax import checkpoint, hosts, loop
 from common_jax.inputs import steps_per_epoch
@@ -187,13 +193,15 @@ class Model:
         to `tokens`."""
         config, tower = self.config, self.tower
         stage = STAGES[config.stage]
+        # If only evaluation encodes texts, training reads features of pictures.
+        in_step = tower is not None and feature_side(config, train=True) is Side.TEXT
         # Where all words are dropped, steps are compiled for a source of two tokens.
         batch = batch_shapes(
             config.optim.micro_batch,
             tokens=min(tokens, config.sentence_limit),
             source=TRIVIAL if empties_source(stage, config.noise) else None,
-            features=0 if tower or not config.has_prefix else config.model.mapper.features,
-            clip_tokens=min(tokens, tower.longest) if tower else 0,
+            features=0 if in_step or not config.has_prefix else config.model.mapper.features,
+            clip_tokens=min(tokens, tower.longest) if in_step else 0,
         )
         loss = make_loss(
             self.translator, tower, label_smoothing=config.label_smoothing, chunk=config.label_chunk

@@ -168,6 +168,12 @@ def tower():
             True,
             {"source": 9, "labels": 9, "clip_tokens": 9},
         ),
+        (  # the tower only encodes the sentences of an evaluation
+            "triplet",
+            {"keep_text_features": False},
+            True,
+            {"source": 9, "labels": 9, "features": FEATURES},
+        ),
     ],
 )
 def test_step_is_compiled_for_the_batch_of_its_stage(stage, changes, with_tower, wanted):
@@ -180,7 +186,7 @@ def test_step_is_compiled_for_the_batch_of_its_stage(stage, changes, with_tower,
     assert task.steps_per_epoch == 21 // 6
     longer = model.bare_task(one_device(), examples=21, tokens=99).batch
     assert longer["labels"].shape == (3, 20)  # config.tokenizer.max_length
-    if with_tower:
+    if "clip_tokens" in wanted:
         assert longer["clip_tokens"].shape == (3, 30)  # its 32 positions minus 2
 
 
