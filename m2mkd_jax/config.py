@@ -38,7 +38,8 @@ from m2mkd_jax.models.vit import ViTConfig
 from m2mkd_jax.models.vmoe import VMoEConfig
 from m2mkd_jax.regularizers import RegularizersConfig
 
-# In the order of the pipeline; see `m2mkd_jax.phases.PHASES`.
+# In the order of the pipeline. Not taken from `m2mkd_jax.phases.PHASES`, which needs this module;
+# a test compares the two.
 PHASE_NAMES = ("pretrain_meta", "train_module", "assemble", "distill", "end_to_end", "few_shot")
 SYSTEM = System("m2mkd_jax", field="phase", others={"stage": "cliptrans_jax"})
 Meta, Teacher, Student = (section_type(role) for role in ("meta", "teacher", "model"))
@@ -296,6 +297,7 @@ class Config(Section):
                     f"run.best={shown(self.run.best)} must be a metric of test/ or ood/, "
                     f"{' or '.join(names)}, such as 'test/accuracy', or None"
                 )
+        # Only for their errors, which name fields.
         self.modules()
         self.taught_by()
 

@@ -37,6 +37,8 @@ class Pair:
 
 def check_stages(networks: Mapping[str, Network]) -> None:
     """Raises ValueError unless all networks (keyed by any names) have the same number of stages."""
+    # Stages must correspond, blocks need not: the original counts both, and fails where they
+    # differ.
     counts = {name: len(network) for name, network in networks.items()}
     if len(set(counts.values())) != 1:
         raise ValueError(
@@ -177,6 +179,7 @@ def hybrid_logits(
             # vmap rather than one larger batch: random draws depend on the batch shape, and each
             # module must get the draws of a run of its own. M's weights are still read only once.
             together = jax.vmap(run_stage)(jnp.stack([tokens[key] for key in group]))
+            # (modules, B, T, D), or (modules, B, L) after the last stage.
             tokens |= dict(zip(group, together, strict=True))
         for key, module in modules.items():
             if module.stage == stage:

@@ -134,6 +134,7 @@ def check_images(images: jax.Array, expected: tuple[int, int, int]) -> None:
         else:
             way_out = "B images of rows, columns and channels, in that order"
         raise ValueError(f"images have shape {shape}, expected (B, {_listed(expected)}): {way_out}")
+    # Pixels of a tracer are unknown, and uint8 cannot be out of range.
     if isinstance(images, jax.core.Tracer) or images.dtype == jnp.uint8 or 0 in shape:
         return
     low, high = float(images.min()), float(images.max())
@@ -142,6 +143,7 @@ def check_images(images: jax.Array, expected: tuple[int, int, int]) -> None:
             f"pixels range from {low:g} to {high:g}, but must be from 0 to 255 and not normalised: "
             "the run's mean and std are applied here"
         )
+    # Most likely divided by 255 already. Integers up to 1 may be a nearly black image.
     if jnp.issubdtype(images.dtype, jnp.floating) and 0 < high <= 1:
         raise ValueError(
             f"pixels range from {low:g} to {high:g}, but must be from 0 to 255: give 255 * x"

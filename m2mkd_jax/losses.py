@@ -41,6 +41,7 @@ def soft_distillation(
     The mean is over B and L, as in the original, not over B: the term and its gradient are L times
     smaller than a KL divergence averaged over examples. See docs/differences.md.
     """
+    # Both as logs: log(softmax) would be -inf, and the product NaN, where a probability underflows.
     log_s, log_t = jax.nn.log_softmax(student / tau), jax.nn.log_softmax(teacher / tau)
     return tau**2 * jnp.mean(jnp.exp(log_t) * (log_t - log_s))
 

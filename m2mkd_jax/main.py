@@ -48,6 +48,7 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     with hold(workdir):
         pipeline = frozen.phase == "pipeline"
         runs = plan(frozen, workdir) if pipeline else [("", frozen)]
+        # All runs before the first starts: a pipeline would otherwise fail after hours.
         for _, run in runs:
             key = f"config.recipes.{run.phase}" if pipeline else "config"
             check_run(run, mesh, key=key)

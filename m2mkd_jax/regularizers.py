@@ -1,4 +1,4 @@
-"""Regularizers that shape a NAC's graph, and their weighted sum, which is added to the label loss.
+"""Regularisers that shape a NAC's graph, and their weighted sum, which is added to the label loss.
 
 They depend only on the latents' signatures and, for the block model, on the kernels' bandwidths.
 
@@ -193,6 +193,7 @@ def block_loss(
     errors = (links - targets[assigned]) ** 2
     if clip is not None:
         errors = jnp.maximum(errors, clip)
+    # A sum over the kernels of all iterations, as in the original, not a mean.
     return jnp.sum(jnp.mean(errors, axis=(-2, -1)))
 
 
@@ -260,6 +261,7 @@ def make_regularizer(
         )
     if _is_on(blocks):
         settings = {"clusters": blocks.clusters, "within": blocks.within, "between": blocks.between}
+        # Only for its error, which would otherwise be raised while the step is traced.
         block_targets(len(_join(signatures, blocks.latents)), **settings)
         terms["blocks"] = (
             blocks,
@@ -298,6 +300,7 @@ def _links(
     joined = _join(_signatures(params), latents)
     distance = cosine_distance(joined, joined)
     bandwidths = find_bandwidths(params, kernels)
+    # The kernel itself, not a sample of its edges, as in the original.
     links = [exp_kernel(distance, b, kernel) for b, kernel in zip(bandwidths, kernels, strict=True)]
     return jnp.stack(links)
 

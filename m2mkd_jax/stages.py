@@ -98,6 +98,7 @@ class Network:
                 raise KeyError(f"no parameters for {name}, only for {sorted(params)}")
             # By stage name, so that a stage's draws do not depend on which other stages run.
             keys = {stream: fold_name(key, name) for stream, key in (rngs or {}).items()}
+            # `mutable` is a list even if it is empty; with False, `apply` would return only x.
             x, records = self.stages[i].apply(
                 {"params": params[name]}, x, train=train, rngs=keys, mutable=list(record)
             )
@@ -106,6 +107,7 @@ class Network:
 
     def _init_stage(self, key: jax.Array, i: int, batch: int) -> dict:
         example = self.stages[i].example(batch)
+        # The values do not matter: parameters depend on shapes and key alone.
         zeros = jax.numpy.zeros(example.shape, example.dtype)
         return self.stages[i].init(fold_name(key, stage_name(i)), zeros, train=False)["params"]
 

@@ -200,6 +200,7 @@ def choose_batch(trained: Trained, count: int) -> int:
     config, devices = trained.config, trained.mesh.size
     most = config.optim.micro_batch
     divisors = [size for size in range(1, most + 1) if most % size == 0]
+    # Divisors of the batch that the run evaluates with, made multiples of the devices.
     sizes = sorted({math.lcm(size, devices) for size in divisors})
     section, problem = getattr(config, SECTIONS[trained.role]), None
     for size in [size for size in sizes if size >= min(count, most)]:
@@ -256,6 +257,7 @@ def run_batches(
 
     @jax.jit
     def compute(params: Any, helpers: Any, batch: Any, index: Any) -> dict[str, Any]:
+        # The key that the run's own evaluation gives batch `index`, unless its noise is "sampled".
         rngs = evaluation_rngs(config, evaluation_key(np.uint32(config.seed), index))
         images = prepare_evaluation(batch, config.data)
         outputs = trained.forward(params, helpers, images, False, rngs)

@@ -47,6 +47,7 @@ OPTIM = OptimConfig(
     accumulate=4,
     lr=1e-5,
     lr_per=None,
+    # The original's polynomial decay ends at the rate that it starts from, which is the same.
     schedule="constant",
     warmup_epochs=0,
     weight_decay=0.0,

@@ -45,6 +45,7 @@ RECIPES = {
     "assemble": recipe(20, lr=1e-3),
     "distill": recipe(10),
     "end_to_end": recipe(20, lr=1e-3),
+    # The batch is a whole episode, 4 ways x 5 shots.
     "few_shot": recipe(60, batch=20, warmup_epochs=5),
 }
 

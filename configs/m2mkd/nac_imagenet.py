@@ -83,7 +83,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         module=args.module,
         precision="bfloat16",
         data=recipes.imagenet_folder(image_size),
+        # As in the original, whose evaluation is random.
         evaluation=EvaluationConfig(noise="sampled"),
+        # Its width, 1280, is that of the students' stitches; the published command's 1024 would not
+        # fit.
         meta=dataclasses.replace(teacher, depths=(1,) * 10),
         teacher=teacher,
         # The published read-in student initialises the layer scale of its MLP to 1e-6, by mistake.

@@ -29,6 +29,8 @@ TEACHING = {
     "assemble": FINE_TUNE,
     "distill": Recipe(SHORT, AUGMENT, 0.1),
 }
+# One image of each of eight classes: a batch is the whole training set. As published, the rate is
+# neither scaled nor scheduled.
 NAC_FEW_SHOT = Recipe(
     OptimConfig(
         epochs=500,
@@ -56,6 +58,8 @@ def train_nac(*, epochs: int, batch: int, min_lr: float, weight_decay: float) ->
         epochs=epochs,
         batch=batch,
         lr=1.2e-3,
+        # NAC has a trainer of its own, whose schedule is not late, and which decays norms and
+        # biases too.
         schedule="epoch_cosine_unlagged",
         warmup_epochs=25,
         min_lr=min_lr,

@@ -45,6 +45,7 @@ recipes = load_beside(__file__, "recipes")
 
 RECIPES = recipes.TEACHING | {"end_to_end": recipes.FINE_TUNE}
 # Uses another data set than the other phases, so it is not part of the pipeline.
+# A batch is all 40 training images of an episode, so an epoch is one update.
 FEW_SHOT = Recipe(
     OptimConfig(epochs=100, batch=40, lr=2e-3, lr_per=None), recipes.PLAIN, drop_path=0.1
 )
@@ -64,6 +65,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     student, _ = vmoe.variant(*STUDENTS[args.size])
     mesh = MeshConfig()
     if args.chips > 1 and args.phase != "few_shot":
+        # As many devices as can share the experts evenly; `data` takes the rest.
         mesh = MeshConfig(expert=math.gcd(args.chips, student.moe.experts))
         # The same groups, and so the same results, on every pod that can shard them.
         groups = GROUPS if GROUPS % args.chips == 0 else args.chips

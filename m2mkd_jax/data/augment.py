@@ -366,6 +366,7 @@ def mix(
 
     if config.mixup > 0 and config.cutmix > 0:
         use_cutmix = jax.random.bernoulli(switch_key, config.switch)
+        # cond, not where: only one of the two is computed.
         images, lam = jax.lax.cond(use_cutmix, apply_cutmix, apply_mixup, images)
     else:
         images, lam = apply_cutmix(images) if config.cutmix > 0 else apply_mixup(images)

@@ -70,6 +70,7 @@ def make_feed(
     """
     train = load_source(data, data.train_split) if train is None else train
     test = load_test_source(data, train.label_names) if test is None else test
+    # Hosts list the files on their own, and a difference would silently give them different epochs.
     for name, source in (("training", train), ("test", test)):
         _require_same(f"the {name} set of config.data", source)
     shared = {

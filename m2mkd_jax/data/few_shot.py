@@ -56,6 +56,8 @@ def choose_episode(
         )
     classes = random.Random(seed).sample(range(labels_count), ways)
     allowed = np.ones(len(labels), bool) if eligible is None else np.asarray(eligible, bool)
+    # numpy's legacy generator, whose numbers never change between versions; with it and the draw
+    # above, a seed gives the original's choices.
     draw = np.random.RandomState(seed)
     picks = []
     for name in classes:
@@ -67,6 +69,8 @@ def choose_episode(
             )
         picks.append(draw.permutation(places)[:shots])
     indices = draw.permutation(np.concatenate(picks))
+    # Ranks among the sorted classes, as in the original, though they are visited in the order of
+    # the draw.
     ranks = np.searchsorted(np.sort(classes), labels[indices])
     return Episode(tuple(classes), indices, ranks.astype(np.int32))
 

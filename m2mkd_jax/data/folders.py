@@ -139,6 +139,8 @@ def find_tiny_imagenet(path: str, split: str) -> SplitFiles:
             f"'tiny_imagenet' has no split {split!r} with labels, only train and val; correct "
             "config.data.train_split or config.data.test_split"
         )
+    # Sorted, since the published list is not: labels are then those of a folder with the same
+    # classes.
     wnids = sorted(read_names(root / "wnids.txt"))
     if split == "train":
         files, folders, _ = find_in_directory(root, split)
@@ -232,6 +234,7 @@ def read_names(path: Path) -> list[str]:
 def read_text(path: Path) -> str:
     """Returns the text of a UTF-8 file; raises ValueError if it is not UTF-8."""
     try:
+        # Skips the byte order mark that some editors write.
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(

@@ -34,6 +34,8 @@ def rotate(image: Image.Image, argument: float, fill: Fill = FILL) -> Image.Imag
 
 def posterize(image: Image.Image, argument: int, fill: Fill = FILL) -> Image.Image:
     """Keeps the top `argument` bits of each channel; 0 bits is a black image."""
+    # At magnitude 10. Recent versions of Pillow refuse 0 bits; the one that the original pins gives
+    # black.
     if argument == 0:
         return image.point([0] * (256 * len(image.getbands())))
     return ImageOps.posterize(image, argument) if argument < 8 else image

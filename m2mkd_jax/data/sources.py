@@ -183,6 +183,7 @@ def load_test_source(config: DataConfig, label_names: Sequence[str]) -> Source:
 
 def open_source(config: DataConfig, split: str) -> Source:
     """Like `load_source`, but for any number of classes: ignores config.labels."""
+    # With a test share, the path is not split: both splits are drawn from all of it.
     source = SOURCES[config.source].load(config, "" if config.test_share else split)
     if config.test_share:
         source = share_of_each_class(
@@ -280,6 +281,7 @@ def decode_into_memory(source: Source, config: DataConfig, *, split: str) -> Sou
         starts = range(0, len(source), CHUNK)
         shapes = progress(pool.map(decode, starts), total=len(starts), title=f"decoding {split}")
         other_shape = next((shape for shape in shapes if shape is not None), None)
+        # `next` stops at the first image of another size, and leaves the rest undecoded.
         pool.shutdown(cancel_futures=True)
     if other_shape is None:
         logging.info("%s: %d images in memory, %.0f MiB", at, len(source), size / 2**20)

@@ -84,6 +84,7 @@ def share_of_each_class(source: LabelledSource, share: float, *, seed: int, test
             f"of {listed(single)}; add some, or remove the classes"
         )
     tested = np.clip(np.round(share * counts).astype(int), 1, counts - 1)
+    # The same draw for training and test, so that the two parts never overlap.
     rank = _rank(labels, np.random.default_rng(seed).permutation(len(labels)))
     indices = np.flatnonzero((rank < tested[labels]) == test)
     logging.info(

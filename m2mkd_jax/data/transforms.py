@@ -180,6 +180,8 @@ def padded_crop(image: Image.Image, rng: np.random.Generator, *, padding: int) -
 def resize_and_centre(image: Image.Image, side: int) -> Image.Image:
     """Resizes the shorter side to int(256 / 224 * side), bicubic, and crops the central square."""
     short = int(256 / 224 * side)
+    # Rounded down here, and half to even in the crop below, as by torchvision's Resize and
+    # CenterCrop.
     scaled_long = int(short * max(image.size) / min(image.size))
     size = (short, scaled_long) if image.width <= image.height else (scaled_long, short)
     image = image.resize(size, Image.Resampling.BICUBIC)

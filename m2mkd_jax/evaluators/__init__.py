@@ -40,6 +40,8 @@ class Evaluator:
 
 EVALUATORS: Mapping[str, Evaluator] = types.MappingProxyType(
     {
+        # Totals, because the last batch is padded: a mean of means would weigh its examples more.
+        # The original leaves that batch out.
         "classification": Evaluator(
             classification_sums, {"accuracy": percent, "accuracy_top5": percent, "loss": decimal}
         ),

@@ -32,5 +32,7 @@ def classification_sums(
     return {
         "accuracy": jnp.sum(mask * (rank < 1)),
         "accuracy_top5": jnp.sum(mask * (rank < 5)),
+        # Selected as well as multiplied: the loss of a padded row may be infinite, and 0 times that
+        # is NaN.
         "loss": jnp.sum(jnp.where(mask > 0, mask * loss, 0)),
     }

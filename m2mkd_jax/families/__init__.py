@@ -22,6 +22,7 @@ FAMILIES: Mapping[str, Family] = types.MappingProxyType(
 
 def kind_of(section: Any) -> str:
     """The name of the family that a section of the config, such as config.model, belongs to."""
+    # `is`, not isinstance: a VMoEConfig is a ViTConfig too.
     return next(kind for kind, family in FAMILIES.items() if family.config is type(section))
 
 

@@ -76,6 +76,8 @@ def check_circuit(model: NacConfig, seed: int) -> None:
 
 def draw_signatures(model: NacConfig, seed: int) -> dict[str, np.ndarray]:
     """Standard normal signatures (T, Y) of "input", "mediator" and "output" latents."""
+    # Not in the network's `init`, since a regulariser is fitted to the signatures before the step
+    # is compiled. Keys by name, so that no set depends on the size of another.
     key = jax.random.key(seed)
     counts = {"input": model.inputs, "mediator": model.mediators, "output": model.outputs}
     return {
@@ -100,12 +102,14 @@ def circuit_regularizer(
 ) -> Regularizer:
     """The weighted sum of the regularisers in `config`, applied to the student's parameters; the
     weights change once per epoch."""
+    # `layerwise` may give every iteration a kernel of its own.
     kernels = [model.propagator(i, drop_path=0.0).kernel for i in range(model.iterations)]
     regularize = make_regularizer(config, circuit.signatures, kernels=kernels)
     # A run of less than an epoch counts as one.
     epochs = max(optim.total_steps(steps_per_epoch) // steps_per_epoch, 1)
 
     def regularizer(params: Any, step: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        # Whole epochs, as in the original, which sets the weights at the start of each.
         return regularize(params["student"], (step // steps_per_epoch) / epochs)
 
     return regularizer

@@ -43,6 +43,8 @@ def left(section: NacConfig) -> tuple[Allowance, ...]:
     """Stitches and, if iterations share parameters, those parameters of all mediator students after
     the first."""
     stitches = Allowance(r"student/stage_\d+/(pre|post)_stitch/.*", "stitches are for distillation")
+    # What depends on the data is in `fresh` as well: students and NAC both have it, in other
+    # shapes.
     allowances = [stitches, *_data_dependent(section)]
     later = "|".join(str(stage) for stage in range(2, section.iterations + 1))
     if section.share_propagators and later:
@@ -77,6 +79,7 @@ def _data_dependent(section: NacConfig) -> tuple[Allowance, ...]:
 
 def head(section: NacConfig) -> str:
     """The layer that makes logits: the code-conditioned head if its first slot is the logits."""
+    # Not the confidences of the pooling: few-shot trains the classifier alone, as in the original.
     layer = "code_head/linear" if section.pooling == "first_slot" else "pooling/head"
     return rf"\w+/stage_\d+/{layer}/.*"
 
@@ -100,6 +103,7 @@ def table(section: NacConfig, channels: int, stage: int | None) -> Table:
 FILES = FileNames(
     network="NAC",
     table=table,
+    # The kinds differ in tensor names. One iteration is enough, since numbers in names are ignored.
     examples=tuple(
         NacConfig(linear=LinearConfig(kind=kind), iterations=1) for kind in names.CODE_LINEAR
     ),

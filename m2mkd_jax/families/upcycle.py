@@ -82,12 +82,15 @@ def _rename(
     experts, renamed = section.moe_positions(), {}
     for name in dense:
         stage, rest = name.split("/", 1)
+        # The number, in the whole network, of the stage's first block.
         first = sum(dense_depths[: stage_number(stage)])
         if match := re.match(r"block_(\d+)/(.*)", rest):
             number, rest = first + int(match[1]), match[2]
             stage, block = locate(number, depths)
             rest = EXPERT_NAMES.get(rest, rest) if number in experts else rest
             renamed[name] = f"{stage_name(stage)}/block_{block}/{rest}"
+        # The last stage may have another number. The embedding is in stage 0 of both, and keeps its
+        # name.
         elif rest.startswith(("norm/", "head/", "pool/")):
             renamed[name] = f"{stage_name(len(depths) - 1)}/{rest}"
     return renamed

@@ -25,6 +25,7 @@ def build_modules(section: vit.ViTConfig, context: Context, drop_path: float) ->
         section,
         context.interface,
         dtype=context.dtype,
+        # Modules trained in the meta model have its width; only those of other ViTs need stitches.
         stitch_width=context.meta_width if context.stitched else None,
         drop_path=drop_path,
     )
@@ -65,10 +66,12 @@ def table(section: vit.ViTConfig, channels: int, stage: int | None, *, experts: 
 
 
 _MARKER = r"(?:stages\.\d+\.)?blocks\.\d+\.norm1\.weight"
+# A first, a middle and a last stage, whose files hold different tensors.
 _SMALL = vit.ViTConfig(depths=(1, 1, 1))
 FILES = FileNames(
     network="ViT",
     table=table,
+    # `norm_after_pool` is the only field that renames a tensor; all others add or leave out some.
     examples=(_SMALL, dataclasses.replace(_SMALL, norm_after_pool=True)),
     marker=_MARKER,
     stage_marker=_MARKER,

@@ -51,6 +51,7 @@ def left(section: VMoEConfig) -> tuple[Allowance, ...]:
 
 def check_mesh(section: VMoEConfig, mesh_sizes: Mapping[str, int], batch: int) -> None:
     """Raises ValueError if the mixture of experts does not fit mesh and batch."""
+    # Without experts it is a ViT, which fits any mesh.
     if section.moe_positions():
         check_moe(section.moe, mesh_sizes, batch)
 
@@ -80,9 +81,11 @@ def sizes(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     fields = {"moe_blocks": ",".join(sorted(blocks, key=int)) or "none"}
     fields["moe.router_bias"] = any(name.endswith("moe.gate.gate.bias") for name in tensors)
     for name, tensor in tensors.items():
+        # A scalar, which only a damaged file has, is left to the reader's check of shapes.
         if name.endswith("moe.gate.gate.weight") and tensor.ndim:
             fields["moe.experts"] = tensor.shape[0]
         elif name.endswith("pre_stitch.ln.weight") and tensor.ndim:
+            # The norm of a stitch before a stage is as wide as the meta model.
             fields |= {"stitches": "kept", "meta.width": tensor.shape[0]}
     return fields
 

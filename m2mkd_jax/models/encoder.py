@@ -126,6 +126,7 @@ class Block(nn.Module):
     ) -> Float[Array, "B T _"]:
         """In a loop over blocks, the traced `rate` replaces `config.drop_path`."""
         encoder, config = self.encoder, self.config
+        # A stitch changes the width, so it replaces x instead of adding to it.
         if config.pre_stitch is not None:
             x = Stitch(encoder.width, self.dtype, name="pre_stitch")(x)
         attention = SelfAttention(
@@ -164,6 +165,8 @@ class Block(nn.Module):
         if not train or (rate is None and self.config.drop_path == 0):
             return branch
         rate = self.config.drop_path if rate is None else rate
+        # The two branches of a block are dropped independently, as in the original: linen folds the
+        # number of earlier draws into each key.
         uniform = jax.random.uniform(self.make_rng("drop_path"), (branch.shape[0], 1, 1))
         return drop_path(branch, uniform, rate)
 
@@ -203,11 +206,14 @@ class EncoderStage(nn.Module):
         # A loop stacks parameters that exist. They are initialised block by block, so that their
         # paths and values are the same with and without loops.
         loops = self.encoder.scan_layers and not self.is_initializing()
+        # Argument 2, counting `self`, is `train`: traced, it could not decide what is computed.
         block = nn.remat(Block, static_argnums=(2,)) if self.encoder.remat else Block
         blocks = [
             (config, block(self.encoder, config, self.dtype, name=f"block_{i}"))
             for i, config in enumerate(self.blocks)
         ]
+        # Rates may differ within a loop, which gets them as an array; all other settings are part
+        # of the program.
         for _, alike in itertools.groupby(
             blocks, key=lambda pair: dataclasses.replace(pair[0], drop_path=0.0)
         ):
@@ -230,6 +236,7 @@ class EncoderStage(nn.Module):
         if self.embeds:
             size = interface.image_size
             return jax.ShapeDtypeStruct((batch, size, size, interface.channels), jnp.float32)
+        # With a stitch before it, the first block takes tokens as wide as the meta model's.
         width = self.blocks[0].pre_stitch or self.encoder.width
         return jax.ShapeDtypeStruct((batch, tokens(self.encoder, interface), width), self.dtype)
 
@@ -319,6 +326,7 @@ def build(
             f"patch={encoder.patch} must divide config.data.image_size={interface.image_size}"
         )
     stages = tuple(stages)
+    # Refused, not ignored: in the original, a stage of depth 0 takes all blocks that follow.
     if not all(stages):
         raise FieldError(f"depths={tuple(map(len, stages))} must all be at least 1")
     if encoder.activation != "gelu" and any(block.moe for blocks in stages for block in blocks):
@@ -341,6 +349,7 @@ def with_stitches(
     stitched = []
     for stage, blocks in enumerate(stages):
         place, blocks = Place.of(stage, len(stages)), list(blocks)
+        # A stage without blocks is left to `build`, which names the field in its error.
         if blocks and place in (Place.MIDDLE, Place.LAST):
             blocks[0] = dataclasses.replace(blocks[0], pre_stitch=width)
         if blocks and place in (Place.FIRST, Place.MIDDLE):
@@ -370,6 +379,8 @@ def drop_path(
 ) -> Float[Array, "B T D"]:
     """Stochastic depth: branch / keep * floor(keep + u), keep = 1 - rate, u uniform in [0, 1) per
     example."""
+    # keep + u is at least float32, for any dtype of the branch: in bfloat16 it would often round up
+    # to 1, and too few branches would be dropped.
     keep = 1.0 - rate
     return branch / jnp.asarray(keep, branch.dtype) * jnp.floor(keep + uniform).astype(branch.dtype)
 

@@ -46,6 +46,7 @@ def resize_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
     are equal."""
     weights = np.zeros((new, old))
     for i in range(new):
+        # The centre of new place i, in units of old places.
         centre = (i + 0.5) * old / new - 0.5
         first = math.floor(centre)
         for tap in range(first - 1, first + 3):

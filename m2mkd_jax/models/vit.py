@@ -87,6 +87,7 @@ class ViTConfig(Section):
             patch=self.patch,
             width=self.width,
             heads=self.heads,
+            # Rounded down, as in the original and in timm.
             hidden=int(self.width * self.mlp_ratio),
             qkv_bias=self.qkv_bias,
             norm_eps=self.norm_eps,
@@ -107,6 +108,8 @@ class ViTConfig(Section):
 
 _TINY = {"width": 192, "heads": 3}
 _DEIT_SMALL = {"width": 384, "heads": 6}
+# The original's small and huge ViTs lack the qkv bias and have another epsilon only because their
+# functions leave both to the defaults of its class. Kept, since published weights depend on it.
 _SMALL = {"width": 768, "heads": 8, "mlp_ratio": 3.0, "qkv_bias": False, "norm_eps": 1e-5}
 _BASE = {"width": 768, "heads": 12}
 _LARGE = {"width": 1024, "heads": 16}
@@ -205,6 +208,7 @@ def build(
     stages = [(encoder.BlockConfig(),) * depth for depth in config.depths]
     stages = encoder.with_stitches(stages, stitch_width)
     network = encoder.build(config.encoder, interface, stages, dtype)
+    # Rates need the number of blocks in the whole network, so they are set last.
     return encoder.ramp_drop_path(network, drop_path)
 
 

@@ -55,6 +55,8 @@ def network_table(
         own = _stage_entries(depth, place, layout)
         root = _stage_entries(depth, place, layout, first=first)
         listed = (f"stages.{stage}.{name}" for name in _names(own))
+        # The same tensors in the same order, with blocks numbered within the stage in one and
+        # through the network in the other.
         aliases |= dict(zip(listed, _names(root), strict=True))
         entries |= below(root, source="", target=f"{stage_name(stage)}/")
         first += depth
@@ -152,6 +154,7 @@ def _block(heads: int, experts: int) -> dict[str, Entry]:
     return {
         **_stitch("pre_stitch"),
         **trunk,
+        # Either may be absent: `moe_blocks` decides which blocks have experts.
         **optional(mlp),
         **optional(_experts(experts)),
         **_stitch("post_stitch"),
@@ -172,6 +175,7 @@ def _experts(count: int) -> dict[str, Entry]:
         "moe/up_bias": _expert("htoh4.bias", count),
         "moe/down": _expert("h4toh.weight", count),
         "moe/down_bias": _expert("h4toh.bias", count),
+        # The order of the original's files: experts, then gate.
         **router,
     }
 
@@ -187,6 +191,7 @@ def _expert(tensor: str, count: int) -> Entry:
     fused = Entry((f"moe.experts.{tensor}",), turn, lambda x: (turn(x),))
     return Entry(
         tuple(f"moe.experts.{e}.{tensor}" for e in range(count)),
+        # Each tensor has a first axis of size 1, which becomes the axis of experts.
         lambda *tensors: turn(np.concatenate(tensors)),
         lambda x: tuple(turn(x[e : e + 1]) for e in range(count)),
         forms=(fused,),

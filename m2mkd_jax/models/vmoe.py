@@ -93,6 +93,7 @@ def build_students(
     within each student.
     """
     students = build(config, interface, stitch_width=meta_width, dtype=dtype)
+    # Each as a network of its own, as in the original, where a student knows of no other.
     ramped = (encoder.ramp_drop_path(Network((stage,)), drop_path) for stage in students.stages)
     return Network(tuple(network.stages[0] for network in ramped))
 
@@ -127,6 +128,7 @@ _PLACEMENTS = {
 def _stage_blocks(
     config: VMoEConfig, stitch_width: int | None
 ) -> list[tuple[encoder.BlockConfig, ...]]:
+    # Blocks are numbered through all stages, so `moe_blocks` means the same however they are cut.
     experts, blocks = config.moe_positions(), itertools.count()
     stages = [
         tuple(

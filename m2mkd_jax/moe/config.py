@@ -18,6 +18,7 @@ from m2mkd_jax.moe.soft import SOFT, SoftConfig
 ROUTERS: dict[str, Router] = {
     "topk_softmax": pair_router(topk_softmax, ("importance", "gshard", "z"), renormalised=True),
     "softmax_topk": pair_router(softmax_topk, ("importance", "load", "gshard", "z"), noisy=True),
+    # Experts that choose are balanced by construction; only the size of their logits can grow.
     "expert_choice": pair_router(expert_choice, ("z",), tokens_choose=False),
     "soft": SOFT,
 }
@@ -120,6 +121,7 @@ class MoeConfig(PairsConfig, SoftConfig):
         return "" if self.balance.active() else ROUTERS[self.router].untrained(self)
 
     def _refuse_fields_of_other_routers(self) -> None:
+        # `MoeConfig` has the fields of all routers, so any of them can be given as a flag.
         own = {field.name for field in fields(ROUTERS[self.router].config)}
         for name, other in ROUTERS.items():
             for field in fields(other.config):
@@ -152,6 +154,7 @@ def check_moe(config: MoeConfig, mesh_shape: Mapping[str, int], batch: int) -> N
         "change config.mesh.expert or config.model.moe.experts",
     )
     if not config.grouped:
+        # `route` makes every example a group then, and groups are split over all devices.
         if batch % devices:
             raise ValueError(
                 f"a batch of {batch} examples must be a multiple of the mesh's {devices} devices; "

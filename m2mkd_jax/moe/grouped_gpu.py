@@ -240,6 +240,7 @@ def _row_kernel(
 
     @pl.when(row < used[0])
     def _():
+        # No step is partial: `fits` requires widths in multiples of 64, the largest step.
         start = jnp.zeros((TILE, width), jnp.float32)
         epilogue(jax.lax.fori_loop(0, a.shape[1] // step, add, start), tile, *refs)
 
@@ -258,6 +259,7 @@ def _outer_kernel(start, end, a, b, out, *, grid: tuple[int, int]) -> None:
 
     # An expert without rows gets zeros.
     total = jnp.zeros((height, width), jnp.float32)
+    # No step is partial here either, since an expert's rows are whole tiles of 128.
     total = jax.lax.fori_loop(start[expert] // step, end[expert] // step, add, total)
     out[expert, rows, columns] = total.astype(out.dtype)
 

@@ -47,6 +47,7 @@ class MoeMlp(nn.Module):
         y, metrics = routing.mix(x.astype(self.dtype), experts)
 
         if self.is_mutable_collection("moe"):
+            # The load loss exists only where noise was drawn, that is, in training.
             terms = [
                 weight * routing.losses()[name]()
                 for name, weight in config.balance.active().items()

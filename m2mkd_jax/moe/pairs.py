@@ -44,6 +44,8 @@ class PairsConfig(RouterConfig):
 
     def slots(self, tokens: int) -> int:
         """C: slots per expert in a group of `tokens` tokens."""
+        # An expert gets a token at most once, so slots beyond the number of tokens would stay
+        # empty.
         return min(tokens, math.ceil(self.capacity_factor * tokens * self.chosen / self.experts))
 
 
@@ -139,6 +141,8 @@ def pair_router(
     """
 
     def grouped(config: PairsConfig) -> bool:
+        # If experts choose, tokens compete under any dispatcher: which ones an expert takes depends
+        # on all of the group.
         return not tokens_choose or DISPATCHERS[config.dispatch].grouped
 
     def idle(config: PairsConfig) -> Mapping[str, str]:
@@ -164,6 +168,7 @@ def pair_router(
     ) -> PairRouting:
         # Without competition for slots the grouping does not matter: one group per example.
         groups = config.groups if grouped(config) else logits.shape[0]
+        # Groups are consecutive examples, so none is split between devices.
         clean = logits.reshape(groups, -1, config.experts)
         noised = clean if key is None else routers.noisy(clean, key, config.noise_std)
         slots = config.slots(clean.shape[1])

@@ -57,6 +57,7 @@ def expert_choice(logits: Float[Array, "G N E"], *, chosen: int, slots: int, ord
     scores = jnp.swapaxes(jax.nn.softmax(logits, axis=-1), -1, -2)
     _, token = jax.lax.top_k(scores, slots)
     weight = jnp.take_along_axis(scores, token, axis=-1)
+    # (G, E, C), like `token` and `weight`.
     expert = jnp.broadcast_to(jnp.arange(logits.shape[-1])[:, None], token.shape)
     return Routes(*(_flat(leaf) for leaf in (token, expert.astype(jnp.int32), weight)))
 

@@ -58,6 +58,8 @@ class SoftGate(nn.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E C"]:
         _, tokens, width = x.shape
         experts = self.config.experts
+        # By default the shape of phi depends on the number of tokens: such weights fit one image
+        # size.
         slots = self.config.slots_per_expert or math.ceil(tokens / experts)
         phi = self.param("phi", nn.initializers.normal(width**-0.5), (width, experts, slots))
         scale = self.param("scale", nn.initializers.ones, ())
@@ -74,6 +76,7 @@ class SoftSlots(NamedTuple):
 
     def dispatch(self, x: Float[Array, "B T D"]) -> Float[Array, "E R D"]:
         """slot_ec = sum_t dispatch_tec x_t, rows ordered by example."""
+        # Experts first, then examples: the rows of an expert form one matrix, for `serve_slots`.
         slots = jnp.einsum("BTEC,BTD->EBCD", self.into.astype(x.dtype), x)
         return slots.reshape(slots.shape[0], -1, slots.shape[-1])
 
@@ -104,6 +107,7 @@ class SoftRouting:
         """
         weights = self.choices()
         slots = SoftSlots(weights["dispatch"], weights["combine"])
+        # Examples are the groups here, so a device's slots are those of its own examples.
         y = over_mesh(serve_slots, x, slots, experts)
         metrics = {
             "load": jnp.mean(jnp.sum(slots.out_of, axis=3), axis=(0, 1)),

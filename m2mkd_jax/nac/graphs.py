@@ -89,6 +89,7 @@ def find_communities(
     """
     nodes = len(adjacency)
     if config.graph in ("planted_partition", "ring_of_cliques"):
+        # networkx numbers the nodes of a block or clique consecutively.
         return np.arange(nodes) // (config.community_size or nodes // config.communities)
     if config.graph == "complete":
         return np.zeros(nodes, int)
@@ -144,6 +145,7 @@ def _grid(config: PriorConfig, nodes: int, seed: int) -> nx.Graph:
     del seed
     size = math.prod(config.dims)
     if size != nodes:
+        # For the message: the squarest grid with the right number of nodes.
         side = max(n for n in range(1, math.isqrt(nodes) + 1) if nodes % n == 0)
         fits = f"makes {size} nodes; {(side, nodes // side)} would fit"
         _refuse("dims", config.dims, nodes, fits)
@@ -152,6 +154,8 @@ def _grid(config: PriorConfig, nodes: int, seed: int) -> nx.Graph:
 
 def _balanced_tree(config: PriorConfig, nodes: int, seed: int) -> nx.Graph:
     del seed
+    # Sizes by height, up to the configured one and until one is large enough: the message names the
+    # two nearest.
     sizes = [1]
     while len(sizes) <= config.height or sizes[-1] < nodes:
         sizes.append(1 + config.branching * sizes[-1])
@@ -193,6 +197,7 @@ def _hypercube(config: PriorConfig, nodes: int, seed: int) -> nx.Graph:
 
 
 def _refuse(field: str, value: object, nodes: int, fits: str) -> None:
+    # networkx would build a graph of another size, or raise an error that names no config field.
     raise ValueError(
         f"config.model.prior.{field}={value!r} does not fit config.model.mediators={nodes}: {fits}"
     )

@@ -85,6 +85,7 @@ def exp_kernel(
     if config.truncation is None:
         return jnp.exp(-scaled)
     if config.truncation_kind == "direct":
+        # Straight-through or not, a cut edge has no gradient here: exp(-inf) = 0 is a factor of it.
         return jnp.exp(log_kernel(distance, bandwidth, config))
     uncut = jnp.exp(-scaled)
     cut = jnp.where(_within_truncation(distance, bandwidth, config), uncut, 0.0)
@@ -105,6 +106,8 @@ def sample_log(
     u = jnp.clip(uniform, EPS, 1 - EPS)
     # log1p(-p), not log(1 - p): the difference drops the low digits of a small p.
     logits = (jnp.log(u) - jnp.log1p(-u) + jnp.log(p) - jnp.log1p(-p)) / temperature
+    # The original takes the log of a clipped sigmoid, which rounds to 0 or 1 first. The two agree
+    # to 1e-6.
     return jnp.clip(jax.nn.log_sigmoid(logits), jnp.log(TINY), jnp.log1p(-EPS))
 
 

@@ -138,6 +138,8 @@ class Seeder(nn.Module):
         """Returns mean and standard deviation of the states; the latter is None without noise."""
         if self.graph.seeding == "code":
             return codes, None
+        # In float32 for any `dtype`: there is one row per latent, not per example, and `_states`
+        # casts the states that are made from them.
         codes = norm("norm", jnp.float32)(codes)
         mean = Linear(self.graph.width, codes.dtype, name="mean")(codes)
         if self.graph.seeding == "mean":
@@ -190,6 +192,8 @@ class Graph(nn.Module):
           train: adds noise to the codes (stream "code").
           seed_mediators: False if the mediators start from the input latents' states.
         """
+        # The order matters for random draws: linen folds the number of earlier draws from a stream
+        # into the key of the next.
         sets = {"input": self.input(), "mediator": self.mediator(), "output": self.output()}
         latents = {}
         for name, arrays in sets.items():
@@ -209,6 +213,8 @@ class Graph(nn.Module):
         codes = add_code_noise(self, f"{name}_codes", codes, self.config.code_noise, train=train)
         mean, deviation = self.seeder(codes)
         states = jnp.broadcast_to(mean, (batch, *mean.shape))
+        # A missing key means no noise in evaluation. In training it would be a mistake, on which
+        # `draw` raises.
         if deviation is not None and (train or can_draw(self, f"{name}_states", stream="state")):
             noise = draw(self, f"{name}_states", normal(states.shape), stream="state")
             states = states + deviation * noise
@@ -220,4 +226,6 @@ def _first_unit(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _identical(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    # Equal at first, but every latent then learns its own. The original stores one expanded row,
+    # whose updates all latents share.
     return jnp.broadcast_to(jax.random.normal(key, shape[-1:]), shape)

@@ -21,9 +21,9 @@ from common_jax.ranges import BelowOne, Finite, Positive, one_of
 from m2mkd_jax.nac.products import scale_by
 
 NORM_EPS = 1e-5
-L2_EPS = 1e-12
+L2_EPS = 1e-12  # of torch's `normalize`
 WEIGHT_EPS = 1e-6
-NOISE = "noise"
+NOISE = "noise"  # collection of the numbers that replace draws, see `draw`
 
 ACTIVATIONS = types.MappingProxyType({"none": lambda x: x, "gelu": gelu})
 
@@ -118,6 +118,8 @@ class CodeLinear(nn.Module):
         init = uniform_init(self.inputs, config.weight_gain)
         self.kernel = self.param("kernel", init, (self.inputs, self.outputs))
         if self.use_bias:
+            # The plain layer is PyTorch's, which draws the bias too; the original starts those of
+            # the modulated layers at 0.
             plain = config.kind == "plain"
             init = uniform_init(self.inputs) if plain else nn.initializers.zeros
             self.bias = self.param("bias", init, (self.outputs,))
@@ -125,6 +127,8 @@ class CodeLinear(nn.Module):
             init = uniform_init(self.code_width)
             self.code_kernel = self.param("code_kernel", init, (self.code_width, self.inputs))
         if config.kind == "weight_modulated":
+            # `init` is still that of `code_kernel`: PyTorch's bound depends on the fan-in, for the
+            # bias too.
             self.code_bias = self.param("code_bias", init, (self.inputs,))
         if config.kind == "modulated" and config.learnable_gain:
             self.gain = self.param("gain", nn.initializers.constant(config.gain), ())
@@ -134,6 +138,7 @@ class CodeLinear(nn.Module):
     ) -> Float[Array, "*B T _"]:
         config, x = self.config, x.astype(self.dtype)
         if config.kind == "weight_modulated":
+            # (T, out, in) by (B, T, in); the matrix of a single code broadcasts over T.
             y = jnp.matvec(self._matrices(codes).astype(self.dtype), x)
         else:
             if config.kind == "modulated":
@@ -153,8 +158,10 @@ class CodeLinear(nn.Module):
         scales = gain * NORMALISATIONS[config.normalization](codes @ self.code_kernel)
         if train and config.dropout:
             keep = 1 - config.dropout
+            # The whole batch shares the mask, since scales have no batch axis.
             mask = draw(self, "dropout", uniform(scales.shape), stream="code") < keep
             scales = scales * mask / keep
+        # After the dropout: where a scale is dropped, the input passes unchanged.
         return scales + 1 if config.add_one else scales
 
     def _matrices(self, codes: Float[Array, "T Z"]) -> Float[Array, "T _ _"]:
@@ -216,6 +223,7 @@ def draw(
     if not module.has_variable(NOISE, name):
         return sample(module.make_rng(stream))
     noise = module.get_variable(NOISE, name)
+    # Traces `sample`, without drawing.
     expected = jax.eval_shape(sample, jax.random.key(0)).shape
     if noise.shape != expected:
         path = "/".join((*module.path, name))

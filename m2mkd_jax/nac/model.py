@@ -30,9 +30,11 @@ from m2mkd_jax.nac.students import MediatorStudent, ReadInStudent, ReadOutStuden
 from m2mkd_jax.nac.tokenizer import TokenizerConfig
 from m2mkd_jax.stages import Network
 
-# The read-out's kernel neither cuts nor samples edges (as in the published configs).
+# The read-out's kernel neither cuts nor samples edges. In the original, the settings of the
+# propagators' kernel and norm do not reach the read-out, and the published NACs were trained so.
 READ_OUT_KERNEL = KernelConfig(truncation=None, stochastic=False)
 LEGACY_READ_IN_SCALE = 1e-6
+# The original's code looks for "tinynet", but the comments in its configs say "tinyimnet".
 SPELLINGS = types.MappingProxyType(
     {"imnet": "imagenet", "tinyimnet": "tinyimagenet", "tinynet": "tinyimagenet"}
 )
@@ -139,6 +141,8 @@ class NacConfig(Section):
     remat: bool = False
 
     def __post_init__(self):
+        # Before the checks of the base class, which would refuse these spellings. Other types are
+        # left to them.
         if isinstance(self.students, str):
             object.__setattr__(self, "students", SPELLINGS.get(self.students, self.students))
         super().__post_init__()
@@ -253,6 +257,7 @@ class NacConfig(Section):
         """Returns a regex of the trained parameters."""
         fixed = [] if self.learn_codes else ["codes"]
         fixed += [] if self.learn_signatures else ["signatures"]
+        # A negative lookahead, because the regex must match what is trained, not what is fixed.
         return rf"(?!.*/graph/\w+/({'|'.join(fixed)})$).*" if fixed else ".*"
 
 
@@ -350,7 +355,9 @@ def build_students(
     read_in = config.read_in_config()
     block = dataclasses.replace(read_in.block, **bare)
     if config.legacy_read_in_scale:
+        # Only that of the MLP: the attention's is `read_in.scale`.
         block = dataclasses.replace(block, layer_scale=LEGACY_READ_IN_SCALE)
+    # A student has a single input latent, and a read-in by projection needs one per token.
     read_in = dataclasses.replace(read_in, block=block, kind="attention")
     read_out = config.read_out_config(interface.labels)
     read_out = dataclasses.replace(

@@ -62,6 +62,8 @@ def network_table(config: NacConfig) -> Table:
     )
     for i in range(count):
         source, target = f"{PROPAGATORS}{i}.", f"{stage_name(i + 1)}/"
+        # A file lists a shared tensor under every iteration. It is read from the first, and all
+        # must be equal.
         others = tuple(f"{PROPAGATORS}{j}." for j in range(1, count)) if i == 0 else ()
         parts = {
             ("latent_attention.", "attention/"): (attention(kind), config.share_propagators),
@@ -107,6 +109,7 @@ def ffn(kind: str) -> Entries:
     layer = code_linear(kind)
     return _join(
         ("layernorm.", "norm/", _NORM),
+        # `ffn.1` is the activation, which has no tensors.
         ("ffn.0.", "up/", layer),
         ("ffn.2.", "down/", layer),
         ("", "", optional(_SCALE)),
@@ -148,6 +151,7 @@ def tokenizer() -> Entries:
         ),
         *(
             (f"stages.{stage}.{i}.", f"block_{stage}_{i}/", optional(_CONVNEXT))
+            # As many blocks as the largest preset has; the shapes of a network select among them.
             for stage, most in enumerate(map(max, zip(*PRESETS.values(), strict=True)))
             for i in range(most)
         ),
@@ -194,6 +198,7 @@ def mediator_student(kind: str) -> Entries:
 
 def read_out_student(kind: str) -> Entries:
     """The entries of the last student."""
+    # Here `tokenizer` is the original's output tokenizer, in `read_in_student` the one of images.
     return _join(_PRE, ("", "", read_out(kind)), ("tokenizer.", "pooling/", pooling()))
 
 

@@ -243,6 +243,7 @@ class NacNetwork:
             # any number of iterations.
             stage = module.init(fold_name(key, name), *arguments, train=False)["params"]
             if self.share_ffns and 1 < i < last:
+                # `_propagate` puts the MLP of stage 1 in its place.
                 del stage["ffn"]
             params[name] = stage
         return params
@@ -356,6 +357,8 @@ class NacNetwork:
 
     def _distance(self, mediators: Latents, inputs: Latents) -> Float[Array, "T S"]:
         """Returns distances from mediators to input latents and mediators, for all iterations."""
+        # Signatures do not change between iterations, so neither do distances; only the bandwidth
+        # and the sampled edges differ. The original computes them in every iteration.
         signatures = jnp.concatenate([inputs.signatures, mediators.signatures])
         return cosine_distance(mediators.signatures, signatures)
 
@@ -404,6 +407,7 @@ class _Caller:
         # Fold in the stage name: linen derives keys from paths within the module, which are the
         # same in every iteration.
         keys = {stream: fold_name(key, name) for stream, key in self.rngs.items()}
+        # "states" is the network's own record, not a collection of linen's.
         collections = [c for c in self.record if c != "states"]
 
         def run(variables, keys, *arguments):

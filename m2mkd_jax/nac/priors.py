@@ -138,6 +138,7 @@ def scaled_paths(adjacency: Bool[np.ndarray, "T T"]) -> Float[np.ndarray, "T T"]
     """Returns the lengths of shortest paths, divided by the longest; 0 where there is no path."""
     lengths = csgraph.shortest_path(np.asarray(adjacency, float), directed=False, unweighted=True)
     lengths = np.where(np.isfinite(lengths), lengths, 0)
+    # The 1 is for a graph without edges.
     return (lengths / max(1, lengths.max())).astype(np.float32)
 
 
@@ -179,6 +180,7 @@ def _is_near(signatures, truncation: float) -> np.ndarray:
 
 
 def _loss(signatures: jax.Array, target: jax.Array, truncation: float | None) -> jax.Array:
+    # (T, T) with the diagonal, which counts as no edge: its distance of 0 adds a constant.
     distance = cosine_distance(signatures, signatures)
     if truncation is None:
         return jnp.mean((distance - target) ** 2)
@@ -207,6 +209,7 @@ def _fit(target, init, learning_rate, *, truncation: float | None, steps: int):
 def _make(config: PriorConfig, nodes: int, width: int, seed: int) -> Prior:
     adjacency = make_graph(config, nodes=nodes, seed=seed)
     if config.graph == "complete":
+        # Nothing to fit: identical signatures are at distance 0.
         signatures = np.tile(np.eye(1, width, dtype=np.float32), (nodes, 1))
     else:
         init = draw_signatures(jax.random.key(seed), nodes=nodes, width=width)
@@ -239,6 +242,8 @@ def _read(path: epath.Path, fingerprint: str, nodes: int, width: int) -> Prior |
     try:
         arrays = read_npz(path, ("fingerprint", *forms))
         stored = arrays.pop("fingerprint")
+        # First, and without a warning: a file with other settings is no damage, though its shapes
+        # differ.
         if stored.ndim == 0 and stored.dtype.kind == "U" and str(stored) != fingerprint:
             return None
         for name, (kind, shape) in forms.items():

@@ -17,6 +17,8 @@ from common_jax.nn.mlp import INIT
 
 def scale_by(x: Float[Array, "*B T D"], scales: Float[Array, "#T D"]) -> Float[Array, "*B T D"]:
     """x * scales, with the same scales for all examples."""
+    # The sum over examples, which the other form speeds up, needs a batch axis and a scale for
+    # every position; `fits`: a product sums in the dtype of its operands.
     if x.ndim < 3 or scales.shape != x.shape[-2:] or not fits(x.dtype):
         return x * scales
     return jax.lax.platform_dependent(x, scales, cpu=_scale, default=jnp.multiply)
@@ -54,6 +56,7 @@ def _scale_forward(x, scales):
 
 def _scale_backward(kept, dy):
     x, scales = kept
+    # (examples, T D); the product with ones sums over the examples.
     rows = (dy * x).reshape(-1, scales.size)
     return dy * scales, (jnp.ones(len(rows), x.dtype) @ rows).reshape(scales.shape)
 
@@ -93,6 +96,7 @@ def _shifts_backward(kept, dy):
     side, padded = len(kernel), _pad(x, len(kernel))
 
     def row(i):
+        # The gradient at place (i, j): the shifted image times dy, summed per channel.
         products = (_shift(padded, i, j, x.shape) * dy for j in range(side))
         return jnp.stack([jnp.sum(product, axis=(0, 1, 2)) for product in products])
 

@@ -98,6 +98,7 @@ class ReadInAttention(nn.Module):
         per_receiver = jnp.broadcast_to(
             tokens[:, :, None], (*tokens.shape[:2], query.shape[1], self.token_width)
         )
+        # (B, S, T, H, K) each.
         keys, values = (
             layer(per_receiver, codes, train=train).reshape(
                 *per_receiver.shape[:3], *query.shape[2:]
@@ -205,7 +206,7 @@ def pool_tokens(
     # Moves the key projection to the queries, and 1 / sqrt(K) with it, where it is cheapest.
     widened = jnp.einsum("BTHK,UHK->BTHU", query / math.sqrt(width), key_kernel.astype(dtype))
     # One batched product with the queries of all heads as rows, so that the second factor is the
-    # tokens themselves and not a copy per head.
+    # tokens themselves and not a copy per head. Here T is receivers times heads.
     rows = (widened * key_scales).reshape(batch, receivers * heads, -1)
     precise = jnp.promote_types(dtype, jnp.float32)
     scores = jnp.einsum("BTU,BSU->BTS", rows, tokens, preferred_element_type=precise)

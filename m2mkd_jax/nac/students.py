@@ -78,6 +78,7 @@ class MediatorStudent(nn.Module):
     def __call__(self, x: Float[Array, "B T D"], *, train: bool) -> Float[Array, "B T D"]:
         codes = fixed_codes(self, self.seed, self.config.code_width)
         states = self.pre_stitch(x)
+        # The same tokens receive and send, so both sides of the attention are stitched once.
         return self.post_stitch(self.block(states, codes, (states,), codes, train=train))
 
     def example(self, batch: int) -> jax.ShapeDtypeStruct:
@@ -133,8 +134,12 @@ def fixed_states(
     """
     if module.has_variable(NOISE, "states"):
         return module.get_variable(NOISE, "states").astype(dtype)
+    # A row of the draw does not depend on the number of rows, as long as jax's threefry is
+    # partitionable (the default): training and evaluation may have other batches.
     return jax.random.normal(_key(seed, "states"), (batch, 1, width)).astype(dtype)
 
 
 def _key(seed: int, name: str) -> jax.Array:
+    # Neither the stage nor the process enters the key: all students of a run have the same code, in
+    # every process and after resuming.
     return fold_name(jax.random.key(seed), f"nac student {name}")

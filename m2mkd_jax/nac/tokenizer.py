@@ -21,7 +21,7 @@ from m2mkd_jax.nac.products import Depthwise
 NORM_EPS = 1e-6  # in the trunk; the rest of NAC has 1e-5
 STEM = 4
 DEPTHWISE = 7
-# Blocks per stage.
+# Blocks per stage. A stage without blocks still has its convolution and norm.
 PRESETS = types.MappingProxyType(
     {
         "tiny": (3, 3, 9),
@@ -150,6 +150,7 @@ class ConvNeXtBlock(nn.Module):
         )
         y = gelu(layer(4 * width, name="up")(y))
         y = layer(width, name="down")(y)
+        # So close to 0 that a block starts as the identity.
         gamma = self.param("gamma", nn.initializers.constant(1e-6), (width,))
         return x + y * gamma.astype(self.dtype)
 
@@ -170,6 +171,7 @@ def fit_grid(
             "config.model.tokenizer.grid_size to the side of the map (0 does that), or "
             "config.model.tokenizer.grid_resize to 'adaptive'"
         )
+    # Rows, then columns: the mean over a rectangle is the mean of the means of its rows.
     for axis in (0, 1):
         bins = _adaptive_bins(grid.shape[axis], size[axis])
         parts = [jax.lax.slice_in_dim(grid, a, b, axis=axis).mean(axis) for a, b in bins]

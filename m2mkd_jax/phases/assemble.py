@@ -24,6 +24,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         whole_training(PHASE, config),
         workdir,
         mesh,
+        # Every parameter must come from a module. The original loads them without such a check.
         warm_start=lambda shapes: take_weights(config, shapes, origins),
     )
 

@@ -30,8 +30,11 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     training, several = describe(config, mesh), bool(config.sources.teachers)
     shapes = {role: part for role, part in training.helpers.items() if role in ("meta", "teacher")}
     origins = [Origin(require_source(config, "meta"), "meta", "meta")]
+    # Several teachers are under other keys, and are loaded below.
     if "teacher" in shapes:
         teacher = require_source(config, "teacher")
+        # Only the stages that teach a student of this program; the original builds the whole
+        # teacher.
         names = [f"teacher/{name}" for name in shapes["teacher"]]
         origins += [Origin(teacher, name, name) for name in names]
     helpers = take_weights(config, shapes, origins, frozen=True).params
@@ -40,6 +43,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     check_classes(config, feed.label_names, frozen)
     if not several:
         return train_phase(training, workdir, mesh, helpers=helpers, feed=feed)
+    # Each from a run of its own, read with the config section of that run.
     teachers, account = load_teachers(config, training.helpers)
     files = {ACCOUNT: account}
     return train_phase(training, workdir, mesh, helpers=helpers | teachers, feed=feed, files=files)
@@ -52,6 +56,7 @@ def describe(config: Config, mesh: Mesh) -> Training:
     # The tokens of sources.teachers are converted where they differ, so those need no check.
     check_exchange(config, "meta", *(() if several else ("teacher",)), "student")
     stages, teachers = config.modules(), module_teachers(config)
+    # As in the original, only students have stochastic depth, not the meta model or the teachers.
     meta, students = meta_network(config), student_modules(config, drop_path=config.drop_path)
     check_stages({"meta": meta, "student": students} | teachers.networks)
 
@@ -69,6 +74,7 @@ def describe(config: Config, mesh: Mesh) -> Training:
         return {
             module_name(stage): Outputs(
                 logits[stage],
+                # The loss combines teachers if their logits have an axis for them.
                 jnp.stack(targets[stage]) if several else targets[stage][0],
                 {stage_name(stage): recorded[stage_name(stage)]},
             )

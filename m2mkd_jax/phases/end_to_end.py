@@ -36,6 +36,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     It starts from the distilled students in config.sources.students, from the dense ViT in
     config.init.upcycle, or from scratch if both are empty.
     """
+    # First, since it refuses a wrong number of workdirs before data or weights are read.
     warm_start, helpers, files = _warm_start(config), {}, {}
     training, start = describe(config, mesh), None
     feed = config_feed(training, workdir)
@@ -51,6 +52,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         check_training(training, feed, mesh)  # before `make` writes anything
         refuse_other_config(workdir, config)
         start = preparation.make(config.model, config.seed, workdir)
+        # Again, with the real values in place of the sketch that was checked.
         training = describe(config, mesh, start=start)
     result = train_phase(
         training, workdir, mesh, helpers=helpers, warm_start=warm_start, feed=feed, files=files
@@ -125,9 +127,11 @@ def _with_teachers(student: Forward, teachers: Teachers, names: tuple[str, ...])
 
     def forward(params, helpers, images, train, rngs):
         given = {
+            # Without `train` and keys: teachers are in evaluation mode whatever the student is in.
             name: jax.lax.stop_gradient(network.apply(helpers[name], images)[0])
             for name, network in teachers.networks.items()
         }
+        # A teacher that is named twice runs once, but counts twice.
         logits = [given[name] for name in names]
         taught = {"teacher": jnp.stack(logits) if len(logits) > 1 else logits[0]}
         outputs = student(params, helpers, images, train, rngs)

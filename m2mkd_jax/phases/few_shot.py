@@ -49,6 +49,8 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         return train(few_shot.seed, workdir)
     workdir = epath.Path(workdir)
     training = describe(config, mesh)
+    # Images of all episodes and the weights are checked before the first one trains, or anything is
+    # written.
     check_training(training, first_feed(training, workdir, splits), mesh)
     shapes = jax.eval_shape(training.init, jax.random.key(0))
     _take_network(config, training, shapes, read=False)
@@ -142,6 +144,7 @@ def first_feed(training: Training, workdir: epath.Path, splits: Splits) -> Feed:
 
 
 def _episode(config: Config, seed: int) -> Config:
+    # As if this episode were run alone, so that the config in its folder repeats it.
     few_shot = dataclasses.replace(config.few_shot, seed=seed, episodes=1)
     return dataclasses.replace(config, few_shot=few_shot)
 
@@ -157,6 +160,7 @@ def _trainer(
     def train(seed: int, workdir: epath.Path) -> dict[str, Any]:
         episode = _episode(training.config, seed)
         return train_phase(
+            # Episodes differ in data and seed only, so the compiled programs fit all of them.
             dataclasses.replace(training, config=episode),
             workdir,
             mesh,
@@ -174,6 +178,7 @@ def _take_network(
     """Initial parameters of an episode: config.sources.network with a new head."""
     origin = Origin(require_source(config, "network"), "student", "student")
     reason = f"a head of config.few_shot.ways={config.few_shot.ways} labels"
+    # What is trained is also what starts from scratch.
     fresh = (Allowance(training.trainable, reason),)
     return take_weights(config, shapes, [origin], fresh=fresh, read=read)
 

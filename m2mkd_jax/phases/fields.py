@@ -41,6 +41,7 @@ def idle(config: Config) -> dict[str, str]:
     }
     found |= idle_optim(config, pipeline=pipeline)
     found |= {path: why for path, why in _without_effect(config) if is_set(config, path)}
+    # `app.run` warns of fields that the phase never reads; a second reason would only confuse.
     read = reads()[config.phase]
     found = {path: why for path, why in found.items() if not unread([path], read)}
     if config.module != "all" and (pipeline or not PHASES[config.phase].modular):

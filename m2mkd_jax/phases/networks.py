@@ -17,7 +17,7 @@ from m2mkd_jax.families.family import WholeNetwork
 from m2mkd_jax.models.bridge import BridgedStage, Layout
 from m2mkd_jax.stages import Network
 
-# role -> section of the config
+# role -> section of the config. The order matters to `read_teacher`, which prefers later roles.
 SECTIONS = types.MappingProxyType(
     {"meta": "meta", "module": "teacher", "teacher": "teacher", "student": "model"}
 )
@@ -30,6 +30,8 @@ def family_of_role(config: Config, role: str) -> Family:
 
 def network_streams(config: Config, *, train: bool) -> tuple[str, ...]:
     """The random streams that the networks of a run draw from, in training or in evaluation."""
+    # Of all sections, whether or not the phase has these networks: keys are made from names, so an
+    # unused stream changes no other.
     families = [family_of(getattr(config, section)) for section in ("meta", "teacher", "model")]
     names = (one.streams if train else one.evaluation_streams for one in families)
     return tuple(dict.fromkeys(itertools.chain.from_iterable(names)))
@@ -132,6 +134,7 @@ def parameter_shapes(
 ) -> dict[str, Any]:
     """Shapes and shardings of a network's parameters, under `role`; for all stages or those in
     `only`."""
+    # The `init` of a whole NAC has no `only`.
     init = network.init if only is None else lambda key: network.init(key, only=only)
     params = jax.eval_shape(lambda key: {role: init(key)}, jax.random.key(0))
     return with_shardings(params, match_rules(family_of_role(config, role).rules, params, mesh))

@@ -66,10 +66,14 @@ def make_loss(
         images, targets = prepare_training(batch, rngs, config.data, config.augment)
         total, parts, moe = jnp.zeros(()), {}, {}
         for name, outputs in forward(params, helpers, images, True, rngs).items():
+            # Without mixing too: smoothed one-hot targets give the cross entropy with label
+            # smoothing.
             value = losses.soft_cross_entropy(outputs.logits, targets)
             parts[name] = {"label_loss": value}
+            # Without a distillation the label loss keeps its full weight, not 1 - alpha.
             if distill.active:
                 distillation = losses.DISTILLATIONS[distill.kind].loss
+                # (N, B, L): only a run with `sources.teachers` has the first axis.
                 if outputs.teacher.ndim == 3:
                     combine = losses.COMBINATIONS[distill.combine]
                     distillation = functools.partial(combine, distillation)

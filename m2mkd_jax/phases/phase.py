@@ -203,6 +203,7 @@ class Phase:
         """Config sections and fields that it reads; setting any others has no effect."""
         ood = ("ood",) if self.ood else ()
         sources = tuple(source.path for source in self.sources)
+        # Both are about loaded weights, so a phase that loads none does not read them.
         allowances = ALLOWANCES if sources else ()
         return (*ALWAYS, *RECIPE, *self.reads, *ood, *sources, *allowances)
 

@@ -89,6 +89,8 @@ def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, A
       The result of the run that trains `PRODUCT`.
     """
     workdir = epath.Path(workdir)
+    # All checks come before `claim`, which writes to the workdir: a pipeline that is refused leaves
+    # no config there.
     refuse_other_config(workdir, config)
     check_pipeline(config, workdir, mesh)
     claim(workdir, config)
@@ -100,6 +102,7 @@ def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, A
             logging.info("%s is already finished", folder)
             results[folder] = result
         else:
+            # Errors then name the field under config.recipes, where it was set.
             with in_recipe(Recipe, run_config.phase):
                 results[folder] = run_phase(run_config, workdir / folder, mesh)
     return results[result_folder()]
@@ -119,10 +122,12 @@ def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
     unfinished = [
         (folder, run)
         for folder, run in plan(config, workdir)
+        # By existence alone: configs are compared when `run_pipeline` gets there.
         if not (workdir / folder / "result.json").exists()
     ]
     if not unfinished:
         return
+    # Sources that earlier runs will make are checked when those runs have made them.
     for source in replacing_sources():
         if source.value(config):
             check_source(config, source.field, mesh)
@@ -153,6 +158,7 @@ def plan(config: Config, workdir: epath.Path) -> list[tuple[str, Config]]:
     for name in chosen_phases(config):
         phase = PHASES[name]
         fields = [source.field for source in phase.used_sources(config)]
+        # Sources that no phase makes, such as sources.teachers, stay as the user gave them.
         sources = {field: workdirs[field] for field in fields if field in workdirs}
         run_config = _phase_config(config, name, sources)
         if phase.modular:
@@ -200,6 +206,7 @@ def _phase_config(config: Config, phase: str, sources: Mapping[str, Any]) -> Con
             optim=recipe.optim,
             augment=recipe.augment,
             drop_path=recipe.drop_path,
+            # The run's recipe is in the three fields above; its config has no others.
             recipes={},
             sources=dataclasses.replace(config.sources, **sources),
         )

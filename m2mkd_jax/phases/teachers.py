@@ -91,6 +91,7 @@ class StoredTeacher:
                 "must have the same number of stages. Convert or train it again with other "
                 "--config.teacher.depths"
             )
+        # A joined module's stitches are as wide as the meta model that it was joined to.
         width = self.stored.meta.width if self.joined else section.width
         if width != meta.width:
             raise self.refuse(
@@ -207,6 +208,7 @@ def read_teacher(config: Config, key: str, source: str) -> StoredTeacher:
     """
     checkpoint.check_source(key, source)
     saved, shapes = checkpoint.load_config(source), checkpoint.load_shapes(source)
+    # Before freezing, whose complaint about the other system's fields would be of less help.
     check_system(saved, SYSTEM, source)
     stored = freeze_stored(Config, saved, source)
     able = [role for role in SECTIONS if "teacher" in family_of_role(stored, role).roles]
@@ -219,6 +221,7 @@ def read_teacher(config: Config, key: str, source: str) -> StoredTeacher:
             "a run of phase='train_module' or 'assemble', or converted weights"
         )
     section = getattr(stored, SECTIONS[role])
+    # How to compute it depends on this run's machine, not on the one that trained it.
     own = {name: getattr(config.teacher, name) for name in COMPUTATION}
     teacher = dataclasses.replace(section, **own)
     return StoredTeacher(key, source, role, stored, dataclasses.replace(config, teacher=teacher))
@@ -250,6 +253,8 @@ def load_teachers(
             for stage in shapes[name]
         ]
         _compare_meta(found)
+        # In the role "teacher", since in `found.config` the section of that role is this teacher's:
+        # position tables are resized by it.
         needed = {"teacher": shapes[name]}
         start = take_weights(found.config, needed, origins, frozen=True, read=read)
         if read:
@@ -293,6 +298,8 @@ def check_classes(config: Config, names: Sequence[str], roles: Sequence[str]) ->
         for i, source in enumerate(given if several else [given]):
             path = find_classes(checkpoint.find_step(source)) if source else None
             known = names if path is None else read_json(path, {"names": list})["names"]
+            # Not strict: a different number of classes shows in the shapes of the head, or is
+            # refused by `read_teachers`.
             for label, (theirs, ours) in enumerate(zip(known, names, strict=False)):
                 if theirs != ours:
                     key = f"config.sources.{role}" + (f"[{i}]" if several else "")

@@ -61,11 +61,15 @@ def describe(config: Config, mesh: Mesh) -> Training:
         for stage in stages
     }
     if joins:
+        # After `ramp`, which needs the blocks of unwrapped stages. Only the module is wrapped: the
+        # other stages are the meta model's own.
         hybrids = {stage: bridge(config, one, only=(stage,)) for stage, one in hybrids.items()}
     # With a single module, the meta stage that it replaces never runs; with several, all stages do.
     others = tuple(i for i in range(len(meta)) if stages != (i,))
 
     def forward(params, helpers, images, train, rngs):
+        # The frozen stages are in training mode as well, and drop paths, as in the original. No
+        # gradient enters those before the module; it passes through those after it.
         hidden = shared_tokens(hybrids, helpers["meta"], images, train=train, rngs=rngs)
         logits, _ = module_logits(
             hybrids,
@@ -81,6 +85,7 @@ def describe(config: Config, mesh: Mesh) -> Training:
     return Training(
         PHASE,
         config,
+        # From random weights, as in the original, not from the meta stage that a module replaces.
         init=lambda key: {"module": teacher.init(key, only=stages)},
         rules=family.rules,
         forward=forward,
@@ -93,6 +98,7 @@ def _join(config: Config, shapes: Mapping[str, Any]) -> WarmStart:
     """Loads the modules from config.init.teacher; raises ValueError if config.teacher describes a
     different network."""
     found = read_teacher(config, "config.init.teacher", config.init.teacher)
+    # Only for its error, if the run holds single modules.
     found.whole()
     found.require_section(config)
     compare_images(config, found.source, frozen=True)  # frozen except for stitches and head

@@ -72,6 +72,7 @@ def train_phase(
     feed = config_feed(training, workdir) if feed is None else feed
     refuse_other_classes(workdir, feed.label_names)
     task = with_feed(training, feed, mesh, programs=programs)
+    # Added after `with_feed`, which also serves checks that have no weights.
     task = dataclasses.replace(
         task, helpers=helpers or {}, warm_start=warm_start, files=task.files | (files or {})
     )
@@ -91,6 +92,7 @@ def refuse_other_classes(workdir: epath.Path, names: Sequence[str]) -> None:
     """Raises ValueError if the run in `workdir` has trained on classes with other names, or in
     another order, than `names`: its labels would mean other classes."""
     path = workdir / CLASSES
+    # A run that was stopped before its first checkpoint has learned nothing, and may start anew.
     if not path.exists() or not checkpoint.finished_steps(workdir / checkpoint.FOLDER):
         return
     before = read_json(path, {"names": list})["names"]
@@ -112,6 +114,7 @@ def with_feed(
     """
     config, forward, names = training.config, training.forward, training.phase.evaluators
     _check_best(training)
+    # With "sampled" noise the step enters the key, so that no two evaluations draw the same.
     evaluate = functools.partial(
         make_evaluator, mesh=mesh, seed=config.seed, fold_step=config.evaluation.noise == "sampled"
     )

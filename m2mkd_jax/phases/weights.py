@@ -52,10 +52,13 @@ def take_weights(
         see also `compare_images` and `compare_sections`.
     """
     sources = config.sources
+    # Each source once, though a run of several modules has an origin for every stage.
     for source in dict.fromkeys(str(origin.source) for origin in origins):
         compare_images(config, source, frozen=frozen)
         if frozen:
             checkpoint.warn_if_unfinished(source)
+    # The regexes may be meant for the trained network alone, so a frozen one that they do not match
+    # causes no warning.
     if sources.leave:
         leave = (*leave, Allowance(sources.leave, "config.sources.leave", not frozen))
     if sources.fresh:
@@ -64,6 +67,7 @@ def take_weights(
     for role in shapes:
         section = getattr(config, SECTIONS[role])
         ways |= {f"{role}/{regex}": way for regex, way in family_of(section).adapt(section).items()}
+    # Strict, unlike most loading in the original, which ignores missing and unknown names.
     start = take(shapes, origins, leave=leave, fresh=fresh, adapt=ways, read=read)
     if frozen and start.account["fresh"]:
         name = start.account["fresh"][0]["name"]
@@ -113,6 +117,7 @@ def differing_fields(made: Any, own: Any) -> dict[str, tuple[Any, Any]]:
     differing = {}
     for field in dataclasses.fields(made):
         name = field.name
+        # The families may differ: a V-MoE that starts from a ViT has fields that the ViT lacks.
         if name in NOT_COMPARED or not hasattr(own, name):
             continue
         theirs, ours = getattr(made, name), getattr(own, name)

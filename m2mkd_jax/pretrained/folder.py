@@ -67,6 +67,7 @@ def write_folder(
         about = timm_config(found.config, getattr(found.config, kind.section), classes)
     except ValueError as error:
         reason = str(error)
+    # Only now, so that a run that cannot be exported leaves no folder behind.
     out.mkdir(parents=True)
     write_tensors(out / WEIGHTS, to_tensors(found))
     if about:
@@ -82,6 +83,7 @@ def read_run_config(source: Path) -> Config | None:
     path = (source if source.is_dir() else source.parent) / RUN
     if not path.exists():
         return None
+    # The classes are beside the config in this file, not in it.
     stored = {name: value for name, value in read_json(path).items() if name != "classes"}
     return freeze_stored(Config, stored, path)
 

@@ -109,12 +109,14 @@ def _network(about: Mapping[str, Any], file: Path) -> dict[str, Any]:
     arguments = about.get("model_args") or {}
     if not isinstance(arguments, dict):
         raise ValueError(f"{file}: model_args={brief(arguments)} must be a dictionary")
+    # timm builds the network from model_args, so these take precedence.
     arguments = {"global_pool": about.get("global_pool")} | arguments
     stated = {}
     for field, (key, known) in ARGUMENTS.items():
         value = arguments.get(key)
         if value in (None, ""):
             continue
+        # In a list, since a value from JSON may be unhashable.
         if value not in list(known):
             raise ValueError(
                 f"{file} says {key}={brief(value)}, but m2mKD's ViT only has "
@@ -127,6 +129,7 @@ def _network(about: Mapping[str, Any], file: Path) -> dict[str, Any]:
             "and are not supported; take a model without them"
         )
     if (heads := arguments.get("num_heads")) is not None:
+        # Not isinstance: to it, true is an integer.
         if type(heads) is not int or not 0 < heads <= 1024:
             raise ValueError(f"{file}: num_heads={brief(heads)} must be a whole number above 0")
         stated["heads"] = heads

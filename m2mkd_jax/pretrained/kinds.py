@@ -65,6 +65,7 @@ class Kind:
         Raises:
           ValueError: if config.SECTION belongs to another family.
         """
+        # Only for its error.
         self._sizes(config)
         network = (module_network if self.form.single else whole_network)(config, self.role)
         init = network.init if stage is None else functools.partial(network.init, only=(stage,))
@@ -116,6 +117,7 @@ def guess(tensors: Tensors, plain: Mapping[str, Any], file: str) -> str:
         files = kind.family.files
         marker = files.stage_marker if kind.form.single else files.marker
         formats.append((name, marker, kind.examples))
+    # Prefixes have been removed already; what is still below one is only a part of this network.
     claims = [claim for claim in rank_kinds(formats, names) if not claim.prefix]
     whose = [owner for regex, owner in ELSEWHERE.items() if find(names, regex)]
     if not claims and whose:
@@ -132,6 +134,7 @@ def guess(tensors: Tensors, plain: Mapping[str, Any], file: str) -> str:
     cut = [claim.kind for claim in claims if KINDS[claim.kind].form.cut]
     if cut and "model_name" in plain:
         return cut[0]
+    # Sorted by misfits, the fewest first.
     best = [claim.kind for claim in claims if len(claim.misfits) == len(claims[0].misfits)]
     first = KINDS[best[0]]
     alike = [  # with the same names
@@ -146,6 +149,7 @@ def guess(tensors: Tensors, plain: Mapping[str, Any], file: str) -> str:
             f"tell which: give {choices}"
         )
     depths = alias_depths(tensors)
+    # A single stage of one block says nothing: any ViT may be listed as one stage.
     shallow = len(depths) > 1 and set(depths) == {1}
     return next((name for name in alike if KINDS[name].form.shallow == shallow), alike[0])
 
@@ -157,6 +161,8 @@ def count_blocks(tensors: Tensors) -> int:
 
 def alias_depths(tensors: Tensors) -> tuple[int, ...]:
     """Blocks in each stage, from names `stages.<i>.blocks.<j>`; () without such names."""
+    # At most four digits: the names are untrusted, and the tuple below is as long as the largest
+    # number.
     blocks = {}
     for name in tensors:
         if match := re.match(r"stages\.(\d{1,4})\.blocks\.(\d{1,4})\.", name):

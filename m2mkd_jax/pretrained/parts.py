@@ -122,6 +122,8 @@ def _registers(tensors: Tensors, file: Path) -> int:
 def _places(rows: int, class_token: bool, registers: int) -> dict[str, int]:
     """The side of the square of patches, by value of `positions`, for each possible reading of a
     position table with `rows` rows, the likeliest first."""
+    # Rows before the patches -> `positions`. Where two readings have as many rows, the first is
+    # kept.
     before = {class_token + registers: "all"}
     if class_token:
         before.setdefault(1, "class")

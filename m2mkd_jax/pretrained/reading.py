@@ -76,6 +76,7 @@ def find_source(files: tuple[File, ...], kind: str | None = None) -> Source:
     """
     if kind is not None and kind not in KINDS:
         raise ValueError(f"kind={kind!r} must be one of {sorted(KINDS)}{did_you_mean(kind, KINDS)}")
+    # The files of a folder are all of one kind; `load` refuses any that does not fit it.
     name = kind or guess(files[0].tensors, files[0].plain, str(files[0].path))
     if len(files) > 1 and not KINDS[name].form.single:
         raise ValueError(
@@ -117,6 +118,7 @@ def load(source: Source, config: Config, *, overridden: Collection[str] = ()) ->
     module = "all"
     if PHASES[kind.phase].modular:
         module = "+".join(map(str, sorted(map(stage_number, trees))))
+    # As if a run of that phase had trained the weights from scratch.
     made = dataclasses.replace(
         config,
         phase=kind.phase,
@@ -144,9 +146,12 @@ def find_stage(file: File, kind: Kind, config: Config, *, of_many: bool) -> int:
             f"config.module={config.module!r} must be one number for a single file of a module, "
             "or 'all' for a folder of them"
         )
+    # A file of several stages has both embedding and head, so they do not tell which one is meant.
     index, own = file.plain.get("block_index"), () if _is_of_several(file.tensors) else file.tensors
+    # Names that the original's scripts give to NAC students; mediator 1 is stage 1.
     student = re.fullmatch(r"(ReadIn|Mediator|ReadOut)Student(?:_(\d+))?", file.path.stem)
     ends = {"ReadIn": 0, "ReadOut": count - 1}
+    # Only in a folder of modules: a single name may end in anything, such as an image size.
     number = re.search(r"(\d+)$", file.path.stem) if of_many else None
     words = {
         "config.module": None if config.module == "all" else config.modules()[0],
@@ -197,6 +202,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _read(path: Path, weights: str) -> File:
+    # The final dot distinguishes the prefix of a network from the key of a training checkpoint.
     prefix = weights if weights.endswith(".") else ""
     stored = read_weights(path, weights="" if prefix else weights)
     markers = {kind.family.files.marker for kind in KINDS.values()}
@@ -219,6 +225,7 @@ def _load_file(
             f"config.sources.fresh={config.sources.fresh!r} matches none of the parameters, such "
             f"as {kind.role}/{list(table.entries)[-1]}"
         )
+    # The file may have these tensors all the same; they are then accounted for as left out.
     left = {re.escape(name) for path in fresh for name in table.entries[path].names}
     reasons = dict.fromkeys(sorted(left), "config.sources.fresh")
     params, account = read(
@@ -251,6 +258,7 @@ def _advice(problems: list[str], state: Tensors, kind: Kind, config: Config) -> 
             "other than the last, config.init.upcycle), give "
             f"--config.sources.fresh='{kind.role}/stage_\\d+/head/.*'"
         )
+    # Problems begin with the name of their tensor.
     names = [problem.split()[0] for problem in problems]
     lacks_head = {name for name in names if name.startswith("head.") and name not in state}
     if not lines or not all(name in lacks_head or foreign_parts([name]) for name in names):

@@ -95,6 +95,7 @@ def _make(kind: Kind, file: File, read: Mapping[str, Any], assumed: Mapping[str,
     network, fields = kind.family.config(), assumed | read
     config = unfreeze(Config())
     config[kind.section] = unfreeze(network)
+    # config.module counts the stages of config.meta, so the meta model needs as many.
     fields = {"meta.depths": (1,) * len(fields["depths"])} | paths(fields, kind.section)
     config.update_from_flattened_dict(fields)
     try:
@@ -133,6 +134,7 @@ def _widths(tensors: Mapping[str, np.ndarray], file: File) -> tuple[int, int]:
 
 def _ratio(hidden: int, width: int) -> float:
     """The `mlp_ratio` that gives this hidden width, the integer part of ratio times width."""
+    # width * (hidden / width) may round to just below `hidden`, which `int` would cut by one.
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
@@ -174,6 +176,7 @@ def _same_as(kind: Kind, seen: Mapping[str, Any], file: File) -> list[ViTConfig]
     variants, name = kind.family.files.variants, file.beside.architecture
     name = name or file.plain.get("model_name")
     if isinstance(name, str) and name in variants:
+        # Names come from the file, so the sizes are compared all the same.
         variants = {name: variants[name]}
     same = [
         (kind.family.config(**fields), {"data.image_size": side})

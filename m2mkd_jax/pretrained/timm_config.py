@@ -74,7 +74,9 @@ def _unlike_timm(sizes: ViTConfig) -> list[str]:
     alike: Mapping[str, bool] = {
         "norm_eps": sizes.norm_eps == NORM_EPS,
         "pool": sizes.pool in POOLS.values(),
+        # Without registers, "class" is the same as "all".
         "positions": sizes.positions != "class" or not sizes.registers,
+        # timm's patches have a bias exactly if there is no norm before the blocks.
         "patch_bias": sizes.patch_bias != sizes.norm_pre,
     }
     return [f"{name}={getattr(sizes, name)}" for name, same in alike.items() if not same]

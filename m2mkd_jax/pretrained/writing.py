@@ -31,6 +31,7 @@ def kind_of_run(config: Config, tree: Mapping[str, Any], *, single: bool = False
     own = [name for name in alike if KINDS[name].phase == config.phase] or [
         name for name in alike if not KINDS[name].form.single
     ]
+    # A run of some modules has fewer stages than its network.
     single |= len(tree.get(role, ())) < len(KINDS[own[0]].depths(config))
     return min(own, key=lambda name: KINDS[name].form.single != single)
 
@@ -73,6 +74,7 @@ def load_run(source: epath.PathLike, *, stage: int | None = None) -> Pretrained:
             )
         config = dataclasses.replace(config, module=str(stage_number(stages[0])))
     tree = checkpoint.load(source, subtree="/".join((kind.role, *stages)), average=True)
+    # A stage is loaded without its name, which tables and shapes expect.
     tree = {stages[0]: tree} if stages else tree
     # What config.sources.fresh names, a conversion leaves out, but a run initialises it and has it.
     there = traverse_util.flatten_dict(tree, sep="/")
@@ -107,6 +109,8 @@ def as_checkpoint(found: Pretrained, state: Mapping[str, np.ndarray]) -> dict[st
         return {"model_name": _variant(kind, config), "block_state_dict": state} | place
     aliases = kind.table(config, _stage(kind, config)).aliases
     if not aliases:
+        # Tensors of NACs are not listed by stage: the original's students have an empty list, whole
+        # NACs none.
         return {"model": state} | ({"model_stages": []} if single else {})
     listed = {alias: state[name] for alias, name in aliases.items() if name in state}
     stages = [{} for _ in range(1 if single else len(depths))]
@@ -122,6 +126,7 @@ def _stage(kind: Kind, config: Config) -> int | None:
 
 def _variant(kind: Kind, config: Config) -> str:
     """The published name of the network; "" if it has none."""
+    # A name stands for the sizes, not for how a network is cut or computed.
     plain = {"depths": (1,), "attention": "auto", "remat": False, "scan_layers": False}
     sizes = dataclasses.replace(getattr(config, kind.section), **plain)
     for name, (image_size, _, changes) in kind.family.files.variants.items():
