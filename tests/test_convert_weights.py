@@ -326,6 +326,16 @@ def test_module_of_a_file_must_be_unambiguous(tmp_path, config_file, capsys):
     assert "holds stage_0, stage_1, stage_2 of kind='vmoe_student'" in said
 
 
+def test_mediator_without_a_number_may_be_any(tmp_path, config_file, capsys):
+    config, path = config_of(config_file, "nac"), tmp_path / "MediatorStudent.pth"
+    torch_files.save(path, make_state("nac_student", config, 2))
+    flags = [f"--config={config_file}:nac", "--kind=nac_student"]
+    said = refusal(capsys, path, tmp_path / "run", *flags)
+    assert "does not say which of the 4 modules it holds: give --config.module=K" in said
+    convert(path, tmp_path / "run", *flags, "--config.module=2")
+    assert list(checkpoint.load_shapes(tmp_path / "run")["student"]) == ["stage_2"]
+
+
 def hollow(kind, config):
     """Tensors of a kind that take no memory."""
     expected = expected_tensors(KINDS[kind].table(config, None), KINDS[kind].shapes(config, None))

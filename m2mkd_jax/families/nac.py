@@ -27,7 +27,17 @@ def build_whole(section: NacConfig, context: Context, drop_path: float) -> NacNe
 
 
 def build_modules(section: NacConfig, context: Context, drop_path: float) -> Network:
-    """The NAC cut into students: read-in, mediator iterations and read-out."""
+    """The NAC cut into students: read-in, mediator iterations and read-out.
+
+    Raises:
+      ValueError: with pooling "first_slot".
+    """
+    if section.pooling == "first_slot":
+        raise ValueError(
+            "config.model.pooling='first_slot' takes the first output of the code-conditioned head "
+            "as logits, and students have no such head: use another pooling, or train the NAC from "
+            "scratch with phase='end_to_end'"
+        )
     return model.build_students(
         section,
         context.interface,
@@ -45,7 +55,7 @@ def left(section: NacConfig) -> tuple[Allowance, ...]:
     stitches = Allowance(r"student/stage_\d+/(pre|post)_stitch/.*", "stitches are for distillation")
     # What depends on the data is in `fresh` as well: students and NAC both have it, in other
     # shapes.
-    allowances = [stitches, *_data_dependent(section)]
+    allowances = [stitches, *_unlike_students(section)]
     later = "|".join(str(stage) for stage in range(2, section.iterations + 1))
     if section.share_propagators and later:
         reason = "config.model.share_propagators takes only the first mediator student"
@@ -62,19 +72,22 @@ def fresh(section: NacConfig) -> tuple[Allowance, ...]:
         Allowance(r"student/graph/.*", "students have no latents and no seeder"),
         Allowance(r"student/stage_\d+/attention/bandwidth", "students attend without a kernel"),
         Allowance(r"student/stage_\d+/code_head/.*", "students have no code-conditioned head"),
-        *_data_dependent(section),
+        *_unlike_students(section),
     )
 
 
-def _data_dependent(section: NacConfig) -> tuple[Allowance, ...]:
-    """Parameters whose shapes depend on the image size or the number of labels."""
-    if section.students != "tinyimagenet":
-        return ()
-    reason = "config.model.students='tinyimagenet'"
-    return (
-        Allowance(r"student/stage_\d+/tokenizer/grid", reason),
-        Allowance(r"student/stage_\d+/pooling/.*", reason),
-    )
+def _unlike_students(section: NacConfig) -> tuple[Allowance, ...]:
+    """Parameters that students and NAC both have, in shapes that differ."""
+    allowances = []
+    if section.students == "tinyimagenet":
+        # Grid and pooling depend on image size and labels, which differ from the students'.
+        reason = "config.model.students='tinyimagenet'"
+        allowances.append(Allowance(r"student/stage_\d+/tokenizer/grid", reason))
+        allowances.append(Allowance(r"student/stage_\d+/pooling/.*", reason))
+    elif section.read_out_head:
+        reason = "config.model.read_out_head=True pools logits, students pool states"
+        allowances.append(Allowance(r"student/stage_\d+/pooling/.*", reason))
+    return tuple(allowances)
 
 
 def head(section: NacConfig) -> str:

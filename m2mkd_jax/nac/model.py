@@ -68,7 +68,8 @@ class NacConfig(Section):
       read_in_residual: whether the read-in attention is added to the initial states.
       read_out_residual: whether the read-out attention is added to the initial states.
       read_out_head: whether a code-conditioned layer maps each output state to logits before the
-        pooling; pooling "first_slot" needs it.
+        pooling; pooling "first_slot" needs it. Students lack this layer: "first_slot" cannot be
+        distilled, and any other pooling starts from scratch.
       read_out_head_norm: whether the input of the read-out head is normed.
       pooling, temperature: pooling of the output states, see `network.ReadOutConfig`.
       inputs_to_mediators, inputs_to_outputs, inputs_as_mediators: see `network.Wiring`.

@@ -156,7 +156,7 @@ def find_stage(file: File, kind: Kind, config: Config, *, of_many: bool) -> int:
     words = {
         "config.module": None if config.module == "all" else config.modules()[0],
         "its block_index": index if isinstance(index, int) else None,
-        "its name": student and ends.get(student[1], int(student[2] or -1)),
+        "its name": student and ends.get(student[1], student[2] and int(student[2])),
         "its embedding": 0 if any(name in own for name in names.first) else None,
         "its head": count - 1 if any(name in own for name in names.last) else None,
         "the number in its name": number and int(number[1]),

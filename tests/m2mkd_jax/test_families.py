@@ -22,9 +22,15 @@ CASES = {
     "shared MLPs": dataclasses.replace(DEEP, share_ffns=True),
     "one iteration": dataclasses.replace(NAC, share_ffns=True),
     "Tiny-ImageNet": dataclasses.replace(DEEP, students="tinyimagenet"),
+    "read-out head": dataclasses.replace(DEEP, read_out_head=True),
     "no bandwidth": dataclasses.replace(DEEP, kernel=KernelConfig(learnable_bandwidth=False)),
 }
-SMALLER = r"student/stage_0/tokenizer/grid|student/stage_\d/pooling/.*"
+POOLING = r"student/stage_\d/pooling/.*"
+# What students and the whole network both have, in other shapes.
+UNLIKE = {
+    "Tiny-ImageNet": rf"student/stage_0/tokenizer/grid|{POOLING}",
+    "read-out head": POOLING,
+}
 
 
 def config_of(case):
@@ -50,11 +56,11 @@ def matched(allowances, names):
 def test_left_and_fresh_are_exactly_the_unshared_parameters(case):
     config = config_of(case)
     students, whole = shapes(student_modules(config)), shapes(whole_student(config))
-    smaller = {n for n in whole if case == "Tiny-ImageNet" and re.fullmatch(SMALLER, n)}
-    assert bool(smaller) == (case == "Tiny-ImageNet")
+    unlike = {n for n in whole if case in UNLIKE and re.fullmatch(UNLIKE[case], n)}
+    assert bool(unlike) == (case in UNLIKE)
     kind = family_of(config.model)
-    assert matched(kind.left(config.model), students) == (students.keys() - whole.keys()) | smaller
-    assert matched(kind.fresh(config.model), whole) == (whole.keys() - students.keys()) | smaller
+    assert matched(kind.left(config.model), students) == (students.keys() - whole.keys()) | unlike
+    assert matched(kind.fresh(config.model), whole) == (whole.keys() - students.keys()) | unlike
     for name in students.keys() & whole.keys():
         assert students[name] == whole[name], name
 
@@ -83,6 +89,13 @@ def test_the_head_is_the_layer_that_makes_logits():
     assert {n for n in names if names[n] != other[n]} <= head
 
 
+def test_students_have_no_first_slot():
+    config = config_of("read-out head")
+    model = dataclasses.replace(config.model, pooling="first_slot")
+    with pytest.raises(ValueError, match=r"config\.model\.pooling='first_slot'.*no such head"):
+        student_modules(dataclasses.replace(config, model=model))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_allowance_reasons_name_config_fields(case):
     config = config_of(case)
@@ -94,6 +107,7 @@ def test_allowance_reasons_name_config_fields(case):
         "shared": {"share_propagators takes only the first mediator student"},
         "shared MLPs": {"share_ffns takes only the first mediator student's MLP"},
         "Tiny-ImageNet": {"students='tinyimagenet'"},
+        "read-out head": {"read_out_head=True pools logits, students pool states"},
     }.get(case, set())
     assert reasons == {f"config.model.{reason}" for reason in want}
 
