@@ -298,6 +298,19 @@ def test_existing_output_is_replaced_only_with_force(tmp_path, config_file, caps
     assert not (tmp_path / "b.pth").exists()
 
 
+@pytest.mark.parametrize("out", ["own", "own/weights", "own/other"])
+def test_force_deletes_only_what_a_conversion_wrote(tmp_path, config_file, capsys, out):
+    (tmp_path / "own/weights").mkdir(parents=True)
+    (tmp_path / "own/other").mkdir()
+    (tmp_path / "own/other/notes.txt").write_text("precious")
+    weights = tmp_path / "own/weights/0.pth"
+    torch_files.save(weights, make_state("teacher", config_of(config_file)))
+    said = refusal(capsys, weights, tmp_path / out, f"--config={config_file}", "--force")
+    assert ("--force would delete IN" in said) == (out != "own/other")
+    assert ("only a folder from an earlier conversion" in said) == (out == "own/other")
+    assert weights.is_file() and (tmp_path / "own/other/notes.txt").is_file()
+
+
 def test_module_of_a_file_must_be_unambiguous(tmp_path, config_file, capsys):
     config = config_of(config_file)
     folder = tmp_path / "students"

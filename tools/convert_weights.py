@@ -72,6 +72,7 @@ TAKEN_AS_IT_IS = {
     "siglip_vision": "siglip",
 }
 FILE_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+ACCOUNT = "conversion.json"  # what a conversion did, in the folder that it wrote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +94,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         start_backend()
         target = pathlib.Path(command.target)
-        if target.exists() and not command.force:
-            raise FileExistsError(f"{target} exists; give another OUT, or --force to replace it")
+        if target.exists():
+            require_replaceable(command)
         if target.name.endswith(FILE_SUFFIXES):
             export(command)
         else:
@@ -123,7 +124,9 @@ def parse(argv: Sequence[str]) -> Command:
         help="which weights to use from a file with several sets: a key such as model_ema, or the "
         "prefix of a network's tensor names, such as teacher.",
     )
-    parser.add_argument("--force", action="store_true", help="replace OUT")
+    parser.add_argument(
+        "--force", action="store_true", help="replace OUT, if a conversion wrote it"
+    )
     overrides = [arg for arg in argv if arg.startswith("--config.")]
     flags = parser.parse_args([arg for arg in argv if arg not in overrides])
     settings = {}
@@ -133,6 +136,23 @@ def parse(argv: Sequence[str]) -> Command:
             parser.error(f"{override}: write --config.x=y")
         settings[path] = text
     return Command(**vars(flags), settings=settings)
+
+
+def require_replaceable(command: Command) -> None:
+    """Raises ValueError or FileExistsError if an existing OUT may not be replaced."""
+    source, target = pathlib.Path(command.source), pathlib.Path(command.target)
+    if not command.force:
+        raise FileExistsError(f"{target} exists; give another OUT, or --force to replace it")
+    if source.resolve().is_relative_to(target.resolve()):
+        raise ValueError(
+            f"--force would delete IN, since OUT={target} contains it; give another OUT"
+        )
+    of_a_file = target.name.endswith(FILE_SUFFIXES)
+    if not (target.is_file() if of_a_file else (target / ACCOUNT).is_file()):
+        expected = "a file" if of_a_file else f"a folder from an earlier conversion, with {ACCOUNT}"
+        raise FileExistsError(
+            f"--force replaces only {expected}, and OUT={target} is none; give another OUT"
+        )
 
 
 def take(command: Command) -> None:
@@ -148,10 +168,14 @@ def take(command: Command) -> None:
     try:
         checkpoint.write_params(part, found.params, found.config)
         account = json.dumps(source | dataclasses.asdict(found.account), indent=2)
-        (part / "conversion.json").write_text(account + "\n")
+        (part / ACCOUNT).write_text(account + "\n")
+        # The old folder goes last, so that a failed rename loses neither.
+        old = target.parent / f"{part.name}.old"
         if target.exists():
-            target.rmtree() if target.is_dir() else target.unlink()
+            target.rename(old)
         part.rename(target)
+        if old.exists():
+            old.rmtree()
     finally:
         if part.exists():
             part.rmtree()
