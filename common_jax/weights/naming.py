@@ -11,6 +11,7 @@ from common_jax.weights.torch_pickle import EXPORT, Opaque, Scripted, Tensor
 
 # Prefix that data-parallel wrappers add to every name.
 PARALLEL = "module."
+COUNT = "n_averaged"  # in the state of torch's AveragedModel, which also adds `PARALLEL`
 # Inserted into names, at any depth, by torch.compile, FSDP and activation checkpointing.
 INSERTED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 # Keys of the parameters in training checkpoints of CLIPTrans (beside "optimizer", "scaler",
@@ -35,6 +36,9 @@ def plain_names(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, 
     """Removes what frameworks insert into names; returns the tensors and notes on what was removed.
     Raises RefusedError if two tensors then have the same name."""
     result, notes = dict(tensors), []
+    if COUNT in result and all(name.startswith(PARALLEL) for name in result if name != COUNT):
+        del result[COUNT]
+        notes.append(f"{COUNT!r} was left out: torch's AveragedModel counts its updates there")
     for word in (*INSERTED, PARALLEL):
         renamed = {_without(word, name): tensor for name, tensor in result.items()}
         if len(renamed) != len(result):
@@ -84,6 +88,7 @@ def choose(top: Any, key: str = "") -> Chosen:
             "--config.sources.weights=KEY of a run)"
         )
     others = [name for name in dictionaries if name != first and not name.startswith(f"{first}.")]
+    others += [name for name, value in top.items() if isinstance(value, Tensor)]
     note = f"the weights are those under {first!r}"
     if others:
         note += f"; not read: {', '.join(map(brief, others[:5]))}"

@@ -103,8 +103,12 @@ def read(
         elif wrong := _differing(parts, _tensor_shapes(form, shape), path):
             problems += wrong
         else:
+            values = [*parts.values()]
+            if len({x.dtype for x in values}) > 1:
+                # numpy has no common type of bfloat16 and float16.
+                values = [x.astype(np.float32) for x in values]
             try:
-                params[path] = form.read(*parts.values())
+                params[path] = form.read(*values)
             except ValueError as error:
                 problems.append(str(error))
     known = {name for name, _, _ in rows}

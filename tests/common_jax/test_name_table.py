@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -30,6 +31,14 @@ def test_entries_match_their_formulas():
     kernel = entries.convolution("conv").read(conv)
     for index in np.ndindex(*conv.shape):
         assert kernel[index[2], index[3], index[1], index[0]] == conv[index]
+
+
+def test_parts_of_a_kernel_may_have_different_types():
+    table = Table({"qkv": entries.split_heads(("q", "k", "v"), 2)})
+    types = (ml_dtypes.bfloat16, np.float16, np.float32)
+    tensors = {name: np.full((6, 4), 1.5, dtype) for name, dtype in zip("qkv", types, strict=True)}
+    found, _ = tables.read(table, tensors, shapes={"qkv": np.zeros((4, 3, 2, 3))}, file="f")
+    assert found["qkv"].dtype == np.float32 and (found["qkv"] == 1.5).all()
 
 
 def test_aliases_stand_for_their_tensors_and_zeros_fill_missing_ones():

@@ -54,6 +54,27 @@ def test_other_networks_are_skipped_and_noted(tmp_path):
     assert found.notes == ("the weights are those under 'model'; not read: 'criterion'",)
 
 
+def test_tensor_beside_the_network_is_noted(tmp_path):
+    storages = {}
+    beside = state_dict({"scale": np.ones(2, np.float32)}, storages)
+    torch_files.write_archive(
+        tmp_path / "a.pt", {"model": state_dict(RAW, storages)} | beside, storages
+    )
+    assert read_weights(tmp_path / "a.pt").notes == (
+        "the weights are those under 'model'; not read: 'scale'",
+    )
+
+
+def test_count_of_an_averaged_model_is_left_out_and_noted(tmp_path):
+    wrapped = {f"module.{name}": x for name, x in RAW.items()}
+    torch_files.save(tmp_path / "a.pth", {"n_averaged": np.array(7)} | wrapped)
+    found = read_weights(tmp_path / "a.pth")
+    assert_same(found.tensors, RAW)
+    assert found.notes[0].startswith("'n_averaged' was left out")
+    torch_files.save(tmp_path / "b.pth", {"n_averaged": np.array(7)} | RAW)
+    assert "n_averaged" in read_weights(tmp_path / "b.pth").tensors
+
+
 def test_lone_average_is_read_and_noted(tmp_path):
     found = read_weights(save(tmp_path / "a.pt", {}, model_ema=AVERAGE))
     assert_same(found.tensors, AVERAGE)
