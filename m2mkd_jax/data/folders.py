@@ -15,6 +15,7 @@ from PIL import Image
 
 from common_jax.inputs import BadExample, Example
 from common_jax.inputs.pictures import decode_picture, pixels_of
+from common_jax.untrusted import refuse_pointer
 from m2mkd_jax.data.listing import (
     IMAGE_SUFFIXES,
     DirectoryFiles,
@@ -232,10 +233,13 @@ def read_names(path: Path) -> list[str]:
 
 
 def read_text(path: Path) -> str:
-    """Returns the text of a UTF-8 file; raises ValueError if it is not UTF-8."""
+    """Returns the text of a UTF-8 file; raises ValueError if it is not UTF-8, or a git-lfs
+    pointer."""
+    content = path.read_bytes()
+    refuse_pointer(path, content)
     try:
         # Skips the byte order mark that some editors write.
-        return path.read_bytes().decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 ({error.reason} at byte {error.start}); convert the file, for "
