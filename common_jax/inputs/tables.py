@@ -17,7 +17,8 @@ class Table:
     Attributes:
       path: the file.
       columns: column names, in the order of the file.
-      rows: (number of the line that the row starts on, its text by column).
+      rows: (number of the line that the row starts on, its text by column). A row of a JSONL holds
+        only the keys of its line, and "" for any other.
     """
 
     path: Path
@@ -90,7 +91,7 @@ def _read_csv(path: Path, lines: Sequence[str]) -> Table:
         except csv.Error as error:
             raise ValueError(
                 f"{path}, line {first} is not CSV ({error}); double the quotes within a quoted "
-                "cell, or save it as TSV"
+                "cell, close a quote left open, or save it as TSV, whose cells may be longer"
             ) from error
 
     return _with_header(path, cells())
@@ -132,9 +133,15 @@ def _read_jsonl(path: Path, lines: Sequence[str]) -> Table:
         if not isinstance(record, dict):
             raise ValueError(f"{path}, line {number} is {brief(record)} and not an object")
         columns |= dict.fromkeys(record)
-        rows.append((number, {key: _text(path, number, key, record[key]) for key in record}))
-    whole = ((number, dict.fromkeys(columns, "") | row) for number, row in rows)
-    return Table(path, tuple(columns), tuple(whole))
+        cells = ((key, _text(path, number, key, record[key])) for key in record)
+        rows.append((number, _Sparse(cells)))
+    return Table(path, tuple(columns), tuple(rows))
+
+
+class _Sparse(dict):
+    # Filling every row with every key would take memory in the square of a file's size.
+    def __missing__(self, key: str) -> str:
+        return ""
 
 
 def _text(path: Path, number: int, key: str, value: object) -> str:
