@@ -6,14 +6,14 @@ Splits are listed without reading any image. Messages name the location as `conf
 import dataclasses
 import logging
 import os
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from common_jax.inputs import BadExample, Example
+from common_jax.inputs.names import require_distinct
 from common_jax.inputs.pictures import decode_picture, pixels_of
 from common_jax.untrusted import refuse_pointer
 from m2mkd_jax.data.listing import (
@@ -204,16 +204,6 @@ def require_filled(labels: np.ndarray, classes: Sequence[str], *, at: str, way_o
     empty = [name for name, count in zip(classes, counts, strict=True) if count == 0]
     if empty:
         raise ValueError(f"{at}: no image for class {listed(empty)}; {way_out}")
-
-
-def require_distinct(names: Iterable[str], *, at: str) -> None:
-    """Raises ValueError if a name occurs twice."""
-    duplicates = [name for name, count in Counter(names).items() if count > 1]
-    if duplicates:
-        raise ValueError(
-            f"{at}: these names occur more than once: {listed(duplicates)}; make "
-            "them distinct or remove the copies"
-        )
 
 
 def read_names(path: Path) -> list[str]:

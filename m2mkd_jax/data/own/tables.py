@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from common_jax.inputs.names import require_distinct
 from common_jax.inputs.tables import find_table, is_table, read_table, table_names
 from common_jax.inputs.texts import read_lines
 from common_jax.ranges import did_you_mean
@@ -12,7 +13,6 @@ from m2mkd_jax.data.folders import (
     SplitFiles,
     find_folder,
     label_rows,
-    require_distinct,
     require_path,
 )
 from m2mkd_jax.data.listing import DirectoryFiles, is_hidden, is_image, listed
