@@ -1,13 +1,19 @@
 """Reads user-supplied tables, TSV, CSV and JSONL, plain or gzipped, as rows of text by column."""
 
+import collections
 import csv
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from common_jax.inputs.names import listed
 from common_jax.inputs.texts import find_text, read_whole_lines
 from common_jax.ranges import did_you_mean
 from common_jax.untrusted import RefusedError, brief, parse_json, plain
+
+SPLIT = "split"  # column of a table of several splits
+Rows = tuple[tuple[int, Mapping[str, str]], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +29,7 @@ class Table:
 
     path: Path
     columns: tuple[str, ...]
-    rows: tuple[tuple[int, Mapping[str, str]], ...]
+    rows: Rows
 
     def require(self, column: str, what: str) -> None:
         """Raises ValueError unless there is a column of this name; `what` says what it should
@@ -33,6 +39,26 @@ class Table:
                 f"{self.path} has no column {column!r}{did_you_mean(column, self.columns)}, which "
                 f"should hold {what}; its columns are {plain(', '.join(self.columns)) or 'none'}"
             )
+
+    def rows_of(self, split: str, without: str = "") -> Rows:
+        """Returns the rows whose column SPLIT is `split`, and logs how many rows each split has.
+
+        Raises:
+          ValueError: no such column, with `without` as the way out; a row without a split.
+        """
+        self.require(SPLIT, f"each row's split{without}")
+        if empty := [number for number, row in self.rows if not row[SPLIT]]:
+            raise ValueError(
+                f"{self.path}, line {empty[0]}, column {SPLIT!r} is empty, one of {len(empty)} "
+                "such rows; fill it, with some other name for rows that no run should read"
+            )
+        logging.info("%s has rows of the splits %s", self.path, listed(self.split_sizes()))
+        return tuple(row for row in self.rows if row[1][SPLIT] == split)
+
+    def split_sizes(self, *, without: Collection[str] = ()) -> list[str]:
+        """Returns the splits and their numbers of rows, as text, except those named."""
+        counts = collections.Counter(row[SPLIT] for _, row in self.rows)
+        return [f"{name} ({count})" for name, count in counts.items() if name not in ("", *without)]
 
 
 def find_table(folder: Path, name: str) -> Path | None:

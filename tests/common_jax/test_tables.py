@@ -2,6 +2,7 @@
 column."""
 
 import gzip
+import logging
 
 import pytest
 
@@ -84,6 +85,19 @@ def test_missing_column_error_suggests_an_existing_one(tmp_path):
         ValueError, match=r"t\.csv has no column 'label' \(did you mean 'lable'\?\), which should "
     ):
         table.require("label", "the classes")
+
+
+def test_rows_of_every_split_are_counted(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    table = read_table(write(tmp_path / "t.csv", "a,split\nx,train\ny,trian\nz,train\n"))
+    assert [row["a"] for _, row in table.rows_of("train")] == ["x", "z"]
+    assert "t.csv has rows of the splits train (2), trian (1)" in caplog.text
+    assert table.split_sizes(without=("train", "test")) == ["trian (1)"]
+    table = read_table(write(tmp_path / "t.jsonl", '{"a": "x", "split": "train"}\n{"a": "y"}\n'))
+    with pytest.raises(
+        ValueError, match=r"t\.jsonl, line 2, column 'split' is empty, one of 1 such"
+    ):
+        table.rows_of("train")
 
 
 def test_uppercase_suffix_is_accepted(tmp_path):
