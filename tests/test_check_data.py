@@ -251,6 +251,18 @@ def test_suggested_flags_train_on_own_sentences(tmp_path, capsys):
     assert (status, problems) == (0, []) and "en: 1 lines, 0 of them empty" in printed
 
 
+def test_rows_of_unnamed_splits_are_reported(tmp_path, capsys):
+    rows = ((f"train/{name}/0.png", name, "train") for name in ("ant", "bee", "cat"))
+    root = image_set(tmp_path / "set")
+    lines = ("path,label,split", *map(",".join, rows), "train/ant/1.png,ant,trian")
+    (root / "own.csv").write_text("".join(f"{line}\n" for line in lines))
+    flags = [*image_flags(root / "own.csv"), "--config.data.source=table"]
+    assert "rows of splits that no field names: trian (1)\n" in check(capsys, *flags)[1]
+    (root / "own.tsv").write_text("en\tde\tsplit\na\tb\ttrain\na\tb\ttrian\n")
+    flags = [SENTENCES, "--config.data.source=table", f"--config.data.path={root / 'own.tsv'}"]
+    assert "rows of splits that no field names: trian (1)\n" in check(capsys, *flags)[1]
+
+
 def test_invalid_command_line_exits_with_2(capsys):
     with pytest.raises(SystemExit) as end:
         check_data.main(["check_data.py", IMAGES, "--everything"])

@@ -11,7 +11,7 @@ from cliptrans_jax.data.corpus import Corpus, FolderImages
 from cliptrans_jax.runs.pipeline import plan
 from cliptrans_jax.runs.run_data import pairs_of, used_languages
 from cliptrans_jax.stages import SCORED_AS, TRANSLATION_STAGES, Side, Trains, trains
-from common_jax.commands.check import NOWHERE, Findings, read_sizes, say_bad
+from common_jax.commands.check import NOWHERE, Findings, read_sizes, say_bad, say_unread_rows
 from common_jax.inputs.names import listed
 
 
@@ -81,6 +81,9 @@ def check_cliptrans(config: Config, findings: Findings) -> None:
         named = getattr(data, key)
         for split in (named,) if isinstance(named, str) else named:
             _check_split(config, key, split, need, findings)
+    if data.source == "table":
+        named = (data.train_split, data.valid_split, data.test_split, *data.further_tests)
+        say_unread_rows(data.path, named, findings)
 
 
 def _check_split(config: Config, key: str, split: str, need: Need, findings: Findings) -> None:

@@ -8,7 +8,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from cliptrans_jax.data.framing import UNK
-from cliptrans_jax.data.token_files import added_message, parsing, read_record, require_bounded
+from cliptrans_jax.data.token_files import added_message, parsing, read_bounded, read_record
 from common_jax.untrusted import as_text, brief, plain
 
 CLIP_BOS, CLIP_EOS = "<|startoftext|>", "<|endoftext|>"
@@ -137,7 +137,7 @@ def read_clip_files(folder: Path) -> tuple[Path, dict[str, int], list[tuple[str,
     except ValueError as error:
         raise ValueError(f"{path} is not a vocabulary of CLIP: {plain(str(error))}") from error
     try:
-        lines = require_bounded(merges_path).read_bytes().decode().split("\n")
+        lines = read_bounded(merges_path).decode().split("\n")
         lines = [line.rstrip("\r") for line in lines]
         merges = [_pair(line) for line in lines if line and not line.startswith("#version:")]
     except ValueError as error:

@@ -17,10 +17,10 @@ from cliptrans_jax.data.corpus import (
     read_texts,
     require_aligned,
 )
-from common_jax.inputs.names import listed
+from common_jax.inputs.names import listed, require_distinct
 from common_jax.inputs.ragged import Lines, take
 from common_jax.inputs.texts import find_text, read_lines
-from common_jax.untrusted import RefusedError, as_text, parse_json, plain
+from common_jax.untrusted import RefusedError, as_id, as_text, parse_json, plain, refuse_pointer
 
 MULTI30K_LANGUAGES = ("en", "de", "fr", "cs")
 WIT_FOLDERS = ("es_fr", "en_ro", "en_fr", "en_es", "en_de", "en_af", "de_es")
@@ -106,17 +106,23 @@ def load_coco(
 
     Raises:
       FileNotFoundError: no such file; the message lists the splits present.
-      ValueError: a malformed file, or captions of images that it does not list.
+      ValueError: a malformed file, captions of images that it does not list, or two images with
+        the same id.
     """
     path = _coco_file(root, split)
+    content = path.read_bytes()
+    refuse_pointer(path, content)
     try:
-        record = parse_json(path.read_bytes())
-        files = {image["id"]: as_text(image["file_name"]) for image in record["images"]}
-        pairs = [(note["image_id"], as_text(note["caption"])) for note in record["annotations"]]
+        record = parse_json(content)
+        # An image may be listed with each of its captions.
+        listing = {(as_id(image["id"]), as_text(image["file_name"])) for image in record["images"]}
+        pairs = [
+            (as_id(note["image_id"]), as_text(note["caption"])) for note in record["annotations"]
+        ]
         # A sentence is one line, as in text files.
         captions = tuple(" ".join(caption.split()) for _, caption in pairs)
         # Raises for an unpaired surrogate, which is not a character.
-        "".join((*captions, *files.values())).encode()
+        "".join((*captions, *(file for _, file in listing))).encode()
     except RefusedError as refused:
         raise ValueError(f"{path} {refused}; fetch it again") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -124,6 +130,8 @@ def load_coco(
             f"{path} is not a complete file of images (id, file_name) and annotations (image_id, "
             f"caption): {type(error).__name__} {plain(str(error))}; fetch it again"
         ) from error
+    require_distinct((str(image) for image, _ in listing), at=f"{path}, image ids")
+    files = dict(listing)
     if unknown := sorted({str(image) for image, _ in pairs if image not in files}):
         raise ValueError(
             f"{path} has captions of {len(unknown)} images it does not list: {listed(unknown)}"

@@ -25,11 +25,11 @@ from cliptrans_jax.data.corpus import (
 )
 from common_jax.inputs.names import listed
 from common_jax.inputs.ragged import Lines, lengths_of, take
-from common_jax.inputs.tables import find_table, is_table, read_table, table_names
+from common_jax.inputs.tables import SPLIT, find_table, is_table, read_table, table_names
 from common_jax.inputs.texts import find_text, read_lines
 from common_jax.ranges import did_you_mean
 
-PICTURE, SPLIT = "picture", "split"  # columns of a table besides the languages
+PICTURE = "picture"  # a column of a table, besides the languages and SPLIT
 # A language is two letters and perhaps a region; other suffixes, such as "txt", are none.
 TEXT_FILE = re.compile(r"(?P<split>.+)\.(?P<language>[a-z]{2}([_-]\w+)?)")
 # Usual split names for each field, the most likely first.
@@ -73,7 +73,8 @@ def load_table(path: Path, split: str, languages: Sequence[str], *, with_images:
 
     Raises:
       FileNotFoundError: no such table.
-      ValueError: a malformed table, or one without the column or split; names file and column.
+      ValueError: a malformed table, or one without the column or split, or with a row that has no
+        split; names file and column.
     """
     whole = path.is_file()
     file, folder = (path, path.parent) if whole else (find_table(path, split), path)
@@ -85,10 +86,7 @@ def load_table(path: Path, split: str, languages: Sequence[str], *, with_images:
             "config.data.path or the split, or give the path of one table with a column 'split'"
         )
     table = read_table(file)
-    rows = table.rows
-    if whole:
-        table.require(SPLIT, "each row's split")
-        rows = tuple(row for row in rows if row[1][SPLIT] == split)
+    rows = table.rows_of(split) if whole else table.rows
     if not rows:
         splits = sorted({row.get(SPLIT, split) for _, row in table.rows})
         raise ValueError(

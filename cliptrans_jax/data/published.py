@@ -14,7 +14,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from cliptrans_jax.data import byte_pairs, sentencepieces
 from cliptrans_jax.data.framing import SPECIAL, UNK, FramedTokenizer
 from cliptrans_jax.data.sentencepieces import PieceModel
-from cliptrans_jax.data.token_files import added_message, parsing, read_record, require_bounded
+from cliptrans_jax.data.token_files import added_message, parsing, read_bounded, read_record
 from cliptrans_jax.translators.nllb_languages import (
     M2M100_CODES,
     M2M100_UNUSED,
@@ -311,7 +311,7 @@ def _read_words(folder: Path) -> tuple[Path, dict[str, int]]:
     path = folder / JSON
     if not path.is_file():
         path = folder / WORDS
-        lines = require_bounded(path).read_bytes().decode().removesuffix("\n").split("\n")
+        lines = read_bounded(path).decode().removesuffix("\n").split("\n")
         words = [line.rstrip("\r") for line in lines]
         return path, byte_pairs.require_vocab({word: place for place, word in enumerate(words)})
     record = read_record(path)

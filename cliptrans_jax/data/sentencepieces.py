@@ -19,7 +19,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from cliptrans_jax.data import byte_pairs
 from cliptrans_jax.data.framing import SPECIAL, UNK
-from cliptrans_jax.data.token_files import parsing, read_record, require_bounded
+from cliptrans_jax.data.token_files import parsing, read_bounded, read_record
 from common_jax.untrusted import as_text, brief, plain
 
 # The first tokens of a model; no text is tokenised to them.
@@ -102,7 +102,7 @@ def read_model(path: Path, *, bpe: bool) -> PieceModel:
       ValueError: the file is not such a model, or has pieces of other types.
     """
     try:
-        model = sentencepiece_model_pb2.ModelProto.FromString(require_bounded(path).read_bytes())
+        model = sentencepiece_model_pb2.ModelProto.FromString(read_bounded(path))
     except DecodeError as error:
         raise ValueError(
             f"{path} is not a SentencePiece model ({plain(str(error))}); fetch it again"

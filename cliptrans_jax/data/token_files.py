@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from common_jax.untrusted import plain
+from common_jax.untrusted import plain, refuse_pointer
 from common_jax.workdir import read_json
 
 # Several times the largest published file, Gemma's.
@@ -15,6 +15,14 @@ MAX_BYTES = 1 << 27
 def read_record(path: Path) -> dict[str, Any]:
     """Reads a JSON file with one object; raises ValueError, naming the file, for anything else."""
     return read_json(require_bounded(path))
+
+
+def read_bounded(path: Path) -> bytes:
+    """Returns a file's bytes; raises ValueError if it is larger than any tokenizer's, or a git-lfs
+    pointer."""
+    content = require_bounded(path).read_bytes()
+    refuse_pointer(path, content)
+    return content
 
 
 def require_bounded(path: Path) -> Path:

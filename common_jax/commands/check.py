@@ -20,8 +20,9 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import ml_collections
@@ -33,6 +34,8 @@ from common_jax.commands.arguments import count
 from common_jax.commands.choice import choose
 from common_jax.config import freeze
 from common_jax.inputs import BadExample
+from common_jax.inputs.names import listed
+from common_jax.inputs.tables import SPLIT, is_table, read_table
 
 USER_ERRORS = (*app.USER_ERRORS, ImportError)
 SAMPLE = 500
@@ -119,6 +122,15 @@ def say_bad(bad: Mapping[str, str], places: Sequence[int], findings: Findings) -
     findings.say(f"  unreadable: {len(bad)} of {len(places)}")
     for name, reason in list(bad.items())[:10]:
         findings.say(f"    {name}: {reason}")
+
+
+def say_unread_rows(path: str, splits: Collection[str], findings: Findings) -> None:
+    """Prints which splits a table has besides `splits`, the fields' values."""
+    file = Path(path).expanduser()
+    table = findings.attempt(read_table, file) if file.is_file() and is_table(file) else None
+    others = table.split_sizes(without=splits) if table and SPLIT in table.columns else ()
+    if others:
+        findings.say(f"rows of splits that no field names: {listed(others)}")
 
 
 def flags_for(settings: Mapping[str, Any]) -> str:

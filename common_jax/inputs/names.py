@@ -1,5 +1,6 @@
-"""Formats names of files and classes for messages."""
+"""Formats names of files and classes for messages, and checks that they are distinct."""
 
+from collections import Counter
 from collections.abc import Iterable
 
 LISTED = 700  # characters of names in a message
@@ -17,6 +18,16 @@ def listed(names: Iterable[str]) -> str:
         shown.append(name)
     more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
     return ", ".join(shown) + more
+
+
+def require_distinct(names: Iterable[str], *, at: str) -> None:
+    """Raises ValueError if a name occurs twice."""
+    duplicates = [name for name, count in Counter(names).items() if count > 1]
+    if duplicates:
+        raise ValueError(
+            f"{at}: these names occur more than once: {listed(duplicates)}; make "
+            "them distinct or remove the copies"
+        )
 
 
 def _shortened(name: str) -> str:

@@ -11,6 +11,8 @@ import stat
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from common_jax.untrusted import refuse_pointer
+
 # Pillow would try all of its formats. EPS starts Ghostscript, and others are rarely tested.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -27,7 +29,10 @@ LARGEST_FILE = 2**28  # bytes
 LONGEST = 100  # largest ratio of long side to short side
 
 WIDE_GREY = ("I;16", "I;16B", "I;16L", "I;16N")
-BITS_PER_SAMPLE, PHOTOMETRIC, BLACK_IS_ZERO = 258, 262, 1  # two TIFF tags, and a value
+# Tags of TIFF, and values of them.
+BITS_PER_SAMPLE, PHOTOMETRIC, PLANES, SAMPLE_FORMAT = 258, 262, 284, 339
+BLACK_IS_ZERO, SEPARATE, SIGNED = 1, 2, 2
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # first bytes
 
 
 def read_file(path: str | os.PathLike) -> bytes:
@@ -54,12 +59,13 @@ def decode_picture(content: bytes, channels: int) -> Image.Image:
 
     For 16 bits per channel, keeps the upper 8, in grey and RGB alike. Like PIL's
     `convert("RGB")`, drops transparency, takes the first frame of an animation, and does not apply
-    the EXIF orientation.
+    the EXIF orientation, except in TIFF, where Pillow always applies it.
 
     Raises:
       OSError: if there are no bytes, they are in none of FORMATS, or Pillow cannot read them.
       ValueError: for more pixels than so few bytes can hold, or a thin strip; for grey values of
-        unknown range (32-bit integers and floats); for any other failure of Pillow.
+        unknown range (32-bit or signed integers, floats); for 16 bits in separate planes, which
+        Pillow misreads; for any other failure of Pillow.
     """
     if not content:
         raise OSError("the file is empty (0 bytes)")
@@ -70,7 +76,12 @@ def decode_picture(content: bytes, channels: int) -> Image.Image:
             image = _of_8_bits(image)
             return image if image.mode == MODES[channels] else image.convert(MODES[channels])
     except UnidentifiedImageError:  # its message would contain the address of the buffer
-        raise UnidentifiedImageError(f"it is none of {', '.join(FORMATS)}") from None
+        refuse_pointer("it", content)
+        if content.startswith(TIFF):
+            kind = "a damaged TIFF, or one that Pillow cannot read; save it as 8-bit grey or RGB"
+        else:
+            kind = f"none of {', '.join(FORMATS)}"
+        raise UnidentifiedImageError(f"it is {kind}") from None
     except (OSError, ValueError):
         raise
     # On damaged bytes Pillow raises almost any built-in exception: SyntaxError, struct.error,
@@ -102,16 +113,23 @@ def _require_pixels(size: tuple[int, int], content: int) -> None:
 
 def _of_8_bits(image: Image.Image) -> Image.Image:
     """Returns the picture with 8 bits per channel; `convert` would clip wider values to white."""
+    tags = getattr(image, "tag_v2", {})  # only TIFF has tags
+    bits = tuple(tags.get(BITS_PER_SAMPLE, ()))
+    if tags.get(PLANES) == SEPARATE and max(bits, default=0) > 8:
+        raise ValueError(
+            f"TIFF with {max(bits)} bits in separate planes, which Pillow misreads; save it with 8 "
+            "bits, or with the channels of a pixel together"
+        )
     # The mode of 16-bit grey PNG and PPM is one of WIDE_GREY or I, depending on Pillow's version.
     wide = image.mode in WIDE_GREY or (image.mode == "I" and image.format in ("PNG", "PPM"))
-    if not wide and image.mode not in ("I", "F"):
+    signed = SIGNED in tuple(tags.get(SAMPLE_FORMAT, ()))
+    if not wide and not signed and image.mode not in ("I", "F"):
         return image
-    # Only TIFF has tags. Pillow does not scale 12-bit or inverted values, so they are refused.
-    tags = getattr(image, "tag_v2", {})
+    # Pillow does not scale 12-bit or inverted values, so they are refused.
     plain = tags.get(PHOTOMETRIC, BLACK_IS_ZERO) == BLACK_IS_ZERO
-    if not wide or not plain or tuple(tags.get(BITS_PER_SAMPLE, (16,))) != (16,):
+    if not wide or signed or not plain or (bits or (16,)) != (16,):
         raise ValueError(
             f"{image.format} with grey values of unknown range (mode {image.mode}); save it with 8 "
-            "or 16 bits per channel, black as 0"
+            "or 16 unsigned bits per channel, black as 0"
         )
     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

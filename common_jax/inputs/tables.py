@@ -1,13 +1,19 @@
 """Reads user-supplied tables, TSV, CSV and JSONL, plain or gzipped, as rows of text by column."""
 
+import collections
 import csv
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from common_jax.inputs.names import listed
 from common_jax.inputs.texts import find_text, read_whole_lines
 from common_jax.ranges import did_you_mean
 from common_jax.untrusted import RefusedError, brief, parse_json, plain
+
+SPLIT = "split"  # column of a table of several splits
+Rows = tuple[tuple[int, Mapping[str, str]], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,12 +23,13 @@ class Table:
     Attributes:
       path: the file.
       columns: column names, in the order of the file.
-      rows: (number of the line that the row starts on, its text by column).
+      rows: (number of the line that the row starts on, its text by column). A row of a JSONL holds
+        only the keys of its line, and "" for any other.
     """
 
     path: Path
     columns: tuple[str, ...]
-    rows: tuple[tuple[int, Mapping[str, str]], ...]
+    rows: Rows
 
     def require(self, column: str, what: str) -> None:
         """Raises ValueError unless there is a column of this name; `what` says what it should
@@ -32,6 +39,26 @@ class Table:
                 f"{self.path} has no column {column!r}{did_you_mean(column, self.columns)}, which "
                 f"should hold {what}; its columns are {plain(', '.join(self.columns)) or 'none'}"
             )
+
+    def rows_of(self, split: str, without: str = "") -> Rows:
+        """Returns the rows whose column SPLIT is `split`, and logs how many rows each split has.
+
+        Raises:
+          ValueError: no such column, with `without` as the way out; a row without a split.
+        """
+        self.require(SPLIT, f"each row's split{without}")
+        if empty := [number for number, row in self.rows if not row[SPLIT]]:
+            raise ValueError(
+                f"{self.path}, line {empty[0]}, column {SPLIT!r} is empty, one of {len(empty)} "
+                "such rows; fill it, with some other name for rows that no run should read"
+            )
+        logging.info("%s has rows of the splits %s", self.path, listed(self.split_sizes()))
+        return tuple(row for row in self.rows if row[1][SPLIT] == split)
+
+    def split_sizes(self, *, without: Collection[str] = ()) -> list[str]:
+        """Returns the splits and their numbers of rows, as text, except those named."""
+        counts = collections.Counter(row[SPLIT] for _, row in self.rows)
+        return [f"{name} ({count})" for name, count in counts.items() if name not in ("", *without)]
 
 
 def find_table(folder: Path, name: str) -> Path | None:
@@ -90,7 +117,7 @@ def _read_csv(path: Path, lines: Sequence[str]) -> Table:
         except csv.Error as error:
             raise ValueError(
                 f"{path}, line {first} is not CSV ({error}); double the quotes within a quoted "
-                "cell, or save it as TSV"
+                "cell, close a quote left open, or save it as TSV, whose cells may be longer"
             ) from error
 
     return _with_header(path, cells())
@@ -132,9 +159,15 @@ def _read_jsonl(path: Path, lines: Sequence[str]) -> Table:
         if not isinstance(record, dict):
             raise ValueError(f"{path}, line {number} is {brief(record)} and not an object")
         columns |= dict.fromkeys(record)
-        rows.append((number, {key: _text(path, number, key, record[key]) for key in record}))
-    whole = ((number, dict.fromkeys(columns, "") | row) for number, row in rows)
-    return Table(path, tuple(columns), tuple(whole))
+        cells = ((key, _text(path, number, key, record[key])) for key in record)
+        rows.append((number, _Sparse(cells)))
+    return Table(path, tuple(columns), tuple(rows))
+
+
+class _Sparse(dict):
+    # Filling every row with every key would take memory in the square of a file's size.
+    def __missing__(self, key: str) -> str:
+        return ""
 
 
 def _text(path: Path, number: int, key: str, value: object) -> str:

@@ -3,13 +3,16 @@
 import gzip
 import io
 import itertools
+import logging
 import zlib
 from pathlib import Path
 
 import numpy as np
 
 from common_jax.inputs.ragged import Lines, Ragged
+from common_jax.untrusted import refuse_pointer
 
+GZIP = b"\x1f\x8b"
 MOST_INFLATED = 200  # largest ratio of a text to its gzip file ...
 HARMLESS = 1 << 26  # ... if it is larger than this: mostly blank lines shrink a thousandfold
 CHECKED = 1 << 16  # lines decoded at a time to check that they are UTF-8
@@ -28,7 +31,8 @@ def read_lines(path: Path) -> Lines:
 
     Raises:
       ValueError: for a line that is not UTF-8 or has a zero byte, with its number; for lines that
-        end with carriage returns only; for a damaged gzip file.
+        end with carriage returns only; for a damaged gzip file, or one not named .gz; for a
+        git-lfs pointer.
     """
     content = _read(path)
     utf8 = np.frombuffer(content, np.uint8)
@@ -49,6 +53,7 @@ def read_whole_lines(path: Path) -> tuple[str, ...]:
 def _read(path: Path) -> bytes:
     """Returns the file's bytes, unpacked and without a byte order mark."""
     content = path.read_bytes()
+    refuse_pointer(path, content)
     if path.suffix == ".gz":
         limit = max(MOST_INFLATED * len(content), HARMLESS)
         try:
@@ -63,10 +68,13 @@ def _read(path: Path) -> bytes:
                 f"{path} unpacks to more than {MOST_INFLATED} times its size, which no text does; "
                 "fetch it again"
             )
-    if b"\r" in content and b"\n" not in content:
+    elif content.startswith(GZIP):
+        raise ValueError(f"{path} is a gzip file; rename it to {path.name}.gz")
+    # More than line feeds: the last line may end with both.
+    if content.count(b"\r") - content.count(b"\r\n") > content.count(b"\n"):
         raise ValueError(
-            f"{path} ends its lines with carriage returns alone, so all of it would be one line; "
-            "convert it, for example with tr '\\r' '\\n'"
+            f"{path} ends its lines with carriage returns alone, so many would be one line; "
+            r"convert it, for example with perl -pi -e 's/\r\n?/\n/g'"
         )
     return content.removeprefix(b"\xef\xbb\xbf")
 
@@ -126,4 +134,7 @@ def _decode(path: Path, content: bytes) -> tuple[str, ...]:
 def find_text(path: Path) -> Path | None:
     """Returns `path` or, if that does not exist, `path`.gz; None if neither does."""
     packed = path.with_name(f"{path.name}.gz")
-    return path if path.is_file() else packed if packed.is_file() else None
+    there = [file for file in (path, packed) if file.is_file()]
+    if len(there) > 1:
+        logging.warning("%s is read, and %s beside it is not", path, packed.name)
+    return there[0] if there else None

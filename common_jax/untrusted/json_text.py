@@ -34,6 +34,13 @@ def as_text(value: Any) -> str:
     return value
 
 
+def as_id(value: Any) -> float | str:
+    """Returns a JSON value that must be a number or text; raises TypeError for anything else."""
+    if not isinstance(value, (int, float, str)):
+        raise TypeError(f"{brief(value)} is not an id")
+    return value
+
+
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):

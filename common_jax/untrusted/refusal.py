@@ -1,13 +1,24 @@
-"""The error for a refused file, and short, printable forms of untrusted values for messages."""
+"""The error for a refused file, the test for a git-lfs pointer, and short, printable forms of
+untrusted values for messages."""
 
 import reprlib
 from typing import Any
 
 LONGEST = 200  # characters of a value quoted in a message
+LFS = b"version https://git-lfs"
 
 
 class RefusedError(ValueError):
     """A problem with a file; the message continues a sentence that starts with the file's name."""
+
+
+def refuse_pointer(path: object, content: bytes) -> None:
+    """Raises ValueError if a file's content, or its start, is what git puts in its place where
+    git-lfs is not installed."""
+    if content.startswith(LFS):
+        raise ValueError(
+            f"{path} is a git-lfs pointer to the file, not the file; run `git lfs pull`"
+        )
 
 
 class _Brief(reprlib.Repr):

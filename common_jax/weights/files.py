@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from common_jax.untrusted import RefusedError, brief, parse_json, plain
+from common_jax.untrusted import RefusedError, brief, parse_json, plain, refuse_pointer
 from common_jax.weights import safetensors_file, torch_archive, torch_writer
 from common_jax.weights.naming import plain_names
 from common_jax.weights.torch_pickle import EXPORT
@@ -35,7 +35,6 @@ NARROW = (
     *("bfloat16", "float16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2"),
     *("float8_e5m2fnuz", "float8_e8m0fnu"),
 )
-LFS = b"version https://git-lfs"
 ZIP = b"PK\x03\x04"
 LONGEST_FILE_NAME = 255  # bytes, as in most file systems
 Tensors = dict[str, np.ndarray]
@@ -259,10 +258,7 @@ def _is_plain_name(file: str) -> bool:
 def _refuse_pointer(path: Path) -> None:
     """Raises ValueError if the file is empty or a git-lfs pointer."""
     with path.open("rb") as file:
-        start = file.read(len(LFS))
+        start = file.read(64)
     if not start:
         raise ValueError(f"{path} is empty; copy or download it again")
-    if start == LFS:
-        raise ValueError(
-            f"{path} is a git-lfs pointer to the weights, not the weights; run `git lfs pull`"
-        )
+    refuse_pointer(path, start)

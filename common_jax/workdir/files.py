@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from common_jax.untrusted import RefusedError, brief, parse_json
+from common_jax.untrusted import RefusedError, brief, parse_json, refuse_pointer
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
@@ -74,6 +74,7 @@ def read_json(
       OSError: if the file cannot be read.
     """
     content = epath.Path(path).read_bytes()
+    refuse_pointer(path, content)
     try:
         value = parse_json(content)
         if not isinstance(value, dict):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from common_jax.commands.check import NOWHERE, Findings, read_sizes, say_bad
+from common_jax.commands.check import NOWHERE, Findings, read_sizes, say_bad, say_unread_rows
 from m2mkd_jax.config import Config
 from m2mkd_jax.data.augment import SMALL_SIDE
 from m2mkd_jax.data.listing import listed
@@ -23,6 +23,9 @@ def check_m2mkd(config: Config, findings: Findings) -> None:
     findings.say(f"m2mkd, phase {config.phase}: config.data.source={data.source!r} {data.path}")
     train = _check_images(data, "train_split", load_source, findings)
     test = _check_images(data, "test_split", open_source, findings)
+    if data.source == "table" and not data.test_share:
+        named = (data.train_split, data.test_split, config.ood.source and config.ood.split)
+        say_unread_rows(data.path, named, findings)
     if train is not None and test is not None:
         test = findings.attempt(
             with_labels_of, test, train.label_names, at=f"split {data.test_split!r} (test_split)"

@@ -6,15 +6,16 @@ Splits are listed without reading any image. Messages name the location as `conf
 import dataclasses
 import logging
 import os
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from common_jax.inputs import BadExample, Example
+from common_jax.inputs.names import require_distinct
 from common_jax.inputs.pictures import decode_picture, pixels_of
+from common_jax.untrusted import refuse_pointer
 from m2mkd_jax.data.listing import (
     IMAGE_SUFFIXES,
     DirectoryFiles,
@@ -205,16 +206,6 @@ def require_filled(labels: np.ndarray, classes: Sequence[str], *, at: str, way_o
         raise ValueError(f"{at}: no image for class {listed(empty)}; {way_out}")
 
 
-def require_distinct(names: Iterable[str], *, at: str) -> None:
-    """Raises ValueError if a name occurs twice."""
-    duplicates = [name for name, count in Counter(names).items() if count > 1]
-    if duplicates:
-        raise ValueError(
-            f"{at}: these names occur more than once: {listed(duplicates)}; make "
-            "them distinct or remove the copies"
-        )
-
-
 def read_names(path: Path) -> list[str]:
     """Returns the names in a class list with one name per line; empty lines are skipped.
 
@@ -232,10 +223,13 @@ def read_names(path: Path) -> list[str]:
 
 
 def read_text(path: Path) -> str:
-    """Returns the text of a UTF-8 file; raises ValueError if it is not UTF-8."""
+    """Returns the text of a UTF-8 file; raises ValueError if it is not UTF-8, or a git-lfs
+    pointer."""
+    content = path.read_bytes()
+    refuse_pointer(path, content)
     try:
         # Skips the byte order mark that some editors write.
-        return path.read_bytes().decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 ({error.reason} at byte {error.start}); convert the file, for "

@@ -103,15 +103,17 @@ def find_in_directory(root: Path, split: str) -> tuple[DirectoryFiles, list[str]
     if not top.is_dir() or Path(split).is_absolute():
         raise missing_split(root, split, (p.name for p in root.iterdir() if p.is_dir()))
     at = f"config.data.path={str(root)!r}, split {split!r}"
-    classes, loose = [], []
+    classes, loose, hidden = [], [], []
     with os.scandir(top) as entries:
         for entry in entries:
             if is_hidden(entry.name):
-                continue
-            if _is_folder(entry):
+                hidden += [entry.name] * _is_folder(entry)
+            elif _is_folder(entry):
                 classes.append(entry.name)
             elif is_image(entry.name):
                 loose.append(entry.name)
+    if hidden:
+        logging.info("%s: left out hidden folders: %s", at, listed(hidden))
     classes.sort()
     require_class_folders(loose, classes, at=at)
     if odd := [name for name in classes if not _is_utf8(name)]:

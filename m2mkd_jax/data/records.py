@@ -20,15 +20,22 @@ from etils import epath
 from PIL import Image
 
 from common_jax.inputs import BadExample, Example
+from common_jax.inputs.names import require_distinct
 from common_jax.inputs.pictures import decode_picture, pixels_of
 from common_jax.log import progress
-from common_jax.untrusted import brief, read_npz
+from common_jax.untrusted import (
+    RefusedError,
+    as_id,
+    as_text,
+    brief,
+    parse_json,
+    read_npz,
+    refuse_pointer,
+)
 from common_jax.workdir import write_bytes
 from m2mkd_jax.data.folders import (
     SplitFiles,
     label_rows,
-    read_text,
-    require_distinct,
     require_filled,
     require_path,
 )
@@ -351,27 +358,40 @@ def find_inaturalist(path: str, split: str) -> SplitFiles:
 
     Raises:
       FileNotFoundError: no such path or file.
-      ValueError: the file is not such JSON, or refers to labels or images that it lacks.
+      ValueError: the file is not such JSON, refers to labels or images that it lacks, or gives an
+        id to two images or an image two labels.
     """
     root = require_path(path, "the folder that holds train2018.json or train2019.json")
     source = _inaturalist_json(root, split)
+    content = source.read_bytes()
+    refuse_pointer(source, content)
     try:
-        record = json.loads(read_text(source))
-        categories = sorted((item["id"], str(item["name"])) for item in record["categories"])
-        files = {item["id"]: item["file_name"] for item in record["images"]}
-        pairs = [(item["image_id"], item["category_id"]) for item in record["annotations"]]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        record = parse_json(content)
+        categories = sorted((as_id(item["id"]), str(item["name"])) for item in record["categories"])
+        images = {(as_id(item["id"]), as_text(item["file_name"])) for item in record["images"]}
+        pairs = [
+            (as_id(item["image_id"]), as_id(item["category_id"])) for item in record["annotations"]
+        ]
+    except RefusedError as refused:
+        raise ValueError(f"{source} {refused}; download it again") from None
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{source} is not a complete file with images (id, file_name), annotations (image_id, "
             f"category_id) and categories (id, name): {type(error).__name__} {error!s:.200}; "
             "download it again. A test set without annotations cannot be evaluated"
         ) from error
     require_distinct((name for _, name in categories), at=str(source))
+    require_distinct((str(number) for number, _ in categories), at=f"{source}, category ids")
+    require_distinct((str(image) for image, _ in images), at=f"{source}, image ids")
+    files = dict(images)
     unknown = [str(image) for image, _ in pairs if image not in files]
     if unknown:
         raise ValueError(f"{source}: annotations of images that it lacks: {listed(unknown)}")
-    # Sorted by file, so that a seed selects the same images whatever the order in the JSON.
-    rows = sorted((files[image], category) for image, category in pairs)
+    # Sorted by file, so that a seed selects the same images whatever the order in the JSON. An
+    # image may be annotated twice with the same class.
+    rows = sorted({(files[image], label) for image, label in pairs}, key=lambda row: row[0])
+    places = (os.path.normpath(name) for name, _ in rows)
+    require_distinct(places, at=f"{source}, files with several classes or ids")
     labels = label_rows(rows, [number for number, _ in categories], at=str(source))
     names = tuple(name for _, name in categories)
     require_filled(labels, names, at=str(source), way_out="remove the category from the file")

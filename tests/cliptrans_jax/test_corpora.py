@@ -181,6 +181,8 @@ def test_incomplete_coco_is_refused(tmp_path):
         ({"images": [{"id": 7, "file_name": 1}, {"id": 3, "file_name": "a"}]}, broken),
         ({"images": [{"id": 3, "file_name": 5}]}, rf"{broken} .* 5 is not text"),
         ({"images": [{"id": [3], "file_name": "x"}]}, broken),
+        ({"annotations": [{"image_id": [3], "caption": "x"}]}, rf"{broken} .* is not an id"),
+        ({"images": [{"id": 3, "file_name": x} for x in "ab"]}, "image ids: .* than once: 3; make"),
         ({"annotations": [{"image_id": 3, "caption": None}]}, "None is not text; fetch it again"),
     ):
         coco(tmp_path, **changes)

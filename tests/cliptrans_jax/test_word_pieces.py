@@ -110,6 +110,13 @@ def test_other_tokenizers_are_refused(tmp_path, changes, message):
     assert f"config.tokenizer.path={str(tmp_path / 'x')!r}" in str(raised.value)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt"])
+def test_git_lfs_pointer_is_named(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
+    with pytest.raises(ValueError, match=rf"{name} is a git-lfs pointer .*; run `git lfs pull`"):
+        load(tmp_path)
+
+
 def test_ids_match_transformers(folder, tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     out = tmp_path / "out"

@@ -69,6 +69,41 @@ def test_grey_values_without_a_known_range_are_refused(values, mode):
         decoded(encoded(Image.fromarray(values), "TIFF"))
 
 
+def test_signed_grey_values_are_refused():
+    content = encoded(Image.new("L", (2, 1), 200), "TIFF", tiffinfo={pictures.SAMPLE_FORMAT: 2})
+    with pytest.raises(ValueError, match=r"unknown range \(mode L\); .* 8 or 16 unsigned"):
+        decoded(content)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_channels_in_separate_planes_need_8_bits(bits):
+    planes = np.arange(12).reshape(3, 2, 2).astype(f"<u{bits // 8}")
+    size, end = planes[0].nbytes, 8 + 2 + 12 * 10 + 4  # of a plane; of the fields
+    lists = {258: [bits] * 3, 273: [end + 36 + size * plane for plane in range(3)], 279: [size] * 3}
+    fields = {256: 2, 257: 2, 259: 1, 262: 2, 277: 3, 278: 2, 284: 2}
+    fields |= {tag: end + 12 * place for place, tag in enumerate(lists)}
+    entries = (
+        struct.pack("<HHII", tag, 4, 3 if tag in lists else 1, fields[tag])
+        for tag in sorted(fields)
+    )
+    header = struct.pack("<2sHIH", b"II", 42, 8, len(fields))
+    tail = struct.pack("<9I", *lists[258], *lists[273], *lists[279])
+    content = header + b"".join(entries) + bytes(4) + tail + planes.tobytes()
+    if bits == 8:
+        np.testing.assert_array_equal(decoded(content), planes.transpose(1, 2, 0))
+    else:
+        with pytest.raises(ValueError, match="16 bits in separate planes, which Pillow misreads"):
+            decoded(content)
+
+
+def test_reason_for_an_unreadable_file_fits_its_kind():
+    floats = encoded(Image.new("F", (1, 1)), "TIFF", tiffinfo={pictures.PHOTOMETRIC: 2})
+    with pytest.raises(OSError, match="one that Pillow cannot read; save it as 8-bit"):
+        decoded(floats)
+    with pytest.raises(ValueError, match=r"it is a git-lfs pointer .*; run `git lfs pull`"):
+        decoded(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+
+
 def test_other_modes_match_pillow_convert():
     one_bit = Image.fromarray(np.array([[True, False]]))
     np.testing.assert_array_equal(decoded(encoded(one_bit, "PNG"), 1)[..., 0], [[255, 0]])
@@ -93,6 +128,11 @@ def test_exif_orientation_is_ignored():
     exif[0x0112] = 6  # rotate by 90 degrees
     image = Image.fromarray(np.zeros((2, 5, 3), np.uint8))
     assert decoded(encoded(image, "PNG", exif=exif)).shape == (2, 5, 3)
+
+
+def test_tiff_is_rotated_by_pillow_itself():
+    image = Image.fromarray(np.zeros((2, 5, 3), np.uint8))
+    assert decoded(encoded(image, "TIFF", tiffinfo={0x0112: 6})).shape == (5, 2, 3)
 
 
 def test_formats_that_start_a_program_are_not_opened(monkeypatch):

@@ -2,6 +2,7 @@
 column."""
 
 import gzip
+import logging
 
 import pytest
 
@@ -40,10 +41,16 @@ def test_cells_are_reduced_to_one_line(tmp_path):
     assert csv.rows == ((2, {"a": "one two", "b": "x"}), (4, {"a": "three", "b": "y"}))
     jsonl = read_table(write(tmp_path / "t.jsonl", '{"a": "one\\n two", "b": 7}\n{"c": "x"}\n'))
     assert jsonl.columns == ("a", "b", "c")
-    assert [row for _, row in jsonl.rows] == [
-        {"a": "one two", "b": "7", "c": ""},
-        {"a": "", "b": "", "c": "x"},
+    assert [[row[name] for name in "abc"] for _, row in jsonl.rows] == [
+        ["one two", "7", ""],
+        ["", "", "x"],
     ]
+
+
+def test_rows_of_a_jsonl_hold_only_their_own_keys(tmp_path):
+    lines = "".join(f'{{"en": "x", "id{number}": 1}}\n' for number in range(99))
+    table = read_table(write(tmp_path / "t.jsonl", lines))
+    assert len(table.columns) == 100 and {len(row) for _, row in table.rows} == {2}
 
 
 @pytest.mark.parametrize(
@@ -53,6 +60,11 @@ def test_cells_are_reduced_to_one_line(tmp_path):
         ("t.csv", "a,b\nx,y,z\n", r"t\.csv, line 2 has 3 cells .* columns: no name for 'z';"),
         ("t.csv", 'a,b\nx,y\n"x"z,y\n', r"t\.csv, line 3 is not CSV .*double the quotes"),
         ("t.csv", 'a,b\n"x,y\n', r"t\.csv, line 2 is not CSV"),
+        (
+            "t.csv",
+            f'a,b\n"{"x" * 200_000}',
+            r"field limit .*close a quote left open, or save it as",
+        ),
         ("t.csv", "a,a\nx,y\n", r"t\.csv, line 1 has the column 'a' twice"),
         ("t.tsv", "", r"t\.tsv, line 1 is empty; it must name the columns"),
         ("t.jsonl", '{"a": "x"}\n{"a": \n', r"t\.jsonl, line 2 is not JSON .*; correct the line"),
@@ -73,6 +85,19 @@ def test_missing_column_error_suggests_an_existing_one(tmp_path):
         ValueError, match=r"t\.csv has no column 'label' \(did you mean 'lable'\?\), which should "
     ):
         table.require("label", "the classes")
+
+
+def test_rows_of_every_split_are_counted(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    table = read_table(write(tmp_path / "t.csv", "a,split\nx,train\ny,trian\nz,train\n"))
+    assert [row["a"] for _, row in table.rows_of("train")] == ["x", "z"]
+    assert "t.csv has rows of the splits train (2), trian (1)" in caplog.text
+    assert table.split_sizes(without=("train", "test")) == ["trian (1)"]
+    table = read_table(write(tmp_path / "t.jsonl", '{"a": "x", "split": "train"}\n{"a": "y"}\n'))
+    with pytest.raises(
+        ValueError, match=r"t\.jsonl, line 2, column 'split' is empty, one of 1 such"
+    ):
+        table.rows_of("train")
 
 
 def test_uppercase_suffix_is_accepted(tmp_path):

@@ -2,6 +2,7 @@
 folder."""
 
 import dataclasses
+import logging
 import os
 import zipfile
 
@@ -118,7 +119,8 @@ def test_images_outside_class_folders_are_skipped_with_a_warning(tmp_path, caplo
     assert "1 images that are in no class folder" in caplog.text
 
 
-def test_hidden_files_and_folders_are_ignored(tmp_path):
+def test_hidden_files_and_folders_are_ignored(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     root = make(tmp_path / "set", train={"ant": 2, "bee": 1})
     for name in ("ant/.DS_Store", "ant/._0.png", ".ipynb_checkpoints/0.png", "bee/.x/0.png"):
         draw(root / "train" / "x.png")
@@ -133,6 +135,7 @@ def test_hidden_files_and_folders_are_ignored(tmp_path):
         source = load_source(data_of(path, 2), "train")
         assert source.label_names == ("ant", "bee")
         assert source.labels.tolist() == [0, 0, 1]
+    assert "left out hidden folders: .ipynb_checkpoints" in caplog.text
 
 
 def test_symlink_to_parent_is_ignored(tmp_path, caplog):

@@ -1,4 +1,4 @@
-"""Sets whose labels are in records or lists: TFDS's ArrayRecords, Tiny-ImageNet, iNaturalist."""
+"""Sets whose labels are in records or lists: TFDS's ArrayRecords and Tiny-ImageNet."""
 
 import dataclasses
 import io
@@ -371,78 +371,3 @@ def test_tiny_imagenet_with_wrong_lists_is_refused(tmp_path):
     (root / "wnids.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"wnids\.txt, the list of class names, is missing"):
         load_source(config, "train")
-
-
-def inaturalist(root, **changes):
-    """Three species with two images each in train2018.json."""
-    (root / "train_val2018/Birds").mkdir(parents=True)
-    images, annotations = [], []
-    for i in range(6):
-        name = f"train_val2018/Birds/{i}.jpg"
-        (root / name).write_bytes(encoded(i))
-        images.append({"id": 50 + i, "file_name": name, "width": 12})
-        annotations.append({"id": i, "image_id": 50 + i, "category_id": (7, 2, 9)[i % 3]})
-    categories = [{"id": number, "name": f"Avis {number}"} for number in (9, 2, 7)]
-    record = {"images": images, "annotations": annotations, "categories": categories} | changes
-    (root / "train2018.json").write_text(json.dumps(record))
-    return DataConfig("inaturalist", str(root), 12, labels=3, **RGB)
-
-
-@pytest.mark.parametrize("split", ["train", "train2018"])
-def test_inaturalist_labels_come_from_the_json(tmp_path, split):
-    source = load_source(inaturalist(tmp_path), split)
-    assert source.label_names == ("Avis 2", "Avis 7", "Avis 9")
-    np.testing.assert_array_equal(source.labels, [1, 0, 2, 1, 0, 2])
-    with Image.open(io.BytesIO(encoded(4))) as image:
-        np.testing.assert_array_equal(source[4]["image"], np.asarray(image))
-
-
-def test_inaturalist_lists_in_any_order(tmp_path):
-    """Images are found by id, and sorted by file name."""
-    inaturalist(tmp_path)
-    path = tmp_path / "train2018.json"
-    record = json.loads(path.read_text())
-    for name, step in (("images", 5), ("annotations", -1)):
-        record[name] = [record[name][step * i % 6] for i in range(6)]
-    path.write_text(json.dumps(record))
-    config = DataConfig("inaturalist", str(tmp_path), 12, labels=3, **RGB)
-    source = load_source(config, "train")
-    assert source.labels.tolist() == [1, 0, 2, 1, 0, 2]
-    with Image.open(io.BytesIO(encoded(1))) as image:
-        np.testing.assert_array_equal(source[1]["image"], np.asarray(image))
-
-
-def test_inaturalist_with_wrong_records_is_refused(tmp_path):
-    twice = [{"id": 2, "name": "A"}, {"id": 7, "name": "A"}, {"id": 9, "name": "B"}]
-    for number, (changes, message) in enumerate(
-        (
-            ({"categories": twice}, r"train2018\.json: these names .*more than once: A"),
-            (
-                {"categories": twice[1:]},
-                r"train2018\.json: labels that are not among its 2 classes: 2",
-            ),
-            ({"images": []}, r"annotations of images that it lacks: 50, 51"),
-            ({"annotations": None}, r"train2018\.json is not a complete file with images"),
-            (
-                {"annotations": [{"image_id": []}]},
-                r"train2018\.json is not a complete file with images",
-            ),
-        )
-    ):
-        with pytest.raises(ValueError, match=message):
-            load_source(inaturalist(tmp_path / str(number), **changes), "train")
-    config = inaturalist(tmp_path / "nested")
-    (tmp_path / "nested/train2018.json").write_text("[" * 100_000)
-    with pytest.raises(
-        ValueError, match=r"train2018\.json is not a complete file.* RecursionError"
-    ):
-        load_source(config, "train")
-    config = inaturalist(tmp_path / "years")
-    shutil.copy(tmp_path / "years/train2018.json", tmp_path / "years/train2019.json")
-    with pytest.raises(FileNotFoundError, match=r"several years.*train2018\.json, train2019\.json"):
-        load_source(config, "train")
-    with pytest.raises(FileNotFoundError, match=r"split 'val': no such file"):
-        load_source(config, "val")
-    (tmp_path / "years/train_val2018/Birds/3.jpg").unlink()
-    with pytest.raises(BadExample, match=r"Birds/3\.jpg: FileNotFoundError"):
-        load_source(config, "train2018")[3]

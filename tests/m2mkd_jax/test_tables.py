@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 
 from m2mkd_jax.data.own import discover
-from m2mkd_jax.data.sources import DataConfig, load_source, load_test_source
+from m2mkd_jax.data.sources import DataConfig, load_source, load_test_source, open_source
 
 CLASSES = ("ant", "bee", "cat")
+HEADER = "path,label,split"
 
 
 def draw(path, value, mode="RGB"):
@@ -65,7 +66,7 @@ def test_table_with_a_split_column(tmp_path):
         (str(tmp_path / file), label, "test" if "3" in file else "fit")
         for file, label in flat(tmp_path)
     ]
-    write_csv(tmp_path / "lists.csv", rows, "path,label,split")
+    write_csv(tmp_path / "lists.csv", rows, HEADER)
     config = data_of(tmp_path / "lists.csv", train_split="fit")
     assert len(load_source(config, "fit")) == 9
     assert values(load_source(config, "test")) == {"ant": [3], "bee": [13], "cat": [23]}
@@ -75,6 +76,23 @@ def test_table_with_a_split_column(tmp_path):
         load_source(data_of(tmp_path / "lists.csv"), "train")
 
 
+@pytest.mark.parametrize("name", ["./a0.png", "x/../a0.png", "{root}//a0.png"])
+def test_an_image_has_one_label_whatever_its_split_and_spelling(tmp_path, name, caplog):
+    draw(tmp_path / "a0.png", 0)
+    again = name.format(root=tmp_path)
+    config = data_of(tmp_path / "t.csv")
+    for label, split in (("ant", "train"), ("bee", "test")):
+        write_csv(tmp_path / "t.csv", [("a0.png", "ant", "train"), (again, label, split)], HEADER)
+        with pytest.raises(
+            ValueError, match=r"more than once: .*/a0\.png;|lines 2 and 3 give the "
+        ):
+            open_source(config, "train")
+    assert not caplog.text
+    write_csv(tmp_path / "t.csv", [("a0.png", "ant", "train"), (again, "ant", "test")], HEADER)
+    assert len(open_source(config, "train")) == 1
+    assert "1 images of split 'train' are in other splits too: " in caplog.text
+
+
 @pytest.mark.parametrize(
     ("rows", "header", "message"),
     [
@@ -82,7 +100,7 @@ def test_table_with_a_split_column(tmp_path):
         (
             (("a.png", "ant"),) * 2,
             "path,label",
-            r"t\.csv: these names occur more than once: a\.png",
+            r"t\.csv: these names occur more than once: .*/a\.png;",
         ),
         (
             (("a.png", "ant"),),
@@ -165,7 +183,10 @@ def test_flat_split_with_a_class_list(tmp_path, text):
             "x.png ant\n",
             r"val\.txt, line 1 must have a file of .*val and its class, separated by ' '",
         ),
-        ("a0.png ant\na0.png bee\n", r"val\.txt: these names occur more than once: val/a0\.png"),
+        (
+            "a0.png ant\na0.png bee\n",
+            r"val\.txt: these names occur more than once: .*/val/a0\.png;",
+        ),
     ],
 )
 def test_mismatched_list_is_named(tmp_path, text, message):
@@ -173,6 +194,37 @@ def test_mismatched_list_is_named(tmp_path, text, message):
     (tmp_path / "val.txt").write_text(text)
     with pytest.raises(ValueError, match=message):
         load_source(data_of(tmp_path, "folder"), "val")
+
+
+@pytest.mark.parametrize("prefix", ["", "img_"])
+def test_classes_alone_need_one_order_of_the_images(tmp_path, prefix):
+    for number in (1, 2, 10):
+        draw(tmp_path / f"val/{prefix}{number}.png", number)
+    (tmp_path / "val.txt").write_text("ant\nbee\ncat\n")
+    config = data_of(tmp_path, "folder")
+    with pytest.raises(
+        ValueError, match=rf"val\.txt .* {prefix}1\.png, {prefix}10\.png, .*FILE and"
+    ):
+        load_source(config, "val")
+    for number in (1, 2):
+        (tmp_path / f"val/{prefix}{number}.png").rename(tmp_path / f"val/{prefix}0{number}.png")
+    assert values(load_source(config, "val")) == {"ant": [1], "bee": [2], "cat": [10]}
+
+
+@pytest.mark.parametrize("text", ["cat\ngreat dane\n", "great dane\ncat\n"])
+def test_classes_alone_may_have_several_words(tmp_path, text):
+    for name in ("a0", "b0"):
+        draw(tmp_path / f"val/{name}.png", 0)
+    (tmp_path / "val.txt").write_text(text)
+    source = open_source(data_of(tmp_path, "folder"), "val")
+    assert source.label_names == ("cat", "great dane") and sorted(source.labels) == [0, 1]
+
+
+def test_classes_with_files_may_have_commas(tmp_path):
+    draw(tmp_path / "val/a0.png", 0)
+    (tmp_path / "val.txt").write_text("a0 tench, Tinca tinca\n")
+    source = open_source(data_of(tmp_path, "folder"), "val")
+    assert source.label_names == ("tench, Tinca tinca",)
 
 
 def test_image_missing_from_the_list_is_named(tmp_path):

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from common_jax.inputs import BadExample
-from common_jax.inputs.tables import find_table, is_table, read_table, table_names
+from common_jax.inputs.tables import SPLIT, find_table, is_table, read_table, table_names
 from m2mkd_jax.data.listing import is_hidden, is_image
-from m2mkd_jax.data.own.tables import SPLIT
 from m2mkd_jax.data.sources import DataConfig, Source, open_source
 from m2mkd_jax.data.transforms import SMALL_SIDE
 
@@ -73,6 +72,11 @@ def _layout(root: Path, given: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     if (root / "wnids.txt").is_file():
         return {"source": "tiny_imagenet", "train_split": "train", "test_split": "val"}
+    years = sorted(root.glob("train20[0-9][0-9].json"))
+    for path in sorted(years, key=lambda path: path.stem != given["train_split"]):
+        test = f"val{path.stem.removeprefix('train')}"
+        if (root / f"{test}.json").is_file():
+            return {"source": "inaturalist", "train_split": path.stem, "test_split": test}
     tables = table_names(root)
     folders = {entry.name for entry in root.iterdir() if entry.is_dir()}
     folders = {name for name in folders if not is_hidden(name)}

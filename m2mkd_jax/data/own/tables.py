@@ -2,22 +2,23 @@
 
 import logging
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common_jax.inputs.tables import find_table, is_table, read_table, table_names
+from common_jax.inputs.names import printable, require_distinct
+from common_jax.inputs.tables import SPLIT, Table, find_table, is_table, read_table, table_names
 from common_jax.inputs.texts import read_lines
 from common_jax.ranges import did_you_mean
 from m2mkd_jax.data.folders import (
     SplitFiles,
     find_folder,
     label_rows,
-    require_distinct,
     require_path,
 )
 from m2mkd_jax.data.listing import DirectoryFiles, is_hidden, is_image, listed
 
-PATH, LABEL, SPLIT = "path", "label", "split"  # columns
+PATH, LABEL = "path", "label"  # columns, besides SPLIT
 
 
 def find_listed(path: str, split: str) -> SplitFiles:
@@ -25,12 +26,13 @@ def find_listed(path: str, split: str) -> SplitFiles:
 
     Paths are relative to the table's folder; labels are class names, and classes are sorted as
     strings. PATH is a folder with a table for each split, or one table with a column `split`. An
-    empty `split` means all rows of one table.
+    empty `split` means all rows of one table. An image in several splits is only warned of.
 
     Raises:
       FileNotFoundError: no such path, or no table of the split.
-      ValueError: a malformed table, or one without the columns or the split; a row without a path
-        or a label; an image that is listed twice.
+      ValueError: a malformed table, or one without the columns or the split; a row without a path,
+        a label or a split; an image that is listed twice in the split, or anywhere with another
+        label.
     """
     root = require_path(path, "a table of images, or the folder with SPLIT.csv")
     file = find_table(root, split) if root.is_dir() and split else root
@@ -44,10 +46,9 @@ def find_listed(path: str, split: str) -> SplitFiles:
     table = read_table(file)
     table.require(PATH, "the images' paths")
     table.require(LABEL, "their classes")
-    rows = table.rows
-    if split and not root.is_dir():
-        table.require(SPLIT, "each row's split; without it, set config.data.test_share")
-        rows = tuple(row for row in rows if row[1][SPLIT] == split)
+    whole = split and not root.is_dir()
+    without = "; without it, set config.data.test_share"
+    rows = table.rows_of(split, without) if whole else table.rows
     if not rows:
         splits = sorted({row.get(SPLIT, "") for _, row in table.rows})
         raise ValueError(
@@ -57,7 +58,35 @@ def find_listed(path: str, split: str) -> SplitFiles:
     for number, row in rows:
         if empty := [column for column in (PATH, LABEL) if not row[column]]:
             raise ValueError(f"{file}, line {number}, column {empty[0]!r} is empty; fill it")
+    _require_one_label(table, split if whole else "")
     return _labelled(file.parent, [(row[PATH], row[LABEL]) for _, row in rows], at=str(file))
+
+
+def _require_one_label(table: Table, split: str) -> None:
+    """Raises ValueError if any rows give one image two labels; warns of images of `split` that are
+    in other splits too."""
+    first: dict[str, tuple[int, str]] = {}
+    inside, outside = set(), set()
+    for number, row in table.rows:
+        if not (row[PATH] and row[LABEL]):
+            continue  # refused in a split that is read
+        place, label = _place(table.path.parent, row[PATH]), row[LABEL]
+        line, other = first.setdefault(place, (number, label))
+        if label != other:
+            raise ValueError(
+                f"{table.path}, lines {line} and {number} give the image {printable(row[PATH])!r} "
+                f"the labels {other!r} and {label!r}; remove one of them"
+            )
+        (inside if not split or row[SPLIT] == split else outside).add(place)
+    if shared := inside & outside:
+        logging.warning(
+            "%s: %d images of split %r are in other splits too: %s",
+            *(table.path, len(shared), split, listed(shared)),
+        )
+
+
+def _place(folder: Path, name: str) -> str:
+    return os.path.abspath(os.path.join(folder, name))
 
 
 def find_images(path: str, split: str) -> SplitFiles:
@@ -77,7 +106,7 @@ def find_flat(root: Path, split: str, list_file: Path) -> SplitFiles:
     """Lists the images of ROOT/SPLIT/, which has no class folders, with classes from a list.
 
     A line of the list is a file and its class, separated by a tab, comma or space; or only a class,
-    for the images in the order of their names.
+    for the images in the order of their names, if that is the same as text and by their numbers.
 
     Raises:
       ValueError: the list does not fit the images; the message names file and line.
@@ -86,19 +115,25 @@ def find_flat(root: Path, split: str, list_file: Path) -> SplitFiles:
     lines = [(i, line) for i, line in enumerate(read_lines(list_file), start=1) if line]
     # A list may name files with or without their suffix.
     known = {name.rpartition(".")[0]: name for name in images} | {name: name for name in images}
-    separator = next((mark for mark in "\t, " if lines and mark in lines[0][1]), None)
+    separator = _separator([line for _, line in lines], known)
     if separator is None:
         if len(lines) != len(images):
             raise ValueError(
                 f"{list_file} has {len(lines)} classes, one per line, but {root / split} has "
                 f"{len(images)} images; write FILE and CLASS in each line, or correct the list"
             )
+        if _depends_on_order(images):
+            raise ValueError(
+                f"{list_file} has one class per line, but {root / split} has numbers without "
+                f"leading zeros, {images[0]}, {images[1]}, ..., whose order is not clear; write "
+                "FILE and CLASS in each line"
+            )
         rows = [(name, label) for name, (_, label) in zip(images, lines, strict=True)]
     else:
         rows = []
         for number, line in lines:
-            file, _, label = line.partition(separator)
-            name = known.get(file.strip().rpartition("/")[2])
+            name = _file_of(line, separator, known)
+            label = line.partition(separator)[2]
             if name is None or not label.strip():
                 raise ValueError(
                     f"{list_file}, line {number} must have a file of {root / split} and its class, "
@@ -114,8 +149,29 @@ def find_flat(root: Path, split: str, list_file: Path) -> SplitFiles:
     return _labelled(root, [(f"{split}/{name}", label) for name, label in rows], at=str(list_file))
 
 
+def _separator(lines: Sequence[str], known: Mapping[str, str]) -> str | None:
+    """Returns what separates files from classes; None if the lines are classes, of which some may
+    be several words."""
+    marks = "\t, "
+    with_file = (mark for mark in marks if any(_file_of(line, mark, known) for line in lines))
+    in_all = (mark for mark in marks if lines and all(mark in line for line in lines))
+    return next(with_file, next(in_all, None))
+
+
+def _file_of(line: str, mark: str, known: Mapping[str, str]) -> str | None:
+    file, found, _ = line.partition(mark)
+    return known.get(file.strip().rpartition("/")[2]) if found else None
+
+
+def _depends_on_order(images: Sequence[str]) -> bool:
+    """Returns True for names that differ only in numbers and are sorted otherwise as text."""
+    stems = [name.rpartition(".")[0] for name in images]
+    numbers = [[int(digits) for digits in re.findall(r"\d+", stem)] for stem in stems]
+    return len({re.sub(r"\d+", "0", stem) for stem in stems}) == 1 and numbers != sorted(numbers)
+
+
 def _labelled(root: Path, rows: Sequence[tuple[str, str]], *, at: str) -> SplitFiles:
-    require_distinct((name for name, _ in rows), at=at)
+    require_distinct((_place(root, name) for name, _ in rows), at=at)
     classes = sorted({label for _, label in rows})
     labels = label_rows(rows, classes, at=at)
     return SplitFiles(DirectoryFiles(root, tuple(name for name, _ in rows)), labels, tuple(classes))
