@@ -355,7 +355,7 @@ def build_students(
     bare = {"kernel": None, "code_noise": 0.0}
     read_in = config.read_in_config()
     block = dataclasses.replace(read_in.block, **bare)
-    if config.legacy_read_in_scale:
+    if config.legacy_read_in_scale and config.layer_scale is not None:
         # Only that of the MLP: the attention's is `read_in.scale`.
         block = dataclasses.replace(block, layer_scale=LEGACY_READ_IN_SCALE)
     # A student has a single input latent, and a read-in by projection needs one per token.
