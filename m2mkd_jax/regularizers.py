@@ -230,14 +230,14 @@ def make_regularizer(
     config: RegularizersConfig,
     signatures: Mapping[str, Signatures],
     *,
-    kernels: Sequence[KernelConfig],
+    kernels: Sequence[KernelConfig | None],
 ) -> Regularizer:
     """The weighted sum of the terms whose weight is not always 0.
 
     Args:
       config: the terms.
       signatures: initial signatures of `input`, `mediator` and `output` latents.
-      kernels: kernel of each iteration's propagator.
+      kernels: kernel of each iteration's propagator, None if it has none.
 
     Returns:
       regularize(params, progress) -> the sum, and the unweighted terms as `regularizer/NAME`;
@@ -261,6 +261,12 @@ def make_regularizer(
         )
     if _is_on(blocks):
         settings = {"clusters": blocks.clusters, "within": blocks.within, "between": blocks.between}
+        if None in kernels:
+            raise ValueError(
+                f"config.model.layerwise.kernel leaves iteration {kernels.index(None)} without a "
+                "kernel, and config.regularizers.blocks pulls those of all iterations: give it a "
+                "kernel, or set config.regularizers.blocks.weight and weight_end to 0"
+            )
         # Only for its error, which would otherwise be raised while the step is traced.
         block_targets(len(_join(signatures, blocks.latents)), **settings)
         terms["blocks"] = (

@@ -11,6 +11,7 @@ from cliptrans_jax import pretrained
 from cliptrans_jax.config import Config
 from cliptrans_jax.encoders import TextTower
 from cliptrans_jax.runs.run_data import check_weights, is_run
+from cliptrans_jax.stages import FREEZES, STAGES
 from common_jax import checkpoint
 from common_jax.state import merge
 from common_jax.weights import Allowance, Origin, WarmStart, size_of, take, warn_of_no_match
@@ -52,13 +53,31 @@ def check_start(config: Config, tower: TextTower | None, shapes: Shapes) -> None
 
     Raises:
       FileNotFoundError: if a folder or file is missing.
-      ValueError: if a run's parameters do not fit.
+      ValueError: if a run's parameters do not fit; see also `check_fresh`.
     """
+    check_fresh(config, shapes)
     sources = config.sources
     if sources.model and is_run(sources.model):
         _take_run(config, _shapes_of_model(sources.model, tower, shapes), read=False)
     else:
         check_weights(config)
+
+
+def check_fresh(config: Config, shapes: Shapes) -> None:
+    """Raises ValueError if config.sources.fresh matches a parameter that a captioning stage
+    freezes."""
+    fresh, architecture = config.sources.fresh, config.model.architecture
+    parts = FREEZES[config.freeze] if STAGES[config.stage].captioning else ()
+    if not (fresh and parts):
+        return
+    below = "|".join(getattr(architecture, part) for part in parts)
+    for path in traverse_util.flatten_dict(shapes, sep="/"):
+        if re.fullmatch(fresh, path) and re.fullmatch(f"{architecture.subtree}/({below})", path):
+            raise ValueError(
+                f"config.sources.fresh={fresh!r} matches {path}, but config.freeze="
+                f"{config.freeze!r} does not train it: it would keep its random initial value. "
+                "Give a regex that matches only trained parameters, or config.freeze=nothing"
+            )
 
 
 def _shapes_of_model(source: str, tower: TextTower | None, shapes: Shapes) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from cliptrans_jax.evaluators.translation import Encode, SentenceSet, Translate,
 from cliptrans_jax.models import cliptrans
 from cliptrans_jax.models.cliptrans import Translator
 from cliptrans_jax.pretrained import place
-from cliptrans_jax.runs.initial_weights import check_start, make_warm_start
+from cliptrans_jax.runs.initial_weights import check_fresh, check_start, make_warm_start
 from cliptrans_jax.runs.objective import make_encode, make_loss
 from cliptrans_jax.runs.run_data import (
     RunData,
@@ -135,6 +135,7 @@ def check(user_config: Config, workdir: epath.Path, mesh: Mesh, *, key: str) -> 
     count = data.check(train=True, towers=not _awaits_towers(config))
     data.release_towers()  # read to check the width of their features
     task = describe(user_config, mesh, examples=count, tokens=config.sentence_limit)
+    check_fresh(config, jax.eval_shape(task.init, jax.random.key(0)))
     loop.check(task, config.run, config.optim, seed=config.seed, mesh=mesh, key=key)
 
 

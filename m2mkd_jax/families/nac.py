@@ -56,6 +56,9 @@ def left(section: NacConfig) -> tuple[Allowance, ...]:
     # What depends on the data is in `fresh` as well: students and NAC both have it, in other
     # shapes.
     allowances = [stitches, *_unlike_students(section)]
+    if section.read_in == "projection":
+        reason = "config.model.read_in='projection' has no attention"
+        allowances.append(Allowance(r"student/stage_0/read_in/attention/.*", reason))
     later = "|".join(str(stage) for stage in range(2, section.iterations + 1))
     if section.share_propagators and later:
         reason = "config.model.share_propagators takes only the first mediator student"
@@ -67,11 +70,12 @@ def left(section: NacConfig) -> tuple[Allowance, ...]:
 
 
 def fresh(section: NacConfig) -> tuple[Allowance, ...]:
-    """Latents, kernel bandwidths and code-conditioned heads."""
+    """Latents, kernel bandwidths, code-conditioned heads and read-ins by projection."""
     return (
         Allowance(r"student/graph/.*", "students have no latents and no seeder"),
         Allowance(r"student/stage_\d+/attention/bandwidth", "students attend without a kernel"),
         Allowance(r"student/stage_\d+/code_head/.*", "students have no code-conditioned head"),
+        Allowance(r"student/stage_0/read_in/projection/.*", "students read in by attention"),
         *_unlike_students(section),
     )
 
@@ -91,10 +95,12 @@ def _unlike_students(section: NacConfig) -> tuple[Allowance, ...]:
 
 
 def head(section: NacConfig) -> str:
-    """The layer that makes logits: the code-conditioned head if its first slot is the logits."""
-    # Not the confidences of the pooling: few-shot trains the classifier alone, as in the original.
-    layer = "code_head/linear" if section.pooling == "first_slot" else "pooling/head"
-    return rf"\w+/stage_\d+/{layer}/.*"
+    """The layer that makes logits: the code-conditioned head, with all that follows it, or the last
+    layer of the pooling."""
+    # Without that head, not the confidences of the pooling: few-shot trains the classifier alone,
+    # as in the original. With it, the pooling is over logits, and as wide as there are labels.
+    layers = "(code_head/linear|pooling)" if section.read_out_head else "pooling/head"
+    return rf"\w+/stage_\d+/{layers}/.*"
 
 
 def check_noise(section: NacConfig, noise: str) -> None:

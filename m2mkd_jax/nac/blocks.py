@@ -4,6 +4,7 @@ code-conditioned MLP."""
 import dataclasses
 import math
 from functools import partial
+from typing import Any
 
 import jax
 from flax import linen as nn
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float
 
 from common_jax.config import FieldError, Section
 from common_jax.mesh import constrain
-from common_jax.nn.attention import by_platform, fused
+from common_jax.nn.attention import Implementation, by_platform, fused
 from common_jax.nn.mlp import gelu
 from common_jax.ranges import BelowOne, NonNegative, Positive, Size
 from m2mkd_jax.models import encoder
@@ -76,7 +77,7 @@ class BlockConfig(Section):
     mask: bool = True
     scale_after_softmax: bool = False
     normalise_kernel: bool = True
-    attention: str = "auto"
+    attention: Implementation = "auto"
 
     def __post_init__(self):
         super().__post_init__()
@@ -105,6 +106,12 @@ class BlockConfig(Section):
         """Hidden width F of the MLP; with GEGLU its first layer is twice as wide."""
         # Half to even, as in the original.
         return round(self.ffn_factor * self.width)
+
+    @property
+    def ffn_shape(self) -> tuple[Any, ...]:
+        """What the shapes of the MLP's parameters depend on besides the widths."""
+        scaled, linear = self.layer_scale is not None, self.linear
+        return (self.hidden, self.geglu, scaled, linear.kind, linear.learnable_gain)
 
     def layer(self, dtype: DTypeLike, inputs: int, outputs: int, use_bias: bool) -> CodeLinear:
         """A code-conditioned layer of the block."""

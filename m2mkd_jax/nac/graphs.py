@@ -11,7 +11,17 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from common_jax.config import Section
-from common_jax.ranges import SMALLEST, Count, Fraction, Interval, Positive, Size, Sizes, key_of
+from common_jax.ranges import (
+    LARGEST_INT,
+    SMALLEST,
+    Count,
+    Fraction,
+    Interval,
+    Positive,
+    Size,
+    Sizes,
+    key_of,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +39,8 @@ class PriorConfig(Section):
         evenly.
       p_in, p_out: planted_partition: probability of an edge within a community (p_in) and between
         two (p_out).
-      neighbours: watts_strogatz: nodes that each node is joined to before rewiring; 0 for a tenth
-        of the nodes.
+      neighbours: watts_strogatz: nodes that each node is joined to before rewiring, at least 2, of
+        which an odd number counts as one less; 0 for a tenth of the nodes.
       rewire: watts_strogatz: probability that an edge moves to a random node.
       dims: sides of the grid.
       periodic: closes the grid to a torus.
@@ -52,7 +62,7 @@ class PriorConfig(Section):
     community_size: Count = 0
     p_in: Fraction = 0.9
     p_out: Fraction = 0.2
-    neighbours: Count = 0
+    neighbours: Annotated[int, Interval("0 or at least 2", 2, LARGEST_INT, other=0)] = 0
     rewire: Fraction = 0.4
     dims: Sizes = (16, 16)
     periodic: bool = False
@@ -111,7 +121,8 @@ def _erdos_renyi(config: PriorConfig, nodes: int, seed: int) -> nx.Graph:
 
 
 def _watts_strogatz(config: PriorConfig, nodes: int, seed: int) -> nx.Graph:
-    neighbours = config.neighbours or round(0.1 * nodes)
+    # In the original a tenth of fewer than 15 nodes is 0 or 1, and the graph has no edges.
+    neighbours = config.neighbours or max(2, round(0.1 * nodes))
     if neighbours >= nodes:
         _refuse("neighbours", neighbours, nodes, f"must be below {nodes}")
     return nx.watts_strogatz_graph(nodes, neighbours, config.rewire, seed=seed)

@@ -79,13 +79,14 @@ class NacConfig(Section):
       identical_codes: starts all mediators with the same code.
       learn_codes, learn_signatures: whether the latents' codes and signatures are trained.
       layerwise: values that differ by iteration: the name of a field of `blocks.BlockConfig`
-        ("ffn_factor", "kernel/truncation") and one value per iteration.
+        ("ffn_factor", "kernel/truncation") and one value per iteration. Not its widths, which all
+        iterations share, nor, with `share_ffns`, fields on which the shapes of the MLP depend.
       prior: the graph that the mediators' signatures start from.
       students: which student parameters the whole NAC starts from: "imagenet" takes all,
         "tinyimagenet" leaves out positional grid and pooling, which depend on image size and
         labels ("tinyimnet" and "tinynet" are other spellings of it, "imnet" of "imagenet").
       legacy_read_in_scale: starts the layer scale of the read-in student's MLP at 1e-6, as the
-        original does by mistake; the whole NAC then inherits it.
+        original does by mistake; the whole NAC then inherits it. Only with a `layer_scale`.
       attention: implementation of the latents' attention: "xla"; "auto", cuDNN's kernel on GPUs
         where it is faster and XLA elsewhere; or "cudnn", only in bfloat16 on GPUs. The default is
         "xla" because cuDNN's gradient of log affinities has been compiled, but not verified on a
@@ -167,11 +168,27 @@ class NacConfig(Section):
                     f"layerwise.{name}={shown(values)} must have iterations={self.iterations} "
                     "values"
                 )
+            if name in ("width", "code_width"):
+                raise FieldError(
+                    f"layerwise.{name}={shown(values)} must be one number, since all iterations "
+                    f"share states and codes: drop it and set {name}"
+                )
+        unread = self.inputs_to_mediators == "never" and not self.inputs_to_outputs
+        if unread and not self.inputs_as_mediators:
+            raise FieldError(
+                "inputs_to_mediators='never' and inputs_to_outputs=False hide the image from the "
+                "logits: change one of them, or set inputs_as_mediators=True"
+            )
         # Only to run the checks of these configs; they are built again when needed.
         self.graph()
         self.block()
-        for layer in range(self.iterations if self.layerwise else 0):
-            self.propagator(layer, drop_path=0.0)
+        layers = range(self.iterations if self.layerwise else 0)
+        blocks = [self.propagator(layer, drop_path=0.0) for layer in layers]
+        if self.share_ffns and len({block.ffn_shape for block in blocks}) > 1:
+            raise FieldError(
+                f"layerwise={shown(self.layerwise)} gives the iterations MLPs of different shapes, "
+                "but share_ffns=True gives them the same MLP: drop either"
+            )
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -355,7 +372,7 @@ def build_students(
     bare = {"kernel": None, "code_noise": 0.0}
     read_in = config.read_in_config()
     block = dataclasses.replace(read_in.block, **bare)
-    if config.legacy_read_in_scale:
+    if config.legacy_read_in_scale and config.layer_scale is not None:
         # Only that of the MLP: the attention's is `read_in.scale`.
         block = dataclasses.replace(block, layer_scale=LEGACY_READ_IN_SCALE)
     # A student has a single input latent, and a read-in by projection needs one per token.

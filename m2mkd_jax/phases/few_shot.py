@@ -25,7 +25,7 @@ from m2mkd_jax.data.subsets import Subset
 from m2mkd_jax.evaluators import show
 from m2mkd_jax.families import family_of
 from m2mkd_jax.phases.phase import Phase, Splits, Training, WeightSource
-from m2mkd_jax.phases.training import check_training, train_phase, whole_training
+from m2mkd_jax.phases.training import check_fresh, check_training, train_phase, whole_training
 from m2mkd_jax.phases.weights import require_source, take_weights
 
 CONFIDENCE = 0.95
@@ -128,9 +128,11 @@ def describe(config: Config, mesh: Mesh) -> Training:
     mesh and episode."""
     data = dataclasses.replace(config.data, labels=config.few_shot.ways)
     episode = dataclasses.replace(config, data=data)
-    return dataclasses.replace(
+    training = dataclasses.replace(
         whole_training(PHASE, episode), trainable=family_of(episode.model).head(episode.model)
     )
+    check_fresh(training)
+    return training
 
 
 def first_feed(training: Training, workdir: epath.Path, splits: Splits) -> Feed:

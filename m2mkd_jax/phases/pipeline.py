@@ -39,12 +39,24 @@ def run_phase(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]
     check_sources(config)
     if config.phase == "pipeline":
         return run_pipeline(config, workdir, mesh)
-    phase = PHASES[config.phase]
+    phase, folders = PHASES[config.phase], run_folders(config)
     result = {}
     with matmul_precision(config.matmul_precision):
-        for folder, part in run_folders(config).items():
+        if len(folders) > 1:
+            _check_programs(folders, workdir, mesh)
+        for folder, part in folders.items():
             result = phase.run(part, workdir / folder, mesh)
     return result
+
+
+def _check_programs(programs: Mapping[str, Config], workdir: epath.Path, mesh: Mesh) -> None:
+    """Checks all programs of a phase, by folder, before the first one trains."""
+    splits = load_splits(next(iter(programs.values())))  # shared by all programs
+    for folder, config in programs.items():
+        phase = PHASES[config.phase]
+        training = phase.describe(config, mesh)
+        feed = phase.feed(training, workdir / folder, splits)
+        check_training(training, feed, mesh, trace=False)
 
 
 def program_folders(config: Config, *, one: str, several: str) -> dict[str, Config]:

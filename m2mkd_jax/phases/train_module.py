@@ -23,7 +23,7 @@ from m2mkd_jax.phases.networks import (
 from m2mkd_jax.phases.objective import Outputs
 from m2mkd_jax.phases.phase import FileKind, Phase, Training, WeightSource, config_feed
 from m2mkd_jax.phases.teachers import check_classes, read_teacher
-from m2mkd_jax.phases.training import train_phase
+from m2mkd_jax.phases.training import check_fresh, train_phase
 from m2mkd_jax.phases.weights import compare_images, require_source, take_weights
 from m2mkd_jax.stages import module_name, stage_name
 
@@ -82,7 +82,7 @@ def describe(config: Config, mesh: Mesh) -> Training:
         )
         return {module_name(stage): Outputs(logits[stage], None, {}) for stage in stages}
 
-    return Training(
+    training = Training(
         PHASE,
         config,
         # From random weights, as in the original, not from the meta stage that a module replaces.
@@ -92,6 +92,8 @@ def describe(config: Config, mesh: Mesh) -> Training:
         trainable=f"{family.stitches}|{family.head(config.teacher)}" if joins else ".*",
         helpers=parameter_shapes(config, meta, "meta", mesh, only=others),
     )
+    check_fresh(training)
+    return training
 
 
 def _join(config: Config, shapes: Mapping[str, Any]) -> WarmStart:

@@ -2,10 +2,12 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from flax import traverse_util
 from jax.sharding import Mesh
 
 from common_jax import checkpoint
@@ -48,10 +50,12 @@ def take_weights(
       frozen: whether the parameters stay frozen.
 
     Raises:
-      ValueError: like `common_jax.weights.take`, and if frozen parameters would start from scratch;
-        see also `compare_images` and `compare_sections`.
+      ValueError: like `common_jax.weights.take`, and if frozen parameters would start from scratch,
+        see `refuse_fresh`; see also `compare_images` and `compare_sections`.
     """
     sources = config.sources
+    if frozen:
+        refuse_fresh(config, traverse_util.flatten_dict(shapes, sep="/"))
     # Each source once, though a run of several modules has an origin for every stage.
     for source in dict.fromkeys(str(origin.source) for origin in origins):
         compare_images(config, source, frozen=frozen)
@@ -69,15 +73,20 @@ def take_weights(
         ways |= {f"{role}/{regex}": way for regex, way in family_of(section).adapt(section).items()}
     # Strict, unlike most loading in the original, which ignores missing and unknown names.
     start = take(shapes, origins, leave=leave, fresh=fresh, adapt=ways, read=read)
-    if frozen and start.account["fresh"]:
-        name = start.account["fresh"][0]["name"]
+    compare_sections(config, origins, frozen=frozen)
+    return start
+
+
+def refuse_fresh(config: Config, paths: Iterable[str]) -> None:
+    """Raises ValueError if config.sources.fresh matches one of the `paths`, of parameters that the
+    phase loads but does not train."""
+    regex = config.sources.fresh
+    if found := sorted(path for path in paths if regex and re.fullmatch(regex, path)):
         raise ValueError(
-            f"config.sources.fresh={sources.fresh!r} matches {name}, but phase={config.phase!r} "
+            f"config.sources.fresh={regex!r} matches {found[0]}, but phase={config.phase!r} "
             "does not train it: it would keep its random initial value. Give a source that has it, "
             "or a regex that matches only trained parameters"
         )
-    compare_sections(config, origins, frozen=frozen)
-    return start
 
 
 def compare_sections(config: Config, origins: Sequence[Origin], *, frozen: bool) -> None:

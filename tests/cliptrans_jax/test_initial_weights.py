@@ -171,6 +171,18 @@ def test_fresh_parameters_are_not_loaded(sources, source, caplog):
     assert "config.sources.fresh='maper/.*' matches no parameter" in caplog.text
 
 
+def test_fresh_must_not_match_what_a_stage_freezes(sources):
+    config = config_of(model=sources / "plain", fresh="mbart/encoder/.*")
+    check_start(config, None, wanted(OURS))
+    config = dataclasses.replace(config, stage="caption", freeze="encoder")
+    said = r"fresh='mbart/encoder/\.\*' matches mbart/encoder/.* config\.freeze='encoder' does not"
+    with pytest.raises(ValueError, match=said):
+        check_start(config, None, wanted(OURS))
+    trained = dataclasses.replace(config.sources, fresh="mapper/.*|mbart/decoder/.*")
+    check_start(dataclasses.replace(config, sources=trained), None, wanted(OURS))
+    check_start(dataclasses.replace(config, freeze="nothing"), None, wanted(OURS))
+
+
 def test_run_with_an_ema_passes_on_its_raw_parameters(tmp_path):
     """A stage continues from the run's parameters, not from their average."""
     none = np.zeros((), np.int32)

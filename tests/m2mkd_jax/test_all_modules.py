@@ -213,6 +213,17 @@ def test_pairs_at_once_limits_modules_per_program(sources, tmp_path):
         PairsConfig(pairs_at_once=-1)
 
 
+def test_all_programs_are_checked_before_the_first_one(tmp_path):
+    """The second program has only module 2; the first would even miss the meta model's weights."""
+    config = modular("train_module", distill=PairsConfig(pairs_at_once=2))
+    config = dataclasses.replace(
+        config, run=dataclasses.replace(config.run, best="test/module_0/accuracy")
+    )
+    with pytest.raises(ValueError, match=r"best='test/module_0/accuracy' is never measured"):
+        run_phase(config, tmp_path / "run", one_device())
+    assert not (tmp_path / "run").exists()
+
+
 def test_duplicate_modules_are_refused():
     with pytest.raises(ValueError, match=r"'0\+0' must be .* each once"):
         modular("distill", module="0+0")

@@ -23,6 +23,8 @@ CASES = {
     "one iteration": dataclasses.replace(NAC, share_ffns=True),
     "Tiny-ImageNet": dataclasses.replace(DEEP, students="tinyimagenet"),
     "read-out head": dataclasses.replace(DEEP, read_out_head=True),
+    "projection": dataclasses.replace(DEEP, read_in="projection", inputs=16),
+    "no layer scale": dataclasses.replace(DEEP, layer_scale=None, legacy_read_in_scale=True),
     "no bandwidth": dataclasses.replace(DEEP, kernel=KernelConfig(learnable_bandwidth=False)),
 }
 POOLING = r"student/stage_\d/pooling/.*"
@@ -61,7 +63,7 @@ def test_left_and_fresh_are_exactly_the_unshared_parameters(case):
     kind = family_of(config.model)
     assert matched(kind.left(config.model), students) == (students.keys() - whole.keys()) | unlike
     assert matched(kind.fresh(config.model), whole) == (whole.keys() - students.keys()) | unlike
-    for name in students.keys() & whole.keys():
+    for name in (students.keys() & whole.keys()) - unlike:
         assert students[name] == whole[name], name
 
 
@@ -78,12 +80,19 @@ def test_head_is_only_the_classifier(case):
     assert moved == head
 
 
-def test_the_head_is_the_layer_that_makes_logits():
+@pytest.mark.parametrize(
+    ("pooling", "layers"),
+    [
+        ("first_slot", {"code_head/linear"}),
+        ("gumbel", {"code_head/linear", "pooling/confidence", "pooling/head"}),
+    ],
+)
+def test_the_head_has_all_layers_that_depend_on_the_labels(pooling, layers):
     config = config_of("NAC")
-    model = dataclasses.replace(config.model, pooling="first_slot", read_out_head=True)
+    model = dataclasses.replace(config.model, pooling=pooling, read_out_head=True)
     names = shapes(whole_student(dataclasses.replace(config, model=model)))
     head = {n for n in names if re.fullmatch(family_of(model).head(model), n)}
-    assert head and all(name.startswith("student/stage_4/code_head/linear/") for name in head)
+    assert {name.rsplit("/", 1)[0] for name in head} == {f"student/stage_4/{x}" for x in layers}
     data = dataclasses.replace(config.data, labels=3)
     other = shapes(whole_student(dataclasses.replace(config, model=model, data=data)))
     assert {n for n in names if names[n] != other[n]} <= head
@@ -108,6 +117,7 @@ def test_allowance_reasons_name_config_fields(case):
         "shared MLPs": {"share_ffns takes only the first mediator student's MLP"},
         "Tiny-ImageNet": {"students='tinyimagenet'"},
         "read-out head": {"read_out_head=True pools logits, students pool states"},
+        "projection": {"read_in='projection' has no attention"},
     }.get(case, set())
     assert reasons == {f"config.model.{reason}" for reason in want}
 

@@ -101,8 +101,13 @@ def part_by_part(network, params, *, to_mediators, to_outputs, inputs_as_mediato
         ({}, {}),
         ({"inputs_to_mediators": "first"}, {"to_mediators": (0,)}),
         (
-            {"inputs_to_mediators": "never", "inputs_to_outputs": False},
-            {"to_mediators": (), "to_outputs": False},
+            {
+                "inputs_to_mediators": "never",
+                "inputs_to_outputs": False,
+                "inputs_as_mediators": True,
+                "mediators": 3,
+            },
+            {"to_mediators": (), "to_outputs": False, "inputs_as_mediators": True},
         ),
         ({"inputs_as_mediators": True, "mediators": 3}, {"inputs_as_mediators": True}),
     ],

@@ -16,7 +16,7 @@ from common_jax import checkpoint, loop
 from common_jax.config import unfreeze
 from common_jax.mesh import match_rules, with_shardings
 from common_jax.weights import Origin
-from m2mkd_jax.config import DistillConfig, FewShotConfig, SourcesConfig
+from m2mkd_jax.config import DistillConfig, FewShotConfig, InitConfig, SourcesConfig
 from m2mkd_jax.phases import weights
 from m2mkd_jax.phases.networks import (
     meta_network,
@@ -25,7 +25,7 @@ from m2mkd_jax.phases.networks import (
     teacher_network,
     whole_student,
 )
-from m2mkd_jax.phases.pipeline import run_phase
+from m2mkd_jax.phases.pipeline import describe, run_phase
 
 MESH = one_device()
 ROLES = ("meta", "teacher", "module", "student")
@@ -243,6 +243,31 @@ def test_fresh_and_leave_are_recorded_in_the_account(held):
     neither = dataclasses.replace(config, sources=SourcesConfig(fresh=r".*/head/.*"))
     with pytest.raises(ValueError, match=r"qkv/bias .* has no place"):
         weights.take_weights(neither, *shapes_and_origins(config, held))
+
+
+@pytest.mark.parametrize(
+    ("phase", "joined", "fresh", "fixed"),
+    [
+        ("train_module", "", "meta/stage_0/.*", "meta/stage_0/block_0/"),
+        ("train_module", "/there", "module/stage_2/.*", "module/stage_2/block_0/attention/"),
+        ("distill", "", ".*/head/.*", "meta/stage_2/head/bias"),
+        ("few_shot", "", "student/stage_2/.*", "student/stage_2/block_0/"),
+    ],
+)
+def test_fresh_must_not_match_what_stays_frozen(phase, joined, fresh, fixed):
+    """Known without reading a source."""
+    config = dataclasses.replace(tiny_config(phase), init=InitConfig(teacher=joined))
+    config = dataclasses.replace(config, sources=SourcesConfig(fresh=fresh))
+    with pytest.raises(ValueError, match=rf"fresh='.*' matches {fixed}.*'{phase}' does not train"):
+        describe(config, MESH)
+
+
+@pytest.mark.parametrize(("phase", "joined"), [("train_module", "/there"), ("few_shot", "")])
+def test_fresh_may_match_the_head_that_is_trained(phase, joined):
+    config = dataclasses.replace(tiny_config(phase), init=InitConfig(teacher=joined))
+    role = "module" if joined else "student"
+    sources = SourcesConfig(fresh=rf"{role}/stage_\d+/head/.*")
+    describe(dataclasses.replace(config, sources=sources), MESH)
 
 
 def test_checking_sources_reads_no_parameters(held):

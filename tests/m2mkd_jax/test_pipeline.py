@@ -194,6 +194,15 @@ def test_wrong_sources_are_named(finished, tmp_path):
     assert not (tmp_path / "c" / "config.json").exists()
 
 
+def test_fresh_weights_that_no_phase_would_train_are_refused_first(tmp_path):
+    """In a pipeline the regex also meets the meta model, which later phases load frozen."""
+    config = dataclasses.replace(tiny_pipeline(), sources=SourcesConfig(fresh=".*/head/.*"))
+    said = r"fresh='\.\*/head/\.\*' matches meta/stage_1/head/bias, but phase='train_module'"
+    with pytest.raises(ValueError, match=said):
+        run_phase(config, tmp_path / "run", one_device())
+    assert not (tmp_path / "run").exists()
+
+
 def test_recipe_errors_name_the_full_key(tmp_path):
     config = tiny_pipeline()
     recipe = config.recipes["pretrain_meta"]

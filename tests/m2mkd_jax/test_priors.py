@@ -113,6 +113,7 @@ def test_invalid_size_suggests_valid_ones(graph, changes, nodes, said):
         ({"graph": "scale_free"}, "'barabasi_albert'"),
         ({"p_in": 1.5}, r"^p_in=1.5 .*\[0, 1\]"),
         ({"attachments": 0}, "at least 1"),
+        ({"neighbours": 1}, "^neighbours=1 must be 0 or at least 2"),
         ({"dims": ()}, "dims"),
         ({"truncation": 2.0}, "truncation=2.0"),
         ({"learning_rate": 0.0}, "positive"),
@@ -179,6 +180,8 @@ def test_watts_strogatz_is_a_ring_with_rewired_edges():
     np.testing.assert_array_equal(graph_of("watts_strogatz", rewire=0.0), ring(NODES, 2))
     tenth = graph_of("watts_strogatz", nodes=38, neighbours=0, rewire=0.0)  # 3.8, rounded to 4
     np.testing.assert_array_equal(tenth, ring(38, 2))
+    few = graph_of("watts_strogatz", nodes=8, neighbours=0, rewire=0.0)  # 0.8, but at least 2
+    np.testing.assert_array_equal(few, ring(8, 1))
     moved = graph_of("watts_strogatz", rewire=1.0)
     assert moved.sum() == 4 * NODES
     assert np.sum(moved & ring(NODES, 2)) < 2.5 * NODES

@@ -174,6 +174,13 @@ def test_clusters_must_divide_the_latents():
         make_regularizer(config, SIGNATURES, kernels=KERNELS)
 
 
+def test_blocks_need_a_kernel_in_every_iteration():
+    config = RegularizersConfig(blocks=BlocksConfig(weight=1.0, clusters=4))
+    said = r"layerwise\.kernel leaves iteration 1 without a kernel, .* config\.regularizers\.blocks"
+    with pytest.raises(ValueError, match=said):
+        make_regularizer(config, SIGNATURES, kernels=(KERNELS[0], None))
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [

@@ -212,8 +212,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         f"{NAC}graphs.py",
         "a tenth of the nodes is rounded down",
-        "neighbours = config.neighbours or round(0.1 * nodes)",
-        "neighbours = config.neighbours or nodes // 10",
+        "neighbours = config.neighbours or max(2, round(0.1 * nodes))",
+        "neighbours = config.neighbours or max(2, nodes // 10)",
         f"{PRIORS}::test_watts_strogatz_is_a_ring_with_rewired_edges",
     ),
     Mistake(
