@@ -58,13 +58,19 @@ RUNS = (*STAGES, PIPELINE, EVALUATE)
 SYSTEM = System("cliptrans_jax", field="stage", others={"phase": "m2mkd_jax"})
 # Sections and fields that every run reads.
 _ANY = (
-    *("stage", "seed", "precision", "matmul_precision", "data", "languages", "tokenizer"),
-    *("mesh", "run"),
+    *("stage", "seed", "precision", "matmul_precision", "data", "languages", "tokenizer", "mesh"),
 )
+_RUN = {
+    Trains.TRANSLATOR: ("run",),
+    # The newest towers are used, so no metric chooses among their checkpoints.
+    Trains.TOWERS: tuple(
+        f"run.{x.name}" for x in dataclasses.fields(RunConfig) if x.name != "best"
+    ),
+}
 READS: dict[str, tuple[str, ...]] = {
-    **{name: (*_ANY, *stage.reads) for name, stage in STAGES.items()},
-    PIPELINE: (*_ANY, *TOWERS, *MODEL, *VALIDATION, *CAPTION, "unfreeze_clip", "recipes"),
-    EVALUATE: (*_ANY, *MODEL, "unfreeze_clip"),
+    **{name: (*_ANY, *_RUN[stage.trains], *stage.reads) for name, stage in STAGES.items()},
+    PIPELINE: (*_ANY, "run", *TOWERS, *MODEL, *VALIDATION, *CAPTION, "unfreeze_clip", "recipes"),
+    EVALUATE: (*_ANY, "run.compilation_cache", *MODEL, "unfreeze_clip"),
 }
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 SIDES = {"": None} | {side.value: side for side in Side}

@@ -142,10 +142,12 @@ def parse_args(text: str | None, defaults: dict[str, Any]) -> ml_collections.Con
 
 
 def is_set(config: Any, path: str) -> bool:
-    """Whether a field or a section of a frozen config, such as "optim.clip", differs from its
-    default."""
+    """Whether a field or a section of a frozen config, such as "optim.clip" or
+    "recipes.clip.label_smoothing", differs from its default."""
     *above, name = path.split(".")
-    section = functools.reduce(getattr, above, config)
+    section = functools.reduce(
+        lambda at, key: at[key] if isinstance(at, Mapping) else getattr(at, key), above, config
+    )
     return getattr(section, name) != getattr(type(section)(), name)
 
 

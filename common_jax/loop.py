@@ -184,6 +184,7 @@ def _train(
         for name, content in task.files.items():
             write_json(workdir / name, content)
     introduce(task, optim, abstract, mesh, workdir, config)
+    due.warn_of_unscored()
 
     # ----------------------------------------------------------------------------------------------
     # State, restored from the newest checkpoint or initialised; warm-start parameters replace

@@ -106,6 +106,8 @@ class OptimConfig(Section):
         }
         if self.decay_all:
             why["no_decay"] = "decay_all=True decays every parameter"
+        if not getattr(self, self._warmup):
+            why.setdefault("warmup_lr", f"{self._warmup}=0 is no warm-up")
         default = {field.name: field.default for field in dataclasses.fields(self)}
         return {
             name: reason
@@ -148,23 +150,30 @@ class OptimConfig(Section):
             )
 
     def check_warmup(self, steps_per_epoch: int, *, key: str = "config.optim") -> None:
-        """Raises ValueError, naming fields of the section `key`, unless the schedule's warm-up is
-        shorter than the run; a longer warm-up would never reach the peak."""
-        reads = SCHEDULES[self.schedule].reads
-        if "warmup_epochs" not in reads:
+        """Raises ValueError, naming fields of the section `key`, unless the schedule's warm-up ends
+        before the run; a longer warm-up would never reach the peak."""
+        kind = SCHEDULES[self.schedule]
+        if "warmup_epochs" not in kind.reads:
             return
-        by_steps = self.warmup_steps is not None and "warmup_steps" in reads
-        name = "warmup_steps" if by_steps else "warmup_epochs"
-        given, total = getattr(self, name), self.total_steps(steps_per_epoch)
-        warmup = given if by_steps else given * steps_per_epoch
-        if warmup < total or warmup == 0:
+        name, total = self._warmup, self.total_steps(steps_per_epoch)
+        given = getattr(self, name)
+        warmup = given if name == "warmup_steps" else given * steps_per_epoch
+        late = kind.lag * steps_per_epoch
+        if warmup + late < total or warmup == 0:
             return
         length = f"{key}.{self._length}"
+        lag = f"; schedule={self.schedule!r} is {late} steps late" if late else ""
         raise ValueError(
             f"{key}.{name}={given} is a warm-up of {warmup} steps, and the run has only {total} "
-            f"({length}, {steps_per_epoch} steps per epoch): give a shorter warm-up, such as "
+            f"({length}, {steps_per_epoch} steps per epoch{lag}): give a shorter warm-up, such as "
             f"--{key}.{name}=0, or a longer run"
         )
+
+    @property
+    def _warmup(self) -> str:
+        """The field that sets the length of the warm-up."""
+        by_steps = "warmup_steps" in SCHEDULES[self.schedule].reads
+        return "warmup_epochs" if self.warmup_steps is None or not by_steps else "warmup_steps"
 
     @property
     def _length(self) -> str:
@@ -194,7 +203,7 @@ Recipe = TypeVar("Recipe")  # a dataclass with a field `optim`
 def scale_lengths(recipes: Mapping[str, Recipe], scale: float) -> dict[str, Recipe]:
     """Returns the recipes with the length of each run and of its warm-up multiplied by `scale`.
 
-    Lengths are rounded, to one epoch or update at least; a warm-up stays shorter than the run.
+    Lengths are rounded, to one epoch or update at least; a warm-up still ends before the run.
 
     Raises:
       ValueError: if the scale is not positive.
@@ -206,7 +215,7 @@ def scale_lengths(recipes: Mapping[str, Recipe], scale: float) -> dict[str, Reci
         return max(least, round(length * scale))
 
     def scaled(optim: OptimConfig) -> OptimConfig:
-        epochs = times(optim.epochs, 1)
+        epochs, lag = times(optim.epochs, 1), SCHEDULES[optim.schedule].lag
         steps = None if optim.steps is None else times(optim.steps, 1)
         warmup_steps = None if optim.warmup_steps is None else times(optim.warmup_steps, 0)
         if steps is not None and warmup_steps is not None:
@@ -215,7 +224,7 @@ def scale_lengths(recipes: Mapping[str, Recipe], scale: float) -> dict[str, Reci
             optim,
             epochs=epochs,
             steps=steps,
-            warmup_epochs=min(times(optim.warmup_epochs, 0), epochs - 1),
+            warmup_epochs=min(times(optim.warmup_epochs, 0), max(0, epochs - 1 - lag)),
             warmup_steps=warmup_steps,
         )
 
@@ -286,15 +295,17 @@ class ScheduleKind:
       make: takes the config and the steps per epoch.
       reads: the fields that it reads and some other kind does not. One that reads `warmup_epochs`
         but not `warmup_steps` has its warm-up in epochs.
+      lag: epochs by which it is late.
     """
 
     make: Callable[[OptimConfig, int], Schedule]
     reads: tuple[str, ...] = ()
+    lag: int = 0
 
 
 _BY_EPOCH = ("warmup_epochs", "warmup_lr", "min_lr")
 SCHEDULES = {
-    "epoch_cosine": ScheduleKind(epoch_cosine, _BY_EPOCH),
+    "epoch_cosine": ScheduleKind(epoch_cosine, _BY_EPOCH, lag=1),
     "epoch_cosine_unlagged": ScheduleKind(functools.partial(epoch_cosine, lag=0), _BY_EPOCH),
     "warmup_cosine": ScheduleKind(warmup_cosine, (*_BY_EPOCH, "warmup_steps")),
     "inverse_sqrt": ScheduleKind(inverse_sqrt, ("warmup_epochs", "warmup_steps")),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -92,6 +93,18 @@ class Due:
     def whole_average(self, step: int) -> bool:
         """Whether the average in the state at `step`, if it has one, is ready to be evaluated."""
         return not self.averaged or step == self.total
+
+    def warn_of_unscored(self) -> None:
+        """Warns if `run.best` is chosen among a few checkpoints only, because the others have no
+        evaluation and some evaluations have no checkpoint."""
+        evaluated, saved = self.run.eval_every, self.run.checkpoint_every
+        if self.run.best is not None and saved % evaluated and evaluated % saved:
+            logging.warning(
+                "config.run.best=%r is chosen only among every %d epochs and the last step, where "
+                "config.run.eval_every=%d and config.run.checkpoint_every=%d meet: make one of "
+                "them a multiple of the other",
+                *(self.run.best, math.lcm(evaluated, saved), evaluated, saved),
+            )
 
     def check_average(self, optim: OptimConfig, *, title: str, key: str) -> None:
         """Raises ValueError for an average over more checkpoints than there will be, or one

@@ -248,10 +248,10 @@ def make_regularizer(
     """
     terms: dict[str, tuple[Any, Callable[[Params], Scalar]]] = {}
     hinge, mixture, blocks = config.hinge, config.mixture, config.blocks
-    if _is_on(hinge):
+    if is_on(hinge):
         push = functools.partial(hinge_repulsion, hinge=hinge.hinge, reduction=hinge.reduction)
         terms["hinge"] = hinge, lambda params: push(_join(_signatures(params), "all"))
-    if _is_on(mixture):
+    if is_on(mixture):
         gaussians = fit_mixture(_join(signatures, "all"), components=mixture.components)
         terms["mixture"] = (
             mixture,
@@ -259,7 +259,7 @@ def make_regularizer(
                 _join(_signatures(params), "all"), gaussians, reduction=mixture.reduction
             ),
         )
-    if _is_on(blocks):
+    if is_on(blocks):
         settings = {"clusters": blocks.clusters, "within": blocks.within, "between": blocks.between}
         if None in kernels:
             raise ValueError(
@@ -324,5 +324,6 @@ def _pairs(distance: Float[Array, "T T"]) -> Bool[Array, "T T"]:
     return jnp.tri(*distance.shape, k=-1, dtype=bool)
 
 
-def _is_on(term: HingeConfig | MixtureConfig | BlocksConfig) -> bool:
+def is_on(term: HingeConfig | MixtureConfig | BlocksConfig) -> bool:
+    """True unless the weight of a term is always 0."""
     return bool(term.weight or term.weight_end)

@@ -14,6 +14,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 DIGITS = f"{ROOT}/configs/m2mkd/digits.py"
 EMOJI = f"{ROOT}/configs/cliptrans/emoji.py"
 WHOLE = f"{DIGITS}:phase=end_to_end"
+DISTILLED = "--config.baseline.kind=soft"  # otherwise baseline.alpha would change nothing
 GRID = "baseline.alpha=0.3,0.5"
 
 # Stands in for python: records the call and does what a file named after the run says.
@@ -63,10 +64,12 @@ def replace_python(folder, monkeypatch):
 
 def start(workdir, *flags, config=WHOLE, grid=GRID):
     grids = [] if grid is None else [f"--grid={grid}"]
-    return sweep.main([f"--config={config}", f"--workdir={workdir}", *grids, *map(str, flags)])
+    flags = [*([DISTILLED] if config == WHOLE else []), *map(str, flags)]
+    return sweep.main([f"--config={config}", f"--workdir={workdir}", *grids, *flags])
 
 
-def cells(grid, config=WHOLE, flags=()):
+def cells(grid, config=WHOLE, flags=(DISTILLED,)):
+    flags = flags if config == WHOLE else ()
     return sweep_cells.plan_cells(config, flags, sweep_cells.parse_grid(grid), sweep.programs())
 
 

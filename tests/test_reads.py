@@ -45,6 +45,8 @@ def test_every_kind_of_run_reads_existing_fields(name):
         ("cliptrans", "clip", "decode.beams"),
         ("cliptrans", "translate", "freeze"),
         ("cliptrans", "evaluate", "optim.lr"),
+        ("cliptrans", "evaluate", "run.best"),
+        ("cliptrans", "clip", "run.best"),
     ],
 )
 def test_fields_of_other_runs_are_not_read(name, kind, path):

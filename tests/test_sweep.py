@@ -162,13 +162,18 @@ def test_all_bad_cells_are_reported_at_once(tmp_path, capsys):
         (DIGITS, "optim.lr=1,2", ["did you mean --config.recipes.assemble.optim.lr or"]),
         (DIGITS, ":phase=end_to_end,distill;distill.tau=1,2", ["phase='end_to_end' does not read"]),
         (
+            f"{DIGITS}:phase=distill",
+            "distill.kind=soft,hard;distill.tau=1,2",
+            ["kind=hard, distill.tau=2: config.distill.tau changes nothing: config.distill.kind="],
+        ),
+        (
             f"{EMOJI}:stage=clip",
             "model.mapper.kind=mlp,x",
             ["stage='clip' does not read config.mod"],
         ),
     ],
 )
-def test_sweeping_an_unread_field_is_refused(config, grid, said):
+def test_sweeping_a_field_that_changes_nothing_is_refused(config, grid, said):
     with pytest.raises(ValueError, match="cells that cannot run") as caught:
         cells(grid, config)
     for text in said:

@@ -17,9 +17,10 @@ Example:
 def program() -> "Program":
     """What a sweep needs to know about this package."""
     from cliptrans_jax.config import READS, Config
+    from cliptrans_jax.runs.idle import idle
     from common_jax.commands.sweep.cells import Program
 
-    return Program("cliptrans_jax.main", "stage", Config, "test/bleu", results, READS)
+    return Program("cliptrans_jax.main", "stage", Config, "test/bleu", results, READS, idle)
 
 
 def results(config: Any) -> "tuple[str | None, Files]":

@@ -34,11 +34,13 @@ class Contrastive:
       loss: (texts (B, M), images (B, M), learned scalars by name) -> scalar.
       learned: learned scalars by the name of their parameter under "clip".
       metrics: learned scalars -> metrics of a training step.
+      smallest: smallest batch from which anything is learned.
     """
 
     loss: Callable[..., Float[Array, ""]]
     learned: Mapping[str, Learned]
     metrics: Callable[[Numbers], Numbers]
+    smallest: int = 1
 
     @property
     def takes_scale(self) -> bool:

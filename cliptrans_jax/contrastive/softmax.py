@@ -32,4 +32,5 @@ SOFTMAX = Contrastive(
     # Above 100, CLIP found training to be unstable (section 2.5).
     learned={"log_scale": Learned(most=math.log(100))},
     metrics=_metrics,
+    smallest=2,  # the softmax over a single pair is 1 whatever the features
 )

@@ -4,7 +4,7 @@ src/models/adapters.py)."""
 import dataclasses
 import functools
 import math
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import jax
 from flax import linen as nn
@@ -44,6 +44,7 @@ class MapperConfig(Section):
 class MlpMapper(nn.Module):
     """prelu(W x + b), split into P vectors."""
 
+    drops: ClassVar[bool] = False
     config: MapperConfig
     width: int
     dtype: DTypeLike
@@ -58,6 +59,7 @@ class MlpMapper(nn.Module):
 class HiddenMlpMapper(nn.Module):
     """prelu(W2 relu(W1 x + b1) + b2), split into P vectors."""
 
+    drops: ClassVar[bool] = False
     config: MapperConfig
     width: int
     dtype: DTypeLike
@@ -74,6 +76,7 @@ class TransformerMapper(nn.Module):
     """W x + b, split into P tokens, then one post-norm transformer layer over them without
     positions or mask: 2 heads, an MLP with D // 3 hidden units and ReLU."""
 
+    drops: ClassVar[bool] = True
     config: MapperConfig
     width: int
     dtype: DTypeLike

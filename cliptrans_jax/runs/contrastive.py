@@ -48,11 +48,11 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
       the first language and of names by pictures.
     """
     refuse_other_config(workdir, config)
-    _refuse_micro_batches(config)
+    _check_batch(config)
     train, evaluated, text, tower = _load(config, workdir, mesh)
     optim, length = config.optim, _longest(train, evaluated)
     task = describe(config, steps=steps_per_epoch(len(train), optim.batch), length=length)
-    # By default config.run.best is BLEU, which only translators have.
+    # By default config.run.best is BLEU, which only translators have; `READS` lacks it here.
     run_config = dataclasses.replace(config.run, best=None)
     loop.check(task, run_config, optim, seed=config.seed, mesh=mesh)
     save_tokenizer(text, workdir)  # written before anything else
@@ -117,7 +117,7 @@ def check(config: Config, workdir: epath.Path, mesh: Mesh, *, key: str) -> None:
     Raises:
       ValueError, FileNotFoundError: as `run`.
     """
-    _refuse_micro_batches(config, key)
+    _check_batch(config, key)
     train, evaluated, _, _ = _load(config, workdir, mesh)
     steps = steps_per_epoch(len(train), config.optim.batch)
     task = describe(config, steps=steps, length=_longest(train, evaluated))
@@ -125,9 +125,17 @@ def check(config: Config, workdir: epath.Path, mesh: Mesh, *, key: str) -> None:
     loop.check(task, run, config.optim, seed=config.seed, mesh=mesh, key=key)
 
 
-def _refuse_micro_batches(config: Config, key: str = "config") -> None:
-    """Raises ValueError for config.optim.accumulate > 1: the average over micro-batches would be
-    another loss, in which a pair has only those of its micro-batch as negatives."""
+def _check_batch(config: Config, key: str = "config") -> None:
+    """Raises ValueError for a batch too small for the loss, and for config.optim.accumulate > 1:
+    the average over micro-batches would be another loss, in which a pair has only those of its
+    micro-batch as negatives."""
+    loss = config.clip.loss
+    if config.optim.batch < CONTRASTIVE[loss].smallest:
+        raise ValueError(
+            f"{key}.optim.batch={config.optim.batch}: config.clip.loss={loss!r} contrasts each "
+            "pair with the others of its batch, and without any it is always 0. Give at least "
+            f"{CONTRASTIVE[loss].smallest}"
+        )
     if config.optim.accumulate > 1:
         raise ValueError(
             f"{key}.optim.accumulate={config.optim.accumulate}: stage 'clip' contrasts each pair "

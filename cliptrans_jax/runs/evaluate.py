@@ -30,8 +30,11 @@ def evaluate(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, 
     if not user_config.sources.model:
         raise ValueError("stage 'evaluate' needs config.sources.model, the model to score")
     refuse_other_config(workdir, user_config)
-    # Whatever stage trained it, the model is scored as a translator.
-    config = dataclasses.replace(user_config, stage=SCORED_AS, all_languages=False).apply_parity()
+    # Whatever stage trained it, the model is scored as a translator. Only a run's own
+    # config.run.best chooses its checkpoint.
+    run = dataclasses.replace(user_config.run, best=None)
+    config = dataclasses.replace(user_config, stage=SCORED_AS, all_languages=False, run=run)
+    config = config.apply_parity()
     data = RunData(config, workdir, mesh)
     data.check(train=False)
     model = Model.of(config, data)

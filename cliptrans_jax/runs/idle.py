@@ -4,8 +4,9 @@ import logging
 from collections.abc import Iterator
 
 from cliptrans_jax.config import READS, Config
-from cliptrans_jax.runs.run_data import is_run
-from cliptrans_jax.stages import EVALUATE, FREEZES, PIPELINE, STAGES, Trains
+from cliptrans_jax.models.mapper import MAPPERS
+from cliptrans_jax.runs.run_data import feature_side, is_run
+from cliptrans_jax.stages import EVALUATE, FREEZES, PIPELINE, STAGES, Side, Trains
 from cliptrans_jax.translators.table import TRANSLATORS
 from common_jax.command_line import unread
 from common_jax.config import is_set
@@ -42,6 +43,13 @@ def _without_effect(config: Config) -> Iterator[tuple[str, str]]:
     stages = [STAGES[x] for x in config.recipes or [config.stage] if x in STAGES]
     yield from _of_noise(config, captions={stage.captioning for stage in stages})
     yield from _of_sources(config)
+    yield from _of_prefix(config)
+    for name in config.recipes:
+        if STAGES[name].trains is Trains.TOWERS:
+            yield f"recipes.{name}.label_smoothing", f"stage {name!r} has no label loss"
+    if config.data.source != "emoji":
+        why = f"config.data.source={config.data.source!r} draws no emoji"
+        yield from ((f"data.{name}", why) for name in ("emoji_size", "emoji_flags"))
     if not config.valid_decode:
         yield "valid_beams", "config.valid_decode=False translates no validation set"
     if config.decode.beams == 1 and config.valid_beams <= 1:
@@ -51,14 +59,27 @@ def _without_effect(config: Config) -> Iterator[tuple[str, str]]:
     for name in TRANSLATORS:
         if name != config.model.translator and hasattr(config.model, name):
             yield f"model.{name}", f"config.model.translator={config.model.translator!r}"
-    if not config.has_prefix:
-        why = "config.model.mapper.prefix=0 uses no features"
-        names = ("test_side", "keep_text_features", "unfreeze_clip", "model.mapper.kind")
-        yield from ((name, why) for name in names)
-    elif config.unfreeze_clip:
-        yield "keep_text_features", "config.unfreeze_clip=True encodes sentences in every step"
     if not any(stage.trains is Trains.TOWERS for stage in stages):
         yield "data.bad_share", "a translator needs every picture"
+
+
+def _of_prefix(config: Config) -> Iterator[tuple[str, str]]:
+    mapper, stage = config.model.mapper, STAGES.get(config.stage)
+    if not config.has_prefix:
+        why = "config.model.mapper.prefix=0 uses no features"
+        names = ("kind", "features", "dropout")
+        yield from ((f"model.mapper.{name}", why) for name in names)
+        names = ("test_side", "keep_text_features", "unfreeze_clip", "model.prefix")
+        yield from ((name, why) for name in names)
+        return
+    if not MAPPERS[mapper.kind].drops:
+        yield "model.mapper.dropout", f"config.model.mapper.kind={mapper.kind!r} drops nothing"
+    if config.unfreeze_clip:
+        yield "keep_text_features", "config.unfreeze_clip=True encodes sentences in every step"
+    elif stage is not None and stage.trains is Trains.TRANSLATOR:
+        sides = {feature_side(config.apply_parity(), train=train) for train in (True, False)}
+        if Side.TEXT not in sides:
+            yield "keep_text_features", f"stage {config.stage!r} uses features of pictures only"
 
 
 def _of_noise(config: Config, *, captions: set[bool]) -> Iterator[tuple[str, str]]:

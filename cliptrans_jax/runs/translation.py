@@ -58,6 +58,8 @@ def run(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     done = workdir / SCORES
     # An interruption while the test split is translated leaves a result without scores.
     result = read_result(workdir, user_config, phase=user_config.stage)
+    if result is not None:
+        _refuse_other_best(workdir, user_config.run.best)
     if result is not None and done.exists():
         logging.info("%s is already finished: %s", user_config.stage, workdir)
         return result | {"test": read_json(done)}
@@ -104,6 +106,18 @@ def run(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     further = score_further(config, workdir, data, translate, params, step=step.name)
     scores = score_split(config, workdir, test, translate, params, step=step.name)
     return result | further | {"test": scores}
+
+
+def _refuse_other_best(workdir: epath.Path, best: str | None) -> None:
+    """Raises ValueError if a finished run had another `run.best`: it chose the checkpoint whose
+    scores are there, and those that were kept."""
+    before = read_json(workdir / "config.json").get("run", {}).get("best", best)
+    if before != best:
+        raise ValueError(
+            f"config.run.best={best!r}, but {workdir} is finished, with the checkpoint to score "
+            f"chosen by {before!r}: give --config.run.best={before} or another --workdir, or score "
+            "another checkpoint with stage 'evaluate' and its folder as config.sources.model"
+        )
 
 
 def describe(user_config: Config, mesh: Mesh, *, examples: int, tokens: int) -> Task:

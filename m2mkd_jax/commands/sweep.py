@@ -18,9 +18,9 @@ def program() -> "Program":
     """This package's part of the command."""
     from common_jax.commands.sweep.cells import Program
     from m2mkd_jax.config import Config
-    from m2mkd_jax.phases.fields import reads
+    from m2mkd_jax.phases.fields import idle, reads
 
-    return Program("m2mkd_jax.main", "phase", Config, "test/accuracy", results, reads())
+    return Program("m2mkd_jax.main", "phase", Config, "test/accuracy", results, reads(), idle)
 
 
 def results(config: Any) -> "tuple[str | None, Files]":

@@ -92,7 +92,9 @@ def idle_fields(config: AugmentConfig, image_size: int) -> dict[str, str]:
         unused |= dict.fromkeys(names, "randaugment=False uses no operations")
     if not (config.mixup or config.cutmix):
         unused["mix_probability"] = "mixup and cutmix are 0"
-    if not (config.mixup and config.cutmix):
+    if not config.mix_probability:
+        unused |= dict.fromkeys(("mixup", "cutmix", "switch"), "mix_probability=0 mixes no images")
+    elif not (config.mixup and config.cutmix):
         unused["switch"] = "it is for mixup and cutmix together"
     return idle | {
         name: why for name, why in unused.items() if getattr(config, name) != getattr(default, name)

@@ -112,6 +112,35 @@ def check_noise(section: NacConfig, noise: str) -> None:
         )
 
 
+def idle(section: NacConfig) -> dict[str, str]:
+    """What graph, read-out, layers and kernel do not read; of the last two, nothing if iterations
+    differ."""
+    found = {f"prior.{name}": why for name, why in section.prior.idle.items()}
+    if not section.read_out_head:
+        found["read_out_head_norm"] = "config.model.read_out_head=False"
+    if section.pooling == "first_slot":
+        found["temperature"] = "config.model.pooling='first_slot' weighs no latents"
+    if section.layerwise:
+        return found
+    kernel, kind = section.kernel, section.linear.kind
+    if kind != "modulated":
+        names = ("normalization", "gain", "learnable_gain", "add_one", "renormalization", "dropout")
+        why = f"config.model.linear.kind={kind!r} has no scales"
+        found |= {f"linear.{name}": why for name in names}
+    if kernel.truncation is None:
+        why = "config.model.kernel.truncation=None cuts no edges"
+        found |= {f"kernel.{name}": why for name in ("truncation_kind", "straight_through")}
+    if not kernel.stochastic:
+        why = "config.model.kernel.stochastic=False samples no edges"
+        found |= {f"kernel.{name}": why for name in ("temperature", "evaluation")}
+    if not section.mask:
+        # A regulariser and the picture of the graph still read the rest of the kernel.
+        names = ("stochastic", "temperature", "evaluation", "empty_row")
+        why = "config.model.mask=False attends to all latents"
+        found |= {f"kernel.{name}": why for name in names}
+    return found
+
+
 def table(section: NacConfig, channels: int, stage: int | None) -> Table:
     """Tensor names of the whole network, or of a student."""
     if stage is None:
@@ -147,6 +176,7 @@ FAMILY = Family(
     left=left,
     fresh=fresh,
     check_noise=check_noise,
+    idle=idle,
     preparation=Preparation(
         check=check_circuit,
         sketch=sketch_circuit,

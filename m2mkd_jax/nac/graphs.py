@@ -74,6 +74,15 @@ class PriorConfig(Section):
     learning_rate: Positive = 1e-3
     hinge: bool = True
 
+    @property
+    def idle(self) -> dict[str, str]:
+        """The fields that the graph does not read, and why."""
+        own = {name for fields in FIELDS.values() for name in fields}
+        if self.graph == "none":
+            own |= {"truncation", "steps", "learning_rate", "hinge"}
+        unread = own - set(FIELDS.get(self.graph, ()))
+        return dict.fromkeys(sorted(unread), f"config.model.prior.graph={self.graph!r}")
+
 
 def make_graph(config: PriorConfig, *, nodes: int, seed: int) -> Bool[np.ndarray, "T T"]:
     """Returns the adjacency matrix of the configured graph, symmetric and without self-loops.
@@ -229,4 +238,18 @@ GENERATORS: types.MappingProxyType[str, Callable[[PriorConfig, int, int], nx.Gra
             "hypercube": _hypercube,
         }
     )
+)
+# The fields that each of them reads.
+FIELDS: types.MappingProxyType[str, tuple[str, ...]] = types.MappingProxyType(
+    {
+        "watts_strogatz": ("neighbours", "rewire"),
+        "planted_partition": ("communities", "community_size", "p_in", "p_out"),
+        "grid": ("dims", "periodic"),
+        "balanced_tree": ("branching", "height"),
+        "barbell": ("community_size", "path_length"),
+        "erdos_renyi": ("edge_probability",),
+        "barabasi_albert": ("attachments",),
+        "ring_of_cliques": ("communities", "community_size"),
+        "hypercube": (),
+    }
 )

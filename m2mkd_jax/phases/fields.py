@@ -1,5 +1,6 @@
 """The config fields that each phase reads, and those that name sources of weights."""
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 
@@ -11,8 +12,10 @@ from m2mkd_jax.config import Config
 from m2mkd_jax.data.augment import idle_fields
 from m2mkd_jax.families import family_of
 from m2mkd_jax.losses import DISTILLATIONS
+from m2mkd_jax.models.vit import ViTConfig
 from m2mkd_jax.phases import PHASES
 from m2mkd_jax.phases.phase import ALLOWANCES, ALWAYS, WeightSource
+from m2mkd_jax.regularizers import is_on
 
 
 def reads() -> dict[str, tuple[str, ...]]:
@@ -80,6 +83,14 @@ def _without_effect(config: Config) -> Iterator[tuple[str, str]]:
     yield from ((f"model.{path}", why) for path, why in family.idle(config.model).items())
     if family.preparation is None:
         yield "regularizers", "it is for networks that start from a graph, such as a NAC"
+    else:
+        yield from _without_weight(config)
+    if not family.evaluation_streams:  # no other network in a run has any
+        yield "evaluation.noise", "these networks draw nothing in evaluation"
+    if isinstance(config.model, ViTConfig) and max(config.model.depths) == 1:
+        path = {"pipeline": "recipes.distill.drop_path", "distill": "drop_path"}.get(config.phase)
+        if path == "drop_path" or (path and "distill" in config.recipes):
+            yield path, "it ramps up from 0 within each student, and these have one block"
     if config.phase != "pipeline":
         used = [source.path for source in used_sources(config)]
         for source in PHASES[config.phase].sources:
@@ -88,6 +99,15 @@ def _without_effect(config: Config) -> Iterator[tuple[str, str]]:
                 if not config.baseline.active and source.path.startswith("sources.teacher"):
                     why = "config.baseline.kind='none' uses no teacher"
                 yield source.path, why
+
+
+def _without_weight(config: Config) -> Iterator[tuple[str, str]]:
+    """The other fields of regularisers whose weight is 0."""
+    for name in (field.name for field in dataclasses.fields(config.regularizers)):
+        term, key = getattr(config.regularizers, name), f"regularizers.{name}"
+        for field in () if is_on(term) else dataclasses.fields(term):
+            if not field.name.startswith("weight"):
+                yield f"{key}.{field.name}", f"config.{key}.weight=0 leaves it out"
 
 
 def replacing_sources() -> tuple[WeightSource, ...]:

@@ -7,12 +7,16 @@ import shutil
 
 import numpy as np
 import pytest
+from changed import changed
 from etils import epath
+from meshes import one_device
 from tiny_cliptrans import tiny_config, write_corpus, write_run
 
+from cliptrans_jax.runs import translation
 from cliptrans_jax.runs.finished import find
 from cliptrans_jax.runs.translation import best_step
 from common_jax import checkpoint
+from common_jax.config import unfreeze
 from common_jax.run_config import RunConfig
 from common_jax.state import TrainState
 
@@ -52,6 +56,17 @@ def test_non_finite_metric_never_selects_a_checkpoint(tmp_path, monkeypatch, val
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert best_step(epath.Path(tmp_path), RunConfig(best="val/bleu")).name == best
+
+
+def test_finished_run_refuses_to_be_scored_by_another_metric(tmp_path):
+    config, run = tiny_config("translate", None), epath.Path(tmp_path)
+    (run / "config.json").write_text(json.dumps(unfreeze(config).to_dict()))
+    (run / "result.json").write_text('{"phase": "translate", "steps": 6}')
+    (run / "scores.json").write_text('{"bleu": 7.0}')
+    assert translation.run(config, run, one_device())["test"] == {"bleu": 7.0}
+    said = r"^config\.run\.best=None, but .* chosen by 'val/bleu': give --config\.run\.best=val/bl"
+    with pytest.raises(ValueError, match=said):
+        translation.run(changed("run.best", None, config), run, one_device())
 
 
 def test_checkpoint_folder_with_another_name_is_used_directly(tmp_path):

@@ -7,6 +7,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from changed import changed
 from etils import epath
 from flax import linen as nn
 from jax import numpy as jnp
@@ -104,6 +105,15 @@ def test_contrastive_batch_cannot_be_accumulated(corpus, tmp_path):
         contrastive.run(config, epath.Path(tmp_path), one_device())
     with pytest.raises(ValueError, match=r"^config\.recipes\.clip\.optim\.accumulate=2: "):
         contrastive.check(config, epath.Path(tmp_path), one_device(), key="config.recipes.clip")
+
+
+def test_batch_of_one_pair_is_refused_where_nothing_would_be_learned(corpus, tmp_path):
+    config = changed("optim.batch", 1, tiny_config("clip", corpus))
+    said = r"^config\.recipes\.clip\.optim\.batch=1: config\.clip\.loss='softmax' contrasts"
+    with pytest.raises(ValueError, match=said):
+        contrastive.check(config, epath.Path(tmp_path), one_device(), key="config.recipes.clip")
+    sigmoid = changed("clip.loss", "sigmoid", config)
+    contrastive.check(sigmoid, epath.Path(tmp_path), one_device(), key="config")
 
 
 def test_no_device_gathers_the_whole_batch_of_embeddings(capfd):

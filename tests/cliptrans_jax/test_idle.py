@@ -1,11 +1,14 @@
 """CLIPTrans' fields that are set but have no effect given the others."""
 
+import dataclasses
 import functools
 
 import pytest
 from changed import changed
 from tiny_cliptrans import tiny_config
 
+from cliptrans_jax.config import Recipe
+from cliptrans_jax.data.corpora import DataConfig
 from cliptrans_jax.runs.idle import idle, warn_of_random_parts
 
 
@@ -35,6 +38,18 @@ SWITCHED_OFF = [
         {"keep_text_features": False, "unfreeze_clip": True},
         {"unfreeze_clip": False},
     ),
+    ("translate", {"model.mapper.dropout": 0.5}, {"model.mapper.kind": "transformer"}),
+    (
+        "translate",
+        {"model.mapper.features": 16, "model.mapper.prefix": 0},
+        {"model.mapper.prefix": 2},
+    ),
+    (
+        "translate",
+        {"model.prefix.mask": "original", "model.mapper.prefix": 0},
+        {"model.mapper.prefix": 2},
+    ),
+    ("caption", {"keep_text_features": False}, {"test_side": "text"}),
 ]
 
 
@@ -51,6 +66,22 @@ def test_captioning_drops_tokens_whatever_the_noise_config():
     assert idle(changed("noise.mask_prob", 0.5, config)) == {
         "noise.train": "captioning always drops tokens"
     }
+
+
+def test_emoji_settings_are_idle_for_other_sources():
+    config = tiny_config("translate", None)
+    data = DataConfig(source="multi30k", path="there", emoji_size=8, emoji_flags=True)
+    assert {*idle(dataclasses.replace(config, data=data))} == {
+        "data.emoji_size",
+        "data.emoji_flags",
+    }
+    assert idle(changed("data.emoji_size", 8, config)) == {}
+
+
+def test_label_smoothing_is_idle_in_the_recipe_of_the_towers():
+    recipes = dict.fromkeys(("clip", "caption"), Recipe(label_smoothing=0.1))
+    config = dataclasses.replace(tiny_config("pipeline", None), recipes=recipes)
+    assert {*idle(config)} == {"recipes.clip.label_smoothing"}
 
 
 @pytest.mark.parametrize("stage", ["clip", "caption", "translate", "triplet"])

@@ -318,6 +318,7 @@ def test_no_features_are_needed_without_a_prefix(corpus, tmp_path):
         config,
         stage="evaluate",
         sources=dataclasses.replace(config.sources, model=str(tmp_path)),
+        run=dataclasses.replace(config.run, best="val/bleu"),  # not measured there, and not read
     )
     with pytest.MonkeyPatch.context() as patch:
         taken = []

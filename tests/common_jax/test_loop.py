@@ -160,6 +160,16 @@ def test_impossible_averages_are_refused(last, ema, best, message, tmp_path):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("evaluated", "saved", "best", "warns"),
+    [(2, 3, "test/w", True), (2, 3, None, False), (2, 4, "test/w", False), (6, 3, "x", False)],
+)
+def test_best_checkpoint_of_few_candidates_gives_a_warning(evaluated, saved, best, warns, caplog):
+    run = RunConfig(eval_every=evaluated, checkpoint_every=saved, best=best)
+    Due(run, steps_per_epoch=5, total=100).warn_of_unscored()
+    assert ("'test/w' is chosen only among every 6 epochs and" in caplog.text) == warns
+
+
 def test_valid_seeds_and_metrics_are_accepted():
     task = make_task(lambda params, helpers, step: {"w": 0.0})
     for seed in (0, 2**32 - 1):

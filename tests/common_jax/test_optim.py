@@ -306,15 +306,28 @@ def test_warmup_must_be_shorter_than_the_run(schedule):
     config = OptimConfig(schedule=schedule, epochs=10, warmup_epochs=20)
     said = (
         r"config\.recipes\.distill\.optim\.warmup_epochs=20 is a warm-up of 200 steps, and the run "
-        r"has only 100 \(config\.recipes\.distill\.optim\.epochs=10, 10 steps per epoch\): give a "
-        r"shorter warm-up, such as --config\.recipes\.distill\.optim\.warmup_epochs=0"
+        r"has only 100 \(config\.recipes\.distill\.optim\.epochs=10, 10 steps per epoch.*\): give "
+        r"a shorter warm-up, such as --config\.recipes\.distill\.optim\.warmup_epochs=0"
     )
     with pytest.raises(ValueError, match=said):
         config.check_warmup(10, key="config.recipes.distill.optim")
-    for fine in ({"epochs": 21}, {"steps": 201}, {"warmup_epochs": 9}, {"warmup_epochs": 0}):
+    lag = optim.SCHEDULES[schedule].lag
+    for fine in (
+        {"epochs": 21 + lag},
+        {"steps": 201 + 10 * lag},
+        {"warmup_epochs": 9 - lag},
+        {"warmup_epochs": 0},
+    ):
         dataclasses.replace(config, **fine).check_warmup(10)
-    with pytest.raises(ValueError, match=r"config\.optim\.steps=200"):
-        dataclasses.replace(config, steps=200).check_warmup(10)
+    with pytest.raises(ValueError, match=rf"config\.optim\.steps={200 + 10 * lag}"):
+        dataclasses.replace(config, steps=200 + 10 * lag).check_warmup(10)
+
+
+def test_lagged_warmup_that_never_ends_is_refused():
+    config = OptimConfig(epochs=2, warmup_epochs=1, warmup_lr=0.0)
+    assert rates(config, 3, range(6)) == [0.0] * 6
+    with pytest.raises(ValueError, match=r"3 steps, .* only 6 .*; schedule='epoch_cosine' is 3 st"):
+        config.check_warmup(3)
 
 
 def test_run_length_is_limited_by_its_counter_and_schedule():
@@ -359,7 +372,8 @@ def lengths(optim):
     [
         ((100, None, 20, None), 0.1, (10, None, 2, None)),
         ((10, None, 2, None), 0.1, (1, None, 0, None)),
-        ((10, None, 9, None), 0.2, (2, None, 1, None)),  # 9 * 0.2 rounds to 2, the whole run
+        ((20, None, 18, None), 0.2, (4, None, 2, None)),  # 3 of 4 epochs would be 4, with the lag
+        ((10, None, 9, None), 0.1, (1, None, 0, None)),
         ((300, 800, 20, 400), 0.25, (75, 200, 5, 100)),
         ((300, 3, 20, 2), 0.1, (30, 1, 2, 0)),
         ((10, 50, 2, 5), 2.0, (20, 100, 4, 10)),
@@ -393,6 +407,8 @@ def test_scale_of_one_changes_nothing_and_invalid_scales_are_refused():
         ({"power": 3.0, "momentum": 0.5}, ["momentum", "power"]),
         ({"optimizer": "sgd", "b1": 0.5, "momentum": 0.5}, ["b1"]),
         ({"decay_all": True, "no_decay": "x"}, ["no_decay"]),
+        ({"warmup_epochs": 0, "warmup_lr": 0.1}, ["warmup_lr"]),
+        ({"schedule": "warmup_cosine", "warmup_steps": 0, "warmup_lr": 0.1}, ["warmup_lr"]),
     ],
 )
 def test_idle_lists_the_fields_that_are_not_read(fields, names):

@@ -1,6 +1,7 @@
 """Fields that are set but have no effect given the others."""
 
 import dataclasses
+import functools
 import logging
 
 import jax
@@ -13,6 +14,7 @@ from m2mkd_jax.config import Config, Recipe
 from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.moe.config import BalanceConfig, MoeConfig
 from m2mkd_jax.moe.routers import softmax_topk, topk_softmax
+from m2mkd_jax.nac.graphs import FIELDS, GENERATORS, PriorConfig, make_graph
 from m2mkd_jax.nac.model import NacConfig
 from m2mkd_jax.phases.fields import idle, warn_of_student
 
@@ -87,10 +89,75 @@ def test_fields_switched_off_by_others_are_idle(path, value, reads):
     assert [*idle(config)] == []
 
 
+NAC = {"model": NacConfig()}
+STUDENTS = {"phase": "distill", "model.depths": (1, 1, 1, 1)}
+SWITCHES = [
+    ("augment.mixup", 0.2, {"augment.mix_probability": 0.0}, {"augment.mix_probability": 0.5}),
+    ("drop_path", 0.1, STUDENTS, STUDENTS | {"model.depths": (1, 2, 1, 1)}),
+    ("drop_path", 0.1, STUDENTS, STUDENTS | NAC),
+    ("evaluation.noise", "fixed", {}, NAC),
+    ("model.kernel.temperature", 0.1, NAC | {"model.kernel.stochastic": False}, NAC),
+    ("model.kernel.empty_row", "nan", NAC | {"model.mask": False}, NAC),
+    ("model.kernel.truncation_kind", "masked", NAC | {"model.kernel.truncation": None}, NAC),
+    ("model.linear.gain", 0.5, NAC | {"model.linear.kind": "plain"}, NAC),
+    ("model.linear.dropout", 0.5, NAC | {"model.linear.kind": "weight_modulated"}, NAC),
+    (
+        "model.prior.rewire",
+        0.1,
+        NAC | {"model.prior.graph": "grid"},
+        NAC | {"model.prior.graph": "watts_strogatz"},
+    ),
+    ("model.prior.steps", 9, NAC, NAC | {"model.prior.graph": "grid"}),
+    ("model.read_out_head_norm", False, NAC, NAC | {"model.read_out_head": True}),
+    (
+        "model.temperature",
+        0.5,
+        NAC | {"model.read_out_head": True, "model.pooling": "first_slot"},
+        NAC | {"model.read_out_head": True},
+    ),
+    ("regularizers.blocks.within", 0.5, NAC, NAC | {"regularizers.blocks.weight_end": 1.0}),
+    ("regularizers.hinge.hinge", 0.1, NAC, NAC | {"regularizers.hinge.weight": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "off", "on"), SWITCHES)
+def test_field_is_idle_only_while_it_is_switched_off(path, value, off, on):
+    for fields, listed in ((off, [path]), (on, [])):
+        items = (fields | {path: value}).items()
+        config = functools.reduce(lambda config, item: changed(*item, config), items, START)
+        assert list(idle(config)) == listed
+
+
+def test_layers_that_differ_between_iterations_may_read_any_field():
+    layers = {"iterations": 2, "layerwise": {"kernel/stochastic": (False, True)}}
+    model = changed("kernel.stochastic", False, NacConfig(**layers))
+    model = changed("kernel.temperature", 0.1, model)
+    assert idle(dataclasses.replace(START, model=model)) == {}
+
+
+@pytest.mark.parametrize("graph", GENERATORS)
+def test_graphs_read_exactly_their_declared_fields(graph):
+    read = set()
+
+    class Recorder(PriorConfig):
+        def __getattribute__(self, name):
+            read.add(name)
+            return super().__getattribute__(name)
+
+    config = Recorder(graph, dims=(4, 4), height=3)
+    read.clear()
+    make_graph(config, nodes=15 if graph == "balanced_tree" else 16, seed=0)
+    fields = {field.name for field in dataclasses.fields(PriorConfig)}
+    assert read & fields - {"graph"} == {*FIELDS[graph]}
+
+
 def test_pipeline_recipes_are_checked_individually():
     recipe = Recipe(augment=AugmentConfig(switch=0.1))
     config = dataclasses.replace(START, phase="pipeline", recipes={"distill": recipe})
     assert list(idle(config)) == ["recipes.distill.augment.switch"]
+    config = changed("model.depths", (1, 1, 1, 1), config)
+    config = dataclasses.replace(config, recipes={"distill": Recipe(drop_path=0.1)})
+    assert list(idle(config)) == ["recipes.distill.drop_path"]
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ class Program:
       results: config -> the folder of the run whose metrics count (None if there is none), and the
         files of all runs.
       reads: sections and fields that each kind of run reads.
+      idle: config -> why a field that is set changes nothing, by its path or its section's.
     """
 
     module: str
@@ -43,6 +44,7 @@ class Program:
     metric: str
     results: Callable[[Any], tuple[str | None, Files]]
     reads: Mapping[str, Sequence[str]]
+    idle: Callable[[Any], Mapping[str, str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,8 +191,10 @@ def _plan_cell(
     # The value in the config, not the given text, so that 0.3 and 0.30 are the same cell.
     fields = {key: _text(_look_up(found, key)) for key in fields}
     program = choose(found, programs)
-    main, files = program.results(freeze(program.config, found))
+    frozen = freeze(program.config, found)
+    main, files = program.results(frozen)
     _check_read(program, found, fields)
+    _check_effect(program.idle(frozen), fields)
     swept = {key: fields.get(key, values[key]) for key in values}
     own = [f"--config.{key}={value}" for key, value in fields.items()]
     return Cell(
@@ -212,6 +216,17 @@ def _check_read(program: Program, config: ml_collections.ConfigDict, fields: Ite
             f"{program.field}={kind!r} does not read config.{lost[0]}, so all cells would have the "
             f"same numbers; it reads {sorted(reads)}"
         )
+
+
+def _check_effect(idle: Mapping[str, str], fields: Iterable[str]) -> None:
+    """Raises ValueError if a swept field is among those that change nothing."""
+    for path, why in idle.items():
+        for key in fields:
+            if f"{key}.".startswith(f"{path}."):
+                raise ValueError(
+                    f"config.{key} changes nothing: {why}; leave out these cells, whose numbers "
+                    "would be those of others"
+                )
 
 
 def _read_fields(
