@@ -256,6 +256,13 @@ def _convert_section(choices: list[Any], value: Any, name: str, path: str | None
                 f"{name}.kind={shown(kind)} must be one of {list(kinds)}{did_you_mean(kind, kinds)}"
             )
         chosen = kinds[kind]
+        others = set().union(*map(_hints, choices)) - _hints(chosen).keys()
+        if "kind" in value and (left := [key for key in value if key in others]):
+            raise FieldError(
+                f"{name}.kind={kind!r} has no field {left[0]!r}: changing the kind alone leaves "
+                "the fields of the kind before. Replace the whole section, in the config file or "
+                f"""with --{path}.{name}="{{'kind': {kind!r}}}", and set its fields there"""
+            )
     return freeze(chosen, value, f"{path}.{name}")
 
 

@@ -195,6 +195,7 @@ def _train(
         workdir,
         keep=run.keep,
         best=run.best,
+        lower=task.lower,
         on_failed=run.on_failed_save,
         run_id=identity.id,
         foreign=stock.foreign,

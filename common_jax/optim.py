@@ -53,7 +53,7 @@ class OptimConfig(Section):
       warmup_lr: learning rate at the start of the warm-up; never scaled.
       min_lr: learning rate at the end of the cosine or the polynomial; never scaled.
       power: exponent of the polynomial.
-      optimizer: "adamw", or "sgd" with Nesterov momentum.
+      optimizer: what turns the gradient into an update; "sgd" has Nesterov momentum.
       weight_decay: decoupled in AdamW; added to the gradient in SGD.
       b1, b2, eps: AdamW's.
       momentum: SGD's.
@@ -337,7 +337,9 @@ def make_optimizer(
     mask = None if config.decay_all else lambda params: decay_mask(params, config.no_decay)
     decay = optax.add_decayed_weights(config.weight_decay, mask)
     clip = [clip_by_norm(config.clip, clip_depth)] if config.clip is not None else []
-    return optax.chain(*clip, *OPTIMIZERS[config.optimizer].make(config, decay))
+    kind = OPTIMIZERS[config.optimizer]
+    optimizer = optax.chain(*clip, *kind.make(config, decay))
+    return optimizer if kind.skips else _skipping(optimizer)
 
 
 def _adamw(
@@ -349,7 +351,7 @@ def _adamw(
 def _sgd(
     config: OptimConfig, decay: optax.GradientTransformation
 ) -> tuple[optax.GradientTransformation, ...]:
-    return decay, _skipping(optax.trace(config.momentum, nesterov=True))
+    return decay, optax.trace(config.momentum, nesterov=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,14 +361,17 @@ class OptimizerKind:
     Attributes:
       make: takes the config and the weight decay; returns both in the order they are chained.
       reads: the fields that it reads and some other kind does not.
+      skips: whether its update takes `finite` itself and then keeps its state. Any other is
+        wrapped: optax would not pass `finite` on, and one NaN would stay in its state for ever.
     """
 
     make: Callable[..., tuple[optax.GradientTransformation, ...]]
     reads: tuple[str, ...] = ()
+    skips: bool = False
 
 
 OPTIMIZERS = {
-    "adamw": OptimizerKind(_adamw, ("b1", "b2", "eps")),
+    "adamw": OptimizerKind(_adamw, ("b1", "b2", "eps"), skips=True),
     "sgd": OptimizerKind(_sgd, ("momentum",)),
 }
 

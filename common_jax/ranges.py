@@ -47,8 +47,11 @@ class Choice:
 
     names: tuple[Any, ...] | Callable[[], Iterable[str]]
 
+    def list(self) -> list[Any]:
+        return [*(self.names() if callable(self.names) else self.names)]
+
     def refusal(self, value: Any) -> str | None:
-        names = list(self.names() if callable(self.names) else self.names)
+        names = self.list()
         return None if value in names else f"one of {names}{did_you_mean(value, names)}"
 
 

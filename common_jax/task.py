@@ -42,6 +42,7 @@ class Task:
         initialises all of them.
       batches: first step -> batches of numpy arrays from that step on; not needed for compilation.
       evaluators: evaluators by the prefix of their metrics.
+      lower: their metrics, by the last part of their names, of which lower is better.
       shown: names of the metrics shown on the terminal; metrics.jsonl has all.
       files: name -> content of further JSON files, written beside config.json, that are needed to
         use the result.
@@ -60,6 +61,7 @@ class Task:
     warm_start: Callable[[Any], WarmStart] | None = None
     batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]] | None = None
     evaluators: Mapping[str, Evaluate] = dataclasses.field(default_factory=dict)
+    lower: tuple[str, ...] = ("loss",)
     shown: tuple[str, ...] = ("train/loss", "train/skipped")
     files: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

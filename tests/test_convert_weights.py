@@ -21,8 +21,9 @@ from m2mkd_jax import pretrained
 from m2mkd_jax.config import Config, SourcesConfig
 from m2mkd_jax.models import vit, vmoe
 from m2mkd_jax.models.encoder import Interface
+from m2mkd_jax.moe.config import MoeConfig
 from m2mkd_jax.phases import networks, weights
-from m2mkd_jax.pretrained.kinds import KINDS
+from m2mkd_jax.pretrained.kinds import KINDS, guess
 from m2mkd_jax.pretrained.reading import File, Source
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -387,6 +388,17 @@ def test_expert_blocks_are_numbered_across_stages(config_file, by_stage):
     inferred = pretrained.infer_config(Source("vmoe", (file,), guessed=False), ["model.heads"])
     assert inferred.read["config.model.moe_blocks"] == "1,3"
     assert inferred.read["config.model.moe.experts"] == model.moe.experts
+
+
+def test_soft_router_is_inferred_from_its_gate(config_file):
+    config = config_of(config_file)
+    moe = MoeConfig(experts=3, router="soft", slots_per_expert=2)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
+    tensors = hollow("vmoe", config)
+    file = File(pathlib.Path("a"), tensors, {})
+    assert guess(tensors, {}, "a") == "vmoe"
+    inferred = pretrained.infer_config(Source("vmoe", (file,), guessed=False), ["model.heads"])
+    assert inferred.config.model.moe == moe
 
 
 def test_help_has_a_line_for_every_kind(capsys):

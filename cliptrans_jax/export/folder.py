@@ -1,8 +1,6 @@
 """Exports a run as a folder that `transformers` loads as is."""
 
 import json
-import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from common_jax import checkpoint
 from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.weights import write_tensors
 from common_jax.weights.table import write
+from common_jax.workdir import new_folder
 
 CARD, MAPPER = "README.md", "mapper.safetensors"
 TEXT_TOWER, IMAGE_TOWER = "text_tower", "image_tower"
@@ -50,17 +49,12 @@ def export(run: Finished, out: Path) -> list[str]:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists; give a new folder")
-    part = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
-    try:
-        part.mkdir(parents=True)
+    with new_folder(out) as part:
         if not run.trains_towers:
             _write_translator(part, run)
         towers = _write_towers(part, run)
         files = sorted(str(x.relative_to(part)) for x in part.rglob("*") if x.is_file())
         (part / CARD).write_text(card.write(run, files, towers))
-        part.replace(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return [CARD, *files]
 
 

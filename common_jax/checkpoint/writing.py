@@ -55,7 +55,8 @@ class Checkpoints:
     Args:
       workdir: the run's folder; raises as `refuse_pattern`.
       keep: number of newest checkpoints to keep.
-      best: name of the metric whose best value also keeps its checkpoint, see `goodness`; or None.
+      best: name of the metric whose best value also keeps its checkpoint; or None.
+      lower: metrics, by the last part of their names, of which the lowest value is the best.
       on_failed: "stop" raises SaveError after a failed save, "go_on" warns.
       run_id: the id in the run's run.json, written to every checkpoint; None outside a run.
       foreign: why checkpoints do not belong to the run, by step; these are moved aside.
@@ -72,6 +73,7 @@ class Checkpoints:
         *,
         keep: int,
         best: str | None,
+        lower: Collection[str] = ("loss",),
         on_failed: str = "stop",
         run_id: str | None = None,
         foreign: Mapping[int, str] | None = None,
@@ -82,7 +84,8 @@ class Checkpoints:
         self.folder = absolute(workdir) / FOLDER
         self._keep, self._best, self._on_failed, self._run_id = keep, best, on_failed, run_id
         self._averaged_from, self._at_once = averaged_from, at_once
-        self._scores: dict[int, float] = {}  # the metric `best` of evaluated steps
+        self._sign = -1 if best is not None and best.rpartition("/")[2] in lower else 1
+        self._scores: dict[int, float] = {}  # of evaluated steps, from `best`; higher is better
         self._reads = False  # whether orbax may still be reading a state's memory
         # Step and expected content of the save in progress, checked in orbax's thread.
         self._step = None
@@ -168,7 +171,7 @@ class Checkpoints:
     def score(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records the metrics of a checkpoint, which may have been saved without them."""
         if self._best is not None and self._best in metrics:
-            self._scores[step] = goodness(self._best, metrics[self._best])
+            self._scores[step] = self._sign * metrics[self._best]
 
     def restore_latest(self, abstract: TrainState) -> TrainState:
         """Restores the newest state that can be read, with the shardings of `abstract`.
@@ -352,12 +355,6 @@ class _Manager(ocp.CheckpointManager):
         # which pass the run's step instead of that count, would make them miss the agreed point.
         del step
         return False
-
-
-def goodness(metric: str, value: float) -> float:
-    """What is compared to find the best checkpoint; higher is better. Losses, metrics whose last
-    part is "loss", count negatively."""
-    return -value if metric.rpartition("/")[2] == "loss" else value
 
 
 @dataclasses.dataclass(frozen=True)

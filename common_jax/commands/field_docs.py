@@ -4,8 +4,11 @@ import dataclasses
 import inspect
 import re
 import textwrap
-from collections.abc import Iterator
+import typing
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+from common_jax.ranges import Choice
 
 # The first line of an attribute's entry, `name: text` or `name, other: text`.
 ENTRY = re.compile(r"( *)([a-z]\w*(?:, [a-z]\w*)*): (.*)")
@@ -16,13 +19,14 @@ ABOVE = re.compile(r"^    # (.*)\n    (\w+): ", re.MULTILINE)
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """A config field: its path, its value, its default in the dataclass (or MISSING), and its
-    description ("" if there is none)."""
+    """A config field: its path, its value, its default in the dataclass (or MISSING), its
+    description ("" if there is none), and the values it may have, if they are listed."""
 
     path: str
     value: Any
     default: Any
     meaning: str
+    choices: Sequence[Any]
 
 
 def list_fields(config: Any, path: str = "config") -> Iterator[Field]:
@@ -30,7 +34,7 @@ def list_fields(config: Any, path: str = "config") -> Iterator[Field]:
 
     Sections are expanded even if they are left at their defaults.
     """
-    meanings = field_meanings(type(config))
+    meanings, choices = field_meanings(type(config)), field_choices(type(config))
     for field in dataclasses.fields(config):
         name, value = f"{path}.{field.name}", getattr(config, field.name)
         if dataclasses.is_dataclass(value):
@@ -39,7 +43,8 @@ def list_fields(config: Any, path: str = "config") -> Iterator[Field]:
             for key, section in value.items():
                 yield from list_fields(section, f"{name}.{key}")
         else:
-            yield Field(name, value, field.default, meanings.get(field.name, ""))
+            meaning = meanings.get(field.name, "")
+            yield Field(name, value, field.default, meaning, choices.get(field.name, ()))
 
 
 def field_meanings(cls: type) -> dict[str, str]:
@@ -50,6 +55,16 @@ def field_meanings(cls: type) -> dict[str, str]:
         if dataclasses.is_dataclass(base):
             found |= _from_comments(base) | _from_docstring(base)
     return found
+
+
+def field_choices(cls: type) -> dict[str, list[Any]]:
+    """The values of those fields of a dataclass that may have only some, such as keys of a
+    table."""
+    hints = typing.get_type_hints(cls, include_extras=True).items()
+    # The range of `Annotated[T, range]`, also in `Annotated[T, range] | None` or in a tuple.
+    parts = [(name, part) for name, hint in hints for part in (hint, *typing.get_args(hint))]
+    ranges = [(name, one) for name, part in parts for one in typing.get_args(part)]
+    return {name: one.list() for name, one in ranges if isinstance(one, Choice)}
 
 
 def _from_docstring(cls: type) -> dict[str, str]:

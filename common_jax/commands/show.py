@@ -114,12 +114,14 @@ def mesh_of(config: MeshConfig) -> Mesh:
 
 
 def format_field(field: Field) -> str:
-    """A field's path and value, its default if different, and its description."""
+    """A field's path and value, its default if different, its description and its choices."""
     default = field.default
     other = default is not dataclasses.MISSING and default != field.value
     line = f"{field.path} = {field.value!r}" + (f"   (default {default!r})" if other else "")
-    meaning = textwrap.fill(field.meaning, WIDTH, initial_indent=" " * 4, subsequent_indent=" " * 4)
-    return f"{line}\n{meaning}" if field.meaning else line
+    choices = f"One of {', '.join(map(repr, field.choices))}." if len(field.choices) > 1 else ""
+    text = f"{field.meaning} {choices}".strip()
+    meaning = textwrap.fill(text, WIDTH, initial_indent=" " * 4, subsequent_indent=" " * 4)
+    return f"{line}\n{meaning}" if text else line
 
 
 def describe_training(training: Training, mesh: Mesh, *, only: str = "") -> str:

@@ -11,6 +11,7 @@ from common_jax.workdir.claim import (
 from common_jax.workdir.files import (
     in_bucket,
     list_folder,
+    new_folder,
     read_json,
     replacing,
     write_bytes,

@@ -4,7 +4,9 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import UnionType
 from typing import Any
 
@@ -43,6 +45,19 @@ def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
         raise
 
 
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields a folder to fill; if the block succeeds, it becomes `path`, which must be free or an
+    empty folder, else it is deleted."""
+    part = Path(temporary_beside(path))
+    part.mkdir(parents=True)
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def in_bucket(path: epath.PathLike) -> bool:
     """True for a path such as `gs://bucket/run`."""
     return "://" in str(path)
@@ -59,7 +74,7 @@ def list_folder(folder: epath.PathLike) -> list[epath.Path]:
 
 
 def temporary_beside(path: epath.PathLike) -> epath.Path:
-    """Returns a unique name in the folder of `path`, for a file that will be renamed to it."""
+    """Returns a unique name in the folder of `path`, for what will be renamed to it."""
     path = epath.Path(path)
     return path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
 

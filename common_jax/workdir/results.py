@@ -19,7 +19,7 @@ def write_result(
 
     Args:
       workdir: the run's folder.
-      phase: the kind of run, and what its title adds.
+      phase: the run's title; only its first word, the phase or stage, is written.
       steps, skipped: total number of updates, and of those skipped for a non-finite loss or
         gradient.
       metrics: metrics of the last evaluation.
@@ -27,7 +27,7 @@ def write_result(
     Returns:
       The content of the file: all of these in one dict, the same in every system.
     """
-    result = {"phase": phase, "steps": steps, "skipped": skipped, **metrics}
+    result = {"phase": phase.split(" ")[0], "steps": steps, "skipped": skipped, **metrics}
     if jax.process_index() == 0:
         write_json(epath.Path(workdir) / RESULT, result)
     return result
@@ -55,7 +55,7 @@ def read_result(
     wrong = []
     if not (workdir / FILE).exists():
         wrong.append(f"there is no {FILE} beside it")
-    # Compare only the kind of run: what a title adds to it is in the config too.
+    # What a title adds is in the config too, and only results of earlier versions have it.
     if str(result.get("phase")).split(" ")[0] != phase.split(" ")[0]:
         wrong.append(f"its phase is {result.get('phase')!r}, and this run is {phase!r}")
     if steps is not None and result.get("steps") != steps:

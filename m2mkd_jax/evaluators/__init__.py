@@ -31,11 +31,13 @@ class Evaluator:
     Attributes:
       totals: (logits, labels, mask) -> sums over the batch's examples, by metric. The sums over all
         batches are divided by the number of examples.
-      shown: metric -> function that formats its mean for a table.
+      shown: metric -> function that formats its mean for a table; all that `totals` returns.
+      lower: the metrics of which lower is better, for the best checkpoint.
     """
 
     totals: Totals
     shown: Mapping[str, Callable[[float], str]]
+    lower: tuple[str, ...]
 
 
 EVALUATORS: Mapping[str, Evaluator] = types.MappingProxyType(
@@ -43,13 +45,21 @@ EVALUATORS: Mapping[str, Evaluator] = types.MappingProxyType(
         # Totals, because the last batch is padded: a mean of means would weigh its examples more.
         # The original leaves that batch out.
         "classification": Evaluator(
-            classification_sums, {"accuracy": percent, "accuracy_top5": percent, "loss": decimal}
+            classification_sums,
+            shown={"accuracy": percent, "accuracy_top5": percent, "loss": decimal},
+            lower=("loss",),
         ),
     }
 )
 
 
 def show(metric: str, mean: float | None) -> str:
-    """The mean of an evaluator's metric, formatted for a table; "none" for None."""
+    """The mean of an evaluator's metric, formatted for a table; "none" for None. Raises ValueError
+    for a metric that no evaluator lists."""
     formats = {name: write for one in EVALUATORS.values() for name, write in one.shown.items()}
+    if metric not in formats:
+        raise ValueError(
+            f"no evaluator of {list(EVALUATORS)} lists the metric {metric!r} in `shown`, which "
+            f"must have all that its `totals` returns; listed are {list(formats)}"
+        )
     return "none" if mean is None else formats[metric](mean)

@@ -146,8 +146,9 @@ class Family:
       rules: partition rules of both.
       head: section -> regex of the classifier's parameters.
       stitches: regex of the parameters of the stitches of a teacher's modules.
-      files: its tensor names in published files.
       streams: names of the random streams that its networks draw from in training.
+      files: its tensor names in published files; None if there are no such files, and its runs
+        cannot be exported.
       evaluation_streams: those that they also draw from in evaluation, if it has any noise.
       adapt: section -> functions that reshape parameters, such as resizing a position table; by
         regex of paths below the role.
@@ -177,8 +178,8 @@ class Family:
     modules: Callable[[Any, Context, float], Network]
     rules: Rules
     head: Callable[[Any], str]
-    files: FileNames
     streams: tuple[str, ...]
+    files: FileNames | None = None
     evaluation_streams: tuple[str, ...] = ()
     adapt: Callable[[Any], Mapping[str, Adapt]] = lambda section: {}
     left: Callable[[Any], tuple[Allowance, ...]] = lambda section: ()

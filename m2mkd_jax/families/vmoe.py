@@ -84,6 +84,10 @@ def sizes(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
         # A scalar, which only a damaged file has, is left to the reader's check of shapes.
         if name.endswith("moe.gate.gate.weight") and tensor.ndim:
             fields["moe.experts"] = tensor.shape[0]
+        elif name.endswith("moe.gate.phi") and tensor.ndim == 3:
+            experts, slots = tensor.shape[1:]
+            fields |= {"moe.router": "soft", "moe.experts": experts, "moe.slots_per_expert": slots}
+            fields.pop("moe.router_bias", None)  # it has no such field
         elif name.endswith("pre_stitch.ln.weight") and tensor.ndim:
             # The norm of a stitch before a stage is as wide as the meta model.
             fields |= {"stitches": "kept", "meta.width": tensor.shape[0]}

@@ -3,7 +3,8 @@
 In the file of a single stage, block numbers start from 0; in the file of a whole network, they run
 through all stages. The original stores the tensors of both a second time by stage, as
 `stages.<i>.` followed by the stage's own names. The released DeiT III and DINOv2 files use other
-names for layer scale and registers, which are read too.
+names for layer scale and registers, which are read too. The original has no Soft MoE: the names of
+its gate are our own.
 """
 
 import dataclasses
@@ -169,6 +170,8 @@ def _experts(count: int) -> dict[str, Entry]:
     router = {
         "moe/router/kernel": transpose("moe.gate.gate.weight"),
         "moe/router/bias": copy("moe.gate.gate.bias"),
+        "moe/router/phi": copy("moe.gate.phi"),
+        "moe/router/scale": copy("moe.gate.scale"),
     }
     return {
         "moe/up": _expert("htoh4.weight", count),

@@ -47,12 +47,8 @@ class MoeMlp(nn.Module):
         y, metrics = routing.mix(x.astype(self.dtype), experts)
 
         if self.is_mutable_collection("moe"):
-            # The load loss exists only where noise was drawn, that is, in training.
-            terms = [
-                weight * routing.losses()[name]()
-                for name, weight in config.balance.active().items()
-                if name in routing.losses()
-            ]
+            losses, active = routing.losses(), config.balance.active()
+            terms = [weight * losses[name]() for name, weight in active.items()]
             self._put("moe", {**metrics, "balance_loss": sum(terms, jnp.zeros((), gate_dtype))})
         if self.is_mutable_collection("routing"):
             self._put("routing", routing.choices())

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import jax
 from flax import linen as nn
+from jax import numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from common_jax.config import FieldError
@@ -88,12 +89,15 @@ class PairRouting:
         return y.reshape(x.shape), metrics
 
     def losses(self) -> Mapping[str, Callable[[], Float[Array, ""]]]:
-        """The four losses of routers.py; load only with noise, under which it is a probability."""
+        """The four losses of routers.py; load is 0 without noise, under which it is a
+        probability."""
         config, clean, logits = self.config, self.clean, self.logits
         load = partial(routers.load_loss, clean, logits, chosen=config.chosen, std=config.noise_std)
+        if not self.noise:  # in evaluation
+            load = partial(jnp.zeros, (), clean.dtype)
         return {
             "importance": partial(routers.importance_loss, clean),
-            **({"load": load} if self.noise else {}),
+            "load": load,
             "gshard": partial(routers.gshard_loss, logits),
             "z": partial(routers.z_loss, clean),
         }

@@ -49,8 +49,8 @@ class Routing(Protocol):
         ...
 
     def losses(self) -> Mapping[str, Callable[[], Float[Array, ""]]]:
-        """Unweighted balance losses by their field in `config.model.moe.balance`; each is computed
-        when called."""
+        """Unweighted balance losses by their field in `config.model.moe.balance`, all that the
+        router's `balance` lists; each is computed when called."""
         ...
 
     def choices(self) -> Mapping[str, Array]:

@@ -19,6 +19,7 @@ from common_jax.weights import WarmStart
 from common_jax.workdir import read_json
 from m2mkd_jax.config import Config
 from m2mkd_jax.data.feed import Feed
+from m2mkd_jax.evaluators import EVALUATORS
 from m2mkd_jax.phases.networks import family_of_role, whole_network
 from m2mkd_jax.phases.objective import make_sums, whole_forward
 from m2mkd_jax.phases.phase import Phase, Training, config_feed
@@ -144,6 +145,7 @@ def with_feed(
         training.task(steps_per_epoch=feed.steps_per_epoch),
         batches=feed.batches,
         evaluators=evaluators,
+        lower=tuple(metric for name in names for metric in EVALUATORS[name].lower),
         files={CLASSES: {"names": list(feed.label_names)}},
     )
 
@@ -166,10 +168,19 @@ def check_training(
 
 
 def _check_best(training: Training) -> None:
-    """Raises ValueError if config.run.best names a module that the run does not train, or the phase
-    has no modules."""
-    config = training.config
-    module = (config.run.best or "").split("/")[1:-1]  # of "test/module_1/accuracy": ["module_1"]
+    """Raises ValueError if config.run.best names a metric of an evaluator that the phase does not
+    run, or a module that the run does not train."""
+    config, names = training.config, training.phase.evaluators
+    if config.run.best is None:
+        return
+    _, *module, metric = config.run.best.split("/")  # "test", ["module_1"], "accuracy"
+    measured = [one for name in names for one in EVALUATORS[name].shown]
+    if metric not in measured:
+        raise ValueError(
+            f"config.run.best={config.run.best!r} is never measured in phase {config.phase!r}, "
+            f"which runs the evaluators {', '.join(names)}: give a metric of theirs, "
+            f"{' or '.join(measured)}, or None"
+        )
     trained = [module_name(i) for i in config.modules()] if training.phase.modular else []
     if module and (len(trained) < 2 or module[0] not in trained):
         there = f", or of one module ({', '.join(trained)})" if len(trained) > 1 else ""

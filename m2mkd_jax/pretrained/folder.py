@@ -12,7 +12,7 @@ from etils import epath
 from common_jax.config import flatten, unfreeze
 from common_jax.weights import write_tensors
 from common_jax.weights.table import Pretrained
-from common_jax.workdir import freeze_stored, read_json, write_json
+from common_jax.workdir import freeze_stored, new_folder, read_json, write_json
 from common_jax.workdir.results import RESULT
 from m2mkd_jax.config import Config
 from m2mkd_jax.pretrained.kinds import KINDS
@@ -39,7 +39,7 @@ makes a checkpoint of them again, with this config."""
 def write_folder(
     source: epath.Path, out: Path, *, stage: int | None, classes: tuple[str, ...]
 ) -> Pretrained:
-    """Writes a run's network to `out`, a new folder.
+    """Writes a run's network to `out`, a new folder, atomically.
 
     A whole ViT gets timm's config.json if timm has such a network. Any other network, or a module,
     only gets run_config.json beside its weights.
@@ -67,13 +67,12 @@ def write_folder(
         about = timm_config(found.config, getattr(found.config, kind.section), classes)
     except ValueError as error:
         reason = str(error)
-    # Only now, so that a run that cannot be exported leaves no folder behind.
-    out.mkdir(parents=True)
-    write_tensors(out / WEIGHTS, to_tensors(found))
-    if about:
-        write_json(out / CONFIG, about)
-    write_json(out / RUN, unfreeze(found.config).to_dict() | {"classes": list(classes)})
-    (out / CARD).write_text(write_card(found, source, classes, reason))
+    with new_folder(out) as part:
+        write_tensors(part / WEIGHTS, to_tensors(found))
+        if about:
+            write_json(part / CONFIG, about)
+        write_json(part / RUN, unfreeze(found.config).to_dict() | {"classes": list(classes)})
+        (part / CARD).write_text(write_card(found, source, classes, reason))
     return found
 
 

@@ -92,15 +92,18 @@ class Kind:
         return section
 
 
-KINDS: Mapping[str, Kind] = types.MappingProxyType(
-    {
+def kinds_of(families: Mapping[str, Family]) -> dict[str, Kind]:
+    """The kinds of files of those families that have published names."""
+    return {
         form.name.format(family=name): Kind(phase, form, family)
         for phase, record in PHASES.items()
         for form in record.files
-        for name, family in FAMILIES.items()
-        if SECTIONS[record.role] in family.roles
+        for name, family in families.items()
+        if SECTIONS[record.role] in family.roles and family.files is not None
     }
-)
+
+
+KINDS: Mapping[str, Kind] = types.MappingProxyType(kinds_of(FAMILIES))
 
 
 def guess(tensors: Tensors, plain: Mapping[str, Any], file: str) -> str:

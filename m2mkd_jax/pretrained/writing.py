@@ -15,7 +15,7 @@ from common_jax.weights.table import Pretrained, expected_tensors, list_differen
 from common_jax.workdir import freeze_stored
 from m2mkd_jax.config import Config
 from m2mkd_jax.phases import PHASES
-from m2mkd_jax.phases.networks import family_of_role
+from m2mkd_jax.phases.networks import SECTIONS, family_of_role
 from m2mkd_jax.pretrained.kinds import KINDS, Kind
 from m2mkd_jax.pretrained.reading import without_fresh
 from m2mkd_jax.stages import stage_name, stage_number
@@ -23,9 +23,15 @@ from m2mkd_jax.stages import stage_name, stage_number
 
 def kind_of_run(config: Config, tree: Mapping[str, Any], *, single: bool = False) -> str:
     """The kind of file for a run's parameters `tree`, {role: {"stage_0": ...}}, or for a `single`
-    stage of them."""
+    stage of them. Raises ValueError if networks of its family have no published names."""
     role = PHASES[config.phase].role
     family = family_of_role(config, role)
+    if family.files is None:
+        raise ValueError(
+            f"config.{SECTIONS[role]} is a {family.config.__name__}, and such networks have no "
+            "published tensor names (`files` in the record of their family), so a run of them "
+            "cannot be exported or converted"
+        )
     alike = [name for name, kind in KINDS.items() if kind.role == role and kind.family is family]
     # A phase that has no kinds of its own trains a whole network.
     own = [name for name in alike if KINDS[name].phase == config.phase] or [

@@ -1,12 +1,17 @@
 """Programs with several commands: `dispatch`, and how fast they respond."""
 
+import dataclasses
 import subprocess
 import sys
+from typing import Annotated
 
 import pytest
 
 from common_jax.command_line import Command, dispatch, read_settings
+from common_jax.commands.field_docs import list_fields
 from common_jax.commands.output import format_table
+from common_jax.commands.show import format_field
+from common_jax.ranges import key_of, one_of
 
 
 def add_arguments(parser):
@@ -92,3 +97,27 @@ def test_listing_commands_does_not_import_jax(package):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "\n  train " in done.stdout and "\n  evaluate " in done.stdout
+
+
+TABLE = {"adamw": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """A config.
+
+    way: how it is done.
+    """
+
+    way: Annotated[str, key_of(lambda: TABLE)] = "adamw"
+    order: Annotated[int, one_of(1, 2)] | None = None
+    only: Annotated[str, one_of("vit")] = "vit"
+
+
+def test_choices_of_a_field_follow_its_table(monkeypatch):
+    monkeypatch.setitem(TABLE, "lion", 2)
+    assert [format_field(field) for field in list_fields(Chosen())] == [
+        "config.way = 'adamw'\n    how it is done. One of 'adamw', 'lion'.",
+        "config.order = None\n    One of 1, 2.",
+        "config.only = 'vit'",
+    ]

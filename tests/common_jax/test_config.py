@@ -7,6 +7,7 @@ import pathlib
 import ml_collections
 import pytest
 
+from common_jax.command_line import set_field
 from common_jax.config import (
     FieldError,
     Section,
@@ -90,6 +91,18 @@ def test_kind_selects_the_section_and_defaults_to_the_first():
         freeze(Graph, {"shape": {"kind": "stra"}})
     with pytest.raises(ValueError, match=r"config\.shape has no field 'centre'.*Ring takes"):
         freeze(Graph, {"shape": {"centre": True}})
+
+
+def test_flag_that_changes_only_the_kind_is_told_to_replace_the_section():
+    config = unfreeze(Graph(Star()))
+    config.shape.kind = "ring"
+    said = (
+        r"config\.shape\.kind='ring' has no field 'centre': .* --config\.shape=\"{'kind': 'ring'}\""
+    )
+    with pytest.raises(ValueError, match=said):
+        freeze(Graph, config)
+    set_field(config, "shape", "{'kind': 'ring'}")
+    assert freeze(Graph, config) == Graph(Ring())
 
 
 def test_lists_become_tuples_and_references_are_resolved():

@@ -228,11 +228,13 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path):
     assert not (tmp_path / "result.json").exists()
 
 
-def test_best_checkpoint_has_the_highest_score(tmp_path):
+@pytest.mark.parametrize(("lower", "best"), [((), 8), (("w",), 4)])
+def test_best_checkpoint_has_the_highest_score_or_the_lowest(tmp_path, lower, best):
     rising_and_falling = {4: 0.1, 8: 0.9, 12: 0.5}
     evaluate = lambda params, helpers, step: {"w": rising_and_falling[step]}  # noqa: E731
-    train(tmp_path, task=make_task(evaluate), keep=1, best="test/w")
-    assert finished_steps(tmp_path / "checkpoints") == [8, 12]
+    task = dataclasses.replace(make_task(evaluate), lower=lower)
+    train(tmp_path, task=task, keep=1, best="test/w")
+    assert finished_steps(tmp_path / "checkpoints") == [best, 12]
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import tiny
 
 from common_jax.config import unfreeze
 from common_jax.metrics import Recorder, read_metrics
-from common_jax.workdir import freeze_stored, read_json
+from common_jax.workdir import freeze_stored, new_folder, read_json
 from m2mkd_jax.config import Config
 
 
@@ -85,3 +85,14 @@ def test_stored_config_of_an_unknown_kind_is_refused(tmp_path, kind):
     stored["model"]["kind"] = kind
     with pytest.raises(ValueError, match=r"config of runs/a is not valid in this version: .*kind"):
         freeze_stored(Config, stored, "runs/a")
+
+
+def test_new_folder_appears_only_when_it_is_whole(tmp_path):
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "out") as part:
+        (part / "model.safetensors").write_bytes(b"half")
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    with new_folder(tmp_path / "out") as part:
+        (part / "README.md").write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "README.md").read_text() == "whole"

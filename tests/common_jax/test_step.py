@@ -6,11 +6,12 @@ import functools
 
 import jax
 import numpy as np
+import optax
 import pytest
 from jax import numpy as jnp
 from meshes import one_device
 
-from common_jax.optim import OptimConfig, make_schedule
+from common_jax.optim import OPTIMIZERS, OptimConfig, OptimizerKind, make_schedule
 from common_jax.state import evaluation_key, step_rngs
 from common_jax.step import (
     Programs,
@@ -187,8 +188,11 @@ def fragile(params, helpers, batch, rngs, step):
 @pytest.mark.parametrize(
     ("zero", "offset"), [(0.0, 0.0), (1.0, np.nan), (1.0, np.inf), (1.0, -np.inf)]
 )
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_non_finite_loss_or_gradient_alone_skips_the_step(optimizer, zero, offset):
+@pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "new"])
+def test_non_finite_loss_or_gradient_alone_skips_the_step(monkeypatch, optimizer, zero, offset):
+    """With any optimizer, also one that is added as plain optax."""
+    new = OptimizerKind(lambda config, decay: (optax.scale_by_lion(config.b1, config.b2), decay))
+    monkeypatch.setitem(OPTIMIZERS, "new", new)
     config = OptimConfig(steps=9, batch=1, optimizer=optimizer, ema=0.5)
     shapes = {"error": jax.ShapeDtypeStruct((), jnp.float32)}
     fresh = init_state({"w": jnp.array(4.0)}, config, trainable="w", metrics=shapes)

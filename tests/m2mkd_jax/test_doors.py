@@ -3,6 +3,7 @@ table."""
 
 import dataclasses
 import pathlib
+import types
 import typing
 
 import jax
@@ -11,6 +12,8 @@ from jax import numpy as jnp
 from meshes import one_device
 from tiny import NAC, tiny_config, tiny_pipeline
 
+from common_jax.run_config import RunConfig
+from m2mkd_jax import config as configs
 from m2mkd_jax import families
 from m2mkd_jax.config import Config, DistillConfig
 from m2mkd_jax.evaluators import EVALUATORS, Evaluator, show
@@ -18,11 +21,12 @@ from m2mkd_jax.families import FAMILIES, family_of, kind_of, section_type
 from m2mkd_jax.models.vit import ViTConfig
 from m2mkd_jax.models.vmoe import VMoEConfig
 from m2mkd_jax.nac.model import NacConfig
-from m2mkd_jax.phases import PHASES, fields, objective, pipeline
+from m2mkd_jax.phases import PHASES, fields, objective, pipeline, training
 from m2mkd_jax.phases.networks import SECTIONS
 from m2mkd_jax.phases.objective import Outputs, make_sums
 from m2mkd_jax.phases.phase import Phase, WeightSource
 from m2mkd_jax.pretrained import KINDS, kind_of_run
+from m2mkd_jax.pretrained.kinds import kinds_of
 
 # Phases.
 
@@ -33,9 +37,9 @@ def test_phase_records_name_existing_roles_sections_and_evaluators(name):
     assert phase.role in SECTIONS and set(phase.evaluators) <= set(EVALUATORS)
     assert all(hasattr(config, section) for section in phase.differentiates)
     assert SECTIONS[phase.role] in phase.differentiates
-    training = phase.describe(config, one_device())
-    assert training.phase is phase
-    assert list(jax.eval_shape(training.init, jax.random.key(0))) == [phase.role]
+    described = phase.describe(config, one_device())
+    assert described.phase is phase
+    assert list(jax.eval_shape(described.init, jax.random.key(0))) == [phase.role]
     for source in phase.sources:
         assert isinstance(source.value(config), str | tuple)
 
@@ -98,8 +102,8 @@ def test_section_type_determines_family():
 def test_section_accepts_every_family_of_its_role():
     hints = typing.get_type_hints(Config)
     for section in ("meta", "teacher", "model"):
-        types = typing.get_args(hints[section]) or (hints[section],)
-        assert set(types) == {f.config for f in FAMILIES.values() if section in f.roles}
+        found = typing.get_args(hints[section]) or (hints[section],)
+        assert set(found) == {f.config for f in FAMILIES.values() if section in f.roles}
     assert section_type("meta") is ViTConfig
 
 
@@ -160,6 +164,18 @@ def test_teacher_modules_and_nac_students_have_their_own_kinds():
     assert len(KINDS) == 8 and KINDS["nac"].about == "a whole NAC, for config.sources.network"
 
 
+def test_family_without_published_names_has_no_kinds_and_no_export(monkeypatch):
+    class OtherConfig(VMoEConfig):
+        """The config of a family that does not exist."""
+
+    other = dataclasses.replace(FAMILIES["vmoe"], config=OtherConfig, files=None)
+    monkeypatch.setattr(families, "FAMILIES", dict(FAMILIES, other=other))
+    assert kinds_of(families.FAMILIES) == dict(KINDS)
+    config = dataclasses.replace(tiny_config("end_to_end"), model=OtherConfig())
+    with pytest.raises(ValueError, match=r"config\.model is a OtherConfig.* no published tensor"):
+        kind_of_run(config, {"student": {}})
+
+
 @pytest.mark.parametrize("kind", ["nac", "nac_student"])
 def test_kind_of_another_family_than_config_is_refused(kind):
     for read in (KINDS[kind].table, KINDS[kind].shapes):
@@ -174,7 +190,7 @@ def test_new_evaluator_needs_only_a_table_entry(monkeypatch):
     def count_sure(logits, labels, mask):
         return {"sure": jnp.sum(mask * (jnp.max(logits, axis=-1) > 2))}
 
-    table = dict(EVALUATORS, certainty=Evaluator(count_sure, {"sure": str}))
+    table = dict(EVALUATORS, certainty=Evaluator(count_sure, {"sure": str}, lower=()))
     monkeypatch.setattr(objective, "EVALUATORS", table)
     logits = jnp.asarray([[3.0, 0.0], [1.0, 0.0], [5.0, 0.0]])
     outputs = {"net": Outputs(logits, None, {})}
@@ -194,6 +210,34 @@ def test_new_evaluator_needs_only_a_table_entry(monkeypatch):
     assert (both["accuracy"], both["sure"], both["count"]) == (2, 1, 2)
 
 
+@pytest.mark.parametrize("name", EVALUATORS)
+def test_record_of_an_evaluator_lists_its_metrics(name):
+    evaluator, row = EVALUATORS[name], jax.ShapeDtypeStruct((2,), jnp.float32)
+    logits, labels = (jax.ShapeDtypeStruct(*one) for one in (((2, 9), row.dtype), ((2,), int)))
+    totals = jax.eval_shape(evaluator.totals, logits, labels, row)
+    assert set(totals) == set(evaluator.shown) >= set(evaluator.lower)
+
+
+def test_best_checkpoint_follows_the_evaluators_of_the_phase(monkeypatch):
+    """A metric of which lower is better is kept at its lowest; one of another evaluator is
+    refused."""
+    brier = Evaluator(lambda *_: {}, {"brier": str}, lower=("brier",))
+    for module in (configs, training):
+        monkeypatch.setattr(module, "EVALUATORS", dict(EVALUATORS, calibration=brier))
+    run = RunConfig(best="test/brier")
+    config = dataclasses.replace(tiny_config("end_to_end"), run=run)
+    feed = types.SimpleNamespace(evaluation=None, ood=None, batches=None, label_names=("a",))
+    feed.steps_per_epoch = 1
+    described = PHASES["end_to_end"].describe(config, one_device())
+    with pytest.raises(ValueError, match=r"best='test/brier' is never .* accuracy_top5 or loss"):
+        training.with_feed(described, feed, one_device())
+    phase = dataclasses.replace(PHASES["end_to_end"], evaluators=("calibration", "classification"))
+    described = dataclasses.replace(described, phase=phase)
+    assert training.with_feed(described, feed, one_device()).lower == ("brier", "loss")
+
+
 def test_show_formats_metrics_by_evaluator():
     assert show("accuracy", 0.5) == "50.0 %" and show("loss", 1.23456) == "1.235"
     assert show("accuracy", None) == "none"
+    with pytest.raises(ValueError, match=r"lists the metric 'ece' in `shown`.*'accuracy'"):
+        show("ece", 0.5)

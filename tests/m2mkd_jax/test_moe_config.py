@@ -5,12 +5,15 @@ import dataclasses
 import pathlib
 import re
 
+import jax
 import pytest
+from jax import numpy as jnp
 
 import m2mkd_jax
 from common_jax.config import freeze
 from m2mkd_jax.losses import DISTILLATIONS
 from m2mkd_jax.moe.config import ROUTERS, BalanceConfig, MoeConfig, check_moe
+from m2mkd_jax.moe.layer import MoeMlp
 
 VMOE = MoeConfig(router="softmax_topk", order="priority", dispatch="capacity", groups=8)
 
@@ -65,6 +68,30 @@ def test_each_router_accepts_only_its_balance_losses():
         for loss in {"importance", "load", "gshard", "z"}.difference(losses):
             with pytest.raises(ValueError, match=rf"balance\.{loss}=0\.5 must be 0"):
                 MoeConfig(router=router, balance=BalanceConfig(**{loss: 0.5}))
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_balance_losses_of_a_router_have_a_weight_and_a_value(name):
+    router = ROUTERS[name]
+    assert set(router.balance) <= {field.name for field in dataclasses.fields(BalanceConfig)}
+
+    def values(logits, key):
+        losses = router.route(MoeConfig(router=name), logits, key).losses()
+        return {loss: losses[loss]() for loss in router.balance}
+
+    logits = jnp.zeros((1, 3, 8, 1) if name == "soft" else (1, 3, 8))
+    for key in (None, jax.random.key(0)):
+        found = jax.eval_shape(values, logits, key)
+        assert [value.shape for value in found.values()] == [()] * len(router.balance)
+
+
+def test_balance_loss_that_a_router_promises_but_lacks_is_not_taken_for_zero(monkeypatch):
+    monkeypatch.setitem(ROUTERS, "soft", dataclasses.replace(ROUTERS["soft"], balance=("z",)))
+    layer = MoeMlp(MoeConfig(router="soft", balance=BalanceConfig(z=1.0)), hidden=4)
+    x = jnp.ones((1, 3, 2))
+    variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+    with pytest.raises(KeyError, match="z"):
+        jax.eval_shape(lambda variables: layer.apply(variables, x, mutable="moe"), variables)
 
 
 @pytest.mark.parametrize(

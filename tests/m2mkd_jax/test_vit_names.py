@@ -10,6 +10,7 @@ from same import assert_same
 from tiny import random_like
 
 from common_jax.weights import table as tables
+from m2mkd_jax.families.vmoe import sizes
 from m2mkd_jax.models import encoder, vit, vit_names, vmoe
 from m2mkd_jax.moe.config import MoeConfig
 from m2mkd_jax.stages import Place, locate
@@ -51,6 +52,16 @@ def test_round_trips_are_the_identity(params, table, request):
         place = Place.of(i, len(DEPTHS))
         own = vit_names.stage_table(DEPTHS[i], place, heads=HEADS, experts=experts)
         assert_same(read(own, tables.write(own, stage), stage), stage)
+
+
+def test_gate_of_soft_moe_round_trips_and_reveals_its_fields():
+    moe = MoeConfig(experts=3, router="soft", slots_per_expert=2)
+    params = random_params(vmoe.build(vmoe.VMoEConfig(moe=moe, **SIZES), IMAGES, stitch_width=None))
+    state = tables.write(WHOLE_VMOE, params)
+    assert state["blocks.4.moe.gate.phi"].shape == (6, 3, 2)
+    assert_same(read(WHOLE_VMOE, state, params), params)
+    fields = {name: x for name, x in sizes(state).items() if name.startswith("moe.")}
+    assert fields == {"moe.router": "soft", "moe.experts": 3, "moe.slots_per_expert": 2}
 
 
 def test_names_and_shapes_match_original(vmoe_params):
