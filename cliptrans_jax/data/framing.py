@@ -240,9 +240,9 @@ def require_fits(
         )
     if spare is not None and vocab - tokenizer.vocab > spare:
         raise ValueError(
-            f"{key}.vocab={vocab} is far above the {tokenizer.vocab} tokens of the tokenizer, whose "
-            "ids, those of languages included, mean something else in the published weights; give "
-            "the folder of the tokenizer that they were trained with"
+            f"{key}.vocab={vocab} is far above the {tokenizer.vocab} tokens of the tokenizer, so "
+            "that its ids, those of languages included, mean something else in the published "
+            "weights; give the folder of the tokenizer that they were trained with"
         )
     for name, place in special.items():
         if place != getattr(tokenizer, name):
