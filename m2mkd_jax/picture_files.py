@@ -8,9 +8,9 @@ from pathlib import Path
 from PIL import Image
 
 from common_jax.inputs import BadExample, Example
-from common_jax.inputs.pictures import decode_picture, pixels_of, read_file
+from common_jax.inputs.names import listed
+from common_jax.inputs.pictures import decode_picture, find_images, pixels_of, read_file
 from m2mkd_jax.data.augment import SMALL_SIDE
-from m2mkd_jax.data.listing import is_hidden, is_image, listed
 from m2mkd_jax.data.transforms import resize_and_centre
 
 
@@ -24,16 +24,10 @@ def find_pictures(places: Sequence[str]) -> list[str]:
     found = []
     for place in places:
         if os.path.isdir(place):
-            inside = [
-                os.path.join(folder, name)
-                for folder, folders, names in os.walk(place)
-                if not _drop_hidden(folders)
-                for name in names
-                if is_image(name)
-            ]
+            inside = find_images(place)
             if not inside:
                 raise FileNotFoundError(f"{place} has no images, not even in folders below it")
-            found += sorted(inside)
+            found += inside
         elif os.path.exists(place):
             found.append(place)
         else:
@@ -41,11 +35,6 @@ def find_pictures(places: Sequence[str]) -> list[str]:
             near = listed(os.listdir(parent)) if parent.is_dir() else f"there is no {parent}"
             raise FileNotFoundError(f"{place} does not exist; beside it: {near or 'nothing'}")
     return found
-
-
-def _drop_hidden(folders: list[str]) -> None:
-    """Keeps `os.walk` out of hidden folders."""
-    folders[:] = [name for name in folders if not is_hidden(name)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
-    """Writes the vectors of all inputs."""
+def run(args: argparse.Namespace) -> int:
+    """Writes the vectors; pictures that cannot be read are left out, and make it return 1."""
     import numpy as np
 
     from cliptrans_jax.runs.finished import find
@@ -43,15 +43,16 @@ def run(args: argparse.Namespace) -> None:
     items = list_items(args.files)
     trained = find(args.run, settings=read_settings(args.rest))
     app.use_compilation_cache(trained.config.run.compilation_cache)
-    vectors = encode_items(trained, items, make_mesh(trained.config.mesh))
+    kept, vectors = encode_items(trained, items, make_mesh(trained.config.mesh))
     if args.unit:
         vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    write_npz(out, as_arrays(items, vectors))
-    pictures = sum(item.picture is not None for item in items)
+    write_npz(out, as_arrays(kept, vectors))
+    pictures = sum(item.picture is not None for item in kept)
     print(
-        f"{out}: {len(items)} vectors of {vectors.shape[1]} numbers, of {len(items) - pictures} "
+        f"{out}: {len(kept)} vectors of {vectors.shape[1]} numbers, of {len(kept) - pictures} "
         f"sentences and {pictures} pictures"
     )
+    return int(len(kept) < len(items))
 
 
 COMMAND = Command(

@@ -1,7 +1,6 @@
 """`cliptrans translate`: translates sentences with a trained model."""
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Iterable
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from common_jax.command_line import Command, read_settings
 from common_jax.commands.arguments import add_run
+from common_jax.commands.output import json_line
 
 if TYPE_CHECKING:
     from cliptrans_jax.evaluators.show import Hypothesis
@@ -143,7 +143,7 @@ def _format(
         picture = {} if line.picture is None else {"picture": str(line.picture)}
         found = [{"text": one.text, "score": round(one.score, 6)} for one in hypotheses]
         value = {"line": number, "source": line.text, **picture, "translations": found}
-        return json.dumps(value, ensure_ascii=False)
+        return json_line(value)
     if not hypotheses:
         return ""
     rows = []

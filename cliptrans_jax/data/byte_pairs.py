@@ -8,13 +8,31 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from cliptrans_jax.data.framing import UNK
-from cliptrans_jax.data.token_files import added_message, parsing, read_bounded, read_record
+from cliptrans_jax.data.token_files import (
+    Sections,
+    added_message,
+    parsing,
+    read_bounded,
+    read_record,
+    require_sections,
+)
 from common_jax.untrusted import as_text, brief, plain
 
 CLIP_BOS, CLIP_EOS = "<|startoftext|>", "<|endoftext|>"
 # Gemma's first tokens; no text is tokenised to them.
 GEMMA_CONTROLS = ("<pad>", "<eos>", "<bos>", "<unk>")
 SPACE = "▁"  # in Gemma's pieces
+AFFIXES = {"continuing_subword_prefix": (None, ""), "end_of_word_suffix": (None, "")}
+# What Gemma's tokenizer.json may have. Only newer files lower-case; some split at spaces, of which
+# the normaliser leaves none.
+GEMMA_SECTIONS: Sections = {
+    "normalizer": {
+        "Lowercase": {},
+        "Replace": {"pattern": ({"String": " "},), "content": (SPACE,)},
+    },
+    "pre_tokenizer": {None: {}, "Split": {"pattern": ({"String": " "},), "invert": (False,)}},
+    "model": {None: AFFIXES, "BPE": AFFIXES},
+}
 WORD_END = "</w>"  # suffix of CLIP's pieces at the end of a word
 # CLIP's pre-tokenisation into words. Its two control tokens are left out: in a text they are text.
 CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -159,18 +177,15 @@ def read_gemma_file(path: Path) -> tuple[dict[str, int], list[tuple[str, str]], 
         vocab, merges = parse(record)
         added = record.get("added_tokens") or ()
         known = {as_text(token["content"]): token for token in added}
-        normalizer = record["normalizer"]
-        parts = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
-        kinds = {part["type"] for part in parts}
+        require_sections(record, GEMMA_SECTIONS)
     if tuple(sorted(vocab, key=vocab.__getitem__)[:4]) != GEMMA_CONTROLS:
         raise ValueError(
             f"{path} does not begin with {', '.join(GEMMA_CONTROLS)}: it is of another tokenizer"
         )
     count = len({f"<0x{value:02X}>" for value in range(256)} & vocab.keys())
-    if not kinds <= {"Lowercase", "Replace"} or count < 256:
+    if count < 256:
         raise ValueError(
-            f"{path} has normalisers {brief(sorted(map(str, kinds)))} and {count} tokens of bytes, "
-            "and Gemma's has 'Replace' and 256: it is of another tokenizer"
+            f"{path} has {count} tokens of bytes, and Gemma's has 256: it is of another tokenizer"
         )
     if surplus := sorted(known.keys() - vocab.keys()):
         raise ValueError(added_message(path, surplus))

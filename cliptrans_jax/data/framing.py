@@ -25,6 +25,8 @@ from common_jax.untrusted import brief
 
 BOS, PAD, EOS, UNK = 0, 1, 2, 3
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+# Published tables have at most as many rows without a token: they are padded to multiples of 128.
+PADDING = 127
 PART = 4096  # sentences that a thread encodes per call
 Part = tuple[Int32[np.ndarray, " _"], Int32[np.ndarray, " _"]]  # flat ids, and their counts
 
@@ -213,7 +215,14 @@ class FramedTokenizer:
         return self.join([i for i in ids if i not in self.special])
 
 
-def require_fits(tokenizer: Tokenizer, *, vocab: int, special: Mapping[str, int], key: str) -> None:
+def require_fits(
+    tokenizer: Tokenizer,
+    *,
+    vocab: int,
+    special: Mapping[str, int],
+    key: str,
+    spare: int | None = None,
+) -> None:
     """Raises ValueError unless a network can read the tokenizer's ids.
 
     Args:
@@ -221,11 +230,19 @@ def require_fits(tokenizer: Tokenizer, *, vocab: int, special: Mapping[str, int]
       vocab: rows of the network's embedding table; an id beyond them gives NaN.
       special: the network's ids of "pad" and "eos", as far as it has them.
       key: path of the network's config, for messages.
+      spare: most rows without a token; None for any number, which is harmless in training from
+        scratch.
     """
     if tokenizer.vocab > vocab:
         raise ValueError(
             f"{key}.vocab={vocab} is less than the {tokenizer.vocab} tokens of the tokenizer; "
             "raise it, or use the tokenizer that the weights were trained with"
+        )
+    if spare is not None and vocab - tokenizer.vocab > spare:
+        raise ValueError(
+            f"{key}.vocab={vocab} is far above the {tokenizer.vocab} tokens of the tokenizer, so "
+            "that its ids, those of languages included, mean something else in the published "
+            "weights; give the folder of the tokenizer that they were trained with"
         )
     for name, place in special.items():
         if place != getattr(tokenizer, name):

@@ -14,7 +14,15 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from cliptrans_jax.data import byte_pairs, sentencepieces
 from cliptrans_jax.data.framing import SPECIAL, UNK, FramedTokenizer
 from cliptrans_jax.data.sentencepieces import PieceModel
-from cliptrans_jax.data.token_files import added_message, parsing, read_bounded, read_record
+from cliptrans_jax.data.token_files import (
+    Sections,
+    added_message,
+    parsing,
+    read_bounded,
+    read_record,
+    require_fields,
+    require_sections,
+)
 from cliptrans_jax.translators.nllb_languages import (
     M2M100_CODES,
     M2M100_UNUSED,
@@ -36,7 +44,34 @@ MBART50_TOKENS = (
 MBART50_CODES: Mapping[str, str] = {token[:2]: token for token in MBART50_TOKENS}
 MASK = "<mask>"
 MOST = 100  # languages to list in a message
+# The pieces of a model that may be missing in its vocabulary, as a share; a published one has
+# nearly all.
+FEW = 0.01
 BERT_FRAME, BERT_UNK = ("[CLS]", "[SEP]", "[PAD]"), "[UNK]"
+LABSE_SECTIONS: Sections = {
+    "normalizer": {
+        "BertNormalizer": {
+            "clean_text": (True,),
+            "handle_chinese_chars": (True,),
+            "strip_accents": (None, False),
+            "lowercase": (False,),
+        }
+    },
+    "pre_tokenizer": {"BertPreTokenizer": {}},
+    "model": {
+        "WordPiece": {
+            "unk_token": (BERT_UNK,),
+            "continuing_subword_prefix": ("##",),
+            "max_input_chars_per_word": (100,),
+        }
+    },
+}
+# Settings in tokenizer_config.json, by which `transformers` replaces the normaliser's.
+LABSE_SETTINGS = {
+    "do_lower_case": (False,),
+    "strip_accents": (None, False),
+    "tokenize_chinese_chars": (True,),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +108,7 @@ class PublishedTokenizer:
 
 
 PIECES, JSON, WORDS = "sentencepiece.bpe.model", "tokenizer.json", "vocab.txt"
+SETTINGS = "tokenizer_config.json"
 
 
 def language_problem(kind: str, language: str) -> str | None:
@@ -186,6 +222,12 @@ def _read_order(model: PieceModel, published: PublishedTokenizer, folder: Path) 
             raise ValueError(f"it does not begin with {', '.join(SPECIAL)}")
     except ValueError as error:
         raise ValueError(f"{path} is not a vocabulary: {plain(str(error))}") from error
+    missing = tuple(piece for piece, _ in model.pieces if piece not in vocab)
+    if len(missing) > FEW * len(model.pieces):
+        raise ValueError(
+            f"{path} lacks many of the {len(model.pieces)} pieces of {model.path} and would make "
+            f"them {SPECIAL[UNK]}: {_first(missing)}; fetch both files again"
+        )
     return order
 
 
@@ -308,20 +350,20 @@ def _labse(folder: Path, limit: int) -> FramedTokenizer:
 
 def _read_words(folder: Path) -> tuple[Path, dict[str, int]]:
     """A WordPiece vocabulary, and the file that it comes from."""
+    path = folder / SETTINGS
+    if path.is_file():
+        with parsing(path, "LaBSE's tokenizer_config.json"):
+            require_fields(read_record(path), LABSE_SETTINGS, "tokenizer")
     path = folder / JSON
     if not path.is_file():
         path = folder / WORDS
-        lines = read_bounded(path).decode().removesuffix("\n").split("\n")
+        lines = read_bounded(path).decode().rstrip("\r\n").split("\n")
         words = [line.rstrip("\r") for line in lines]
         return path, byte_pairs.require_vocab({word: place for place, word in enumerate(words)})
     record = read_record(path)
     with parsing(path, "LaBSE's tokenizer.json"):
-        model, normalizer = record["model"], record["normalizer"]
-        if (model["type"], normalizer["type"]) != ("WordPiece", "BertNormalizer"):
-            raise ValueError(f"it has {model['type']!r} after {normalizer['type']!r}")
-        if normalizer.get("lowercase") or normalizer.get("strip_accents"):
-            raise ValueError("it lower-cases text or drops accents")
-        vocab = byte_pairs.require_vocab(model["vocab"])
+        require_sections(record, LABSE_SECTIONS)
+        vocab = byte_pairs.require_vocab(record["model"]["vocab"])
         known = {as_text(token["content"]) for token in record.get("added_tokens") or ()}
     if added := sorted(known - vocab.keys()):
         raise ValueError(added_message(path, added))

@@ -8,7 +8,7 @@ and white space. The library treats a token such as "</s>" in a sentence as text
 import base64
 import dataclasses
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,38 @@ from sentencepiece import sentencepiece_model_pb2
 
 from cliptrans_jax.data import byte_pairs
 from cliptrans_jax.data.framing import SPECIAL, UNK
-from cliptrans_jax.data.token_files import parsing, read_bounded, read_record
+from cliptrans_jax.data.token_files import (
+    Sections,
+    parsing,
+    read_bounded,
+    read_record,
+    require_sections,
+    steps_of,
+)
 from common_jax.untrusted import as_text, brief, plain
 
 # The first tokens of a model; no text is tokenised to them.
 CONTROLS = ("<unk>", "<s>", "</s>")
-# Normalisers in tokenizer.json that only repeat the model's own flags.
-HARMLESS = ("Replace", "Strip")
+# What a tokenizer.json may have: what SentencePiece does by itself, as written by `transformers`
+# from 4.0 on. The names of fields changed, and some versions split at white space first.
+SECTIONS: Sections = {
+    "normalizer": {
+        None: {},  # reported by `processor`, which knows who writes such files
+        "Precompiled": {},
+        "Replace": {"pattern": ({"Regex": " {2,}"},), "content": (" ", "▁")},
+        "Strip": {},
+    },
+    "pre_tokenizer": {
+        "WhitespaceSplit": {},
+        "Metaspace": {
+            "replacement": ("▁",),
+            "str_rep": ("▁",),
+            "add_prefix_space": (True,),
+            "prepend_scheme": ("always", "first"),
+        },
+    },
+    "model": {None: {}, "Unigram": {}, "BPE": byte_pairs.AFFIXES},
+}
 # Wide letters and digits, and their NFKC form after the library's leading space.
 PROBE = ("ＡＢＣ１２３", "▁ABC123")
 
@@ -113,10 +138,12 @@ def read_model(path: Path, *, bpe: bool) -> PieceModel:
     same = model.trainer_spec.model_type == _model_type(model, bpe)
     spec = model.normalizer_spec
     usual = spec.add_dummy_prefix and spec.remove_extra_whitespaces and spec.escape_whitespaces
+    usual = usual and not model.trainer_spec.treat_whitespace_as_suffix
     if first != CONTROLS or not (normal and same and usual):
         raise ValueError(
             f"{path} is not a {_name(bpe)} model that begins with {', '.join(CONTROLS)} and then "
-            f"has plain pieces (it begins with {brief(first)}); fetch it again"
+            f"has plain pieces, with spaces before words (it begins with {brief(first)}); fetch it "
+            "again"
         )
     pieces = tuple((piece.piece, piece.score) for piece in model.pieces[len(CONTROLS) :])
     return PieceModel(path, pieces, (), spec.precompiled_charsmap, bpe)
@@ -138,6 +165,7 @@ def read_tokenizer_json(path: Path, extra: Collection[str], *, bpe: bool) -> Pie
         model = record["model"]
         if model.get("type", _name(bpe)) != _name(bpe) or model.get("byte_fallback"):
             raise ValueError(f"its model is of type {model.get('type')!r}")
+        require_sections(record, SECTIONS)
         scored = _ranked(record) if bpe else model["vocab"]
         vocab = tuple((as_text(token), float(score)) for token, score in scored)
         names = [token for token, _ in vocab]
@@ -219,23 +247,12 @@ def _added(tokens: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[st
 
 
 def _charsmap(normalizer: Mapping[str, Any] | None) -> bytes:
-    """Returns SentencePiece's compiled normaliser; b"" if there is none.
-
-    Raises:
-      ValueError: there is a normaliser of another type.
-    """
+    """Returns SentencePiece's compiled normaliser; b"" if there is none."""
     charsmap = b""
-    for part in _parts(normalizer):
-        if part["type"] == "Precompiled":
-            charsmap = base64.b64decode(part["precompiled_charsmap"], validate=True)
-        elif part["type"] not in HARMLESS:
-            raise ValueError(f"a normaliser {part['type']!r}, which SentencePiece does not have")
+    for step in steps_of(normalizer):
+        if step.get("type") == "Precompiled":
+            charsmap = base64.b64decode(step["precompiled_charsmap"], validate=True)
     return charsmap
-
-
-def _parts(normalizer: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-    if normalizer is not None:
-        yield from normalizer["normalizers"] if normalizer["type"] == "Sequence" else (normalizer,)
 
 
 def _check_charsmap(path: Path, charsmap: bytes) -> None:

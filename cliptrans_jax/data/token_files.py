@@ -1,12 +1,18 @@
 """Size-limited reading of tokenizer files, whose content is not trusted."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common_jax.untrusted import plain, refuse_pointer
+from common_jax.untrusted import brief, plain, refuse_pointer
 from common_jax.workdir import read_json
+
+# The values of fields, by name. A file may lack a field, whose default is then among the values.
+Fields = Mapping[str, tuple[Any, ...]]
+# The fields of each step, by its type, of each section of a tokenizer.json. Type None is for a
+# section that is missing or a step without a type, as in files of older versions.
+Sections = Mapping[str, Mapping[str | None, Fields]]
 
 # Several times the largest published file, Gemma's.
 MAX_BYTES = 1 << 27
@@ -33,6 +39,39 @@ def require_bounded(path: Path) -> Path:
             "it again"
         )
     return path
+
+
+def require_sections(record: Mapping[str, Any], sections: Sections) -> None:
+    """Raises ValueError if a tokenizer.json has a step that is none of `sections`.
+
+    Our tokenizers are built from pieces, and would silently ignore such a step.
+    """
+    for section, kinds in sections.items():
+        for step in steps_of(record.get(section)):
+            kind = step.get("type")
+            if kind not in kinds:
+                known = " or ".join(repr(name) for name in kinds if name)
+                raise ValueError(f"its {section} is {brief(kind)}, and the published one's {known}")
+            require_fields(step, kinds[kind], f"{section} {kind}")
+
+
+def require_fields(record: Mapping[str, Any], fields: Fields, name: str) -> None:
+    """Raises ValueError if any of `fields` is in the record with another value."""
+    for field, values in fields.items():
+        if field in record and record[field] not in values:
+            known = " or ".join(map(repr, values))
+            raise ValueError(
+                f"its {name} has {field}={brief(record[field])}, and the published one's is {known}"
+            )
+
+
+def steps_of(section: Mapping[str, Any] | None) -> Sequence[Mapping[str, Any]]:
+    """Returns the steps of a normaliser or pre-tokeniser in a tokenizer.json, in order; one without
+    a type if the section is missing."""
+    section = {} if section is None else section
+    if section.get("type") != "Sequence":
+        return [section]
+    return section["normalizers"] if "normalizers" in section else section["pretokenizers"]
 
 
 @contextlib.contextmanager

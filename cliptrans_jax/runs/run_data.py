@@ -18,7 +18,7 @@ from cliptrans_jax.data.corpora import load_corpus
 from cliptrans_jax.data.corpus import Corpus
 from cliptrans_jax.data.examples import choose_examples, default_caption_language
 from cliptrans_jax.data.feed import Inputs
-from cliptrans_jax.data.framing import Tokenizer, require_fits
+from cliptrans_jax.data.framing import PADDING, Tokenizer, require_fits
 from cliptrans_jax.data.tokens import TokenizerConfig, encode_corpus
 from cliptrans_jax.encoders import (
     ImageTower,
@@ -107,7 +107,9 @@ class RunData:
                 )
         sizes = config.model.sizes
         special = {"pad": sizes.pad, "eos": sizes.eos}
-        require_fits(tokenizer, vocab=sizes.vocab, special=special, key=config.model.key)
+        published = _has_published_translator(config) and not config.tokenizer.is_trained
+        spare, key = PADDING if published else None, config.model.key
+        require_fits(tokenizer, vocab=sizes.vocab, special=special, key=key, spare=spare)
         for name in ("model", "clip"):
             require_same_tokenizer(config, name, text)
         return tokenizer, text
@@ -171,13 +173,12 @@ class RunData:
             )
         _check_published(config, name)
         # config.sources.weights then names weights in the translator's file, not in the tower's.
-        of_translator = sources.mbart or (sources.model and not is_run(sources.model))
         return pretrained.load(
             getattr(sources, name),
             # Each kind once: M-CLIP's two text towers have the same.
             kind=tuple(dict.fromkeys(tower.kind for tower in towers)),
             fetch=sources.fetch,
-            weights="" if of_translator else sources.weights,
+            weights="" if _has_published_translator(config) else sources.weights,
             activation=sources.clip_activation,
             base=base,
         )
@@ -353,6 +354,12 @@ def pairs_of(config: Config) -> list[tuple[str, str]]:
     if STAGES[config.stage].captioning:
         return [(language, language) for language in used_languages(config)]
     return [config.data.pair]
+
+
+def _has_published_translator(config: Config) -> bool:
+    """True if the translator's weights are published ones, alone or in a released checkpoint."""
+    sources = config.sources
+    return bool(sources.mbart or (sources.model and not is_run(sources.model)))
 
 
 def is_run(source: str) -> bool:

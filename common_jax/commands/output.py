@@ -1,8 +1,9 @@
 """Output of commands: tables for people, and npz files."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,6 +24,16 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str
         )
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def writable(text: str) -> str:
+    r"""Escapes bytes of a file name that are not UTF-8, as \udcff: `print` cannot write them."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def json_line(value: Any) -> str:
+    """A value as one line of JSON, whose own escapes are those of `writable`."""
+    return writable(json.dumps(value, ensure_ascii=False))
 
 
 def check_npz(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Decodes image files to 8-bit pixels.
+"""Finds image files and decodes them to 8-bit pixels.
 
 All pictures of all data sets are decoded here, so that a file is the same picture, or the same bad
 example, in every system.
@@ -33,6 +33,29 @@ WIDE_GREY = ("I;16", "I;16B", "I;16L", "I;16N")
 BITS_PER_SAMPLE, PHOTOMETRIC, PLANES, SAMPLE_FORMAT = 258, 262, 284, 339
 BLACK_IS_ZERO, SEPARATE, SIGNED = 1, 2, 2
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # first bytes
+
+
+def is_image(name: str) -> bool:
+    """Returns True for a path with an image suffix, in any case, and no hidden part.
+
+    Hidden parts are, for example, macOS's `._cat.jpg` and `.ipynb_checkpoints`.
+    """
+    return name.lower().endswith(SUFFIXES) and not any(map(is_hidden, name.split("/")))
+
+
+def is_hidden(part: str) -> bool:
+    """Returns True if a file or folder of this name is hidden."""
+    return part.startswith(".")
+
+
+def find_images(top: str | os.PathLike) -> list[str]:
+    """Returns the paths of all images anywhere below a folder, sorted; leaves out hidden files and
+    folders."""
+    found = []
+    for folder, folders, names in os.walk(top):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        found += [os.path.join(folder, name) for name in names if is_image(name)]
+    return sorted(found)
 
 
 def read_file(path: str | os.PathLike) -> bytes:

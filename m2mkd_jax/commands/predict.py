@@ -3,13 +3,13 @@
 import argparse
 import csv
 import dataclasses
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from common_jax.command_line import Command, read_settings
 from common_jax.commands.arguments import add_run, count
+from common_jax.commands.output import json_line, writable
 
 if TYPE_CHECKING:
     from m2mkd_jax.picture_files import PictureFiles
@@ -45,17 +45,21 @@ class Prediction:
 
 def run(args: argparse.Namespace) -> int:
     """Prints predictions as they are computed; returns 1 if a picture could not be read."""
+    from common_jax.inputs.names import printable
+
     paths, predictions = predict(args)
     show = {"json": show_json, "csv": show_csv}.get(args.form, show_table)
-    return int(show(predictions, width=max(map(len, paths))) > 0)
+    return int(show(predictions, width=max(map(len, map(printable, paths)))) > 0)
 
 
 def show_table(predictions: Iterable[Prediction], *, width: int) -> int:
     """Prints one line per picture; returns the number of unreadable ones, which the log names."""
+    from common_jax.inputs.names import printable
+
     unreadable = 0
     for one in predictions:
         shares = "  ".join(f"{name} {share:.1%}" for name, share in one.classes)
-        print(f"{one.picture:{width}}  {shares or 'unreadable'}", flush=True)
+        print(f"{printable(one.picture):{width}}  {shares or 'unreadable'}", flush=True)
         unreadable += bool(one.problem)
     return unreadable
 
@@ -66,7 +70,7 @@ def show_json(predictions: Iterable[Prediction], *, width: int) -> int:
     for one in predictions:
         classes = [{"class": name, "probability": share} for name, share in one.classes]
         content = {"error": one.problem} if one.problem else {"classes": classes}
-        print(json.dumps({"picture": one.picture} | content, ensure_ascii=False), flush=True)
+        print(json_line({"picture": one.picture} | content), flush=True)
         unreadable += bool(one.problem)
     return unreadable
 
@@ -77,7 +81,7 @@ def show_csv(predictions: Iterable[Prediction], *, width: int) -> int:
     writer.writerow(("picture", "rank", "class", "probability"))
     for one in predictions:
         for rank, (name, share) in enumerate(one.classes, 1):
-            writer.writerow((one.picture, rank, name, f"{share:.6f}"))
+            writer.writerow((writable(one.picture), rank, name, f"{share:.6f}"))
         unreadable += bool(one.problem)
     return unreadable
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from common_jax.inputs.names import listed as listed
 from common_jax.inputs.names import printable as printable
 from common_jax.inputs.pictures import SUFFIXES, read_file
+from common_jax.inputs.pictures import is_hidden as is_hidden
+from common_jax.inputs.pictures import is_image as is_image
 
 IMAGE_SUFFIXES = SUFFIXES
 # Files that may well lie among images.
@@ -28,19 +30,6 @@ class DirectoryFiles:
     def read(self, index: int) -> bytes:
         # Not `Path`, which would be 50 % slower.
         return read_file(os.path.join(self.root, self.names[index]))
-
-
-def is_image(name: str) -> bool:
-    """Returns True for a path with an image suffix, in any case, and no hidden part.
-
-    Hidden parts are, for example, macOS's `._cat.jpg` and `.ipynb_checkpoints`.
-    """
-    return name.lower().endswith(IMAGE_SUFFIXES) and not any(map(is_hidden, name.split("/")))
-
-
-def is_hidden(part: str) -> bool:
-    """Returns True if a file or folder of this name is hidden."""
-    return part.startswith(".")
 
 
 def missing_split(root: Path, split: str, present: Iterable[str]) -> FileNotFoundError:

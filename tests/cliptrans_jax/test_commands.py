@@ -254,7 +254,10 @@ def test_sentence_and_image_features_share_one_file(call, pipeline, corpus, tmp_
     prepared = np.stack([image.prepare(by_file[file.name]) for file in files])
     expected = np.asarray(image.apply(image.params, jnp.asarray(prepared)))
     np.testing.assert_allclose(found["features"][5:], expected, rtol=1e-4, atol=1e-5)
-    call("features", pipeline, files[0], "--unit", "--out", out)
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    inputs = [str(x) for x in (tmp_path / "bad.png", files[0])]
+    flags = ["--unit", "--out", str(out)]
+    assert dispatch("cliptrans", COMMANDS, ["features", str(pipeline), *inputs, *flags]) == 1
     unit = np.load(out)["features"]
     np.testing.assert_allclose(unit[0], expected[0] / np.linalg.norm(expected[0]), rtol=1e-4)
 

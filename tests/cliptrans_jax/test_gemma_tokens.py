@@ -69,7 +69,10 @@ def model(**changes):
         (model(vocab=VOCAB | {"<pad>": 1, "<eos>": 0}), "does not begin with <pad>, <eos>"),
         (model(vocab={k: v for k, v in VOCAB.items() if v < 100}, merges=[]), " 95 tokens of byt"),
         ({"normalizer": None}, "not Gemma's"),
-        ({"normalizer": {"type": "NFKC"}}, r"normalisers \['NFKC'\]"),
+        ({"normalizer": {"type": "NFKC"}}, "its normalizer is 'NFKC', and .*'Replace'"),
+        ({"normalizer": RECORD["normalizer"] | {"content": "_"}}, "content='_', and .*'▁'"),
+        ({"pre_tokenizer": {"type": "Digits"}}, "its pre_tokenizer is 'Digits'"),
+        (model(end_of_word_suffix="</w>"), "end_of_word_suffix='</w>'"),
         ({"added_tokens": [{"content": "<new>", "id": 400}]}, "tokens that .* lacks: <new>"),
         ({"added_tokens": [7]}, "not Gemma's"),
     ],
@@ -78,6 +81,13 @@ def test_other_tokenizers_are_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message) as raised:
         load(write(tmp_path / "x", **changes))
     assert f"config.tokenizer.path={str(tmp_path / 'x')!r}" in str(raised.value)
+
+
+def test_files_of_all_versions_of_transformers_have_the_same_ids(tokenizer, tmp_path):
+    lower = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, RECORD["normalizer"]]}
+    split = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious"}
+    other = load(write(tmp_path / "x", normalizer=lower, pre_tokenizer=split | {"invert": False}))
+    assert other.fingerprint(None) == tokenizer.fingerprint(None)
 
 
 def test_missing_tokenizer_file_is_reported(tmp_path):

@@ -2,23 +2,29 @@
 own."""
 
 import base64
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import sentencepiece
+from etils import epath
 from sentencepiece import sentencepiece_model_pb2
+from tiny_cliptrans import tiny_config
 
+from cliptrans_jax.config import SourcesConfig
 from cliptrans_jax.data.published import PUBLISHED, language_problem
 from cliptrans_jax.data.tokens import TokenizerConfig, load_tokenizer
 from cliptrans_jax.evaluators import scores
 from cliptrans_jax.export.tokenizers import write_tokenizer
+from cliptrans_jax.runs.run_data import RunData
 from cliptrans_jax.translators.nllb_languages import (
     CODE_BY_TOKEN,
     NLLB_CODES,
     NLLB_TOKENS,
     TOKEN_BY_CODE,
 )
+from common_jax.mesh import MeshConfig, make_mesh
 
 LINES = (
     "two young men are outside near many bushes, and a man is in a blue shirt",
@@ -27,6 +33,8 @@ LINES = (
 )
 TEXTS = (*LINES, "men  \n in\u00a0shirts", "ＡＢＣ１２３", "漢 men 漢", "</s>", "")
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
+SPACES = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
+METASPACE = {"type": "Metaspace", "replacement": "▁"}
 NO_TRANSFORMERS = "the reference is transformers, which is not installed"
 
 
@@ -58,14 +66,14 @@ def bpe_json(model):
     ]
     charsmap = base64.b64encode(model.normalizer_spec.precompiled_charsmap).decode()
     precompiled = {"type": "Precompiled", "precompiled_charsmap": charsmap}
-    spaces = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
     added = [*SPECIAL, *PUBLISHED["nllb"].last]
     places = [*range(4), *range(len(vocab), len(vocab) + len(added) - 4)]
     return {
         "added_tokens": [
             {"id": place, "content": token} for place, token in zip(places, added, strict=True)
         ],
-        "normalizer": {"type": "Sequence", "normalizers": [precompiled, spaces]},
+        "normalizer": {"type": "Sequence", "normalizers": [precompiled, SPACES]},
+        "pre_tokenizer": METASPACE | {"prepend_scheme": "always"},
         "model": {"type": "BPE", "unk_token": "<unk>", "vocab": vocab, "merges": merges},
     }
 
@@ -120,6 +128,90 @@ def test_m2m100_ids_are_those_of_its_vocabulary(model, tmp_path):
     (folder / "vocab.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks vocab\.json; fetch .*m2m100_418M"):
         load("m2m100", folder)
+
+
+def test_vocabulary_of_another_model_is_refused(model, tmp_path):
+    folder = write(tmp_path, "m2m100", model, "sentencepiece")
+    vocab = {token: place for place, token in enumerate([*SPECIAL, "two", "men"])}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    with pytest.raises(ValueError, match=r"vocab\.json lacks many of .*sentencepiece\.bpe\.model"):
+        load("m2m100", folder)
+
+
+@pytest.mark.parametrize("sources", [{"mbart": "published"}, {"model": "released.pth"}])
+def test_published_weights_of_another_vocabulary_are_refused(model, tmp_path, sources):
+    """Of one with the same languages at other ids; a network from scratch may have any size."""
+    folder = write(tmp_path, "nllb", model, "json")
+    small = load("nllb", folder).vocab
+    config = tiny_config("translate", None)
+    for rows, fits in ((small + 127, True), (small + 128, False)):
+        sizes = dataclasses.replace(config.model.mbart, vocab=rows)
+        config = dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, mbart=sizes),
+            tokenizer=TokenizerConfig("nllb", str(folder), max_length=20),
+            sources=SourcesConfig(**sources),
+        )
+        found = RunData(config, epath.Path(tmp_path), make_mesh(MeshConfig()))
+        if fits:
+            assert found.tokenizer.vocab == small
+            continue
+        message = rf"config\.model\.mbart\.vocab={rows} is far above the {small} tokens"
+        with pytest.raises(ValueError, match=message):
+            found.tokenizer  # noqa: B018
+        scratch = dataclasses.replace(config, sources=SourcesConfig())
+        found = RunData(scratch, epath.Path(tmp_path), make_mesh(MeshConfig()))
+        assert found.tokenizer.vocab == small
+
+
+def write_steps(folder, model, **sections):
+    """NLLB's tokenizer.json with other sections; the normaliser's first step stays."""
+    record = bpe_json(model)
+    first = record["normalizer"]["normalizers"][0]
+    if "normalizer" in sections:
+        steps = {"type": "Sequence", "normalizers": [first, *sections["normalizer"]]}
+        sections["normalizer"] = steps
+    (folder / "tokenizer.json").write_text(json.dumps(record | sections))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"normalizer": [{"type": "Strip"}, {**SPACES, "content": "▁"}]},
+        {"normalizer": []},
+        {"pre_tokenizer": METASPACE | {"add_prefix_space": True, "str_rep": "▁"}},
+        {"pre_tokenizer": METASPACE | {"prepend_scheme": "first", "split": True}},
+        {
+            "pre_tokenizer": {
+                "type": "Sequence",
+                "pretokenizers": [{"type": "WhitespaceSplit"}, METASPACE],
+            }
+        },
+    ],
+)
+def test_files_of_all_versions_of_transformers_have_the_same_ids(model, tmp_path, sections):
+    (tmp_path / "usual").mkdir()
+    usual = load("nllb", write_steps(tmp_path / "usual", model))
+    found = load("nllb", write_steps(tmp_path, model, **sections))
+    assert found.fingerprint("en") == usual.fingerprint("en")
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"normalizer": [{"type": "Lowercase"}]}, "its normalizer is 'Lowercase', and .*'Replace'"),
+        ({"normalizer": [{**SPACES, "pattern": {"String": "e"}}]}, "pattern={'String': 'e'}"),
+        ({"normalizer": [{**SPACES, "content": ""}]}, "content='', and the published one's is ' '"),
+        ({"pre_tokenizer": None}, "its pre_tokenizer is None, and .*'Metaspace'"),
+        ({"pre_tokenizer": {"type": "Digits"}}, "its pre_tokenizer is 'Digits'"),
+        ({"pre_tokenizer": METASPACE | {"prepend_scheme": "never"}}, "prepend_scheme='never'"),
+        ({"pre_tokenizer": METASPACE | {"add_prefix_space": False}}, "add_prefix_space=False"),
+    ],
+)
+def test_steps_that_sentencepiece_lacks_are_refused(model, tmp_path, sections, said):
+    with pytest.raises(ValueError, match=rf"tokenizer\.json .*{said}.*fetch it again"):
+        load("nllb", write_steps(tmp_path, model, **sections))
 
 
 def test_model_of_another_type_is_refused(model, tmp_path):

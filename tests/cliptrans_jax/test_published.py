@@ -72,6 +72,7 @@ def unigram_json(model, last):
     return {
         "added_tokens": [{"id": len(vocab) - 1, "content": "<mask>"}],
         "normalizer": {"type": "Precompiled", "precompiled_charsmap": charsmap},
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "add_prefix_space": True},
         "model": {"type": "Unigram", "unk_id": 3, "vocab": vocab},
     }
 
@@ -173,7 +174,8 @@ def test_file_without_nfkc_is_refused(model, tmp_path):
         r"'ＡＢＣ１２３' becomes '▁ＡＢＣ１２３'",
         r"transformers 5\.0 to 5\.2 write such files",
     )
-    for normalizer in (None, {"type": "Sequence", "normalizers": [{"type": "Replace"}]}):
+    spaces = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
+    for normalizer in (None, {"type": "Sequence", "normalizers": [spaces]}):
         folder = write(tmp_path, record | {"normalizer": normalizer})
         refuse("xlmr", folder, *said)
     # SentencePiece's own file next to it has one.
@@ -249,6 +251,7 @@ def test_broken_sentencepiece_model_is_refused(model, tmp_path):
         b"no model",
         whole[: len(whole) // 2],
         changed(trainer_spec__model_type=2),
+        changed(trainer_spec__treat_whitespace_as_suffix=True),
         changed(normalizer_spec__remove_extra_whitespaces=False),
         changed(normalizer_spec__precompiled_charsmap=b"\xff\xff\xff\xff" * 500),
     ):

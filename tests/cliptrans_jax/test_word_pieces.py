@@ -94,8 +94,12 @@ def test_truncated_sentence_keeps_its_special_tokens(folder):
     ("changes", "message"),
     [
         ({"model": None}, r"not LaBSE's tokenizer\.json"),
-        ({"model": {"type": "BPE", "vocab": VOCAB}}, "it has 'BPE' after 'BertNormalizer'"),
-        ({"normalizer": {"type": "BertNormalizer", "lowercase": True}}, "it lower-cases text"),
+        ({"model": {"type": "BPE", "vocab": VOCAB}}, "its model is 'BPE', and .*'WordPiece'"),
+        ({"model": RECORD["model"] | {"continuing_subword_prefix": "@@"}}, "prefix='@@'"),
+        ({"normalizer": {"type": "Lowercase"}}, "its normalizer is 'Lowercase'"),
+        ({"normalizer": {"type": "BertNormalizer", "lowercase": True}}, "lowercase=True"),
+        ({"normalizer": RECORD["normalizer"] | {"clean_text": False}}, "clean_text=False, and"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "its pre_tokenizer is 'Whitespace'"),
         (
             {"model": {"type": "WordPiece", "vocab": {"a": 0}}, "added_tokens": []},
             r"lacks \[CLS\], \[SEP\], \[PAD\]",
@@ -115,6 +119,20 @@ def test_git_lfs_pointer_is_named(tmp_path, name):
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
     with pytest.raises(ValueError, match=rf"{name} is a git-lfs pointer .*; run `git lfs pull`"):
         load(tmp_path)
+
+
+def test_setting_that_lower_cases_is_refused(folder):
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": false, "model_max_length": 9}')
+    assert load(folder).vocab == len(WORDS)
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": true}')
+    message = r"tokenizer_config\.json .* do_lower_case=True, and the published one's is False"
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+def test_line_breaks_at_the_end_are_no_words(tmp_path):
+    (tmp_path / "vocab.txt").write_bytes("\r\n".join([*WORDS, "", ""]).encode())
+    assert load(tmp_path).vocab == len(WORDS)
 
 
 def test_ids_match_transformers(folder, tmp_path):

@@ -1,10 +1,12 @@
 """`m2mkd`: the commands that use trained runs."""
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import io
 import json
+import os
 
 import convert_weights
 import jax
@@ -22,6 +24,7 @@ from common_jax.workdir import write_json
 from m2mkd_jax import pretrained
 from m2mkd_jax.commands import COMMANDS
 from m2mkd_jax.commands import evaluate as evaluation
+from m2mkd_jax.commands.predict import Prediction, show_csv, show_json, show_table
 from m2mkd_jax.config import SourcesConfig
 from m2mkd_jax.data import digits
 from m2mkd_jax.data.ood import OodConfig
@@ -135,6 +138,26 @@ def test_predict_lists_unreadable_pictures(runs, pictures, capsys):
     assert lines[0].count("%") == 5
     _, out, _ = call(capsys, "predict", runs / "meta", pictures / "a.png", "--top=1")
     assert out.count("%") == 1
+
+
+@pytest.mark.parametrize("form", ["table", "json", "csv"])
+def test_predictions_of_pictures_with_odd_names_are_printed(form):
+    """Names with a byte that is not UTF-8 and with a line break, as paths of the system have
+    them."""
+    names = (os.fsdecode(b"\xff.png"), "a\nb.png", "é.png")
+    found = [Prediction(name, (("1", 0.5),)) for name in names]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        {"table": show_table, "json": show_json, "csv": show_csv}[form](found, width=9)
+    text = out.getvalue().encode().decode()  # strict, unlike StringIO
+    if form == "json":
+        assert [json.loads(line)["picture"] for line in text.splitlines()] == [*names]
+    elif form == "csv":
+        rows = csv.DictReader(io.StringIO(text, newline=""))
+        assert [row["picture"] for row in rows] == ["\\udcff.png", *names[1:]]
+    else:
+        written = [line.split()[0] for line in text.splitlines()]
+        assert written == ["\\udcff.png", "a\\nb.png", "é.png"]
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ MISTAKES: tuple[Mistake, ...] = (
         tests=LISTS,
     ),
     Mistake(
-        file=f"{DATA}/listing.py",
+        file="common_jax/inputs/pictures.py",
         what="images in hidden folders count",
         right='not any(map(is_hidden, name.split("/")))',
         wrong='not is_hidden(name.split("/")[-1])',
