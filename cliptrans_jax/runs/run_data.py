@@ -175,7 +175,7 @@ class RunData:
         return pretrained.load(
             getattr(sources, name),
             # Each kind once: M-CLIP's two text towers have the same.
-            kind=tuple(dict.fromkeys(tower.kind for tower in towers)),
+            kind=tuple(dict.fromkeys(tower.kind for tower in towers if tower.kind)),
             fetch=sources.fetch,
             weights="" if of_translator else sources.weights,
             activation=sources.clip_activation,
