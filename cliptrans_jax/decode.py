@@ -239,6 +239,7 @@ class Search:
         default for the whole search.
         """
         batch, beams, longest = source.shape[0], self.config.beams, self.config.max_length
+        self.translator.require_room(longest - 1)  # the last token is never fed back
         hidden, cache = self.prefill(params, features, source, states, language)
         cache = self._grow(cache, self.config.steps if steps is None else steps)
         logits = self.translator.call("logits", params, hidden[:, -1])
@@ -272,8 +273,7 @@ class Search:
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """The decoder's states at `</s>`, prefix and language code, and their cache."""
         sizes = self.translator.config.sizes
-        start = jnp.full_like(language, sizes.start)
-        ids = jnp.stack([start, language], axis=1)
+        ids = jnp.stack([jnp.full_like(language, sizes.start), language], axis=1)
         embeddings = self.translator.call("embed", params, ids)
         vectors = self.translator.prefix(params, features, source.shape[0])
         block, visible = prefix.start_block(

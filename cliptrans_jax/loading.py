@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
+from jaxtyping import Float32
 
 from cliptrans_jax.config import Config
 from cliptrans_jax.data.examples import Examples
@@ -103,6 +104,31 @@ class LoadedModel:
         hypotheses = self.search(self.params, batches)
         return [hypotheses[index] for index in range(len(sentences))]
 
+    def sentence_features(self, sentences: Iterable[str]) -> Float32[np.ndarray, "B M"]:
+        """One feature per sentence, by the text tower that the run used, or trained.
+
+        Sentences are stripped and truncated as in `translate`.
+
+        Raises:
+          ValueError: if there are no sentences, one is empty or not a string, or the run has no
+            text tower.
+        """
+        return self._sentences.sentences(_lines(sentences, allow_empty=False))
+
+    def picture_features(self, pictures: Iterable[np.ndarray]) -> Float32[np.ndarray, "B M"]:
+        """One feature per picture, by the image tower that the run used.
+
+        Args:
+          pictures: uint8 (I, J, 3) RGB, (I, J, 4) or (I, J).
+
+        Raises:
+          ValueError: if there are no pictures, an array is not one, or the run has no image tower.
+        """
+        pictures = _checked_pictures(pictures)
+        if not pictures:
+            raise ValueError("pictures is empty; give at least one picture")
+        return self._pictures.pictures(pictures)
+
     def _encode(self, sentences: Sequence[str], pictures: Sequence[np.ndarray] | None):
         """Features, and tokens for the text tower; None for whichever is not needed."""
         if not self.config.has_prefix:
@@ -116,7 +142,12 @@ class LoadedModel:
     # Moved to the devices on the first call, so that later calls only compute.
     @functools.cached_property
     def _sentences(self) -> Resident:
-        return Resident(self.data.text_tower, self.mesh, self.config.decode.batch)
+        tower = self.data.text_tower
+        if self.config.unfreeze_clip:
+            # A copy of the tree, whose leaves `Resident` replaces.
+            trained = jax.tree.map(lambda leaf: leaf, self.params["clip"])
+            tower = dataclasses.replace(tower, params=trained)
+        return Resident(tower, self.mesh, self.config.decode.batch)
 
     @functools.cached_property
     def _pictures(self) -> Resident:
@@ -136,16 +167,16 @@ def _lines(sentences: object, *, allow_empty: bool) -> list[str]:
     return lines
 
 
-def _checked_pictures(pictures: object, count: int) -> list[np.ndarray]:
-    """The pictures as a list of `count` valid arrays."""
+def _checked_pictures(pictures: object, count: int | None = None) -> list[np.ndarray]:
+    """The pictures as a list of valid arrays, `count` of them if given."""
     single = isinstance(pictures, np.ndarray) and pictures.ndim < 4
     if single or not isinstance(pictures, Iterable):
         raise ValueError(
-            f"pictures must be a list of arrays, one per sentence, and is a "
-            f"{type(pictures).__name__}; give [picture] for one"
+            f"pictures must be a list of arrays and is a {type(pictures).__name__}; give [picture] "
+            "for one"
         )
     pictures = list(pictures)
-    if len(pictures) != count:
+    if count not in (None, len(pictures)):
         raise ValueError(
             f"{count} sentences and {len(pictures)} pictures: give as many pictures or none"
         )

@@ -1,5 +1,6 @@
 """Loading a trained network from a workdir."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -18,9 +19,54 @@ from m2mkd_jax.data.feed import prepare_evaluation
 from m2mkd_jax.phases import PHASES
 from m2mkd_jax.phases.networks import family_of_role, module_network, whole_network
 from m2mkd_jax.stages import stage_name
-from m2mkd_jax.trained import product
+from m2mkd_jax.trained import product, read_classes
 
-Apply = Callable[[Any, jax.Array], jax.Array]
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Apply:
+    """A loaded network as a function of its parameters and x; see `load_model`.
+
+    Attributes:
+      source: folder of the checkpoint.
+      config: the run's config.
+      network: the network; its own `apply` takes prepared images, see `prepare`.
+      stage: stage of a single module; None for a whole network.
+    """
+
+    source: epath.Path
+    config: Config
+    network: Any
+    stage: int | None
+
+    def __call__(self, params: Any, x: jax.Array) -> jax.Array:
+        stage = self.stage
+        if stage is None:
+            return self.network.apply(params, prepare(x, self.config))[0]
+        example = self.network.stages[stage].example(1)
+        x = prepare(x, self.config) if stage == 0 else check_tokens(x, example.shape[1:])
+        return self.network.apply(params, x, start=stage, stop=stage + 1)[0]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names by label."""
+        return read_classes(self.source, self.config)
+
+    def features(self, params: Any, images: jax.Array) -> jax.Array:
+        """The input of the head, normed and pooled (B, M), of a ViT or V-MoE.
+
+        Raises:
+          ValueError: as `apply`, and for a single module or a NAC.
+        """
+        role = PHASES[self.config.phase].role
+        if self.stage is not None or family_of_role(self.config, role).leading_tokens is None:
+            raise ValueError(
+                f"{self.source} is not of a whole ViT or V-MoE, which alone have features: load "
+                "the run of one"
+            )
+        x = prepare(images, self.config)
+        _, recorded = self.network.apply(params, x, record=("intermediates",))
+        (features,) = recorded[stage_name(len(self.network) - 1)]["intermediates"]["features"]
+        return features
 
 
 def load_model(
@@ -38,8 +84,9 @@ def load_model(
       `apply(params, x)` and `params`. For a whole network x is a batch of images (B, I, J,
       channels) with pixels from 0 to 255, and the result is logits (B, labels). For a single
       module, `apply` runs only that stage, on images if it is the first and on tokens (B, T, D)
-      otherwise. If the run averages its parameters (config.optim.ema, config.run.average_last),
-      `params` are the averages, as in evaluation.
+      otherwise. `apply.features`, `apply.classes`, `apply.config` and `apply.network` give more
+      of a run, see `Apply`. If the run averages its parameters (config.optim.ema,
+      config.run.average_last), `params` are the averages, as in evaluation.
 
     Raises:
       FileNotFoundError: if there is no finished checkpoint.
@@ -65,17 +112,11 @@ def load_model(
     if stage is None:
         whole = whole_network(config, role)
         _require_all(params, whole.init, config, str(source))
-        return lambda params, x: whole.apply(params, prepare(x, config))[0], params
+        return Apply(source, config, whole, None), params
     network = module_network(config, role)
     init = functools.partial(network.init, only=(stage,))
     _require_all({name: params}, init, config, str(source))
-
-    def apply(params: Any, x: jax.Array) -> jax.Array:
-        example = network.stages[stage].example(1)
-        x = prepare(x, config) if stage == 0 else check_tokens(x, example.shape[1:])
-        return network.apply(params, x, start=stage, stop=stage + 1)[0]
-
-    return apply, {name: params}
+    return Apply(source, config, network, stage), {name: params}
 
 
 def _require_all(

@@ -150,10 +150,10 @@ def read_run(run: epath.PathLike) -> Finished:
     saved = checkpoint.load_config(source)
     check_system(saved, SYSTEM, str(source))
     config = freeze_stored(Config, saved, source)
-    return Finished(source, config, _read_classes(source, config))
+    return Finished(source, config, read_classes(source, config))
 
 
-def _read_classes(source: epath.Path, config: Config) -> tuple[str, ...]:
+def read_classes(source: epath.Path, config: Config) -> tuple[str, ...]:
     """Class names from the run's classes.json, else from its training set, else plain numbers."""
     if (path := find_classes(source)) is not None:
         names = read_json(path, {"names": list})["names"]

@@ -59,9 +59,14 @@ class Corpus:
     sparse: bool = False
 
     def __post_init__(self):
-        lengths = {len(sentences) for sentences in self.texts.values()} | {len(self.keys)}
-        lengths |= {len(self.images)} if self.images is not None else set()
-        assert len(lengths) == 1, f"{self.name}: {lengths}"
+        counts = {language: len(sentences) for language, sentences in self.texts.items()}
+        counts |= {"keys": len(self.keys)}
+        counts |= {"images": len(self.images)} if self.images is not None else {}
+        if len(set(counts.values())) > 1:
+            raise ValueError(
+                f"{self.name} is not aligned: entry i of all of {counts} must belong to example i, "
+                "so their loader must return equally many"
+            )
 
     def __len__(self) -> int:
         return len(self.keys)

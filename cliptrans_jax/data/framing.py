@@ -184,7 +184,8 @@ class FramedTokenizer:
         self, texts: Sequence[str], counts: Int64[np.ndarray, " B"], pieces: Int64[np.ndarray, " _"]
     ) -> None:
         """Raises ValueError, quoting the text, for a piece that must not occur in text."""
-        # Checked here, since an embedding silently returns NaN for an id beyond its table.
+        # Checked here, since beyond its table a tower's embedding silently returns NaN, and a
+        # translator's its last row.
         beyond = (pieces < 0) | (pieces >= self.vocab)
         # A piece may be the unknown token, but no other special token. CLIP's unknown token is also
         # its end token, and would end the sentence.
@@ -227,7 +228,8 @@ def require_fits(
 
     Args:
       tokenizer: the tokenizer.
-      vocab: rows of the network's embedding table; an id beyond them gives NaN.
+      vocab: rows of the network's embedding table. An id beyond them gives NaN in a tower, and the
+        last row in a translator.
       special: the network's ids of "pad" and "eos", as far as it has them.
       key: path of the network's config, for messages.
       spare: most rows without a token; None for any number, which is harmless in training from

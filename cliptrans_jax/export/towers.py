@@ -94,7 +94,15 @@ def write_tower(folder: Path, params: Mapping[str, Any], config: Any) -> None:
       folder: folder to create.
       params: parameters of the tower, in numpy.
       config: its sizes, an instance of a class in `HUB`.
+
+    Raises:
+      ValueError: if `HUB` lacks the class.
     """
+    if type(config) not in HUB:
+        raise ValueError(
+            f"{type(config).__name__} cannot be exported: it has no record in HUB of "
+            "cliptrans_jax/export/towers.py"
+        )
     tower = HUB[type(config)]
     table = KINDS[tower_of(config).kind][0].table  # the first layout is that of Hugging Face
     tensors = {

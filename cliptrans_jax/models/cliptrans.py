@@ -16,7 +16,13 @@ from cliptrans_jax.models.rules import rules_below
 from cliptrans_jax.translators.mbart import MBartConfig
 from cliptrans_jax.translators.nllb import NllbConfig
 from cliptrans_jax.translators.table import TRANSLATORS
-from cliptrans_jax.translators.translator import Architecture, Network, Readout, Sizes
+from cliptrans_jax.translators.translator import (
+    Architecture,
+    Network,
+    Readout,
+    Sizes,
+    require_length,
+)
 from common_jax.config import FieldError, Section
 from common_jax.mesh import Rules
 from common_jax.ranges import key_of
@@ -76,6 +82,9 @@ class Translator:
 
     The first key is the translator's subtree. A model without a prefix has no mapper and takes no
     features. Parameters are float32; `dtype` is that of the computation.
+
+    To train it with an optimizer of your own, take the paths to update from `stages.trainable`, and
+    split the parameters with `common_jax.state.partition`: mBART's `logits_bias` is never trained.
     """
 
     config: ModelConfig
@@ -110,11 +119,21 @@ class Translator:
         *,
         dropout: jax.Array | None = None,
     ) -> Float[Array, "B P D"]:
-        """The prefix of each example, empty if the model has none."""
+        """The prefix of each example, empty if the model has none.
+
+        Raises:
+          ValueError: if the model has a prefix, and `features` are None or have another shape.
+        """
         if not self.prefix_length:
             # Empty instead of None, so that decoding needs no second form.
             return jnp.zeros((batch, 0, self.config.sizes.width), self.dtype)
-        assert features is not None
+        expected = (batch, self.config.mapper.features)
+        if features is None or jnp.shape(features) != expected:
+            given = "are None" if features is None else f"have shape {jnp.shape(features)}"
+            raise ValueError(
+                f"features {given}, but must have shape {expected}, one vector of mapper.features "
+                f"numbers per sentence, as the model has mapper.prefix={self.prefix_length}"
+            )
         rngs = {} if dropout is None else {"dropout": jax.random.fold_in(dropout, MAPPER)}
         variables = {"params": params["mapper"]}
         return self._mapper.apply(variables, features, dropout is not None, rngs=rngs)
@@ -215,6 +234,10 @@ class Translator:
         mask = mask.at[:, : 1 + count].set(True)
         visible = prefix.visibility(mask, count=count, rule=config.prefix.mask)
         return prefix.insert(embeddings, vectors), visible
+
+    def require_room(self, tokens: int) -> None:
+        """Raises ValueError if the decoder has no positions for this many tokens and the prefix."""
+        require_length(tokens + self.prefix_length, self.config.sizes)
 
     @property
     def _mapper(self):

@@ -28,7 +28,16 @@ def table(config: ModelConfig) -> Table:
 
 
 def mapper_table(config: MapperConfig) -> Table:
-    """Maps our paths below "mapper/" to tensor names below "adapter."."""
+    """Maps our paths below "mapper/" to tensor names below "adapter.".
+
+    Raises:
+      ValueError: for a mapping network without names.
+    """
+    if config.prefix and config.kind not in MAPPERS:
+        raise ValueError(
+            f"mapper.kind={config.kind!r} cannot be exported: it has no names in MAPPERS of "
+            f"cliptrans_jax/models/cliptrans_names.py, only {', '.join(MAPPERS)} have"
+        )
     return Table(MAPPERS[config.kind]() if config.prefix else {})
 
 

@@ -176,7 +176,7 @@ class RunData:
         return pretrained.load(
             getattr(sources, name),
             # Each kind once: M-CLIP's two text towers have the same.
-            kind=tuple(dict.fromkeys(tower.kind for tower in towers)),
+            kind=tuple(dict.fromkeys(tower.kind for tower in towers if tower.kind)),
             fetch=sources.fetch,
             weights="" if _has_published_translator(config) else sources.weights,
             activation=sources.clip_activation,

@@ -158,9 +158,18 @@ def choose_kind(allowed: tuple[str, ...], named: str | None, tensors: Tensors, f
 
 
 def written_layout(config: Any) -> Layout:
-    """The layout in which networks of this config are exported for `transformers`."""
-    layouts = (layout for several in KINDS.values() for layout in several)
-    return next(x for x in layouts if x.to_about and x.config_type is type(config))
+    """The layout in which networks of this config are exported for `transformers`.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    for layout in (layout for several in KINDS.values() for layout in several):
+        if layout.to_about and layout.config_type is type(config):
+            return layout
+    raise ValueError(
+        f"{type(config).__name__} cannot be exported: it has no layout with `to_about` in KINDS of "
+        "cliptrans_jax/tensors/kinds.py"
+    )
 
 
 def find_layout(kind: str, tensors: Tensors, file: str, weights: str = "") -> tuple[Layout, str]:

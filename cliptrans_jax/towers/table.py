@@ -47,10 +47,11 @@ def text_tower_of(tokenizer: str) -> Tower:
     Raises:
       ValueError: if there is none.
     """
-    for tower in TEXT_TOWERS:
+    published = [tower for tower in TEXT_TOWERS if tower.kind]
+    for tower in published:
         if tower.sentences.tokenizer == tokenizer:
             return tower
-    kinds = " or ".join(f"{x.sentences.tokenizer!r} for {x.kind!r}" for x in TEXT_TOWERS)
+    kinds = " or ".join(f"{x.sentences.tokenizer!r} for {x.kind!r}" for x in published)
     raise ValueError(
         f"config.clip_tokenizer.kind={tokenizer!r} belongs to no published text tower; set it to "
         f"{kinds}, and config.clip_tokenizer.path to the folder of the tower's tokenizer"

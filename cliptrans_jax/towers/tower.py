@@ -102,7 +102,7 @@ class Tower:
     tower can be trained from scratch, they also have `kind`, and those of text towers `pad`.
 
     Attributes:
-      kind: name of its published weights, a key of `tensors.kinds.KINDS`.
+      kind: name of its published weights, a key of `tensors.kinds.KINDS`; "" if there are none.
       config: class of its sizes.
       network: flax module, built from (config, dtype).
       rules: partition rules of its parameters.

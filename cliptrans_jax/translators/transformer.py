@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from cliptrans_jax.models.attention import INIT, CrossAttention, DecoderAttention
-from cliptrans_jax.translators.translator import Cache, LayerCache
+from cliptrans_jax.translators.translator import Cache, LayerCache, require_length
 from common_jax.config import FieldError, Section
 from common_jax.mesh import constrain
 from common_jax.nn import layers
@@ -217,6 +217,7 @@ class _Half(nn.Module):
         self.norm = _norm(self.dtype)
 
     def _place(self, x: Float[Array, "B T D"], position: jax.Array) -> Float[Array, "B T D"]:
+        require_length(position.size, self.config)
         x = x + self.positions(self.config.first_row + position)
         return self.embedding_norm(x) if self.config.embedding_norm else x
 

@@ -175,6 +175,16 @@ def language_first(ids: Int[Array, "B S"], sizes: Sizes) -> Int[Array, "B S"]:
     return ids
 
 
+def require_length(length: int, sizes: Sizes) -> None:
+    """Raises ValueError for a longer sequence than learned positions; sinusoids have no end."""
+    # Beyond its table an embedding gives NaN, from which a search makes plausible tokens.
+    if length > sizes.positions and getattr(sizes, "learned_positions", True):
+        raise ValueError(
+            f"a sequence of {length} tokens, prefix included, is longer than the translator's "
+            f"positions={sizes.positions}; truncate the sentences, or lower max_new_tokens"
+        )
+
+
 def cache_slots(cache: Cache) -> int:
     """Number R of slots for the decoder's own tokens."""
     own, _ = cache[0]

@@ -50,7 +50,7 @@ def load(
       ValueError: if all checkpoints contradict the run whose folder they are in.
       KeyError: if the checkpoint lacks `subtree`, naming the subtrees that it has.
     """
-    step = find_step(source)
+    step, subtree = find_step(source), subtree.rstrip("/")
     shapes = _shapes(step)
     selection = {
         path: shape

@@ -18,12 +18,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.lax import RaggedDotDimensionNumbers
 from jaxtyping import Array, Float, Int
 
 from common_jax.nn.mlp import gelu
 from m2mkd_jax.moe import grouped_gpu
 from m2mkd_jax.moe.grouped_gpu import TILE, Tiles
+from m2mkd_jax.moe.ragged import ragged_product
 from m2mkd_jax.moe.routers import rank_in_expert
 
 
@@ -263,14 +263,8 @@ def _block_backward(
 def _ragged(
     a: Array, b: Array, sizes: Int[Array, " E"], contract: tuple[int, int], groups: list[int]
 ) -> Array:
-    dims = RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((contract[0],), (contract[1],)), ((), ())),
-        lhs_ragged_dimensions=[0],
-        rhs_group_dimensions=groups,
-    )
-    return jax.lax.ragged_dot_general(
-        a, b, sizes, dims, preferred_element_type=_accumulator(a.dtype)
-    )
+    dtype = _accumulator(a.dtype)
+    return ragged_product(a, b, sizes, contract=contract, groups=groups, dtype=dtype)
 
 
 def _for_all_rows(experts: Experts, rows: Rows) -> Experts:

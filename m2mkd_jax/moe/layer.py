@@ -24,6 +24,9 @@ class MoeMlp(nn.Module):
     for the router's noise in training.
 
     Initialisation does not run the experts, so a batch of one suffices on any mesh.
+
+    `jax.vmap` and forward over reverse mode (`jax.hessian`) work; reverse over reverse does not, as
+    JAX cannot differentiate the experts' loop (see `grouped`).
     """
 
     config: MoeConfig

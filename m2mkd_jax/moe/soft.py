@@ -13,7 +13,7 @@ Axes: B examples, T tokens, E experts, C slots per expert, R = B C rows per expe
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
@@ -34,7 +34,8 @@ class SoftConfig(RouterConfig):
     slots_per_expert: C; None for T / E rounded up, about one slot per token over all experts.
     """
 
-    slots_per_expert: Size | None = None
+    # By keyword only: as a base, this class would put it second in `MoeConfig`, before `chosen`.
+    slots_per_expert: Size | None = field(default=None, kw_only=True)
 
 
 def unit(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:

@@ -20,10 +20,13 @@ SENTENCES = ("4 5 6 7", "8", "9 10 11 12 13 14 15 16 17", "18 19", "20", "21 22 
 PICTURES = tuple(np.full((16, 16, 3), 40 * number, np.uint8) for number in range(6))
 
 
+@dataclasses.dataclass(eq=False)
 class TextTower:
     """Features are the sum of a sentence's ids, special tokens included."""
 
-    tokenizer, longest, params = NUMBERS, 11, {"factor": np.float32(1)}
+    params: dict = dataclasses.field(default_factory=lambda: {"factor": np.float32(1)})
+
+    tokenizer, longest = NUMBERS, 11
 
     def apply(self, params, ids):
         return params["factor"] * jnp.sum(ids, axis=1, where=ids != PAD, keepdims=True)
@@ -132,3 +135,19 @@ def test_whitespace_is_normalised_as_in_files():
 def test_loaded_model_has_a_one_line_repr():
     model, _ = loaded()
     assert repr(model) == "LoadedModel(stage='translate', pair=('en', 'de'), 1 parameters)"
+
+
+@pytest.mark.parametrize("unfreeze_clip", [False, True])
+def test_features_of_sentences_and_pictures(unfreeze_clip):
+    model, _ = loaded(unfreeze_clip=unfreeze_clip, stage="translate")
+    model = dataclasses.replace(model, params={"clip": {"factor": np.float32(3)}})
+    features = model.sentence_features(SENTENCES)
+    factor = 3 if unfreeze_clip else 1
+    sums = [factor * (sum([*map(int, text.split()[:7])]) + 2) for text in SENTENCES]
+    np.testing.assert_array_equal(features, np.array(sums, np.float32)[:, None])
+    wanted = [2 * prepare_picture(picture, 8)[..., 0].mean() for picture in PICTURES]
+    np.testing.assert_allclose(model.picture_features(PICTURES)[:, 0], wanted, rtol=1e-5)
+    assert model.params["clip"] == {"factor": np.float32(3)}
+    for call in (model.sentence_features, model.picture_features):
+        with pytest.raises(ValueError, match="is empty; give at least one"):
+            call([])

@@ -417,3 +417,29 @@ def test_bfloat16_model_gives_float32_logits():
     assert rough.dtype == np.float32
     assert 0 < np.abs(rough - exact).max() < 0.05 * np.abs(exact).max()
     assert np.isfinite(rough).all()
+
+
+def test_sequences_beyond_the_positions_are_refused():
+    def shape(function, *inputs):
+        return jax.eval_shape(function, params_of(model), *inputs)
+
+    model = translator(4, positions=10)
+    long = np.full((BATCH, 11), 5, np.int32)
+    assert shape(model.train_logits, CLIP, long[:, :10], LABELS[:, :6]).shape[:2] == (BATCH, 6)
+    for run in (
+        lambda: shape(model.encode, long),
+        lambda: shape(model.train_logits, CLIP, SOURCE, LABELS),
+        lambda: shape(
+            Search(model, DecodeConfig(max_new_tokens=7)).run, CLIP, SOURCE, SOURCE[:, 0]
+        ),
+    ):
+        with pytest.raises(ValueError, match=r"a sequence of 11 tokens, prefix included, .*=10;"):
+            run()
+    shape(Search(model, DecodeConfig(max_new_tokens=6)).run, CLIP, SOURCE, SOURCE[:, 0])
+
+
+@pytest.mark.parametrize("features", [None, CLIP[:, :3]])
+def test_features_of_another_shape_are_refused(features):
+    model = translator(4)
+    with pytest.raises(ValueError, match=r"features .* must have shape \(6, 8\), .*prefix=4"):
+        jax.eval_shape(model.train_logits, params_of(model), features, SOURCE, LABELS)

@@ -11,6 +11,7 @@ from PIL import Image
 from cliptrans_jax.config import Config
 from cliptrans_jax.data import own
 from cliptrans_jax.data.corpora import DataConfig, load_corpus
+from cliptrans_jax.data.corpus import Corpus
 from cliptrans_jax.data.examples import NoiseConfig, choose_examples
 from cliptrans_jax.stages import STAGES
 from common_jax.config import freeze
@@ -188,3 +189,9 @@ def test_data_settings_are_inferred_from_the_path(tmp_path):
         assert tuple(found[key] for key in splits) == expected
         assert found["further_tests"] == ()
     assert own.settings_of(str(tmp_path), given) == {}
+
+
+def test_misaligned_corpus_is_refused_with_its_counts():
+    texts = {"en": ("a", "b"), "de": ("a",)}
+    with pytest.raises(ValueError, match=r"pairs train is not aligned: .*'de': 1, 'keys': 2"):
+        Corpus("pairs train", texts, None, ("1", "2"))

@@ -56,6 +56,8 @@ def test_pipeline_requires_every_tower_at_its_start(corpus, tmp_path, given):
 
 
 def test_published_towers_are_read_with_the_config_settings(monkeypatch, tmp_path):
+    unpublished = dataclasses.replace(run_data.TEXT_TOWERS[0], kind="")
+    monkeypatch.setattr(run_data, "TEXT_TOWERS", (*run_data.TEXT_TOWERS, unpublished))
     asked = {}
 
     def load(folder, **settings):

@@ -85,7 +85,7 @@ def test_misspelt_best_metric_is_reported(tmp_path):
 
 
 def test_subtree_is_loaded_by_its_path(workdir):
-    part = checkpoint.load(workdir, subtree="net/stage_1")
+    part = checkpoint.load(workdir, subtree="net/stage_1/")  # a final slash is ignored
     np.testing.assert_array_equal(part["bias"], np.ones(3))
     assert checkpoint.load_config(workdir) == {"a": {"b": 5}}
     older = checkpoint.load(workdir / "checkpoints" / "2", subtree="net/stage_0/kernel")

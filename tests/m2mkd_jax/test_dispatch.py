@@ -14,6 +14,7 @@ from common_jax.mesh import AXES
 from m2mkd_jax.moe import grouped
 from m2mkd_jax.moe.dispatch import DISPATCHERS
 from m2mkd_jax.moe.grouped import Experts
+from m2mkd_jax.moe.ragged import ragged_product
 from m2mkd_jax.moe.routers import Routes, softmax_topk
 
 G, N, E, A, D, F = 8, 6, 8, 2, 12, 20
@@ -359,3 +360,23 @@ def test_tpu_uses_ragged_dot_and_cpu_loops_over_blocks():
     tpu, cpu = (traced.lower(lowering_platforms=(name,)).as_text() for name in ("tpu", "cpu"))
     assert "ragged_dot" in tpu and "while" not in tpu
     assert "while" in cpu and "ragged_dot" not in cpu
+
+
+def test_ragged_products_under_vmap_and_hessian():
+    draw, sizes = np.random.default_rng(0), jnp.array([2, 3])
+    a, b = draw.standard_normal((4, 5, 3)), draw.standard_normal((2, 3, 2))
+
+    def product(a, b):
+        return ragged_product(a, b, sizes, contract=(1, 1), groups=[0], dtype=a.dtype)
+
+    def plain(a, b):
+        return jnp.concatenate([a[:2] @ b[0], a[2:] @ b[1]])
+
+    def hessian(product):
+        def total(a, b):
+            return jnp.sum(jnp.sin(product(a, b)))
+
+        return jax.jit(jax.vmap(jax.jacfwd(jax.jacfwd(total, 0), 1), (0, None)))(a, b)
+
+    with jax.enable_x64(True):
+        assert_close(hessian(product), hessian(plain))

@@ -66,6 +66,14 @@ def test_loaded_network_matches_the_trained_one(phase, tmp_path):
     found = jax.jit(apply)(loaded, x if x.dtype == np.uint8 else np.float32(x))
     assert np.std(wanted) > 0.1
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    assert apply.config == config
+    if module is None:
+        head = params[stage_name(2)]["head"]
+        logits = jax.jit(apply.features)(loaded, x) @ head["kernel"] + head["bias"]
+        np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-5)
+    else:
+        with pytest.raises(ValueError, match="is not of a whole ViT or V-MoE"):
+            apply.features(loaded, x)
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])

@@ -382,3 +382,18 @@ def test_batch_not_divisible_into_groups_is_refused():
     layer, params, x = make(dataclasses.replace(VMOE, groups=3))
     with pytest.raises(ValueError, match=r"moe\.groups=3 must be a divisor of the batch, 8"):
         jax.eval_shape(layer.apply, {"params": params}, x)
+
+
+def test_gradients_under_vmap_are_those_of_each_example():
+    layer, params, x = make(MoeConfig(experts=2, chosen=1))
+
+    def total(params, x):
+        return jnp.sum(jnp.sin(layer.apply({"params": params}, x)))
+
+    params = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
+    several = params, x[:4].reshape(2, 2, T, D)
+    slope = jax.grad(total, (0, 1))
+    got, alone = jax.jit(jax.vmap(slope))(*several), jax.jit(slope)
+    for i in range(2):
+        want = alone(*jax.tree.map(lambda leaf, i=i: leaf[i], several))
+        assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], got), want)

@@ -19,6 +19,7 @@ VMOE = MoeConfig(router="softmax_topk", order="priority", dispatch="capacity", g
 
 
 def test_defaults_match_the_students():
+    assert MoeConfig(4, 1) == MoeConfig(experts=4, chosen=1)
     moe = dataclasses.asdict(MoeConfig())
     assert moe.pop("balance") == {"importance": 0.0, "load": 0.0, "gshard": 0.0, "z": 0.0}
     expected = {
