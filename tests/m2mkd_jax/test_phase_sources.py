@@ -3,6 +3,7 @@ numbers."""
 
 import dataclasses
 import json
+import re
 import shutil
 
 import jax
@@ -267,7 +268,8 @@ def test_fresh_may_match_the_head_that_is_trained(phase, joined):
     config = dataclasses.replace(tiny_config(phase), init=InitConfig(teacher=joined))
     role = "module" if joined else "student"
     sources = SourcesConfig(fresh=rf"{role}/stage_\d+/head/.*")
-    describe(dataclasses.replace(config, sources=sources), MESH)
+    training = describe(dataclasses.replace(config, sources=sources), MESH)
+    assert re.fullmatch(training.trainable, f"{role}/stage_2/head/kernel")
 
 
 def test_checking_sources_reads_no_parameters(held):
