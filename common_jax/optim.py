@@ -161,12 +161,11 @@ class OptimConfig(Section):
         late = kind.lag * steps_per_epoch
         if warmup + late < total or warmup == 0:
             return
-        length = f"{key}.{self._length}"
         lag = f"; schedule={self.schedule!r} is {late} steps late" if late else ""
         raise ValueError(
             f"{key}.{name}={given} is a warm-up of {warmup} steps, and the run has only {total} "
-            f"({length}, {steps_per_epoch} steps per epoch{lag}): give a shorter warm-up, such as "
-            f"--{key}.{name}=0, or a longer run"
+            f"({key}.{self._length}, {steps_per_epoch} steps per epoch{lag}): give a shorter "
+            f"warm-up, such as --{key}.{name}=0, or a longer run"
         )
 
     @property

@@ -2,7 +2,7 @@
 (E2E)."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ from etils import epath
 from jax import numpy as jnp
 from jax.sharding import Mesh
 
+from common_jax import checkpoint
 from common_jax.weights import Origin, WarmStart
 from common_jax.workdir import refuse_other_config
 from m2mkd_jax.config import Config
@@ -91,14 +92,28 @@ def upcycle(config: Config, shapes: Mapping[str, Any]) -> WarmStart:
 
 def _warm_start(config: Config) -> Callable[[Any], WarmStart] | None:
     if config.sources.students:
-        count, family = len(whole_student(config)), family_of(config.model)
-        origins = [
-            Origin(source, f"student/{stage_name(i)}", f"student/{stage_name(i)}")
-            for i, source in enumerate(require_stage_sources(config, "students", count))
-        ]
-        left, fresh = family.left(config.model), family.fresh(config.model)
-        return lambda shapes: take_weights(config, shapes, origins, leave=left, fresh=fresh)
+        sources = require_stage_sources(config, "students", len(whole_student(config)))
+        return lambda shapes: _assemble(config, sources, shapes)
     return (lambda shapes: upcycle(config, shapes)) if config.init.upcycle else None
+
+
+def _assemble(config: Config, sources: Sequence[str], shapes: Mapping[str, Any]) -> WarmStart:
+    """Loads each stage from its source, a run of students or of whole networks."""
+    names, family = [stage_name(i) for i in range(len(sources))], family_of(config.model)
+    pairs = [*zip(sources, names, strict=True)]
+    left, fresh = family.left(config.model), family.fresh(config.model)
+    # Only whole networks have what belongs to no stage, such as a NAC's latents.
+    rest = sorted(shapes["student"].keys() - set(names))
+    if rest and all(_names_in(source).issuperset(rest) for source in dict.fromkeys(sources)):
+        pairs += [(sources[0], name) for name in rest]
+        left = fresh = ()
+    origins = [Origin(source, f"student/{name}", f"student/{name}") for source, name in pairs]
+    return take_weights(config, shapes, origins, leave=left, fresh=fresh)
+
+
+def _names_in(source: str) -> set[str]:
+    """The names at the top of a run's student."""
+    return {*checkpoint.load_shapes(checkpoint.find_step(source)).get("student", {})}
 
 
 def _with_preparation(training: Training, start: Any) -> Training:

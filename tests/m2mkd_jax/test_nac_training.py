@@ -145,6 +145,18 @@ def test_tinyimagenet_students_start_grid_and_pooling_from_scratch(pipeline, tmp
     np.testing.assert_array_equal(mediator["signatures"], start)
 
 
+def test_whole_network_is_trained_further_with_its_latents(pipeline, tmp_path):
+    source = pipeline / "end_to_end"
+    config = nac_config("end_to_end", optim=STILL, sources=SourcesConfig(students=(str(source),)))
+    end_to_end.run(dataclasses.replace(config, seed=config.seed + 1), tmp_path, one_device())
+    account = json.loads((tmp_path / "warm_start.json").read_text())
+    assert account["fresh"] == account["left"] == []
+    before, after = flat(source, "student"), flat(tmp_path, "student")
+    assert before.keys() == after.keys()
+    for name, array in before.items():
+        np.testing.assert_array_equal(after[name], array)
+
+
 def test_few_shot_trains_only_the_head(pipeline):
     before, after = (flat(pipeline / run, "student") for run in ("end_to_end", "few_shot"))
     moved = {name for name in before if not np.array_equal(before[name], after[name])}
