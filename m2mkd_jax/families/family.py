@@ -168,6 +168,7 @@ class Family:
       preparation: see `Preparation`.
       idle: section -> those of its fields, by path below it, that have no effect given the others,
         and why; whether they are set or not.
+      modules_drop: section -> whether stochastic depth drops anything in its modules.
       warnings: section -> warnings about it, each beginning with the path of a field below it.
       savers: config fields that reduce its memory per chip.
     """
@@ -194,5 +195,6 @@ class Family:
     upcycle: Callable[[Any, epath.PathLike, Mapping[str, Any]], Upcycling] | None = None
     preparation: Preparation | None = None
     idle: Callable[[Any], Mapping[str, str]] = lambda section: {}
+    modules_drop: Callable[[Any], bool] = lambda section: True
     warnings: Callable[[Any], tuple[str, ...]] = lambda section: ()
     savers: tuple[str, ...] = ()

@@ -121,6 +121,7 @@ FAMILY = Family(
     check_mesh=check_mesh,
     upcycle=upcycle,
     idle=idle,
+    modules_drop=lambda section: max(section.depths) > 1,
     warnings=warnings,
     savers=("config.mesh.expert",),
 )

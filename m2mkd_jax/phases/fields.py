@@ -12,7 +12,6 @@ from m2mkd_jax.config import Config
 from m2mkd_jax.data.augment import idle_fields
 from m2mkd_jax.families import family_of
 from m2mkd_jax.losses import DISTILLATIONS
-from m2mkd_jax.models.vit import ViTConfig
 from m2mkd_jax.phases import PHASES
 from m2mkd_jax.phases.phase import ALLOWANCES, ALWAYS, WeightSource
 from m2mkd_jax.regularizers import is_on
@@ -87,7 +86,7 @@ def _without_effect(config: Config) -> Iterator[tuple[str, str]]:
         yield from _without_weight(config)
     if not family.evaluation_streams:  # no other network in a run has any
         yield "evaluation.noise", "these networks draw nothing in evaluation"
-    if isinstance(config.model, ViTConfig) and max(config.model.depths) == 1:
+    if not family.modules_drop(config.model):
         path = {"pipeline": "recipes.distill.drop_path", "distill": "drop_path"}.get(config.phase)
         if path == "drop_path" or (path and "distill" in config.recipes):
             yield path, "it ramps up from 0 within each student, and these have one block"
