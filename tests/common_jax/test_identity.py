@@ -18,7 +18,7 @@ from common_jax import app, checkpoint, hosts, signals
 from common_jax.checkpoint import Checkpoints, SaveError, contents
 from common_jax.checkpoint.writing import write_params
 from common_jax.state import TrainState
-from common_jax.workdir import keep_identity, read_identity, read_json, read_result, write_result
+from common_jax.workdir import keep_identity, read_identity, read_result
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -418,14 +418,6 @@ def test_saving_to_a_deleted_workdir_fails(tmp_path):
     found.save(state(2), step=2, config={}, metrics=None)
     with pytest.raises(SaveError, match=r"run\.json beside it is gone, so the workdir was"):
         found.wait()
-
-
-def test_result_has_the_phase_without_what_the_title_adds(tmp_path):
-    result = write_result(
-        tmp_path, phase="distill 1+2", steps=3, skipped=0, metrics={"test/x": 1.0}
-    )
-    assert result == {"phase": "distill", "steps": 3, "skipped": 0, "test/x": 1.0}
-    assert read_json(tmp_path / "result.json") == result
 
 
 def test_result_must_belong_to_its_workdir(tmp_path):

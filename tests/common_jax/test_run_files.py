@@ -7,7 +7,7 @@ import tiny
 
 from common_jax.config import unfreeze
 from common_jax.metrics import Recorder, read_metrics
-from common_jax.workdir import freeze_stored, new_folder, read_json
+from common_jax.workdir import freeze_stored, new_folder, read_json, write_result
 from m2mkd_jax.config import Config
 
 
@@ -96,3 +96,9 @@ def test_new_folder_appears_only_when_it_is_whole(tmp_path):
         (part / "README.md").write_text("whole")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "README.md").read_text() == "whole"
+
+
+def test_result_has_the_phase_without_what_the_title_adds(tmp_path):
+    result = write_result(tmp_path, phase="distill 1+2", steps=3, skipped=0, metrics={"x/y": 1.0})
+    assert result == {"phase": "distill", "steps": 3, "skipped": 0, "x/y": 1.0}
+    assert read_json(tmp_path / "result.json") == result

@@ -393,8 +393,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "common_jax/checkpoint/writing.py",
         "of losses the highest is the best",
-        "return -value if metric",
-        "return value if metric",
+        "-1 if best is not None",
+        "1 if best is not None",
         "tests/common_jax/test_checkpoint.py::test_lowest_loss_is_kept_as_best",
     ),
     Mistake(
