@@ -22,9 +22,10 @@ DATA = {
     "two small teachers, a and b": "cifar10_two_teachers.json",
     "text tower": "emoji_text_tower.json",
     "Multi30k, texts alone": "multi30k_tiny.json",
+    "Multi30k, English to German, from scratch": "multi30k_text_recon.json",
 }
 # Translations of a test set, and their number.
-TRANSLATIONS = {"multi30k_tiny_de_0.tsv": 1000}
+TRANSLATIONS = {"multi30k_tiny_de_0.tsv": 1000, "multi30k_tiny_de_1.tsv": 1000}
 # Tables whose runs are gone, which move to DATA once they are measured again, and those that
 # tools/parity.py prints.
 WITHOUT_DATA = (
