@@ -11,7 +11,7 @@ from common_jax.workdir import read_json
 # The values of fields, by name. A file may lack a field, whose default is then among the values.
 Fields = Mapping[str, tuple[Any, ...]]
 # The fields of each step, by its type, of each section of a tokenizer.json. Type None is for a
-# section that is missing or a step without a type, as in files of older versions.
+# section that is missing, or for a step without a type, as older versions wrote them.
 Sections = Mapping[str, Mapping[str | None, Fields]]
 
 # Several times the largest published file, Gemma's.
@@ -42,7 +42,7 @@ def require_bounded(path: Path) -> Path:
 
 
 def require_sections(record: Mapping[str, Any], sections: Sections) -> None:
-    """Raises ValueError if a tokenizer.json has a step that is none of `sections`.
+    """Raises ValueError if a tokenizer.json has a step that is not in `sections`.
 
     Our tokenizers are built from pieces, and would silently ignore such a step.
     """
