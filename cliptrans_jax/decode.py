@@ -27,14 +27,12 @@ from cliptrans_jax.models import prefix
 from cliptrans_jax.models.cliptrans import Params, Translator
 from cliptrans_jax.translators.translator import Cache, cache_slots, grow_cache
 from common_jax.config import Section
-from common_jax.mesh import batch_shards, on_own_examples, put_rows, take_rows
+from common_jax.mesh import batch_shards, put_rows, take_rows
+from common_jax.nn.top_k import top_k
 from common_jax.ranges import Count, Size, at_least, within
 
 NEVER = -1e9  # score of beams that do not exist yet, as in the original
 FIRST = 3  # length of hypotheses after the first step: start, language code, first word
-
-LONG_SORT = 16  # for a larger k, XLA for GPUs finds the top k by sorting whole rows
-SPAN = 512  # neighbouring scores that `_top_k` then first reduces to their maximum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,7 +322,7 @@ class Search:
 
         # At most W of the 2 W best over all beams end, one per beam, so at least W remain open.
         count = min(2 * beams, totals.shape[1] * totals.shape[2])
-        best, place = _top_k(totals.reshape(totals.shape[0], -1), count)  # beam-major
+        best, place = top_k(totals.reshape(totals.shape[0], -1), count)  # beam-major
         token = jnp.take_along_axis(tokens.reshape(tokens.shape[0], -1), place, axis=1)
         beam = place // totals.shape[2]
         ends = token == eos
@@ -369,7 +367,7 @@ class Search:
         # Both functions below read the logits. Without a barrier, XLA would fuse the addition of
         # the bias into both, and so compute it twice.
         logits = jax.lax.optimization_barrier(logits)
-        best, tokens = _top_k(logits, count)
+        best, tokens = top_k(logits, count)
         scores = best - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         eos = self.translator.config.sizes.eos
         forced = jnp.full_like(scores, -jnp.inf).at[:, :, 0].set(0.0)
@@ -393,7 +391,7 @@ class Search:
         counts = ends[:, :beams] & ~state.done[:, None]
         values = jnp.where(counts, values, -jnp.inf)
         tokens = jnp.take_along_axis(state.tokens, beam[:, :beams, None], axis=1)
-        scores, place = _top_k(jnp.concatenate([old.scores, values], axis=1), beams)
+        scores, place = top_k(jnp.concatenate([old.scores, values], axis=1), beams)
         tokens = jnp.concatenate([old.tokens, tokens], axis=1)
         lengths = jnp.concatenate([old.lengths, jnp.full_like(old.lengths, state.length)], axis=1)
         return Hypotheses(
@@ -414,37 +412,3 @@ class Search:
 def short_length(full: int) -> int:
     """How many of `full` columns the encoder computes if the rest are pads."""
     return full - full // 4
-
-
-def _top_k(
-    x: Float[Array, "B ..."], count: int
-) -> tuple[Float[Array, "B ..."], Int[Array, "B ..."]]:
-    """The k largest along the last axis and their indices, computed by each device for its
-    examples.
-
-    Left to itself, XLA would gather the scores of all examples on every device.
-    """
-    few = count <= LONG_SORT or x.shape[-1] <= count * SPAN
-    choose = functools.partial(jax.lax.top_k if few else _top_k_of_spans, k=count)
-    best, place = on_own_examples(choose)(x)
-    return best, place
-
-
-def _top_k_of_spans(
-    x: Float[Array, "... V"], k: int
-) -> tuple[Float[Array, "... {k}"], Int[Array, "... {k}"]]:
-    """`jax.lax.top_k` without sorting whole rows; ties come in the same order.
-
-    The k largest are in the k spans with the largest maxima, earlier spans first among ties: each
-    of these spans has an entry that beats all of any other span.
-    """
-    padded = jnp.pad(
-        x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % SPAN)], constant_values=-jnp.inf
-    )
-    spans = padded.reshape(*x.shape[:-1], -1, SPAN)  # [..., spans, SPAN]
-    _, chosen = jax.lax.top_k(jnp.max(spans, axis=-1), k)
-    chosen = jnp.sort(chosen, axis=-1)  # so that ties keep their order
-    entries = jnp.take_along_axis(spans, chosen[..., None], axis=-2)  # [..., k, SPAN]
-    best, place = jax.lax.top_k(entries.reshape(*x.shape[:-1], -1), k)
-    span = jnp.take_along_axis(chosen, place // SPAN, axis=-1)
-    return best, span * SPAN + place % SPAN

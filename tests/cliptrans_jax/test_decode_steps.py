@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from cliptrans_jax import decode
 from cliptrans_jax.decode import DecodeConfig, Hypotheses, Search, SearchState
 from cliptrans_jax.models.cliptrans import ModelConfig, Translator
 
@@ -141,15 +140,3 @@ def test_last_step_can_only_end():
     np.testing.assert_allclose(state.finished.scores, np.log([0.6, 0.4]) / 8, rtol=1e-5)
     assert state.finished.tokens[:, :8].tolist() == ids
     assert state.done
-
-
-def test_token_selection_matches_top_k(monkeypatch):
-    """Including ties: scores are integers."""
-    monkeypatch.setattr(decode, "SPAN", 8)
-    scores = np.random.default_rng(0).integers(0, 12, (3, 2, 500)).astype("float32")
-    scores[0, 0, 5:] = -np.inf
-    scores[0, 1] = 0
-    found = jax.jit(lambda x: decode._top_k(x, 20))(scores)
-    jax.tree.map(np.testing.assert_array_equal, found, tuple(jax.lax.top_k(scores, 20)))
-    text = str(jax.make_jaxpr(lambda x: decode._top_k(x, 20))(scores))
-    assert "f32[3,2,160]" in text  # 20 spans

@@ -76,42 +76,42 @@ GPUS = "tests/test_gpu_programs.py"
 
 MISTAKES: tuple[Mistake, ...] = (
     Mistake(
-        "common_jax/optim.py",
+        "common_jax/optim/optimizers.py",
         "the betas are swapped",
         "config.b1, config.b2, config.eps",
         "config.b2, config.b1, config.eps",
         OPTIM,
     ),
     Mistake(
-        "common_jax/optim.py",
+        "common_jax/optim/optimizers.py",
         "eps is under the root",
         "config.b1, config.b2, config.eps",
         "config.b1, config.b2, 0.0, config.eps",
         OPTIM,
     ),
     Mistake(
-        "common_jax/optim.py",
+        "common_jax/optim/schedules.py",
         "the polynomial is always a square",
         "config.min_lr, config.power, total",
         "config.min_lr, 2.0, total",
         OPTIM,
     ),
     Mistake(
-        "common_jax/optim.py",
+        "common_jax/optim/schedules.py",
         "a last epoch that is not whole is not counted",
         "math.ceil(config.total_steps(steps_per_epoch) / steps_per_epoch)",
         "config.total_steps(steps_per_epoch) // steps_per_epoch",
         OPTIM,
     ),
     Mistake(
-        "common_jax/optim.py",
+        "common_jax/optim/optimizers.py",
         "every array is clipped by itself",
         "parts = subtrees(gradient, depth)",
         "parts = subtrees(gradient, depth + 1)",
         OPTIM,
     ),
     Mistake(
-        "common_jax/optim.py",
+        "common_jax/optim/optimizers.py",
         "a path without decay need only begin so",
         "and not re.fullmatch(no_decay, path)",
         "and not re.match(no_decay, path)",
@@ -146,7 +146,7 @@ MISTAKES: tuple[Mistake, ...] = (
         STEP,
     ),
     Mistake(
-        "common_jax/optim.py",
+        "common_jax/optim/optimizers.py",
         "the optimizer keeps what is not finite",
         "return direction, keep(finite, new, state)",
         "return direction, new",

@@ -184,11 +184,11 @@ MISTAKES: tuple[Mistake, ...] = (
         f"{LOSSES}::test_gradients_of_nearly_certain_labels_are_exact",
     ),
     Mistake(
-        "cliptrans_jax/decode.py",
+        "common_jax/nn/top_k.py",
         "equal scores of two spans change places",
         "chosen = jnp.sort(chosen, axis=-1)",
         "chosen = -jnp.sort(-chosen, axis=-1)",
-        f"{STEPS}::test_token_selection_matches_top_k",
+        "tests/common_jax/test_top_k.py::test_top_k_of_spans_matches_top_k",
     ),
     Mistake(
         "cliptrans_jax/losses.py",

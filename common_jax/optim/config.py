@@ -1,18 +1,13 @@
-"""AdamW with decay groups, SGD, and learning-rate schedules."""
+"""Optimizer, schedule and length of a run as a section of the config."""
 
 import dataclasses
-import functools
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
-import jax
-import optax
-from flax import traverse_util
-from jax import numpy as jnp
-
 from common_jax.config import FieldError, Section
+from common_jax.optim.optimizers import OPTIMIZERS
+from common_jax.optim.schedules import SCHEDULES
 from common_jax.ranges import (
     BelowOne,
     Count,
@@ -23,14 +18,11 @@ from common_jax.ranges import (
     key_of,
     within,
 )
-from common_jax.state import subtrees
 
 # Lengths in epochs, which their counterparts in updates replace.
 REPLACED_BY = {"epochs": "steps", "warmup_epochs": "warmup_steps"}
 LONGEST = 1_000_000  # epochs; per-epoch schedules are tables of this length
 LARGEST_COUNT = 2**31 - 1
-# Includes biases with several axes, such as those of layers stacked over experts.
-NO_DECAY = r"(.*/)?(bias|up_bias|down_bias)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,220 +223,3 @@ def scale_lengths(recipes: Mapping[str, Recipe], scale: float) -> dict[str, Reci
         name: dataclasses.replace(recipe, optim=scaled(recipe.optim)) if scale != 1 else recipe
         for name, recipe in recipes.items()
     }
-
-
-Schedule = Callable[[jax.Array], jax.Array]
-
-
-def epoch_cosine(config: OptimConfig, steps_per_epoch: int, *, lag: int = 1) -> Schedule:
-    """Linear warm-up, then half a cosine; constant within an epoch and `lag` epochs late.
-
-        f(t) = warmup_lr + t (peak - warmup_lr) / W                         t < W
-        f(t) = min_lr + (peak - min_lr) (1 + cos(pi t / E)) / 2             t >= W
-
-    with W warm-up epochs out of E. Epoch e uses f(max(e - lag, 0)): timm's scheduler is stepped
-    after each epoch with that epoch's number, which is a lag of 1. f jumps at W, because the cosine
-    is not shifted by the warm-up. The schedule is a function of the 0-based step.
-    """
-    epochs = math.ceil(config.total_steps(steps_per_epoch) / steps_per_epoch)
-    table = [_epoch_value(config, epochs, max(epoch - lag, 0)) for epoch in range(epochs)]
-    values = jnp.asarray(table, jnp.float32)
-    return lambda step: values[jnp.minimum(step // steps_per_epoch, epochs - 1)]
-
-
-def warmup_cosine(config: OptimConfig, steps_per_epoch: int) -> Schedule:
-    """Linear from warmup_lr to the peak over the warm-up, then half a cosine to min_lr, per
-    step."""
-    config.check_warmup(steps_per_epoch)
-    warmup, total = config.total_warmup(steps_per_epoch), config.total_steps(steps_per_epoch)
-    return optax.warmup_cosine_decay_schedule(
-        config.warmup_lr if warmup else config.peak_lr, config.peak_lr, warmup, total, config.min_lr
-    )
-
-
-def inverse_sqrt(config: OptimConfig, steps_per_epoch: int) -> Schedule:
-    """Linear from 0 to the peak over W steps, then the peak times sqrt(W / s) (Vaswani et al. 2017,
-    section 5.3)."""
-    warmup, peak = max(config.total_warmup(steps_per_epoch), 1), config.peak_lr
-
-    def rate(step: jax.Array) -> jax.Array:
-        done = (jnp.asarray(step) + 1).astype(jnp.float32)
-        return peak * jnp.minimum(done / warmup, jnp.sqrt(warmup / done))
-
-    return rate
-
-
-def polynomial(config: OptimConfig, steps_per_epoch: int) -> Schedule:
-    """(peak - min_lr) (1 - s / S)^power + min_lr at step s of S."""
-    total = config.total_steps(steps_per_epoch)
-    return optax.polynomial_schedule(config.peak_lr, config.min_lr, config.power, total)
-
-
-def constant(config: OptimConfig, steps_per_epoch: int) -> Schedule:
-    """The peak throughout; ignores the warm-up."""
-    del steps_per_epoch
-    return optax.constant_schedule(config.peak_lr)
-
-
-@dataclasses.dataclass(frozen=True)
-class ScheduleKind:
-    """A kind of learning-rate schedule.
-
-    Attributes:
-      make: takes the config and the steps per epoch.
-      reads: the fields that it reads and some other kind does not. One that reads `warmup_epochs`
-        but not `warmup_steps` has its warm-up in epochs.
-      lag: epochs by which it is late.
-    """
-
-    make: Callable[[OptimConfig, int], Schedule]
-    reads: tuple[str, ...] = ()
-    lag: int = 0
-
-
-_BY_EPOCH = ("warmup_epochs", "warmup_lr", "min_lr")
-SCHEDULES = {
-    "epoch_cosine": ScheduleKind(epoch_cosine, _BY_EPOCH, lag=1),
-    "epoch_cosine_unlagged": ScheduleKind(functools.partial(epoch_cosine, lag=0), _BY_EPOCH),
-    "warmup_cosine": ScheduleKind(warmup_cosine, (*_BY_EPOCH, "warmup_steps")),
-    "inverse_sqrt": ScheduleKind(inverse_sqrt, ("warmup_epochs", "warmup_steps")),
-    "polynomial": ScheduleKind(polynomial, ("min_lr", "power")),
-    "constant": ScheduleKind(constant),
-}
-
-
-def make_schedule(config: OptimConfig, steps_per_epoch: int) -> Schedule:
-    """The schedule that `config.schedule` names."""
-    return SCHEDULES[config.schedule].make(config, steps_per_epoch)
-
-
-def make_optimizer(
-    config: OptimConfig, *, clip_depth: int = 0
-) -> optax.GradientTransformationExtraArgs:
-    """AdamW or SGD, which map the clipped gradient to a direction u. If `finite`, an argument of
-    its update, is False, the optimizer state does not change and u is meaningless.
-
-    The learning rate is applied outside: the train step computes p <- p - lr u, with the rate at
-    the run's step rather than at the optimizer's own count, which skipped steps do not advance.
-
-        g <- g min(1, clip / |g|)
-        adamw:  u = m / (sqrt(v) + eps) + weight_decay p
-        sgd:    g <- g + weight_decay p;  t <- momentum t + g;  u = g + momentum t
-
-    Vectors and biases do not decay, unless `config.decay_all`; see `decay_mask`.
-    """
-    mask = None if config.decay_all else lambda params: decay_mask(params, config.no_decay)
-    decay = optax.add_decayed_weights(config.weight_decay, mask)
-    clip = [clip_by_norm(config.clip, clip_depth)] if config.clip is not None else []
-    kind = OPTIMIZERS[config.optimizer]
-    optimizer = optax.chain(*clip, *kind.make(config, decay))
-    return optimizer if kind.skips else _skipping(optimizer)
-
-
-def _adamw(
-    config: OptimConfig, decay: optax.GradientTransformation
-) -> tuple[optax.GradientTransformation, ...]:
-    return _adam(config.b1, config.b2, config.eps), decay
-
-
-def _sgd(
-    config: OptimConfig, decay: optax.GradientTransformation
-) -> tuple[optax.GradientTransformation, ...]:
-    return decay, optax.trace(config.momentum, nesterov=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerKind:
-    """A kind of optimizer.
-
-    Attributes:
-      make: takes the config and the weight decay; returns both in the order they are chained.
-      reads: the fields that it reads and some other kind does not.
-      skips: whether its update takes `finite` itself and then keeps its state. Any other is
-        wrapped: optax would not pass `finite` on, and one NaN would stay in its state for ever.
-    """
-
-    make: Callable[..., tuple[optax.GradientTransformation, ...]]
-    reads: tuple[str, ...] = ()
-    skips: bool = False
-
-
-OPTIMIZERS = {
-    "adamw": OptimizerKind(_adamw, ("b1", "b2", "eps"), skips=True),
-    "sgd": OptimizerKind(_sgd, ("momentum",)),
-}
-
-
-def _skipping(
-    optimizer: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
-    """Wraps an optimizer so that its state does not change unless `finite`."""
-
-    def update(gradient: Any, state: Any, params: Any = None, *, finite: Any = True):
-        direction, new = optimizer.update(gradient, state, params)
-        return direction, keep(finite, new, state)
-
-    return optax.GradientTransformationExtraArgs(optimizer.init, update)
-
-
-def _adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_adam`, but with the direction computed from the moments that are kept."""
-    adam = _skipping(optax.scale_by_adam(b1, b2, eps))
-
-    def update(gradient: Any, state: Any, params: Any = None, *, finite: Any = True):
-        # optax computes the direction from the moments before `keep`, and XLA for CPU recomputes
-        # those from the old moments. Since the kept moments overwrite the old ones in place, XLA
-        # then has to copy the old ones first, which takes twice the size of the parameters.
-        state = adam.update(gradient, state, params, finite=finite)[1]
-        mean = optax.tree.bias_correction(state.mu, b1, state.count)
-        square = optax.tree.bias_correction(state.nu, b2, state.count)
-        return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square), state
-
-    return optax.GradientTransformationExtraArgs(adam.init, update)
-
-
-def keep(finite: jax.Array | bool, new: Any, old: Any) -> Any:
-    """The new tree if `finite`, else the old one. Selects element by element, since a conditional
-    would hold a copy for each branch."""
-    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
-
-
-def clip_by_norm(largest: float, depth: int) -> optax.GradientTransformation:
-    """Clips each subtree `depth` keys deep separately to the global norm `largest`; a `depth` of 0
-    clips the whole gradient by one norm."""
-
-    whole = optax.clip_by_global_norm(largest)
-    if not depth:
-        return whole
-
-    def clip(gradient: Any, params: Any) -> Any:
-        parts = subtrees(gradient, depth)
-        clipped = {path: whole.update(part, optax.EmptyState())[0] for path, part in parts.items()}
-        return traverse_util.unflatten_dict(clipped)
-
-    return optax.stateless(clip)
-
-
-def decay_mask(params: Any, no_decay: str) -> Any:
-    """True where weight decay applies: everywhere but one-axis arrays and biases. Scalars decay.
-
-    Args:
-      params: nested dict.
-      no_decay: regex of further paths `a/b/c` without decay, such as class token and position
-        embeddings.
-    """
-    flat = traverse_util.flatten_dict(params, sep="/")
-    mask = {
-        path: leaf.ndim != 1
-        and not re.fullmatch(NO_DECAY, path)
-        and not re.fullmatch(no_decay, path)
-        for path, leaf in flat.items()
-    }
-    return traverse_util.unflatten_dict(mask, sep="/")
-
-
-def _epoch_value(config: OptimConfig, epochs: int, t: int) -> float:
-    peak, warmup = config.peak_lr, config.warmup_epochs
-    if t < warmup:
-        return config.warmup_lr + t * (peak - config.warmup_lr) / warmup
-    return config.min_lr + 0.5 * (peak - config.min_lr) * (1 + math.cos(math.pi * t / epochs))
