@@ -38,8 +38,8 @@ from cliptrans_jax.config import Config
 from cliptrans_jax.data import emoji_set
 from cliptrans_jax.data.corpora import DataConfig
 from cliptrans_jax.data.feed import TrainFeed
-from cliptrans_jax.data.framing import Tokenizer
-from cliptrans_jax.data.tokens import TokenizerConfig, load_tokenizer
+from cliptrans_jax.data.tokenizers.framing import Tokenizer
+from cliptrans_jax.data.tokenizers.tokens import TokenizerConfig, load_tokenizer
 from cliptrans_jax.runs.run_data import RunData
 from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.signals import ends_quietly

@@ -42,7 +42,8 @@ from PIL import Image, ImageEnhance, ImageOps
 from common_jax.inputs import train_batches
 from common_jax.inputs.workers import AHEAD
 from m2mkd_jax.data.augment import AugmentConfig
-from m2mkd_jax.data.sources import ArraySource, DataConfig, load_source
+from m2mkd_jax.data.source import ArraySource
+from m2mkd_jax.data.sources import DataConfig, load_source
 from m2mkd_jax.data.transforms import train_transform, with_pictures
 from m2mkd_jax.models import vit
 from m2mkd_jax.models.encoder import Interface

@@ -11,8 +11,8 @@ from cliptrans_jax.data.corpora import DataConfig
 from cliptrans_jax.data.examples import NoiseConfig
 from cliptrans_jax.data.feed import BatchingConfig
 from cliptrans_jax.data.pictures import AugmentConfig
-from cliptrans_jax.data.published import language_problem
-from cliptrans_jax.data.tokens import TokenizerConfig
+from cliptrans_jax.data.tokenizers.published import language_problem
+from cliptrans_jax.data.tokenizers.tokens import TokenizerConfig
 from cliptrans_jax.decode import DecodeConfig
 from cliptrans_jax.evaluators.table import evaluators_of
 from cliptrans_jax.models.chunks import CHUNK

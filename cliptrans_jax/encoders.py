@@ -14,9 +14,9 @@ from jaxtyping import Array, Float, Float32, Int, Int32, Int64
 
 from cliptrans_jax.data.corpus import Corpus, Images
 from cliptrans_jax.data.examples import pad
-from cliptrans_jax.data.framing import Tokenizer
 from cliptrans_jax.data.pictures import prepare_picture
-from cliptrans_jax.data.tokens import TokenizerConfig, encode_corpus, load_tokenizer
+from cliptrans_jax.data.tokenizers.framing import Tokenizer
+from cliptrans_jax.data.tokenizers.tokens import TokenizerConfig, encode_corpus, load_tokenizer
 from cliptrans_jax.features import cached, encode_all, fingerprint
 from cliptrans_jax.towers.table import tower_of
 from common_jax import hosts

@@ -14,7 +14,7 @@ from jaxtyping import Float32
 from cliptrans_jax.config import Config
 from cliptrans_jax.data.examples import Examples
 from cliptrans_jax.data.feed import Inputs
-from cliptrans_jax.data.framing import Tokenizer, require_texts
+from cliptrans_jax.data.tokenizers.framing import Tokenizer, require_texts
 from cliptrans_jax.decode import Search
 from cliptrans_jax.evaluators.show import Hypothesis
 from cliptrans_jax.evaluators.translation import Translate, make_translate

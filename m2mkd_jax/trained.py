@@ -30,9 +30,9 @@ from m2mkd_jax.phases import PHASES
 from m2mkd_jax.phases.networks import SECTIONS, family_of_role, whole_network
 from m2mkd_jax.phases.objective import Forward, evaluation_rngs, whole_forward
 from m2mkd_jax.phases.pipeline import result_folder
-from m2mkd_jax.phases.teachers import load_teachers
+from m2mkd_jax.phases.sources.teachers import load_teachers
+from m2mkd_jax.phases.sources.weights import take_weights
 from m2mkd_jax.phases.training import CLASSES, find_classes
-from m2mkd_jax.phases.weights import take_weights
 from m2mkd_jax.picture_files import PictureFiles, SquareTransform
 from m2mkd_jax.stages import module_name
 

@@ -55,7 +55,7 @@ def _png_size(rng: random.Random, data: bytes) -> bytes:
 def _read_picture(path: Path) -> np.ndarray:
     """Both systems' reading of an image file."""
     from cliptrans_jax.data.corpus import FolderImages
-    from m2mkd_jax.data.folders import DirectoryFiles, FolderSource
+    from m2mkd_jax.data.files.folders import DirectoryFiles, FolderSource
 
     files = DirectoryFiles(path.parent, (path.name,))
     source = FolderSource(files, np.zeros(1, np.int32), label_names=("a",), channels=3)
@@ -79,7 +79,7 @@ def _image_zip() -> bytes:
 
 
 def _read_image_zip(path: Path) -> dict[str, np.ndarray]:
-    from m2mkd_jax.data.folders import FolderSource, find_folder
+    from m2mkd_jax.data.files.folders import FolderSource, find_folder
 
     found = find_folder(str(path), "train")
     source = FolderSource(found.files, found.labels, label_names=found.label_names, channels=3)

@@ -79,7 +79,7 @@ LAYERS = {
 }
 FOREIGN = {"torch", "torchvision", "tensorflow", "tensorflow_datasets", "tf_keras", "clu"}
 # Modules that need no TensorFlow to be imported may be used inside a function where needed.
-OPTIONAL = {"m2mkd_jax.data.records": {"tensorflow_datasets"}}
+OPTIONAL = {"m2mkd_jax.data.files.records": {"tensorflow_datasets"}}
 # Words of the two papers, their code and their tasks.
 PAPERS = re.compile(
     r"\b(?i:m2mkd|nacs?|v?-?moe|cliptrans|m-?clip|m?bart|bleu|chrf|meteor|originals?|teachers?"

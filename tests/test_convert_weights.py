@@ -22,7 +22,8 @@ from m2mkd_jax.config import Config, SourcesConfig
 from m2mkd_jax.models import vit, vmoe
 from m2mkd_jax.models.encoder import Interface
 from m2mkd_jax.moe.config import MoeConfig
-from m2mkd_jax.phases import networks, weights
+from m2mkd_jax.phases import networks
+from m2mkd_jax.phases.sources import weights
 from m2mkd_jax.pretrained.kinds import KINDS, guess
 from m2mkd_jax.pretrained.reading import File, Source
 

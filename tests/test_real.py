@@ -19,11 +19,11 @@ from meshes import one_device
 from sentencepiece import sentencepiece_model_pb2
 
 from cliptrans_jax import pretrained
-from cliptrans_jax.data import sentencepieces
 from cliptrans_jax.data.corpora import DataConfig, load_corpus
 from cliptrans_jax.data.emoji_set import LANGUAGES, load_emoji
-from cliptrans_jax.data.framing import SPECIAL, UNK
-from cliptrans_jax.data.tokens import TokenizerConfig, load_tokenizer
+from cliptrans_jax.data.tokenizers import sentencepieces
+from cliptrans_jax.data.tokenizers.framing import SPECIAL, UNK
+from cliptrans_jax.data.tokenizers.tokens import TokenizerConfig, load_tokenizer
 from cliptrans_jax.encoders import published_text
 from common_jax.weights import read_tensors, write_tensors
 from m2mkd_jax import pretrained as m2mkd

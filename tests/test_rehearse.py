@@ -11,7 +11,7 @@ from rehearsal import files, parts
 from rehearsal.parts import Part
 
 from cliptrans_jax import pretrained
-from cliptrans_jax.data.tokens import TokenizerConfig, load_tokenizer
+from cliptrans_jax.data.tokenizers.tokens import TokenizerConfig, load_tokenizer
 from cliptrans_jax.translators.mbart import MBartConfig
 
 WRITE = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text('done')"

@@ -14,8 +14,8 @@ from tiny import fill
 from cliptrans_jax.config import ClipConfig, Config, Recipe
 from cliptrans_jax.data.corpora import DataConfig
 from cliptrans_jax.data.feed import BatchingConfig
-from cliptrans_jax.data.framing import BOS, EOS, PAD, FramedTokenizer
-from cliptrans_jax.data.tokens import TokenizerConfig
+from cliptrans_jax.data.tokenizers.framing import BOS, EOS, PAD, FramedTokenizer
+from cliptrans_jax.data.tokenizers.tokens import TokenizerConfig
 from cliptrans_jax.decode import DecodeConfig
 from cliptrans_jax.models.cliptrans import ModelConfig, Translator
 from cliptrans_jax.models.mapper import MapperConfig

@@ -37,7 +37,8 @@ from common_jax.weights import read_tensors, write_tensors
 from m2mkd_jax import pretrained
 from m2mkd_jax.config import Config
 from m2mkd_jax.data.feed import prepare_evaluation
-from m2mkd_jax.data.sources import DataConfig, Source, load_source, load_test_source
+from m2mkd_jax.data.source import Source
+from m2mkd_jax.data.sources import DataConfig, load_source, load_test_source
 from m2mkd_jax.data.transforms import eval_transform
 from m2mkd_jax.models.vit import ViTConfig
 from m2mkd_jax.phases.networks import whole_network

@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 
 from common_jax.signals import ends_quietly
-from m2mkd_jax.data.records import find_prepared, open_builder, stored_labels
+from m2mkd_jax.data.files.records import find_prepared, open_builder, stored_labels
 
 EXTRA = "pip install -e '.[prepare]' (TFDS, TensorFlow and TFDS's other dependencies)"
 

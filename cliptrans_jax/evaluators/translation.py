@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cliptrans_jax.data.framing import Tokenizer
+from cliptrans_jax.data.tokenizers.framing import Tokenizer
 from cliptrans_jax.decode import Hypotheses, Search
 from cliptrans_jax.evaluators.evaluator import Evaluator
 from cliptrans_jax.evaluators.scores import METRICS, as_metrics, score

@@ -9,10 +9,10 @@ from typing import Any
 from etils import epath
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 
-from cliptrans_jax.data import byte_pairs
-from cliptrans_jax.data.framing import BOS, EOS, PAD, SPECIAL, UNK
-from cliptrans_jax.data.published import MASK, PUBLISHED
-from cliptrans_jax.data.tokens import TokenizerConfig
+from cliptrans_jax.data.tokenizers import byte_pairs
+from cliptrans_jax.data.tokenizers.framing import BOS, EOS, PAD, SPECIAL, UNK
+from cliptrans_jax.data.tokenizers.published import MASK, PUBLISHED
+from cliptrans_jax.data.tokenizers.tokens import TokenizerConfig
 from common_jax.workdir import read_json
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"

@@ -17,8 +17,8 @@ from cliptrans_jax.config import Config
 from cliptrans_jax.contrastive.table import CONTRASTIVE
 from cliptrans_jax.data.corpora import load_corpus
 from cliptrans_jax.data.corpus import Corpus
-from cliptrans_jax.data.framing import Tokenizer, require_fits
 from cliptrans_jax.data.pictures import augment_picture, prepare_picture
+from cliptrans_jax.data.tokenizers.framing import Tokenizer, require_fits
 from cliptrans_jax.encoders import TextTower, text_features
 from cliptrans_jax.evaluators.evaluator import evaluate_all
 from cliptrans_jax.evaluators.retrieval import PairSet

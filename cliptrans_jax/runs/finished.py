@@ -9,8 +9,8 @@ from etils import epath
 from jax.sharding import Mesh
 
 from cliptrans_jax.config import SYSTEM, Config
-from cliptrans_jax.data.framing import Tokenizer
-from cliptrans_jax.data.tokens import load_tokenizer
+from cliptrans_jax.data.tokenizers.framing import Tokenizer
+from cliptrans_jax.data.tokenizers.tokens import load_tokenizer
 from cliptrans_jax.encoders import ImageTower, TextTower
 from cliptrans_jax.runs.run_data import RunData
 from cliptrans_jax.runs.run_tokenizer import TOKENIZER

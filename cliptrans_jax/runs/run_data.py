@@ -18,8 +18,8 @@ from cliptrans_jax.data.corpora import load_corpus
 from cliptrans_jax.data.corpus import Corpus
 from cliptrans_jax.data.examples import choose_examples, default_caption_language
 from cliptrans_jax.data.feed import Inputs
-from cliptrans_jax.data.framing import PADDING, Tokenizer, require_fits
-from cliptrans_jax.data.tokens import TokenizerConfig, encode_corpus
+from cliptrans_jax.data.tokenizers.framing import PADDING, Tokenizer, require_fits
+from cliptrans_jax.data.tokenizers.tokens import TokenizerConfig, encode_corpus
 from cliptrans_jax.encoders import (
     ImageTower,
     TextTower,

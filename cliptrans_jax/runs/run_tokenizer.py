@@ -9,8 +9,8 @@ from etils import epath
 
 from cliptrans_jax.config import Config
 from cliptrans_jax.data.corpora import load_corpus
-from cliptrans_jax.data.framing import Tokenizer, require_fits
-from cliptrans_jax.data.tokens import load_tokenizer
+from cliptrans_jax.data.tokenizers.framing import Tokenizer, require_fits
+from cliptrans_jax.data.tokenizers.tokens import load_tokenizer
 from common_jax import checkpoint
 from common_jax.inputs.ragged import Chain
 from common_jax.workdir import holds_results, write_bytes

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from cliptrans_jax.config import Config
 from cliptrans_jax.data.examples import empties_source
 from cliptrans_jax.data.feed import TRIVIAL, TrainFeed, batch_shapes, evaluation_batches
-from cliptrans_jax.data.framing import require_fits
+from cliptrans_jax.data.tokenizers.framing import require_fits
 from cliptrans_jax.decode import Search
 from cliptrans_jax.encoders import TextTower
 from cliptrans_jax.evaluators.evaluator import evaluate_all

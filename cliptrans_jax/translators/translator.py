@@ -126,8 +126,8 @@ class Architecture:
       network: flax module, see `Network`.
       rules: partition rules of its parameters.
       encoder_input: (ids, sizes) -> the ids that the encoder reads. `ids` are padded source
-        sentences, framed as in `data/framing.py`: [language, pieces..., eos]. The result has the
-        same length, with pads in the same places.
+        sentences, framed as in `data/tokenizers/framing.py`: [language, pieces..., eos]. The result
+        has the same length, with pads in the same places.
       decoder_input: (labels, sizes) -> the ids that the decoder reads to predict the labels, which
         are framed in the same way. They start with [start, language], as decoding does.
       embedding, encoder, buffers: regexes of paths below the subtree: the embedding that encoder

@@ -30,7 +30,7 @@ from cliptrans_jax.config import ClipConfig, Config, Recipe, SourcesConfig, choo
 from cliptrans_jax.data.corpora import DataConfig
 from cliptrans_jax.data.feed import BatchingConfig
 from cliptrans_jax.data.pictures import AugmentConfig
-from cliptrans_jax.data.tokens import TokenizerConfig
+from cliptrans_jax.data.tokenizers.tokens import TokenizerConfig
 from cliptrans_jax.decode import DecodeConfig
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.models.mapper import MapperConfig

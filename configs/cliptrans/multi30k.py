@@ -30,7 +30,7 @@ import ml_collections
 
 from cliptrans_jax.config import Config, Recipe, choose_recipe
 from cliptrans_jax.data.corpora import DataConfig
-from cliptrans_jax.data.tokens import TokenizerConfig
+from cliptrans_jax.data.tokenizers.tokens import TokenizerConfig
 from cliptrans_jax.decode import DecodeConfig
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.models.mapper import MapperConfig

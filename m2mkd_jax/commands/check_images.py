@@ -9,9 +9,10 @@ import numpy as np
 from common_jax.commands.check import NOWHERE, Findings, read_sizes, say_bad, say_unread_rows
 from m2mkd_jax.config import Config
 from m2mkd_jax.data.augment import SMALL_SIDE
-from m2mkd_jax.data.listing import listed
+from m2mkd_jax.data.files.listing import listed
 from m2mkd_jax.data.ood import load_ood
-from m2mkd_jax.data.sources import DataConfig, Source, load_source, open_source
+from m2mkd_jax.data.source import Source
+from m2mkd_jax.data.sources import DataConfig, load_source, open_source
 from m2mkd_jax.data.subsets import with_labels_of
 from m2mkd_jax.phases import PHASES
 from m2mkd_jax.phases.pipeline import plan

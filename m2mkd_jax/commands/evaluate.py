@@ -13,7 +13,8 @@ from common_jax.commands.output import format_table
 
 if TYPE_CHECKING:
     from m2mkd_jax.data.ood import MatchedSet
-    from m2mkd_jax.data.sources import DataConfig, Source
+    from m2mkd_jax.data.source import Source
+    from m2mkd_jax.data.sources import DataConfig
     from m2mkd_jax.trained import Trained
 
 

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 from common_jax import hosts, inputs
 from m2mkd_jax.data.augment import AugmentConfig, augment, mix, normalise
 from m2mkd_jax.data.ood import OodConfig, load_ood
-from m2mkd_jax.data.sources import DataConfig, Source, load_source, load_test_source
+from m2mkd_jax.data.source import Source
+from m2mkd_jax.data.sources import DataConfig, load_source, load_test_source
 from m2mkd_jax.data.transforms import eval_transform, train_transform, with_pictures
 
 Batches = Iterator[dict[str, np.ndarray]]

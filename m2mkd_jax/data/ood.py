@@ -11,9 +11,10 @@ import numpy as np
 
 from common_jax.config import Section, renamed, under
 from common_jax.ranges import Name, one_of
-from m2mkd_jax.data.folders import read_names
-from m2mkd_jax.data.listing import listed
-from m2mkd_jax.data.sources import SOURCES, DataConfig, Source, open_source
+from m2mkd_jax.data.files.folders import read_names
+from m2mkd_jax.data.files.listing import listed
+from m2mkd_jax.data.source import Source
+from m2mkd_jax.data.sources import SOURCES, DataConfig, open_source
 from m2mkd_jax.data.subsets import Subset, match_classes
 
 

@@ -8,18 +8,11 @@ config.data.labels, since an OOD set has a different number; `load_source` does.
 import dataclasses
 import functools
 import logging
-import os
-from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Protocol, runtime_checkable
+from collections.abc import Callable, Collection, Sequence
+from typing import Annotated
 
-import numpy as np
-
-from common_jax import inputs
 from common_jax.config import FieldError, Section
-from common_jax.inputs import BadExample, Example
 from common_jax.inputs.pictures import MODES
-from common_jax.log import progress
 from common_jax.ranges import (
     BelowOne,
     Count,
@@ -33,22 +26,19 @@ from common_jax.ranges import (
     shown,
 )
 from m2mkd_jax.data import digits
-from m2mkd_jax.data.folders import (
+from m2mkd_jax.data.files.folders import (
     FolderSource,
     SplitFiles,
     find_folder,
     find_tiny_imagenet,
 )
-from m2mkd_jax.data.listing import listed
+from m2mkd_jax.data.files.listing import listed
+from m2mkd_jax.data.files.records import RecordSource, find_inaturalist, load_records
+from m2mkd_jax.data.in_memory import IN_MEMORY, decode_into_memory
 from m2mkd_jax.data.own.tables import find_images, find_listed
-from m2mkd_jax.data.records import RecordSource, find_inaturalist, load_records
+from m2mkd_jax.data.source import ArraySource, Source
 from m2mkd_jax.data.subsets import first_of_each_class, share_of_each_class, with_labels_of
 
-IN_MEMORY = ("auto", "always", "never")
-# Limits up to which "auto" decodes a set into memory: image side, and bytes of all images.
-MEMORY_SIDE = 64
-MEMORY_BYTES = 256 * 2**20
-CHUNK = 256  # images that a thread decodes at a time
 TINY_SIDE = 64
 
 
@@ -125,21 +115,6 @@ class DataConfig(Section):
                 )
 
 
-@runtime_checkable
-class Source(inputs.Source, Protocol):
-    """Examples {"image": uint8 [I, J, X], "label": int32 []}."""
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Labels [len] int32, known without reading an image."""
-        ...
-
-    @property
-    def label_names(self) -> tuple[str, ...]:
-        """Names of the classes; a label is an index into them."""
-        ...
-
-
 def load_source(config: DataConfig, split: str) -> Source:
     """Loads the images of one split (config.train_split or config.test_split).
 
@@ -192,119 +167,8 @@ def open_source(config: DataConfig, split: str) -> Source:
     counts = {config.test_split: config.test_per_class, config.train_split: config.per_class}
     if count := counts.get(split, 0):
         source = first_of_each_class(source, count)
-    return decode_into_memory(source, config, split=split)
-
-
-@dataclasses.dataclass(frozen=True)
-class ArraySource:
-    """A set in memory: arrays {"image": [len, I, J, X], "label": [len]}."""
-
-    arrays: dict[str, np.ndarray]
-    label_names: tuple[str, ...]
-
-    @property
-    def labels(self) -> np.ndarray:
-        return self.arrays["label"]
-
-    def __len__(self) -> int:
-        return len(self.arrays["label"])
-
-    def __getitem__(self, index: int) -> Example:
-        return {name: array[index] for name, array in self.arrays.items()}
-
-
-class DecodedSource:
-    """A set that was decoded up front: images [len, I, J, X], and the errors of the bad ones.
-
-    `arrays` is None if any image is bad, so that bad ones are still counted and named on access.
-    """
-
-    def __init__(
-        self,
-        images: np.ndarray,
-        labels: np.ndarray,
-        *,
-        label_names: tuple[str, ...],
-        bad: Mapping[int, BadExample],
-    ):
-        self.images = images
-        self.labels = labels
-        self.label_names = label_names
-        self.bad = bad
-
-    @property
-    def arrays(self) -> dict[str, np.ndarray] | None:
-        return None if self.bad else {"image": self.images, "label": self.labels}
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> Example:
-        if index in self.bad:
-            raise self.bad[index]
-        return {"image": self.images[index], "label": self.labels[index]}
-
-
-def decode_into_memory(source: Source, config: DataConfig, *, split: str) -> Source:
-    """Decodes the source into memory if config.in_memory says so; otherwise returns it unchanged.
-
-    Raises:
-      ValueError: "always" with images of different sizes, or none of the first can be read.
-    """
-    if source.arrays is not None or config.in_memory == "never":
-        return source
     at = f"config.data.source={config.source!r}, path={config.path!r}, split {split!r}"
-    sample = (_read(source, index) for index in range(min(10, len(source))))
-    first = next((example for example in sample if not isinstance(example, BadExample)), None)
-    shape = (0, 0, 0) if first is None else first["image"].shape
-    size = len(source) * int(np.prod(shape))
-    fits = 0 < size <= MEMORY_BYTES and max(shape[:2]) <= MEMORY_SIDE
-    if config.in_memory == "auto" and not fits:
-        return source
-    if first is None:
-        raise ValueError(f"{at}: none of the first images can be read; repair or remove them")
-    images, bad = np.zeros((len(source), *shape), np.uint8), {}
-
-    def decode(start: int) -> tuple[int, ...] | None:
-        """Decodes a chunk; returns the shape of an image if it differs, None if all are alike."""
-        for index in range(start, min(start + CHUNK, len(source))):
-            example = _read(source, index)
-            if isinstance(example, BadExample):
-                bad[index] = example
-            elif example["image"].shape != shape:
-                return example["image"].shape
-            else:
-                images[index] = example["image"]
-        return None
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        starts = range(0, len(source), CHUNK)
-        shapes = progress(pool.map(decode, starts), total=len(starts), title=f"decoding {split}")
-        other_shape = next((shape for shape in shapes if shape is not None), None)
-        # `next` stops at the first image of another size, and leaves the rest undecoded.
-        pool.shutdown(cancel_futures=True)
-    if other_shape is None:
-        logging.info("%s: %d images in memory, %.0f MiB", at, len(source), size / 2**20)
-        names = source.label_names
-        return DecodedSource(images, source.labels, label_names=names, bad=bad)
-    if config.in_memory == "always":
-        raise ValueError(
-            f"{at}: config.data.in_memory='always' needs images of one size, but there are some of "
-            f"{_pixels(shape)} and {_pixels(other_shape)} pixels; set it to 'auto' or resize the "
-            "files"
-        )
-    return source
-
-
-def _read(source: Source, index: int) -> Example | BadExample:
-    try:
-        return source[index]
-    except BadExample as bad:
-        return bad
-
-
-def _pixels(shape: tuple[int, ...]) -> str:
-    return f"{shape[0]} x {shape[1]}"
+    return decode_into_memory(source, config.in_memory, at=at)
 
 
 def load_digits_source(config: DataConfig, split: str) -> ArraySource:

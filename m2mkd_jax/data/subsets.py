@@ -5,30 +5,19 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
-from common_jax import inputs
 from common_jax.inputs import Example
-from m2mkd_jax.data.listing import listed
-
-
-class LabelledSource(inputs.Source, Protocol):
-    """A source with labels; `m2mkd_jax.data.sources.Source` satisfies it."""
-
-    @property
-    def labels(self) -> np.ndarray: ...
-
-    @property
-    def label_names(self) -> tuple[str, ...]: ...
+from m2mkd_jax.data.files.listing import listed
+from m2mkd_jax.data.source import Source
 
 
 @dataclasses.dataclass(frozen=True)
 class Subset:
     """Some examples of a source, in the order of `indices` [n], with their own labels [n]."""
 
-    source: LabelledSource
+    source: Source
     indices: np.ndarray
     labels: np.ndarray
     label_names: tuple[str, ...]
@@ -47,7 +36,7 @@ class Subset:
         return self.source[int(self.indices[index])] | {"label": self.labels[index]}
 
 
-def first_of_each_class(source: LabelledSource, count: int) -> Subset:
+def first_of_each_class(source: Source, count: int) -> Subset:
     """Returns the first `count` examples of every class, in the order of the source.
 
     Raises:
@@ -64,7 +53,7 @@ def first_of_each_class(source: LabelledSource, count: int) -> Subset:
     return Subset(source, indices, labels[indices], names)
 
 
-def share_of_each_class(source: LabelledSource, share: float, *, seed: int, test: bool) -> Subset:
+def share_of_each_class(source: Source, share: float, *, seed: int, test: bool) -> Subset:
     """Returns the part of every class that is drawn for testing, or the rest of it.
 
     Args:
@@ -133,7 +122,7 @@ def match_classes(
     return tuple(place[name] for name in names)
 
 
-def with_labels_of(source: LabelledSource, base_names: Sequence[str], *, at: str) -> LabelledSource:
+def with_labels_of(source: Source, base_names: Sequence[str], *, at: str) -> Source:
     """Relabels a test set with the training set's classes, `base_names`.
 
     Classes are matched by name, so labels do not shift if the order differs or some classes have no

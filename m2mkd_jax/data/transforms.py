@@ -17,7 +17,8 @@ from common_jax.inputs import Example
 from common_jax.inputs.pictures import pixels_of
 from m2mkd_jax.data.augment import SMALL_SIDE, AugmentConfig, geometry_on_device
 from m2mkd_jax.data.randaugment import randaugment
-from m2mkd_jax.data.sources import SOURCES, DataConfig, Source
+from m2mkd_jax.data.source import Source
+from m2mkd_jax.data.sources import SOURCES, DataConfig
 
 AREA = (0.08, 1.0)
 ASPECT = (3 / 4, 4 / 3)

@@ -8,8 +8,8 @@ from jax.sharding import Mesh
 from common_jax.weights import Origin
 from m2mkd_jax.config import Config
 from m2mkd_jax.phases.phase import FileKind, Phase, WeightSource
+from m2mkd_jax.phases.sources.weights import require_stage_sources, take_weights
 from m2mkd_jax.phases.training import train_phase, whole_training
-from m2mkd_jax.phases.weights import require_stage_sources, take_weights
 from m2mkd_jax.stages import stage_name
 
 

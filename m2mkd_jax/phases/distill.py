@@ -19,9 +19,9 @@ from m2mkd_jax.phases.networks import (
 )
 from m2mkd_jax.phases.objective import Outputs
 from m2mkd_jax.phases.phase import FileKind, Phase, Training, WeightSource, config_feed
-from m2mkd_jax.phases.teachers import ACCOUNT, check_classes, load_teachers, module_teachers
+from m2mkd_jax.phases.sources.teachers import ACCOUNT, check_classes, load_teachers, module_teachers
+from m2mkd_jax.phases.sources.weights import require_source, take_weights
 from m2mkd_jax.phases.training import check_fresh, train_phase
-from m2mkd_jax.phases.weights import require_source, take_weights
 from m2mkd_jax.stages import module_name, stage_name
 
 

@@ -18,7 +18,7 @@ from m2mkd_jax.families import family_of
 from m2mkd_jax.phases.networks import whole_student
 from m2mkd_jax.phases.objective import Forward
 from m2mkd_jax.phases.phase import FileKind, Phase, Training, WeightSource, config_feed
-from m2mkd_jax.phases.teachers import (
+from m2mkd_jax.phases.sources.teachers import (
     ACCOUNT,
     Teachers,
     check_classes,
@@ -26,8 +26,8 @@ from m2mkd_jax.phases.teachers import (
     teacher_names,
     whole_teachers,
 )
+from m2mkd_jax.phases.sources.weights import require_source, require_stage_sources, take_weights
 from m2mkd_jax.phases.training import check_training, train_phase, whole_training
-from m2mkd_jax.phases.weights import require_source, require_stage_sources, take_weights
 from m2mkd_jax.stages import stage_name
 
 

@@ -20,13 +20,14 @@ from common_jax.workdir import claim, read_json, refuse_other_config, write_json
 from m2mkd_jax.config import Config
 from m2mkd_jax.data.feed import Feed, make_feed
 from m2mkd_jax.data.few_shot import Episode, choose_task
-from m2mkd_jax.data.sources import Source, load_source, load_test_source
+from m2mkd_jax.data.source import Source
+from m2mkd_jax.data.sources import load_source, load_test_source
 from m2mkd_jax.data.subsets import Subset
 from m2mkd_jax.evaluators import show
 from m2mkd_jax.families import family_of
 from m2mkd_jax.phases.phase import Phase, Splits, Training, WeightSource
+from m2mkd_jax.phases.sources.weights import require_source, take_weights
 from m2mkd_jax.phases.training import check_fresh, check_training, train_phase, whole_training
-from m2mkd_jax.phases.weights import require_source, take_weights
 
 CONFIDENCE = 0.95
 INTERVAL = "_ci95"  # suffix of a metric's half-width of the confidence interval

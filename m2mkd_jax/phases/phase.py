@@ -15,7 +15,7 @@ from common_jax.task import Task
 from m2mkd_jax.config import Config, DistillConfig
 from m2mkd_jax.data.feed import Feed, batch_shapes, make_feed
 from m2mkd_jax.data.few_shot import Episode
-from m2mkd_jax.data.sources import Source
+from m2mkd_jax.data.source import Source
 from m2mkd_jax.families.family import Regularizer
 from m2mkd_jax.phases.networks import network_streams
 from m2mkd_jax.phases.objective import Forward, make_loss

@@ -17,9 +17,9 @@ from m2mkd_jax.phases import PHASES
 from m2mkd_jax.phases.few_shot import load_splits
 from m2mkd_jax.phases.fields import check_sources, replacing_sources
 from m2mkd_jax.phases.phase import Training
-from m2mkd_jax.phases.teachers import load_teachers
+from m2mkd_jax.phases.sources.teachers import load_teachers
+from m2mkd_jax.phases.sources.weights import check_source
 from m2mkd_jax.phases.training import check_training
-from m2mkd_jax.phases.weights import check_source
 
 # The field of config.sources for the network that a pipeline always trains; the result of that run
 # is the pipeline's result.

@@ -23,7 +23,7 @@ from m2mkd_jax.evaluators import EVALUATORS
 from m2mkd_jax.phases.networks import family_of_role, whole_network
 from m2mkd_jax.phases.objective import make_sums, whole_forward
 from m2mkd_jax.phases.phase import Phase, Training, config_feed
-from m2mkd_jax.phases.weights import refuse_fresh
+from m2mkd_jax.phases.sources.weights import refuse_fresh
 from m2mkd_jax.stages import module_name
 
 CLASSES = "classes.json"  # a run's class names by label

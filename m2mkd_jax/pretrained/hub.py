@@ -9,7 +9,7 @@ from common_jax.nn.mlp import ACTIVATIONS
 from common_jax.untrusted import brief
 from common_jax.weights.beside import read_beside as read_files
 from m2mkd_jax.config import Config
-from m2mkd_jax.phases.weights import same_numbers
+from m2mkd_jax.phases.sources.weights import same_numbers
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 # Field of config.data -> its name in timm's pretrained_cfg, and in Hugging Face's preprocessor.

@@ -17,7 +17,7 @@ from tiny_cliptrans import TEST, read_split, tiny_config, write_run
 
 from cliptrans_jax import loading
 from cliptrans_jax.commands import COMMANDS
-from cliptrans_jax.data.tokens import TokenizerConfig, load_tokenizer
+from cliptrans_jax.data.tokenizers.tokens import TokenizerConfig, load_tokenizer
 from cliptrans_jax.evaluators.scores import score
 from cliptrans_jax.evaluators.show import read_translations
 from cliptrans_jax.export.tokenizers import language_token, write_tokenizer

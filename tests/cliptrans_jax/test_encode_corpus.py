@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from tiny_cliptrans import number_tokenizer
 
-from cliptrans_jax.data import tokens
 from cliptrans_jax.data.corpus import Corpus, Numbered
-from cliptrans_jax.data.tokens import encode_corpus
+from cliptrans_jax.data.tokenizers import tokens
+from cliptrans_jax.data.tokenizers.tokens import encode_corpus
 from common_jax.inputs.ragged import Lines
 from common_jax.workdir import arrays
 
@@ -174,7 +174,7 @@ def test_ids_stay_in_memory_if_writing_fails(tmp_path, caplog, monkeypatch):
 
 
 def test_threads_keep_the_sentence_order(monkeypatch):
-    monkeypatch.setattr("cliptrans_jax.data.framing.PART", 2)
+    monkeypatch.setattr("cliptrans_jax.data.tokenizers.framing.PART", 2)
     together = threading.Barrier(2)
 
     class Slow(Cut):
@@ -183,7 +183,7 @@ def test_threads_keep_the_sentence_order(monkeypatch):
                 together.wait(timeout=20)  # two parts are cut at the same time
             return super().__call__(texts)
 
-    monkeypatch.setattr("cliptrans_jax.data.framing.os.cpu_count", lambda: 2)
+    monkeypatch.setattr("cliptrans_jax.data.tokenizers.framing.os.cpu_count", lambda: 2)
     for texts in (SENTENCES, Lines.of(SENTENCES)):
         assert as_lists(tokenizer(Slow()).encode(texts, "en")) == WANTED
 

@@ -13,8 +13,8 @@ from tiny_cliptrans import draw, tiny_config
 from cliptrans_jax import encoders
 from cliptrans_jax.data.corpus import Corpus, FolderImages
 from cliptrans_jax.data.examples import pad
-from cliptrans_jax.data.framing import FramedTokenizer
 from cliptrans_jax.data.pictures import prepare_picture
+from cliptrans_jax.data.tokenizers.framing import FramedTokenizer
 from cliptrans_jax.encoders import ImageTower, TextTower, image_features, text_features
 from cliptrans_jax.towers.clip import ClipText, ClipTextConfig, ClipVision
 from cliptrans_jax.towers.mclip import MClip, MClipConfig

@@ -20,8 +20,8 @@ from jax.sharding import PartitionSpec as P
 from tiny_cliptrans import number_tokenizer
 
 from cliptrans_jax import features as cache
-from cliptrans_jax.data import tokens
 from cliptrans_jax.data.corpus import Corpus, Numbered
+from cliptrans_jax.data.tokenizers import tokens
 from cliptrans_jax.features import cached, encode_all, fingerprint
 from common_jax.inputs import BadExample, eval_batches
 from common_jax.mesh import MeshConfig, constrain, make_mesh

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from gemma_files import RECORD, VOCAB
 
-from cliptrans_jax.data.tokens import TokenizerConfig, load_tokenizer
+from cliptrans_jax.data.tokenizers.tokens import TokenizerConfig, load_tokenizer
 from cliptrans_jax.export.tokenizers import write_tokenizer
 
 

@@ -15,7 +15,7 @@ from tiny import fill
 from tiny_cliptrans import FEATURES, number_tokenizer, read_split, tiny_config, tiny_pipeline
 
 from cliptrans_jax.config import SourcesConfig
-from cliptrans_jax.data.tokens import TokenizerConfig
+from cliptrans_jax.data.tokenizers.tokens import TokenizerConfig
 from cliptrans_jax.encoders import TextTower
 from cliptrans_jax.export.folder import _has_published_text
 from cliptrans_jax.runs import contrastive

@@ -13,8 +13,8 @@ from sentencepiece import sentencepiece_model_pb2
 from tiny_cliptrans import tiny_config
 
 from cliptrans_jax.config import SourcesConfig
-from cliptrans_jax.data.published import PUBLISHED, language_problem
-from cliptrans_jax.data.tokens import TokenizerConfig, load_tokenizer
+from cliptrans_jax.data.tokenizers.published import PUBLISHED, language_problem
+from cliptrans_jax.data.tokenizers.tokens import TokenizerConfig, load_tokenizer
 from cliptrans_jax.evaluators import scores
 from cliptrans_jax.export.tokenizers import write_tokenizer
 from cliptrans_jax.runs.run_data import RunData

@@ -15,11 +15,11 @@ from sentencepiece import sentencepiece_model_pb2
 from tiny_cliptrans import tiny_config
 
 from cliptrans_jax.config import SourcesConfig
-from cliptrans_jax.data import token_files
-from cliptrans_jax.data.framing import require_fits
-from cliptrans_jax.data.published import MBART50_CODES, PUBLISHED
-from cliptrans_jax.data.sentencepieces import PieceModel
-from cliptrans_jax.data.tokens import TokenizerConfig, load_tokenizer
+from cliptrans_jax.data.tokenizers import token_files
+from cliptrans_jax.data.tokenizers.framing import require_fits
+from cliptrans_jax.data.tokenizers.published import MBART50_CODES, PUBLISHED
+from cliptrans_jax.data.tokenizers.sentencepieces import PieceModel
+from cliptrans_jax.data.tokenizers.tokens import TokenizerConfig, load_tokenizer
 from cliptrans_jax.encoders import TextTower, published_text
 from cliptrans_jax.runs.run_data import RunData
 from cliptrans_jax.towers.clip import ClipTextConfig

@@ -10,7 +10,7 @@ from meshes import one_device
 from tiny_cliptrans import tiny_config
 
 from cliptrans_jax.config import SourcesConfig
-from cliptrans_jax.data.tokens import TokenizerConfig
+from cliptrans_jax.data.tokenizers.tokens import TokenizerConfig
 from cliptrans_jax.runs import run_data, translation
 from cliptrans_jax.runs.run_data import RunData, describe_text
 from cliptrans_jax.runs.run_tokenizer import train_tokenizer

@@ -22,7 +22,7 @@ from tiny_cliptrans import tiny_config
 from cliptrans_jax import pretrained
 from cliptrans_jax.config import ClipConfig, Config, SourcesConfig
 from cliptrans_jax.data.pictures import prepare_picture
-from cliptrans_jax.data.tokens import TokenizerConfig
+from cliptrans_jax.data.tokenizers.tokens import TokenizerConfig
 from cliptrans_jax.export.towers import write_tower
 from cliptrans_jax.runs import contrastive
 from cliptrans_jax.runs.run_data import RunData, describe_text, text_tokenizer

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import tokenizers
 
-from cliptrans_jax.data import byte_pairs, emoji_set
-from cliptrans_jax.data.framing import BOS, EOS, PAD, SPECIAL, FramedTokenizer, Tokenizer
-from cliptrans_jax.data.published import MBART50_CODES, PUBLISHED
-from cliptrans_jax.data.tokens import (
+from cliptrans_jax.data import emoji_set
+from cliptrans_jax.data.tokenizers import byte_pairs
+from cliptrans_jax.data.tokenizers.framing import BOS, EOS, PAD, SPECIAL, FramedTokenizer, Tokenizer
+from cliptrans_jax.data.tokenizers.published import MBART50_CODES, PUBLISHED
+from cliptrans_jax.data.tokenizers.tokens import (
     TokenizerConfig,
     load_or_train_tokenizer,
     load_tokenizer,

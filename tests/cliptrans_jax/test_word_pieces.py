@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from cliptrans_jax.data.tokens import TokenizerConfig, load_tokenizer
+from cliptrans_jax.data.tokenizers.tokens import TokenizerConfig, load_tokenizer
 from cliptrans_jax.export.tokenizers import write_tokenizer
 
 WORDS = [

@@ -5,7 +5,7 @@ import pytest
 from common_jax import app
 from common_jax.checkpoint import check_source
 from common_jax.workdir import check_input, check_output
-from m2mkd_jax.data.folders import require_path
+from m2mkd_jax.data.files.folders import require_path
 
 
 def test_missing_input_error_names_the_last_existing_part(tmp_path):

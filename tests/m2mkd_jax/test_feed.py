@@ -17,8 +17,10 @@ from common_jax.inputs import BadExample
 from m2mkd_jax.data import feed as feeds
 from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.data.feed import batch_shapes, make_feed, prepare_evaluation, prepare_training
+from m2mkd_jax.data.in_memory import DecodedSource
 from m2mkd_jax.data.ood import OodConfig
-from m2mkd_jax.data.sources import ArraySource, DataConfig, DecodedSource
+from m2mkd_jax.data.source import ArraySource
+from m2mkd_jax.data.sources import DataConfig
 
 NAMES = tuple("0123456789")
 

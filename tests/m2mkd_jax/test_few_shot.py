@@ -17,7 +17,7 @@ from m2mkd_jax.data import digits
 from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.data.few_shot import choose_episode, choose_task
 from m2mkd_jax.data.samplers import repeated_indices
-from m2mkd_jax.data.sources import ArraySource
+from m2mkd_jax.data.source import ArraySource
 from m2mkd_jax.phases import few_shot
 from m2mkd_jax.phases.few_shot import episode_feed, episodes_table, load_splits, summary
 from m2mkd_jax.phases.networks import whole_student

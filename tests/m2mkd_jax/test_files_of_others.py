@@ -17,7 +17,8 @@ from common_jax.config import freeze, unfreeze
 from common_jax.weights import write_tensors
 from m2mkd_jax import pretrained
 from m2mkd_jax.config import Config, SourcesConfig
-from m2mkd_jax.phases import networks, weights
+from m2mkd_jax.phases import networks
+from m2mkd_jax.phases.sources import weights
 from m2mkd_jax.pretrained.parts import foreign_parts, is_headless
 
 HALF = [0.5, 0.5, 0.5]

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m2mkd_jax.data import folders
-from m2mkd_jax.data.folders import label_rows, read_names, require_filled
-from m2mkd_jax.data.listing import DEEPEST, find_in_directory, is_image, listed, printable
-from m2mkd_jax.data.zips import find_in_zip
+from m2mkd_jax.data.files import folders
+from m2mkd_jax.data.files.folders import label_rows, read_names, require_filled
+from m2mkd_jax.data.files.listing import DEEPEST, find_in_directory, is_image, listed, printable
+from m2mkd_jax.data.files.zips import find_in_zip
 
 
 def test_listed_shows_ten_names_and_counts_the_rest():

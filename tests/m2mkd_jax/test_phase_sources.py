@@ -18,7 +18,6 @@ from common_jax.config import unfreeze
 from common_jax.mesh import match_rules, with_shardings
 from common_jax.weights import Origin
 from m2mkd_jax.config import DistillConfig, FewShotConfig, InitConfig, SourcesConfig
-from m2mkd_jax.phases import weights
 from m2mkd_jax.phases.networks import (
     meta_network,
     parameter_shapes,
@@ -27,6 +26,7 @@ from m2mkd_jax.phases.networks import (
     whole_student,
 )
 from m2mkd_jax.phases.pipeline import describe, run_phase
+from m2mkd_jax.phases.sources import weights
 
 MESH = one_device()
 ROLES = ("meta", "teacher", "module", "student")

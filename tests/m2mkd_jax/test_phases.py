@@ -19,7 +19,7 @@ from m2mkd_jax.phases import training as phase_training
 from m2mkd_jax.phases.networks import meta_network, student_modules, teacher_network, whole_student
 from m2mkd_jax.phases.objective import Outputs
 from m2mkd_jax.phases.pipeline import describe
-from m2mkd_jax.phases.weights import require_stage_sources
+from m2mkd_jax.phases.sources.weights import require_stage_sources
 
 MESH = one_device()
 RNGS = {name: jax.random.key(i) for i, name in enumerate(("drop_path", "gate"))}

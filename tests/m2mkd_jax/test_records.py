@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from common_jax.inputs import BadExample, train_batches
-from m2mkd_jax.data import records
+from m2mkd_jax.data.files import records
 from m2mkd_jax.data.ood import OodConfig, load_ood
 from m2mkd_jax.data.sources import DataConfig, load_source
 

@@ -223,7 +223,7 @@ def test_images_are_decoded_in_chunks(tmp_path, monkeypatch):
     root = make_small(tmp_path, (20,) * 11)
     (root / "train/cat/0.png").write_bytes(b"")  # the first image, so that the size is unknown
     plain = load_source(config_of(root, labels=2, in_memory="never"), "train")
-    monkeypatch.setattr("m2mkd_jax.data.sources.CHUNK", 3)
+    monkeypatch.setattr("m2mkd_jax.data.in_memory.CHUNK", 3)
     source = load_source(config_of(root, labels=2), "train")
     assert set(source.bad) == {0} and source.images.shape == (11, 20, 20, 3)
     for index in range(1, 11):
@@ -234,7 +234,7 @@ def test_images_are_decoded_in_chunks(tmp_path, monkeypatch):
 def test_large_sets_stay_on_disk(tmp_path, monkeypatch):
     root = make_small(tmp_path, (20,) * 4)
     for limit, held in ((4 * 1200, True), (4 * 1200 - 1, False)):
-        monkeypatch.setattr("m2mkd_jax.data.sources.MEMORY_BYTES", limit)
+        monkeypatch.setattr("m2mkd_jax.data.in_memory.MEMORY_BYTES", limit)
         source = load_source(config_of(root, labels=2), "train")
         assert (source.arrays is not None) == held
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from m2mkd_jax.data.sources import ArraySource
+from m2mkd_jax.data.source import ArraySource
 from m2mkd_jax.data.subsets import Subset, first_of_each_class, with_labels_of
 
 

@@ -23,7 +23,7 @@ from m2mkd_jax.models.bridge import Layout, convert_tokens
 from m2mkd_jax.phases.fields import check_sources
 from m2mkd_jax.phases.networks import meta_network, teacher_network
 from m2mkd_jax.phases.pipeline import chosen_phases, describe, run_phase
-from m2mkd_jax.phases.teachers import load_teachers
+from m2mkd_jax.phases.sources.teachers import load_teachers
 from m2mkd_jax.trained import open_run, run_batches
 
 MESH = one_device()

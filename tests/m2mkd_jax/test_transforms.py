@@ -9,8 +9,8 @@ from PIL import Image
 
 from m2mkd_jax.data import transforms
 from m2mkd_jax.data.augment import AugmentConfig
-from m2mkd_jax.data.folders import FolderSource
-from m2mkd_jax.data.listing import DirectoryFiles
+from m2mkd_jax.data.files.folders import FolderSource
+from m2mkd_jax.data.files.listing import DirectoryFiles
 from m2mkd_jax.data.sources import DataConfig
 
 RGB = {"channels": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}

@@ -20,8 +20,9 @@ from m2mkd_jax import pretrained
 from m2mkd_jax.config import Config, InitConfig, SourcesConfig
 from m2mkd_jax.models.vmoe import VMoEConfig
 from m2mkd_jax.moe.config import MoeConfig
-from m2mkd_jax.phases import PHASES, networks, weights
+from m2mkd_jax.phases import PHASES, networks
 from m2mkd_jax.phases.end_to_end import upcycle
+from m2mkd_jax.phases.sources import weights
 
 WIDTH = 192
 PLAIN = {"mlp_ratio": 4.0, "heads": 3, "norm_eps": 1e-6, "activation": "gelu"}

@@ -101,8 +101,8 @@ def run_all(
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
-    def begin(name: str, job: Job, core: int) -> subprocess.Popen:
-        return _start(job, workdir, name, core)
+    def begin(name: str, job: Job, place: int) -> subprocess.Popen:
+        return _start(job, workdir, name, _own_core(place))
 
     try:
         for name, status in _ends(dict(jobs), running, begin, at_a_time=at_a_time):
@@ -197,7 +197,7 @@ def _ends(
             yield name, process.returncode
 
 
-def _start(job: Job, workdir: pathlib.Path, name: str, core: int) -> subprocess.Popen:
+def _start(job: Job, workdir: pathlib.Path, name: str, core: str) -> subprocess.Popen:
     """Starts a run of a demo on one core."""
     workdir = workdir.resolve()
     (workdir / name).parent.mkdir(parents=True, exist_ok=True)
@@ -208,7 +208,7 @@ def _start(job: Job, workdir: pathlib.Path, name: str, core: int) -> subprocess.
         environment = KEPT_MEMORY | os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags}
         # Networks this small run fastest on one core each; two threads would wait for each other.
         return subprocess.Popen(
-            _on_cores(str(core), command), stdout=log, stderr=log, cwd=ROOT, env=environment
+            _on_cores(core, command), stdout=log, stderr=log, cwd=ROOT, env=environment
         )
 
 
@@ -239,6 +239,14 @@ def _start_locked(
 def _on_cores(cores: str, command: list[str]) -> list[str]:
     """The command pinned to these cores; unchanged if `cores` is "" or there is no taskset."""
     return ["taskset", "-c", cores, *command] if cores and shutil.which("taskset") else command
+
+
+def _own_core(place: int) -> str:
+    """The core of a slot, of those that this process may use; "" if the system does not say."""
+    if not hasattr(os, "sched_getaffinity"):
+        return ""
+    cores = sorted(os.sched_getaffinity(0))
+    return str(cores[place % len(cores)])
 
 
 def _share_of_cores(place: int, places: int) -> str:

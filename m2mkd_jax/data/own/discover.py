@@ -9,8 +9,9 @@ import numpy as np
 
 from common_jax.inputs import BadExample
 from common_jax.inputs.tables import SPLIT, find_table, is_table, read_table, table_names
-from m2mkd_jax.data.listing import is_hidden, is_image
-from m2mkd_jax.data.sources import DataConfig, Source, open_source
+from m2mkd_jax.data.files.listing import is_hidden, is_image
+from m2mkd_jax.data.source import Source
+from m2mkd_jax.data.sources import DataConfig, open_source
 from m2mkd_jax.data.transforms import SMALL_SIDE
 
 # Usual names of splits, the likeliest first.

@@ -10,13 +10,13 @@ from common_jax.inputs.names import printable, require_distinct
 from common_jax.inputs.tables import SPLIT, Table, find_table, is_table, read_table, table_names
 from common_jax.inputs.texts import read_lines
 from common_jax.ranges import did_you_mean
-from m2mkd_jax.data.folders import (
+from m2mkd_jax.data.files.folders import (
     SplitFiles,
     find_folder,
     label_rows,
     require_path,
 )
-from m2mkd_jax.data.listing import DirectoryFiles, is_hidden, is_image, listed
+from m2mkd_jax.data.files.listing import DirectoryFiles, is_hidden, is_image, listed
 
 PATH, LABEL = "path", "label"  # columns, besides SPLIT
 

@@ -25,8 +25,8 @@ from m2mkd_jax.phases.networks import (
     teacher_network,
     token_layout,
 )
+from m2mkd_jax.phases.sources.weights import COMPUTATION, take_weights
 from m2mkd_jax.phases.training import find_classes
-from m2mkd_jax.phases.weights import COMPUTATION, take_weights
 from m2mkd_jax.stages import Network
 
 ACCOUNT = "teachers.json"

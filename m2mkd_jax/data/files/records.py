@@ -33,13 +33,13 @@ from common_jax.untrusted import (
     refuse_pointer,
 )
 from common_jax.workdir import write_bytes
-from m2mkd_jax.data.folders import (
+from m2mkd_jax.data.files.folders import (
     SplitFiles,
     label_rows,
     require_filled,
     require_path,
 )
-from m2mkd_jax.data.listing import DirectoryFiles, listed
+from m2mkd_jax.data.files.listing import DirectoryFiles, listed
 
 CHUNK = 256  # records that a thread reads at a time
 SAMPLE = 2**16  # bytes of a file that go into its fingerprint

@@ -17,9 +17,9 @@ import sentencepiece
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
-from cliptrans_jax.data import byte_pairs
-from cliptrans_jax.data.framing import SPECIAL, UNK
-from cliptrans_jax.data.token_files import (
+from cliptrans_jax.data.tokenizers import byte_pairs
+from cliptrans_jax.data.tokenizers.framing import SPECIAL, UNK
+from cliptrans_jax.data.tokenizers.token_files import (
     Sections,
     parsing,
     read_bounded,

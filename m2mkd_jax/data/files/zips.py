@@ -10,7 +10,7 @@ import numpy as np
 
 from common_jax.inputs.pictures import require_small
 from common_jax.untrusted import DAMAGED
-from m2mkd_jax.data.listing import (
+from m2mkd_jax.data.files.listing import (
     is_hidden,
     is_image,
     listed,

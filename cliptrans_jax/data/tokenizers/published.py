@@ -11,10 +11,10 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from cliptrans_jax.data import byte_pairs, sentencepieces
-from cliptrans_jax.data.framing import SPECIAL, UNK, FramedTokenizer
-from cliptrans_jax.data.sentencepieces import PieceModel
-from cliptrans_jax.data.token_files import (
+from cliptrans_jax.data.tokenizers import byte_pairs, sentencepieces
+from cliptrans_jax.data.tokenizers.framing import SPECIAL, UNK, FramedTokenizer
+from cliptrans_jax.data.tokenizers.sentencepieces import PieceModel
+from cliptrans_jax.data.tokenizers.token_files import (
     Sections,
     added_message,
     parsing,

@@ -1,6 +1,6 @@
 """Sentences as token ids: published tokenizers (see `published.py`), and one trained here.
 
-All frame a sentence in the same way, see `cliptrans_jax/data/framing.py`.
+All frame a sentence in the same way, see `cliptrans_jax/data/tokenizers/framing.py`.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ import tokenizers
 from etils import epath
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
-from cliptrans_jax.data import byte_pairs
 from cliptrans_jax.data.corpus import Corpus
-from cliptrans_jax.data.framing import SPECIAL, FramedTokenizer, Tokenizer
-from cliptrans_jax.data.published import PUBLISHED, load_published
+from cliptrans_jax.data.tokenizers import byte_pairs
+from cliptrans_jax.data.tokenizers.framing import SPECIAL, FramedTokenizer, Tokenizer
+from cliptrans_jax.data.tokenizers.published import PUBLISHED, load_published
 from common_jax import hosts
 from common_jax.config import FieldError, Section
 from common_jax.inputs.ragged import Chain, Lines, Ragged, joined

@@ -7,8 +7,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from cliptrans_jax.data.framing import UNK
-from cliptrans_jax.data.token_files import (
+from cliptrans_jax.data.tokenizers.framing import UNK
+from cliptrans_jax.data.tokenizers.token_files import (
     Sections,
     added_message,
     parsing,

@@ -16,14 +16,14 @@ from common_jax.inputs import BadExample, Example
 from common_jax.inputs.names import require_distinct
 from common_jax.inputs.pictures import decode_picture, pixels_of
 from common_jax.untrusted import refuse_pointer
-from m2mkd_jax.data.listing import (
+from m2mkd_jax.data.files.listing import (
     IMAGE_SUFFIXES,
     DirectoryFiles,
     find_in_directory,
     listed,
     printable,
 )
-from m2mkd_jax.data.zips import ZipFiles, find_in_zip
+from m2mkd_jax.data.files.zips import ZipFiles, find_in_zip
 
 Files = DirectoryFiles | ZipFiles
 

@@ -1,0 +1,116 @@
+"""Sets that are small enough to be decoded once and kept in memory."""
+
+import logging
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from common_jax.inputs import BadExample, Example
+from common_jax.log import progress
+from m2mkd_jax.data.source import Source
+
+IN_MEMORY = ("auto", "always", "never")
+# Limits up to which "auto" decodes a set into memory: image side, and bytes of all images.
+MEMORY_SIDE = 64
+MEMORY_BYTES = 256 * 2**20
+CHUNK = 256  # images that a thread decodes at a time
+
+
+class DecodedSource:
+    """A set that was decoded up front: images [len, I, J, X], and the errors of the bad ones.
+
+    `arrays` is None if any image is bad, so that bad ones are still counted and named on access.
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        *,
+        label_names: tuple[str, ...],
+        bad: Mapping[int, BadExample],
+    ):
+        self.images = images
+        self.labels = labels
+        self.label_names = label_names
+        self.bad = bad
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray] | None:
+        return None if self.bad else {"image": self.images, "label": self.labels}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Example:
+        if index in self.bad:
+            raise self.bad[index]
+        return {"image": self.images[index], "label": self.labels[index]}
+
+
+def decode_into_memory(source: Source, when: str, *, at: str) -> Source:
+    """Decodes the source into memory if it should be kept there; otherwise returns it unchanged.
+
+    Args:
+      source: the images of one split.
+      when: one of IN_MEMORY, as in config.data.in_memory.
+      at: names the split in messages.
+
+    Raises:
+      ValueError: "always" with images of different sizes, or none of the first can be read.
+    """
+    if source.arrays is not None or when == "never":
+        return source
+    sample = (_read(source, index) for index in range(min(10, len(source))))
+    first = next((example for example in sample if not isinstance(example, BadExample)), None)
+    shape = (0, 0, 0) if first is None else first["image"].shape
+    size = len(source) * int(np.prod(shape))
+    fits = 0 < size <= MEMORY_BYTES and max(shape[:2]) <= MEMORY_SIDE
+    if when == "auto" and not fits:
+        return source
+    if first is None:
+        raise ValueError(f"{at}: none of the first images can be read; repair or remove them")
+    images, bad = np.zeros((len(source), *shape), np.uint8), {}
+
+    def decode(start: int) -> tuple[int, ...] | None:
+        """Decodes a chunk; returns the shape of an image if it differs, None if all are alike."""
+        for index in range(start, min(start + CHUNK, len(source))):
+            example = _read(source, index)
+            if isinstance(example, BadExample):
+                bad[index] = example
+            elif example["image"].shape != shape:
+                return example["image"].shape
+            else:
+                images[index] = example["image"]
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        starts = range(0, len(source), CHUNK)
+        shapes = progress(pool.map(decode, starts), total=len(starts), title="decoding images")
+        other_shape = next((shape for shape in shapes if shape is not None), None)
+        # `next` stops at the first image of another size, and leaves the rest undecoded.
+        pool.shutdown(cancel_futures=True)
+    if other_shape is None:
+        logging.info("%s: %d images in memory, %.0f MiB", at, len(source), size / 2**20)
+        names = source.label_names
+        return DecodedSource(images, source.labels, label_names=names, bad=bad)
+    if when == "always":
+        raise ValueError(
+            f"{at}: config.data.in_memory='always' needs images of one size, but there are some of "
+            f"{_pixels(shape)} and {_pixels(other_shape)} pixels; set it to 'auto' or resize the "
+            "files"
+        )
+    return source
+
+
+def _read(source: Source, index: int) -> Example | BadExample:
+    try:
+        return source[index]
+    except BadExample as bad:
+        return bad
+
+
+def _pixels(shape: tuple[int, ...]) -> str:
+    return f"{shape[0]} x {shape[1]}"
