@@ -65,7 +65,8 @@ class LoadedModel:
         As in training, sentences are stripped, and line breaks become spaces. Sentences with more
         tokens than positions are truncated, which is logged. A run of a captioning stage writes
         captions from features of the pictures or, without pictures, of the sentences. As in its
-        training, its encoder sees only what config.noise leaves of a sentence, by default nothing.
+        training, its encoder sees only what config.noise leaves of a sentence, by default nothing;
+        with 0 < mask_prob < 1 that depends on the sentence's place in the list.
 
         Args:
           sentences: a list in the first language of `pair`. Given pictures, they may be empty.

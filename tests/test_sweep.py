@@ -286,6 +286,7 @@ def test_run_locked_by_another_process_is_skipped(tmp_path, capsys, stand_in):
     assert take() == ["alpha=0.5,seed=0"]
     assert "alpha=0.3,seed=0  is being run by another process" in capsys.readouterr().out
 
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux's affinity masks")
 def test_runs_use_only_cores_that_their_parent_may_use(tmp_path):
     allowed = os.sched_getaffinity(0)
@@ -298,7 +299,6 @@ def test_runs_use_only_cores_that_their_parent_may_use(tmp_path):
     finally:
         os.sched_setaffinity(0, allowed)
     assert {(tmp_path / f"{name}.log").read_text() for name in "ab"} == {f"{{{last}}}\n"}
-
 
 
 def test_demo_runs_keep_memory_unless_the_user_says_otherwise(tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ def load(
     mesh: Mesh | None = None,
     rules: Rules | None = None,
     average: bool = False,
-) -> dict[str, Any]:
+) -> Any:
     """Loads a checkpoint's parameters, or those below `subtree`, without the trainer's state.
 
     Reads only the parameters that it returns. Any mesh may have written them.
@@ -43,7 +43,7 @@ def load(
         has one (config.optim.ema, or config.run.average_last at the last step).
 
     Returns:
-      The nested dict below `subtree`.
+      The nested dict below `subtree`, or the array that it names.
 
     Raises:
       FileNotFoundError: if there is no finished checkpoint, naming `source`.

@@ -404,16 +404,17 @@ def _replace(block: Any, names: list[str], value: Any) -> Any:
 
 
 # Matrices are sharded over fsdp along their input axis, `exit` and `down` along their output axis.
-# The latents' own arrays and per-channel vectors are small and replicated.
+# The latents' own arrays, the pooling and per-channel vectors are small and replicated. (With
+# `read_out_head` the pooling's input axis is the labels, which fsdp need not divide.)
 PARTITION_RULES = (
     (r"/(query|key|value|up|linear|projection)/kernel$", P("fsdp")),
     (r"/(exit|down)/kernel$", P(None, "fsdp")),
     (r"/code_kernel$", P("fsdp")),
     (r"/(pre_stitch|post_stitch)/kernel$", P("fsdp")),
-    (r"/pooling/(confidence|head)/kernel$", P("fsdp")),
     (r"/seeder/(mean|log_variance)/kernel$", P("fsdp")),
     (r"/(stem|conv|depthwise)/kernel$", P()),
     (r"/graph/(input|mediator|output)/(signatures|codes|states)$", P()),
+    (r"/pooling/(confidence|head)/kernel$", P()),
     (r"/tokenizer/grid$", P()),
     (r"/(bias|scale|layer_scale|gamma|gain|bandwidth|code_bias)$", P()),
 )

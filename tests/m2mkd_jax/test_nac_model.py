@@ -5,6 +5,7 @@ import re
 
 import jax
 import pytest
+import tiny
 from jax.sharding import PartitionSpec as P
 
 from common_jax.mesh import MeshConfig, make_mesh, match_rules
@@ -304,12 +305,10 @@ def test_matrices_are_sharded_along_their_longer_axis():
     specs = match_rules(model.PARTITION_RULES, shapes, mesh)
     attention, ffn = specs["stage_1"]["attention"], specs["stage_1"]["ffn"]
     rows = [attention["query"]["kernel"], attention["key"]["code_kernel"], ffn["up"]["kernel"]]
-    rows += [
-        specs["graph"]["seeder"]["mean"]["kernel"],
-        specs["stage_2"]["pooling"]["head"]["kernel"],
-    ]
+    rows += [specs["graph"]["seeder"]["mean"]["kernel"]]
     columns = [attention["exit"]["kernel"], ffn["down"]["kernel"]]
     whole = [specs["graph"]["input"]["codes"], attention["bandwidth"], attention["query"]["gain"]]
+    whole += [specs["stage_2"]["pooling"]["head"]["kernel"]]
     assert {spec_of(x) for x in rows} == {P("fsdp")}
     assert {spec_of(x) for x in columns} == {P(None, "fsdp")}
     assert {spec_of(x) for x in whole} == {P()}
@@ -317,3 +316,12 @@ def test_matrices_are_sharded_along_their_longer_axis():
 
 def spec_of(sharding) -> P:
     return getattr(sharding, "spec", sharding)
+
+
+@pytest.mark.parametrize("pooling", ["softmax", "gumbel_hard"])
+def test_fsdp_need_not_divide_the_labels(pooling):
+    """With a read-out head, the pooling's input axis is the 7 labels."""
+    config = dataclasses.replace(tiny.NAC, read_out_head=True, pooling=pooling)
+    network = model.build(config, dataclasses.replace(INTERFACE, image_size=8))
+    params = {"student": jax.eval_shape(network.init, jax.random.key(0))}
+    match_rules(model.PARTITION_RULES, params, make_mesh(MeshConfig(fsdp=2)))
