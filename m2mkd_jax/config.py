@@ -72,7 +72,7 @@ class DistillConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
-class PairsConfig(DistillConfig):
+class ModuleDistillConfig(DistillConfig):
     """m2mKD's objective, the number of modules per program, and which teachers teach which module.
 
     Attributes:
@@ -251,7 +251,7 @@ class Config(Section):
     teacher: Teacher = ViTConfig()
     model: Student = VMoEConfig()
     regularizers: RegularizersConfig = RegularizersConfig()
-    distill: PairsConfig = PairsConfig()
+    distill: ModuleDistillConfig = ModuleDistillConfig()
     baseline: DistillConfig = DistillConfig(kind="none")
     few_shot: FewShotConfig = FewShotConfig()
     sources: SourcesConfig = SourcesConfig()

@@ -16,6 +16,7 @@ from common_jax.weights.warm_start import (
     Adapt,
     Allowance,
     Origin,
+    Planned,
     WarmStart,
     size_of,
     take,

@@ -57,6 +57,9 @@ class Allowance:
     asked: bool = False  # by the user, who is warned if it matches nothing
 
 
+# workdir -> shapes of the parameters of a run that will be made there, a nested dict
+Planned = Mapping[str, Mapping[str, Any]]
+
 # adapt(array, shape) -> the array converted to that shape, for parameters such as position tables
 Adapt = Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
 
@@ -69,6 +72,7 @@ def take(
     fresh: tuple[Allowance, ...] = (),
     adapt: Mapping[str, Adapt] | None = None,
     read: bool = True,
+    planned: Planned | None = None,
 ) -> WarmStart:
     """Loads parameters from `origins` directly onto their shardings, reading only those in
     `shapes`.
@@ -81,9 +85,10 @@ def take(
         has them.
       adapt: regex of paths -> conversion of parameters whose shape differs.
       read: whether to read parameters; if False, only checks that all fit, and returns none.
+      planned: sources that need not exist yet; for `read=False`.
 
     Raises:
-      FileNotFoundError: if an origin has no finished checkpoint.
+      FileNotFoundError: if an origin has no finished checkpoint and is not planned.
       ValueError: naming all parameters that are missing, of the wrong shape, or unknown, unless
         `leave` or `fresh` allows for them.
     """
@@ -91,8 +96,12 @@ def take(
     account = {"taken": [], "adapted": [], "left": [], "fresh": []}
     requests, problems, covered, known = [], [], set(), set(flat)
     for origin in origins:
-        request = _Request(origin, checkpoint.find_step(origin.source))
-        for name, shape in _below(request.step, origin.subtree).items():
+        if (made := (planned or {}).get(str(origin.source))) is not None:
+            request = _Request(origin, epath.Path(origin.source))
+        else:
+            request = _Request(origin, checkpoint.find_step(origin.source))
+            made = checkpoint.load_shapes(request.step)
+        for name, shape in _below(made, origin.subtree, request.step).items():
             path = f"{origin.target}/{origin.renamed.get(name, name)}"
             known.add(path)
             if _allowed(path, fresh):
@@ -208,9 +217,9 @@ class _Request:
         return params, account
 
 
-def _below(step: epath.Path, subtree: str) -> dict[str, Any]:
-    """The shapes of a checkpoint's arrays below `subtree`, by path."""
-    flat = traverse_util.flatten_dict(checkpoint.load_shapes(step), sep="/")
+def _below(shapes: Mapping[str, Any], subtree: str, step: epath.Path) -> dict[str, Any]:
+    """The shapes below `subtree`, by path; `step` is their checkpoint, for messages."""
+    flat = traverse_util.flatten_dict(shapes, sep="/")
     prefix = subtree + "/"
     leaves = {
         path.removeprefix(prefix): leaf for path, leaf in flat.items() if path.startswith(prefix)

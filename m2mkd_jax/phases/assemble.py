@@ -1,13 +1,15 @@
 """Phase assemble (FT): assembles the trained modules into the teacher and fine-tunes it."""
 
+from collections.abc import Mapping
 from typing import Any
 
+import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from common_jax.weights import Origin
+from common_jax.weights import Origin, Planned, WarmStart
 from m2mkd_jax.config import Config
-from m2mkd_jax.phases.phase import FileKind, Phase, WeightSource
+from m2mkd_jax.phases.phase import FileKind, Phase, Training, WeightSource
 from m2mkd_jax.phases.sources.weights import require_stage_sources, take_weights
 from m2mkd_jax.phases.training import train_phase, whole_training
 from m2mkd_jax.stages import stage_name
@@ -15,18 +17,30 @@ from m2mkd_jax.stages import stage_name
 
 def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     """Trains the assembled teacher and saves its parameters under "teacher"."""
+    require_stage_sources(config, "modules", len(config.teacher.depths))
+    return train_phase(
+        whole_training(PHASE, config),
+        workdir,
+        mesh,
+        warm_start=lambda shapes: _assemble(config, shapes),
+    )
+
+
+def _assemble(
+    config: Config, shapes: Mapping[str, Any], *, planned: Planned | None = None
+) -> WarmStart:
+    """Loads each stage from its module; with `planned`, only checks that all fit."""
     sources = require_stage_sources(config, "modules", len(config.teacher.depths))
     origins = [
         Origin(source, f"module/{stage_name(i)}", f"teacher/{stage_name(i)}")
         for i, source in enumerate(sources)
     ]
-    return train_phase(
-        whole_training(PHASE, config),
-        workdir,
-        mesh,
-        # Every parameter must come from a module. The original loads them without such a check.
-        warm_start=lambda shapes: take_weights(config, shapes, origins),
-    )
+    # Every parameter must come from a module. The original loads them without such a check.
+    return take_weights(config, shapes, origins, planned=planned)
+
+
+def _fit(training: Training, planned: Planned) -> None:
+    _assemble(training.config, jax.eval_shape(training.init, jax.random.key(0)), planned=planned)
 
 
 PHASE = Phase(
@@ -36,6 +50,7 @@ PHASE = Phase(
     reads=("teacher",),
     differentiates=("teacher",),
     sources=(WeightSource("modules"),),
+    fit=_fit,
     ood=True,
     folder="teacher",
     makes="teacher",

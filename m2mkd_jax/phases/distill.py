@@ -7,7 +7,7 @@ from etils import epath
 from jax import numpy as jnp
 from jax.sharding import Mesh
 
-from common_jax.weights import Origin
+from common_jax.weights import Origin, Planned, WarmStart
 from m2mkd_jax.config import Config
 from m2mkd_jax.hybrid import check_stages, teacher_and_student_logits
 from m2mkd_jax.phases.networks import (
@@ -28,18 +28,9 @@ from m2mkd_jax.stages import module_name, stage_name
 def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     """Trains the student modules of config.module and saves them under "student/stage_K"."""
     training, several = describe(config, mesh), bool(config.sources.teachers)
-    shapes = {role: part for role, part in training.helpers.items() if role in ("meta", "teacher")}
-    origins = [Origin(require_source(config, "meta"), "meta", "meta")]
-    # Several teachers are under other keys, and are loaded below.
-    if "teacher" in shapes:
-        teacher = require_source(config, "teacher")
-        # Only the stages that teach a student of this program; the original builds the whole
-        # teacher.
-        names = [f"teacher/{name}" for name in shapes["teacher"]]
-        origins += [Origin(teacher, name, name) for name in names]
-    helpers = take_weights(config, shapes, origins, frozen=True).params
+    helpers = _take_frozen(training).params
     feed = config_feed(training, workdir)
-    frozen = ["meta", *(["teachers"] if several else ["teacher"] if "teacher" in shapes else [])]
+    frozen = ["meta", *(["teachers"] if several else ["teacher"] if "teacher" in helpers else [])]
     check_classes(config, feed.label_names, frozen)
     if not several:
         return train_phase(training, workdir, mesh, helpers=helpers, feed=feed)
@@ -47,6 +38,25 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     teachers, account = load_teachers(config, training.helpers)
     files = {ACCOUNT: account}
     return train_phase(training, workdir, mesh, helpers=helpers | teachers, feed=feed, files=files)
+
+
+def _take_frozen(training: Training, *, planned: Planned | None = None) -> WarmStart:
+    """Loads the meta model and a single teacher; with `planned`, only checks that they fit."""
+    config = training.config
+    # Several teachers are under other keys, and are loaded by `load_teachers`.
+    shapes = {role: part for role, part in training.helpers.items() if role in ("meta", "teacher")}
+    origins = [Origin(require_source(config, "meta"), "meta", "meta")]
+    if "teacher" in shapes:
+        teacher = require_source(config, "teacher")
+        # Only the stages that teach a student of this program; the original builds the whole
+        # teacher.
+        names = [f"teacher/{name}" for name in shapes["teacher"]]
+        origins += [Origin(teacher, name, name) for name in names]
+    return take_weights(config, shapes, origins, frozen=True, planned=planned)
+
+
+def _fit(training: Training, planned: Planned) -> None:
+    _take_frozen(training, planned=planned)
 
 
 def describe(config: Config, mesh: Mesh) -> Training:
@@ -106,6 +116,7 @@ PHASE = Phase(
         WeightSource("teacher", used=lambda config: not config.sources.teachers),
         WeightSource("teachers", used=lambda config: bool(config.sources.teachers), made=False),
     ),
+    fit=_fit,
     folder="students",
     makes="students",
     files=(

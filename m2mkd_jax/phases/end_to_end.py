@@ -11,7 +11,7 @@ from jax import numpy as jnp
 from jax.sharding import Mesh
 
 from common_jax import checkpoint
-from common_jax.weights import Origin, WarmStart
+from common_jax.weights import Origin, Planned, WarmStart
 from common_jax.workdir import refuse_other_config
 from m2mkd_jax.config import Config
 from m2mkd_jax.families import family_of
@@ -45,9 +45,8 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         check_classes(config, feed.label_names, ("teachers",))
         helpers, files[ACCOUNT] = load_teachers(config, training.helpers)
     elif config.baseline.active:
-        origin = Origin(require_source(config, "teacher"), "teacher", "teacher")
         check_classes(config, feed.label_names, ("teacher",))
-        helpers = take_weights(config, training.helpers, [origin], frozen=True).params
+        helpers = _take_teacher(training).params
     preparation = family_of(config.model).preparation
     if preparation is not None:
         check_training(training, feed, mesh)  # before `make` writes anything
@@ -97,23 +96,49 @@ def _warm_start(config: Config) -> Callable[[Any], WarmStart] | None:
     return (lambda shapes: upcycle(config, shapes)) if config.init.upcycle else None
 
 
-def _assemble(config: Config, sources: Sequence[str], shapes: Mapping[str, Any]) -> WarmStart:
-    """Loads each stage from its source, a run of students or of whole networks."""
+def _take_teacher(training: Training, *, planned: Planned | None = None) -> WarmStart:
+    """Loads the whole teacher; with `planned`, only checks that it fits."""
+    config = training.config
+    origin = Origin(require_source(config, "teacher"), "teacher", "teacher")
+    return take_weights(config, training.helpers, [origin], frozen=True, planned=planned)
+
+
+def _fit(training: Training, planned: Planned) -> None:
+    config = training.config
+    if config.baseline.active and not config.sources.teachers:
+        _take_teacher(training, planned=planned)
+    if config.sources.students:
+        sources = require_stage_sources(config, "students", len(whole_student(config)))
+        shapes = jax.eval_shape(training.init, jax.random.key(0))
+        _assemble(config, sources, shapes, planned=planned)
+
+
+def _assemble(
+    config: Config,
+    sources: Sequence[str],
+    shapes: Mapping[str, Any],
+    *,
+    planned: Planned | None = None,
+) -> WarmStart:
+    """Loads each stage from its source, a run of students or of whole networks; with `planned`,
+    only checks that all fit."""
     names, family = [stage_name(i) for i in range(len(sources))], family_of(config.model)
     pairs = [*zip(sources, names, strict=True)]
     left, fresh = family.left(config.model), family.fresh(config.model)
     # Only whole networks have what belongs to no stage, such as a NAC's latents.
     rest = sorted(shapes["student"].keys() - set(names))
-    if rest and all(_names_in(source).issuperset(rest) for source in dict.fromkeys(sources)):
+    made = [_names_in(source, planned or {}) for source in dict.fromkeys(sources)]
+    if rest and all(names.issuperset(rest) for names in made):
         pairs += [(sources[0], name) for name in rest]
         left = fresh = ()
     origins = [Origin(source, f"student/{name}", f"student/{name}") for source, name in pairs]
-    return take_weights(config, shapes, origins, leave=left, fresh=fresh)
+    return take_weights(config, shapes, origins, leave=left, fresh=fresh, planned=planned)
 
 
-def _names_in(source: str) -> set[str]:
+def _names_in(source: str, planned: Planned) -> set[str]:
     """The names at the top of a run's student."""
-    return {*checkpoint.load_shapes(checkpoint.find_step(source)).get("student", {})}
+    shapes = planned[source] if source in planned else checkpoint.load_shapes(source)
+    return {*shapes.get("student", {})}
 
 
 def _with_preparation(training: Training, start: Any) -> Training:
@@ -175,6 +200,7 @@ PHASE = Phase(
         WeightSource("upcycle", section="init"),
     ),
     ood=True,
+    fit=_fit,
     folder="end_to_end",
     makes="network",
     files=(FileKind("{family}", "a whole {network}"),),

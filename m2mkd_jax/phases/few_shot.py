@@ -15,7 +15,7 @@ from scipy import special
 
 from common_jax.report import Table
 from common_jax.step import Programs
-from common_jax.weights import Allowance, Origin, WarmStart
+from common_jax.weights import Allowance, Origin, Planned, WarmStart
 from common_jax.workdir import claim, read_json, refuse_other_config, write_json
 from m2mkd_jax.config import Config
 from m2mkd_jax.data.feed import Feed, make_feed
@@ -53,8 +53,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     # Images of all episodes and the weights are checked before the first one trains, or anything is
     # written.
     check_training(training, first_feed(training, workdir, splits), mesh)
-    shapes = jax.eval_shape(training.init, jax.random.key(0))
-    _take_network(config, training, shapes, read=False)
+    _fit(training, planned={})
     refuse_other_config(workdir, config)
     claim(workdir, config)
     results = [
@@ -176,14 +175,24 @@ def _trainer(
 
 
 def _take_network(
-    config: Config, training: Training, shapes: Mapping[str, Any], *, read: bool = True
+    config: Config,
+    training: Training,
+    shapes: Mapping[str, Any],
+    *,
+    planned: Planned | None = None,
 ) -> WarmStart:
-    """Initial parameters of an episode: config.sources.network with a new head."""
+    """Initial parameters of an episode: config.sources.network with a new head; with `planned`,
+    only checks that they fit."""
     origin = Origin(require_source(config, "network"), "student", "student")
     reason = f"a head of config.few_shot.ways={config.few_shot.ways} labels"
     # What is trained is also what starts from scratch.
     fresh = (Allowance(training.trainable, reason),)
-    return take_weights(config, shapes, [origin], fresh=fresh, read=read)
+    return take_weights(config, shapes, [origin], fresh=fresh, planned=planned)
+
+
+def _fit(training: Training, planned: Planned) -> None:
+    shapes = jax.eval_shape(training.init, jax.random.key(0))
+    _take_network(training.config, training, shapes, planned=planned)
 
 
 def load_splits(config: Config) -> Splits:
@@ -238,6 +247,7 @@ PHASE = Phase(
     differentiates=("model",),
     sources=(WeightSource("network"),),
     feed=first_feed,
+    fit=_fit,
     draw=draw_images,
     table=episodes_table,
     folder="few_shot",

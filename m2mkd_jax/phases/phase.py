@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from common_jax.mesh import Rules
 from common_jax.report import Table
 from common_jax.task import Task
+from common_jax.weights import Planned
 from m2mkd_jax.config import Config, DistillConfig
 from m2mkd_jax.data.feed import Feed, batch_shapes, make_feed
 from m2mkd_jax.data.few_shot import Episode
@@ -171,6 +172,8 @@ class Phase:
       ood: whether it evaluates the OOD set.
       evaluators: keys of `m2mkd_jax.evaluators.EVALUATORS`.
       feed: (training, workdir, splits) -> its data.
+      fit: checks, without reading parameters, that those of its sources fit its networks; raises
+        ValueError if not. Some of the sources may be planned.
       draw: (config, splits) -> its training and test images, for a phase that trains on a few
         images drawn from the training split; ValueError if there are too few.
       table: workdir -> its own table in the report, or None.
@@ -191,6 +194,7 @@ class Phase:
     ood: bool = False
     evaluators: tuple[str, ...] = ("classification",)
     feed: Callable[..., Feed] = config_feed
+    fit: Callable[[Training, Planned], None] = lambda training, planned: None
     draw: Callable[[Config, Splits], tuple[Episode, Episode]] | None = None
     table: Callable[[epath.Path], Table | None] = lambda workdir: None
     folder: str

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from etils import epath
 from jax.sharding import Mesh
 
@@ -18,7 +19,6 @@ from m2mkd_jax.phases.few_shot import load_splits
 from m2mkd_jax.phases.fields import check_sources, replacing_sources
 from m2mkd_jax.phases.phase import Training
 from m2mkd_jax.phases.sources.teachers import load_teachers
-from m2mkd_jax.phases.sources.weights import check_source
 from m2mkd_jax.phases.training import check_training
 
 # The field of config.sources for the network that a pipeline always trains; the result of that run
@@ -139,10 +139,6 @@ def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
     ]
     if not unfinished:
         return
-    # Sources that earlier runs will make are checked when those runs have made them.
-    for source in replacing_sources():
-        if source.value(config):
-            check_source(config, source.field, mesh)
     splits = load_splits(config)  # shared by all runs
     trainings = []
     for folder, run in unfinished:
@@ -150,8 +146,13 @@ def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
         with in_recipe(Recipe, run.phase):
             training = phase.describe(run, mesh)
             trainings.append((training, phase.feed(training, workdir / folder, splits)))
-    for training, _ in trainings:
-        load_teachers(training.config, training.helpers, read=False)
+    planned = {}
+    for (folder, run), (training, _) in zip(unfinished, trainings, strict=True):
+        with in_recipe(Recipe, run.phase):
+            load_teachers(training.config, training.helpers, read=False)
+            # A source that an earlier run has yet to make counts as made.
+            PHASES[run.phase].fit(training, planned)
+        planned[str(workdir / folder)] = jax.eval_shape(training.init, jax.random.key(0))
     for trace in (False, True):  # quick checks of all runs come before slow ones
         for training, feed in trainings:
             phase = training.config.phase

@@ -5,10 +5,11 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from common_jax.weights import Allowance, Origin, WarmStart
+from common_jax.weights import Allowance, Origin, Planned, WarmStart
 from m2mkd_jax.config import Config
 from m2mkd_jax.hybrid import module_logits, replace_stage, shared_tokens
 from m2mkd_jax.phases.networks import (
@@ -35,9 +36,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     and their stitches to the meta model are trained.
     """
     training = describe(config, mesh)
-    meta = require_source(config, "meta")
-    origins = [Origin(meta, f"meta/{name}", f"meta/{name}") for name in training.helpers["meta"]]
-    helpers = take_weights(config, training.helpers, origins, frozen=True).params
+    helpers = _take_meta(training).params
     feed = config_feed(training, workdir)
     check_classes(config, feed.label_names, ("meta",))
     start = functools.partial(_join, config) if config.init.teacher else None
@@ -96,7 +95,24 @@ def describe(config: Config, mesh: Mesh) -> Training:
     return training
 
 
-def _join(config: Config, shapes: Mapping[str, Any]) -> WarmStart:
+def _take_meta(training: Training, *, planned: Planned | None = None) -> WarmStart:
+    """Loads the stages of the meta model; with `planned`, only checks that they fit."""
+    config, shapes = training.config, training.helpers
+    meta = require_source(config, "meta")
+    origins = [Origin(meta, f"meta/{name}", f"meta/{name}") for name in shapes["meta"]]
+    return take_weights(config, shapes, origins, frozen=True, planned=planned)
+
+
+def _fit(training: Training, planned: Planned) -> None:
+    _take_meta(training, planned=planned)
+    if training.config.init.teacher:
+        shapes = jax.eval_shape(training.init, jax.random.key(0))
+        _join(training.config, shapes, planned=planned)
+
+
+def _join(
+    config: Config, shapes: Mapping[str, Any], *, planned: Planned | None = None
+) -> WarmStart:
     """Loads the modules from config.init.teacher; raises ValueError if config.teacher describes a
     different network."""
     found = read_teacher(config, "config.init.teacher", config.init.teacher)
@@ -109,7 +125,7 @@ def _join(config: Config, shapes: Mapping[str, Any]) -> WarmStart:
         Origin(found.source, f"{found.role}/{name}", f"module/{name}")
         for name in map(stage_name, config.modules())
     ]
-    return take_weights(config, shapes, origins, fresh=(stitches,))
+    return take_weights(config, shapes, origins, fresh=(stitches,), planned=planned)
 
 
 PHASE = Phase(
@@ -120,6 +136,7 @@ PHASE = Phase(
     reads=("module", "meta", "teacher", "distill.pairs_at_once"),
     differentiates=("meta", "teacher"),
     sources=(WeightSource("meta"), WeightSource("teacher", section="init")),
+    fit=_fit,
     folder="modules",
     makes="modules",
     files=(FileKind("module", "a module trained by phase train_module (MT)", single=True),),

@@ -22,7 +22,7 @@ from common_jax.metrics import read_metrics
 from common_jax.optim import OptimConfig
 from common_jax.state import step_rngs
 from common_jax.step import init_state
-from m2mkd_jax.config import PRECISIONS, Config, PairsConfig, SourcesConfig
+from m2mkd_jax.config import PRECISIONS, Config, ModuleDistillConfig, SourcesConfig
 from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.main import results_table
 from m2mkd_jax.phases.networks import meta_network, teacher_network
@@ -200,7 +200,7 @@ def test_load_model_selects_module_by_number(together):
 
 
 def test_pairs_at_once_limits_modules_per_program(sources, tmp_path):
-    config = modular("distill", sources=sources, distill=PairsConfig(pairs_at_once=2))
+    config = modular("distill", sources=sources, distill=ModuleDistillConfig(pairs_at_once=2))
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, steps=1))
     run_phase(config, tmp_path, one_device())
     assert {path.parent.name for path in tmp_path.rglob("result.json")} == {
@@ -210,12 +210,12 @@ def test_pairs_at_once_limits_modules_per_program(sources, tmp_path):
     with pytest.raises(ValueError, match=r"has 2 programs: name .* \['0\+1', '2'\]"):
         describe(config, one_device())
     with pytest.raises(ValueError, match=r"^pairs_at_once=-1 must be at least 0"):
-        PairsConfig(pairs_at_once=-1)
+        ModuleDistillConfig(pairs_at_once=-1)
 
 
 def test_all_programs_are_checked_before_the_first_one(tmp_path):
     """The second program has only module 2; the first would even miss the meta model's weights."""
-    config = modular("train_module", distill=PairsConfig(pairs_at_once=2))
+    config = modular("train_module", distill=ModuleDistillConfig(pairs_at_once=2))
     config = dataclasses.replace(
         config, run=dataclasses.replace(config.run, best="test/module_0/accuracy")
     )

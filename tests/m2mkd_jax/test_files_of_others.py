@@ -320,7 +320,8 @@ def test_teacher_with_different_normalisation_is_refused(tmp_path, caplog):
     assert "from now on it trains on images normalised differently" in caplog.text
     assert "of side 32, but config.data.image_size=48" in caplog.text
     with pytest.raises(ValueError, match="teacher was made for images normalised with"):
-        weights.check_source(run, "teacher", mesh)  # as a pipeline does before its first phase
+        # As a pipeline does before its first phase.
+        weights.take_weights(run, shapes, origins, frozen=True, planned={})
     assert unfreeze(config).data.mean == (0.5, 0.5, 0.5)
 
 

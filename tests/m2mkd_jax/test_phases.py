@@ -10,7 +10,7 @@ from jax import numpy as jnp
 from meshes import one_device
 from tiny import NAC, OPTIM, SIZES, feed_of, fill, tiny_config
 
-from m2mkd_jax.config import Config, DistillConfig, FewShotConfig, PairsConfig
+from m2mkd_jax.config import Config, DistillConfig, FewShotConfig, ModuleDistillConfig
 from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.data.ood import OodConfig
 from m2mkd_jax.hybrid import replace_stage
@@ -229,7 +229,7 @@ def test_students_are_stitched_to_the_meta_model_width():
 def test_roles_and_helpers_of_each_phase(phase, roles, helpers, distill):
     config = config_of(
         phase,
-        distill=PairsConfig("hard", 0.3, 2.0),
+        distill=ModuleDistillConfig("hard", 0.3, 2.0),
         baseline=DistillConfig("soft_batch_mean", 0.7, 4.0),
     )
     training = describe(config, MESH)

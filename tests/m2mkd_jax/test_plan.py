@@ -9,7 +9,14 @@ import pytest
 from meshes import one_device
 from tiny import OPTIM, tiny_config, tiny_pipeline
 
-from m2mkd_jax.config import PHASE_NAMES, Config, DistillConfig, PairsConfig, Recipe, SourcesConfig
+from m2mkd_jax.config import (
+    PHASE_NAMES,
+    Config,
+    DistillConfig,
+    ModuleDistillConfig,
+    Recipe,
+    SourcesConfig,
+)
 from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.phases import PHASES, pipeline
 from m2mkd_jax.phases.pipeline import APART, plan, program_folders, run_phase
@@ -119,7 +126,7 @@ def test_phases_without_recipe_are_skipped_or_refused():
 
 def deep(pairs_at_once: int, stages: int = 12) -> Config:
     """A pipeline with more than ten stages, whose numbers have two digits."""
-    config = config_of(distill=PairsConfig(pairs_at_once=pairs_at_once))
+    config = config_of(distill=ModuleDistillConfig(pairs_at_once=pairs_at_once))
     sections = {
         name: dataclasses.replace(getattr(config, name), depths=(1,) * stages)
         for name in ("meta", "teacher", "model")
@@ -151,7 +158,7 @@ def test_programs_of_a_few_modules_have_their_own_folders():
 )
 def test_one_folder_per_program(module, pairs, folders):
     config = dataclasses.replace(
-        tiny_config("distill"), module=module, distill=PairsConfig(pairs_at_once=pairs)
+        tiny_config("distill"), module=module, distill=ModuleDistillConfig(pairs_at_once=pairs)
     )
     found = program_folders(config, one="one", several="several")
     assert {folder: part.modules() for folder, part in found.items()} == folders
@@ -166,7 +173,9 @@ def test_programs_run_in_order(monkeypatch, tmp_path):
 
     records = dict(PHASES, distill=dataclasses.replace(PHASES["distill"], run=run))
     monkeypatch.setattr(pipeline, "PHASES", records)
-    config = dataclasses.replace(tiny_config("distill"), distill=PairsConfig(pairs_at_once=2))
+    config = dataclasses.replace(
+        tiny_config("distill"), distill=ModuleDistillConfig(pairs_at_once=2)
+    )
     assert run_phase(config, tmp_path, one_device()) == {"module": "2"}
     assert ran == [("0+1", tmp_path / "module_0+1"), ("2", tmp_path / "module_2")]
     ran.clear()

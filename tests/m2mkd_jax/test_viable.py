@@ -9,12 +9,13 @@ import jax
 import numpy as np
 import pytest
 from meshes import one_device
-from tiny import OPTIM, tiny_config, tiny_pipeline
+from tiny import NAC, OPTIM, tiny_config, tiny_pipeline
 
 from common_jax import loop
 from common_jax.checkpoint import write_params
 from common_jax.config import unfreeze
 from common_jax.workdir import claim, holds_results, refuse_other_config
+from m2mkd_jax import families
 from m2mkd_jax.main import main
 from m2mkd_jax.phases.networks import teacher_network
 
@@ -82,6 +83,20 @@ def test_mismatched_teacher_is_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match=r"should be .*16.* and is .*24"):
         main(given, tmp_path / "run")
     assert [entry.name for entry in tmp_path.iterdir()] == ["teacher"]
+
+
+@pytest.mark.parametrize(("name", "field"), [("vmoe", "left"), ("nac", "fresh")])
+def test_what_phases_pass_on_is_checked_before_training(tmp_path, monkeypatch, name, field):
+    """A V-MoE's students have stitches that the whole network lacks; a NAC has more than its
+    students have."""
+    config = tiny_pipeline()
+    if name == "nac":
+        config = dataclasses.replace(config, model=NAC)
+    broken = dataclasses.replace(families.FAMILIES[name], **{field: lambda section: ()})
+    monkeypatch.setattr(families, "FAMILIES", {**families.FAMILIES, name: broken})
+    with pytest.raises(ValueError, match=r"the weights do not fit:\s+student/(stage_|graph/)"):
+        main(unfreeze(config), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_episodes_are_checked_before_training(tmp_path):

@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 from flax import traverse_util
-from jax.sharding import Mesh
 
 from common_jax import checkpoint
-from common_jax.weights import Adapt, Allowance, Origin, WarmStart, take
+from common_jax.weights import Adapt, Allowance, Origin, Planned, WarmStart, take
 from common_jax.workdir import freeze_stored
 from m2mkd_jax.config import Config
 from m2mkd_jax.families import family_of
-from m2mkd_jax.phases.networks import SECTIONS, parameter_shapes, whole_network
+from m2mkd_jax.phases.networks import SECTIONS
 
 # Fields that only choose how a network is computed, which each run may set for itself.
 COMPUTATION = ("attention", "remat", "scan_layers")
@@ -37,6 +36,7 @@ def take_weights(
     adapt: Mapping[str, Adapt] | None = None,
     frozen: bool = False,
     read: bool = True,
+    planned: Planned | None = None,
 ) -> WarmStart:
     """`common_jax.weights.take` with the allowances in config.sources and the families' functions
     for reshaping parameters.
@@ -46,6 +46,7 @@ def take_weights(
       shapes: shapes and shardings of the parameters, by role.
       origins: where each part of the parameters comes from.
       leave, fresh, read: see `common_jax.weights.take`.
+      planned: the same; if given, nothing is read.
       adapt: further functions for reshaping parameters.
       frozen: whether the parameters stay frozen.
 
@@ -56,8 +57,10 @@ def take_weights(
     sources = config.sources
     if frozen:
         refuse_fresh(config, traverse_util.flatten_dict(shapes, sep="/"))
+    # Planned sources will be made with this config's sections.
+    existing = [origin for origin in origins if str(origin.source) not in (planned or {})]
     # Each source once, though a run of several modules has an origin for every stage.
-    for source in dict.fromkeys(str(origin.source) for origin in origins):
+    for source in dict.fromkeys(str(origin.source) for origin in existing):
         compare_images(config, source, frozen=frozen)
         if frozen:
             checkpoint.warn_if_unfinished(source)
@@ -72,8 +75,9 @@ def take_weights(
         section = getattr(config, SECTIONS[role])
         ways |= {f"{role}/{regex}": way for regex, way in family_of(section).adapt(section).items()}
     # Strict, unlike most loading in the original, which ignores missing and unknown names.
-    start = take(shapes, origins, leave=leave, fresh=fresh, adapt=ways, read=read)
-    compare_sections(config, origins, frozen=frozen)
+    read = read and planned is None
+    start = take(shapes, origins, leave=leave, fresh=fresh, adapt=ways, read=read, planned=planned)
+    compare_sections(config, existing, frozen=frozen)
     return start
 
 
@@ -187,14 +191,6 @@ def same_numbers(a: Sequence[float], b: Sequence[float]) -> bool:
     """True if two means or stds are the same up to rounding. A different number of channels counts
     as equal here, because the shapes of the weights reveal it anyway."""
     return len(a) != len(b) or bool(np.allclose(a, b, rtol=0, atol=1e-4))
-
-
-def check_source(config: Config, role: str, mesh: Mesh) -> None:
-    """Checks that config.sources.ROLE, with `role` "meta" or "teacher", holds that network; reads
-    no arrays. Raises like `take_weights`."""
-    shapes = parameter_shapes(config, whole_network(config, role), role, mesh)
-    origin = Origin(require_source(config, role), role, role)
-    take_weights(config, shapes, [origin], read=False, frozen=True)
 
 
 def require_source(config: Config, name: str) -> str:
