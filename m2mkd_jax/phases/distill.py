@@ -21,7 +21,7 @@ from m2mkd_jax.phases.objective import Outputs
 from m2mkd_jax.phases.phase import FileKind, Phase, Training, WeightSource, config_feed
 from m2mkd_jax.phases.sources.teachers import ACCOUNT, check_classes, load_teachers, module_teachers
 from m2mkd_jax.phases.sources.weights import require_source, take_weights
-from m2mkd_jax.phases.training import check_fresh, train_phase
+from m2mkd_jax.phases.training import train_phase
 from m2mkd_jax.stages import module_name, stage_name
 
 
@@ -91,7 +91,7 @@ def describe(config: Config, mesh: Mesh) -> Training:
             for stage in stages
         }
 
-    training = Training(
+    return Training(
         PHASE,
         config,
         init=lambda key: {"student": students.init(key, only=stages)},
@@ -100,8 +100,6 @@ def describe(config: Config, mesh: Mesh) -> Training:
         helpers=parameter_shapes(config, meta, "meta", mesh) | teachers.shapes(mesh),
         distill=config.distill,
     )
-    check_fresh(training)
-    return training
 
 
 PHASE = Phase(

@@ -26,8 +26,8 @@ from m2mkd_jax.data.subsets import Subset
 from m2mkd_jax.evaluators import show
 from m2mkd_jax.families import family_of
 from m2mkd_jax.phases.phase import Phase, Splits, Training, WeightSource
-from m2mkd_jax.phases.sources.weights import require_source, take_weights
-from m2mkd_jax.phases.training import check_fresh, check_training, train_phase, whole_training
+from m2mkd_jax.phases.sources.weights import refuse_fresh, require_source, take_weights
+from m2mkd_jax.phases.training import check_training, train_phase, whole_training
 
 CONFIDENCE = 0.95
 INTERVAL = "_ci95"  # suffix of a metric's half-width of the confidence interval
@@ -128,11 +128,9 @@ def describe(config: Config, mesh: Mesh) -> Training:
     mesh and episode."""
     data = dataclasses.replace(config.data, labels=config.few_shot.ways)
     episode = dataclasses.replace(config, data=data)
-    training = dataclasses.replace(
+    return dataclasses.replace(
         whole_training(PHASE, episode), trainable=family_of(episode.model).head(episode.model)
     )
-    check_fresh(training)
-    return training
 
 
 def first_feed(training: Training, workdir: epath.Path, splits: Splits) -> Feed:
@@ -183,6 +181,7 @@ def _take_network(
 ) -> WarmStart:
     """Initial parameters of an episode: config.sources.network with a new head; with `planned`,
     only checks that they fit."""
+    refuse_fresh(config, shapes, trained=training.trainable)
     origin = Origin(require_source(config, "network"), "student", "student")
     reason = f"a head of config.few_shot.ways={config.few_shot.ways} labels"
     # What is trained is also what starts from scratch.

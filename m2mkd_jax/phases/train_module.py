@@ -24,8 +24,13 @@ from m2mkd_jax.phases.networks import (
 from m2mkd_jax.phases.objective import Outputs
 from m2mkd_jax.phases.phase import FileKind, Phase, Training, WeightSource, config_feed
 from m2mkd_jax.phases.sources.teachers import check_classes, read_teacher
-from m2mkd_jax.phases.sources.weights import compare_images, require_source, take_weights
-from m2mkd_jax.phases.training import check_fresh, train_phase
+from m2mkd_jax.phases.sources.weights import (
+    compare_images,
+    refuse_fresh,
+    require_source,
+    take_weights,
+)
+from m2mkd_jax.phases.training import train_phase
 from m2mkd_jax.stages import module_name, stage_name
 
 
@@ -81,18 +86,22 @@ def describe(config: Config, mesh: Mesh) -> Training:
         )
         return {module_name(stage): Outputs(logits[stage], None, {}) for stage in stages}
 
-    training = Training(
+    return Training(
         PHASE,
         config,
         # From random weights, as in the original, not from the meta stage that a module replaces.
         init=lambda key: {"module": teacher.init(key, only=stages)},
         rules=family.rules,
         forward=forward,
-        trainable=f"{family.stitches}|{family.head(config.teacher)}" if joins else ".*",
+        trainable=_trained(config) if joins else ".*",
         helpers=parameter_shapes(config, meta, "meta", mesh, only=others),
     )
-    check_fresh(training)
-    return training
+
+
+def _trained(config: Config) -> str:
+    """A regex of what is trained of the modules of config.init.teacher."""
+    family = family_of_role(config, "module")
+    return f"{family.stitches}|{family.head(config.teacher)}"
 
 
 def _take_meta(training: Training, *, planned: Planned | None = None) -> WarmStart:
@@ -115,6 +124,7 @@ def _join(
 ) -> WarmStart:
     """Loads the modules from config.init.teacher; raises ValueError if config.teacher describes a
     different network."""
+    refuse_fresh(config, shapes, trained=_trained(config))
     found = read_teacher(config, "config.init.teacher", config.init.teacher)
     # Only for its error, if the run holds single modules.
     found.whole()

@@ -3,13 +3,10 @@
 import dataclasses
 import functools
 import itertools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 from etils import epath
-from flax import traverse_util
 from jax.sharding import Mesh
 
 from common_jax import checkpoint, loop
@@ -23,7 +20,6 @@ from m2mkd_jax.evaluators import EVALUATORS
 from m2mkd_jax.phases.networks import family_of_role, whole_network
 from m2mkd_jax.phases.objective import make_sums, whole_forward
 from m2mkd_jax.phases.phase import Phase, Training, config_feed
-from m2mkd_jax.phases.sources.weights import refuse_fresh
 from m2mkd_jax.stages import module_name
 
 CLASSES = "classes.json"  # a run's class names by label
@@ -48,18 +44,6 @@ def whole_training(phase: Phase, config: Config) -> Training:
         rules=family_of_role(config, role).rules,
         forward=whole_forward(network, role),
     )
-
-
-def check_fresh(training: Training) -> None:
-    """Like `refuse_fresh`, for a phase that loads all that it does not train. Reads no source, as
-    those of a pipeline do not exist yet."""
-    config = training.config
-    if config.sources.fresh:
-        params = traverse_util.flatten_dict(
-            jax.eval_shape(training.init, jax.random.key(0)), sep="/"
-        )
-        fixed = [path for path in params if not re.fullmatch(training.trainable, path)]
-        refuse_fresh(config, [*fixed, *traverse_util.flatten_dict(training.helpers, sep="/")])
 
 
 def train_phase(

@@ -18,6 +18,7 @@ from common_jax.config import unfreeze
 from common_jax.mesh import match_rules, with_shardings
 from common_jax.weights import Origin
 from m2mkd_jax.config import DistillConfig, FewShotConfig, InitConfig, SourcesConfig
+from m2mkd_jax.phases import PHASES
 from m2mkd_jax.phases.networks import (
     meta_network,
     parameter_shapes,
@@ -258,9 +259,10 @@ def test_fresh_and_leave_are_recorded_in_the_account(held):
 def test_fresh_must_not_match_what_stays_frozen(phase, joined, fresh, fixed):
     """Known without reading a source."""
     config = dataclasses.replace(tiny_config(phase), init=InitConfig(teacher=joined))
-    config = dataclasses.replace(config, sources=SourcesConfig(fresh=fresh))
+    sources = SourcesConfig(fresh=fresh, meta="/made", teacher="/made", network="/made")
+    training = describe(dataclasses.replace(config, sources=sources), MESH)
     with pytest.raises(ValueError, match=rf"fresh='.*' matches {fixed}.*'{phase}' does not train"):
-        describe(config, MESH)
+        PHASES[phase].fit(training, {"/made": training.helpers})
 
 
 @pytest.mark.parametrize(("phase", "joined"), [("train_module", "/there"), ("few_shot", "")])

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,7 @@ def take_weights(
     """
     sources = config.sources
     if frozen:
-        refuse_fresh(config, traverse_util.flatten_dict(shapes, sep="/"))
+        refuse_fresh(config, shapes)
     # Planned sources will be made with this config's sections.
     existing = [origin for origin in origins if str(origin.source) not in (planned or {})]
     # Each source once, though a run of several modules has an origin for every stage.
@@ -81,11 +81,19 @@ def take_weights(
     return start
 
 
-def refuse_fresh(config: Config, paths: Iterable[str]) -> None:
-    """Raises ValueError if config.sources.fresh matches one of the `paths`, of parameters that the
-    phase loads but does not train."""
-    regex = config.sources.fresh
-    if found := sorted(path for path in paths if regex and re.fullmatch(regex, path)):
+def refuse_fresh(config: Config, shapes: Mapping[str, Any], *, trained: str = "") -> None:
+    """Raises ValueError if config.sources.fresh matches a parameter that the phase loads but does
+    not train.
+
+    Args:
+      config: the run's config.
+      shapes: the parameters that it loads, a nested dict.
+      trained: regex of the paths of those that it trains.
+    """
+    regex, paths = config.sources.fresh, sorted(traverse_util.flatten_dict(shapes, sep="/"))
+    fixed = (path for path in paths if not re.fullmatch(trained, path))
+    found = [path for path in fixed if regex and re.fullmatch(regex, path)]
+    if found:
         raise ValueError(
             f"config.sources.fresh={regex!r} matches {found[0]}, but phase={config.phase!r} "
             "does not train it: it would keep its random initial value. Give a source that has it, "
