@@ -8,11 +8,13 @@ the run stops at a step that all of them agree on.
 
 import glob
 import importlib.util
+import json
 import logging
 import os
 import sys
 import zlib
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -156,6 +158,40 @@ def any_process(flag: bool) -> bool:
 def barrier(name: str) -> None:
     """Waits until all processes are here; `name` is for the message if they are not."""
     multihost_utils.sync_global_devices(name)
+
+
+def send(value: Any, *, source: int = 0) -> Any:
+    """The value of process `source`, in all processes, as it is read from JSON. All processes must
+    call this at the same point; the values of the others are not used."""
+    mine = jax.process_index() == source
+    text = json.dumps(value).encode() if mine else b""
+    if jax.process_count() > 1:
+        # A power of two, since the exchange is compiled for every size; JSON may end in spaces.
+        size = 1 << (int(largest(max(len(text), 64))[0]) - 1).bit_length()
+        content = np.frombuffer(text.ljust(size), np.uint8)
+        text = multihost_utils.broadcast_one_to_all(content, is_source=mine).tobytes()
+    return json.loads(text)
+
+
+def decide(choose: Callable[[], Any]) -> Any:
+    """Process 0 calls `choose`, and all processes return its value, as it is read from JSON. All
+    processes must call this at the same point.
+
+    Use it for choices that depend on files which process 0 may have just written. The others may
+    not see them yet, even after a barrier: clients of network storage cache folders for up to a
+    minute.
+
+    Raises:
+      Exception: what `choose` raises, in process 0; a ValueError in the others.
+    """
+    value = failure = None
+    if jax.process_index() == 0:
+        try:
+            value = choose()
+        except Exception as error:
+            failure = error
+    raise_everywhere(failure, ValueError("process 0 has stopped the run, and says why"))
+    return send(value)
 
 
 def require_same(what: str, *parts: bytes | memoryview | str) -> None:

@@ -91,7 +91,7 @@ def take(
     account = {"taken": [], "adapted": [], "left": [], "fresh": []}
     requests, problems, covered, known = [], [], set(), set(flat)
     for origin in origins:
-        request = _Request(origin, checkpoint.find_step(origin.source))
+        request = _Request(origin, checkpoint.common_step(origin.source))
         for name, shape in _below(request.step, origin.subtree).items():
             path = f"{origin.target}/{origin.renamed.get(name, name)}"
             known.add(path)
