@@ -85,6 +85,13 @@ def _run(
         # Not hosts.leave: the other processes stop too, and this one waits for them.
         if status := signals.status():
             sys.exit(status)
+    except hosts.Disagreement as error:
+        if "debug" in values and values["debug"].value:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        # Not hosts.leave either: one that ended at once could take the others down before they have
+        # printed the error and set their status.
+        sys.exit(2)
     except USER_ERRORS as error:
         if "debug" in values and values["debug"].value:
             raise

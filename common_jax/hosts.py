@@ -25,6 +25,11 @@ from common_jax import signals
 # Seconds without a heartbeat after which a process counts as dead and all others stop.
 HEARTBEAT = 30
 
+
+class Disagreement(ValueError):
+    """The processes of a run do not fit each other. Raised in all of them, which end together."""
+
+
 _polls = 0  # calls of `check` so far; the same in every process at the same point
 _stopping = False  # once true, it stays true
 
@@ -160,6 +165,14 @@ def barrier(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
+def first_with(flag: bool) -> int | None:
+    """The index of the first process whose `flag` is true; None if there is none. All processes
+    must call this at the same point."""
+    count = jax.process_count()
+    nearest = int(largest(count - jax.process_index() if flag else 0)[0])
+    return count - nearest if nearest else None
+
+
 def send(value: Any, *, source: int = 0) -> Any:
     """The value of process `source`, in all processes, as it is read from JSON. All processes must
     call this at the same point; the values of the others are not used."""
@@ -195,7 +208,7 @@ def decide(choose: Callable[[], Any]) -> Any:
 
 
 def require_same(what: str, *parts: bytes | memoryview | str) -> None:
-    """Raises ValueError in all processes unless the bytes of `parts` are the same in all of them.
+    """Raises Disagreement in all processes unless the bytes of `parts` are the same in all of them.
     All processes must call this at the same point.
 
     Args:
@@ -209,7 +222,7 @@ def require_same(what: str, *parts: bytes | memoryview | str) -> None:
         own = zlib.crc32(part.encode() if isinstance(part, str) else part, own)
     highest, lowest = largest(own, -own) * (1, -1)
     if highest != lowest:
-        raise ValueError(
+        raise Disagreement(
             f"{what} is not the same on all hosts (process {jax.process_index()} has checksum "
             f"{own:08x}): copy the same files to all of them, or share one folder"
         )
