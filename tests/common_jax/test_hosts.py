@@ -88,6 +88,16 @@ def test_one_and_two_processes_agree_and_resume_each_other(undisturbed, tmp_path
     assert_same_numbers(workdir, undisturbed, tolerance=1e-5)
 
 
+def test_processes_with_different_flags_end_together(tmp_path):
+    workdir = tmp_path / "run"
+    with pair(workdir, second=("--config.optim.lr=0.5", "--config.data.workers=1")) as processes:
+        assert [one.end() for one in processes] == [2, 2]
+        for one in processes:
+            assert "process 0 -> process 1):\n  config.optim.lr: " in one.output()
+            assert " -> 0.5\ngive all processes the same" in one.output()
+    assert not workdir.exists()
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
