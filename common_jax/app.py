@@ -14,7 +14,7 @@ from etils import epath
 
 from common_jax import command_line, hosts, signals
 from common_jax.optim import REPLACED_BY
-from common_jax.workdir import check_output
+from common_jax.workdir import check_output, require_same_start
 
 Main = Callable[[ml_collections.ConfigDict, epath.Path], None]
 USER_ERRORS = command_line.USER_ERRORS
@@ -42,7 +42,8 @@ def run(
         accepts any.
       reads: sections and fields that each kind of run reads; setting another one logs a warning.
 
-    If several processes form one run, they are connected first, see `common_jax.hosts.start`. A
+    If several processes form one run, they are connected first, see `common_jax.hosts.start`, and
+    their configs and code are compared, see `common_jax.workdir.require_same_start`. A
     signal to any of them makes all save and exit, with status 0 after SIGTERM, 130 after Ctrl-C and
     129 after SIGHUP (see `common_jax.signals`).
     """
@@ -78,6 +79,9 @@ def _run(
             _warn_of_unread(paths, system.field, config[system.field], reads)
         _warn_of_replaced(paths, config)
         hosts.start(**{name: values[name].value for name in command_line.HOST_FLAGS})
+        if jax.distributed.is_initialized():
+            own = () if system is None else (system.package,)
+            require_same_start(config, packages=("common_jax", *own))
         main(config, workdir)
     except signals.Stopped:
         if not jax.distributed.is_initialized() or jax.process_index() == 0:
@@ -85,6 +89,13 @@ def _run(
         # Not hosts.leave: the other processes stop too, and this one waits for them.
         if status := signals.status():
             sys.exit(status)
+    except hosts.Disagreement as error:
+        if "debug" in values and values["debug"].value:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        # Not hosts.leave either: one that ended at once could take the others down before they have
+        # printed the error and set their status.
+        sys.exit(2)
     except USER_ERRORS as error:
         if "debug" in values and values["debug"].value:
             raise

@@ -8,11 +8,13 @@ the run stops at a step that all of them agree on.
 
 import glob
 import importlib.util
+import json
 import logging
 import os
 import sys
 import zlib
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -22,6 +24,11 @@ from common_jax import signals
 
 # Seconds without a heartbeat after which a process counts as dead and all others stop.
 HEARTBEAT = 30
+
+
+class Disagreement(ValueError):
+    """The processes of a run do not fit each other. Raised in all of them, which end together."""
+
 
 _polls = 0  # calls of `check` so far; the same in every process at the same point
 _stopping = False  # once true, it stays true
@@ -158,8 +165,50 @@ def barrier(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
+def first_with(flag: bool) -> int | None:
+    """The index of the first process whose `flag` is true; None if there is none. All processes
+    must call this at the same point."""
+    count = jax.process_count()
+    nearest = int(largest(count - jax.process_index() if flag else 0)[0])
+    return count - nearest if nearest else None
+
+
+def send(value: Any, *, source: int = 0) -> Any:
+    """The value of process `source`, in all processes, as it is read from JSON. All processes must
+    call this at the same point; the values of the others are not used."""
+    mine = jax.process_index() == source
+    text = json.dumps(value).encode() if mine else b""
+    if jax.process_count() > 1:
+        # A power of two, since the exchange is compiled for every size; JSON may end in spaces.
+        size = 1 << (int(largest(max(len(text), 64))[0]) - 1).bit_length()
+        content = np.frombuffer(text.ljust(size), np.uint8)
+        text = multihost_utils.broadcast_one_to_all(content, is_source=mine).tobytes()
+    return json.loads(text)
+
+
+def decide(choose: Callable[[], Any]) -> Any:
+    """Process 0 calls `choose`, and all processes return its value, as it is read from JSON. All
+    processes must call this at the same point.
+
+    Use it for choices that depend on files which process 0 may have just written. The others may
+    not see them yet, even after a barrier: clients of network storage cache folders for up to a
+    minute.
+
+    Raises:
+      Exception: what `choose` raises, in process 0; a ValueError in the others.
+    """
+    value = failure = None
+    if jax.process_index() == 0:
+        try:
+            value = choose()
+        except Exception as error:
+            failure = error
+    raise_everywhere(failure, ValueError("process 0 has stopped the run, and says why"))
+    return send(value)
+
+
 def require_same(what: str, *parts: bytes | memoryview | str) -> None:
-    """Raises ValueError in all processes unless the bytes of `parts` are the same in all of them.
+    """Raises Disagreement in all processes unless the bytes of `parts` are the same in all of them.
     All processes must call this at the same point.
 
     Args:
@@ -173,7 +222,7 @@ def require_same(what: str, *parts: bytes | memoryview | str) -> None:
         own = zlib.crc32(part.encode() if isinstance(part, str) else part, own)
     highest, lowest = largest(own, -own) * (1, -1)
     if highest != lowest:
-        raise ValueError(
+        raise Disagreement(
             f"{what} is not the same on all hosts (process {jax.process_index()} has checksum "
             f"{own:08x}): copy the same files to all of them, or share one folder"
         )

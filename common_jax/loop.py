@@ -1,7 +1,7 @@
 """The train loop, shared by every run. A `Task` defines the model, the data and the loss."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -243,11 +243,10 @@ def _train(
         # evaluation, catch up on it now. A checkpoint that was saved before its evaluation has no
         # score, so the scores are read back from the log.
         # ------------------------------------------------------------------------------------------
-        record = workdir / "metrics.jsonl"
-        lines = read_metrics(record) if record.exists() else []
-        compare_data(due, optim, workdir, lines, start=start)
-        evaluations = _evaluations(task, lines)
-        if start and due.evaluation(start) and not hosts.any_process(start in evaluations):
+        last, lines = hosts.decide(lambda: _past(task, workdir / "metrics.jsonl"))
+        compare_data(due, optim, workdir, last, start=start)
+        evaluations = {line["step"]: line for line in lines}
+        if start and due.evaluation(start) and start not in evaluations:
             evaluations[start] = evaluation = _evaluate(task, state, log, due)
         for step, values in evaluations.items():
             if due.checkpoint(step):
@@ -377,10 +376,11 @@ def _write_account(task: Task, workdir: epath.Path, warm: WarmStart | None) -> N
         write_json(workdir / "warm_start.json", warm.account)
 
 
-def _evaluations(task: Task, lines: Iterable[dict[str, float]]) -> dict[int, dict[str, float]]:
-    """The evaluations in the log, by step; empty in processes that do not see process 0's disk."""
+def _past(task: Task, record: epath.Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The last line of the log, if there is one, and those with evaluations."""
     prefixes = tuple(f"{name}/" for name in task.evaluators)
-    return {line["step"]: line for line in lines if any(name.startswith(prefixes) for name in line)}
+    lines = read_metrics(record) if record.exists() else []
+    return lines[-1:], [line for line in lines if any(name.startswith(prefixes) for name in line)]
 
 
 def _evaluate(task: Task, state: TrainState, log: Log, due: Due) -> dict[str, float]:

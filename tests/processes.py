@@ -94,16 +94,24 @@ def start(
 
 @contextlib.contextmanager
 def pair(
-    workdir: pathlib.Path, *more: str, run: tuple[str, ...] = DIGITS, devices: int = 4
+    workdir: pathlib.Path,
+    *more: str,
+    run: tuple[str, ...] = DIGITS,
+    devices: int = 4,
+    second: tuple[str, ...] = (),
 ) -> Iterator[list[Started]]:
-    """Starts a run in two processes; kills those that are left at the end of the block."""
+    """Starts a run in two processes, the second one with more flags; kills those that are left at
+    the end of the block."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     started = [
         _start(
             workdir,
-            (*run, *more, f"--coordinator={address}", "--processes=2", f"--process={process}"),
+            (
+                *(*run, *more, *(second if process else ())),
+                *(f"--coordinator={address}", "--processes=2", f"--process={process}"),
+            ),
             devices,
             log=workdir.with_suffix(f".{process}.log"),
         )

@@ -17,7 +17,7 @@ from cliptrans_jax.runs.run_tokenizer import TOKENIZER
 from cliptrans_jax.runs.translation import best_step
 from cliptrans_jax.stages import PIPELINE, STAGES, Trains, trains
 from cliptrans_jax.translators.table import TRANSLATORS
-from common_jax import checkpoint
+from common_jax import checkpoint, hosts
 from common_jax.command_line import change_config, check_system
 from common_jax.mesh import MeshConfig
 from common_jax.workdir import freeze_stored, read_json
@@ -83,7 +83,7 @@ def find(
       ValueError: for a run of another stage or of the other system, or a field that cannot be set.
     """
     folder = _last_run(checkpoint.absolute(source), stages)
-    step = checkpoint.find_step(folder)
+    step = checkpoint.common_step(folder)
     saved = checkpoint.load_config(step)
     check_system(saved, SYSTEM, str(source))
     config = freeze_stored(Config, saved, step)
@@ -103,12 +103,17 @@ def find(
 
 
 def _last_run(folder: epath.Path, stages: Collection[str]) -> epath.Path:
-    """The folder of a pipeline's last run if `folder` is a pipeline's, else `folder`."""
-    path = folder / "config.json"
-    if not path.exists() or read_json(path).get("stage") != PIPELINE:
-        return folder
-    runs = [folder / name for name in STAGES if name in stages]
-    return next((run for run in reversed(runs) if (run / checkpoint.FOLDER).exists()), folder)
+    """The folder of a pipeline's last run if `folder` is a pipeline's, else `folder`. Process 0
+    chooses for all processes, which must call this together."""
+
+    def choose() -> str:
+        path = folder / "config.json"
+        if not path.exists() or read_json(path).get("stage") != PIPELINE:
+            return ""
+        runs = reversed([name for name in STAGES if name in stages])
+        return next((name for name in runs if (folder / name / checkpoint.FOLDER).exists()), "")
+
+    return folder / hosts.decide(choose)
 
 
 def text_tower(run: Finished, mesh: Mesh) -> TextTower:

@@ -13,6 +13,7 @@ from cliptrans_jax.config import Config, Recipe
 from cliptrans_jax.runs import contrastive, translation
 from cliptrans_jax.runs.evaluate import evaluate
 from cliptrans_jax.stages import EVALUATE, PIPELINE, STAGES, Trains
+from common_jax import hosts
 from common_jax.config import in_recipe, under
 from common_jax.nn.dense import matmul_precision
 from common_jax.workdir import claim, refuse_other_config
@@ -48,13 +49,16 @@ def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, A
 
 
 def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
-    """Checks data, recipes and networks of every unfinished stage; writes nothing.
+    """Checks data, recipes and networks of every unfinished stage; writes nothing. All processes
+    must call this together.
 
     Raises:
       FileNotFoundError, ValueError: as the runs.
     """
-    for folder, one in plan(config, workdir):
-        if (workdir / folder / "result.json").exists():
+    runs = plan(config, workdir)
+    finished = hosts.decide(lambda: [(workdir / name / "result.json").exists() for name, _ in runs])
+    for (folder, one), done in zip(runs, finished, strict=True):
+        if done:
             continue
         check = MODULES[STAGES[one.stage].trains].check
         with in_recipe(Recipe, one.stage):

@@ -55,14 +55,15 @@ def run(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     Returns:
       The result of `common_jax.loop.train`, with the scores of the test split under "test".
     """
-    done = workdir / SCORES
     # An interruption while the test split is translated leaves a result without scores.
-    result = read_result(workdir, user_config, phase=user_config.stage)
+    result, scores = read_result(workdir, user_config, phase=user_config.stage), None
     if result is not None:
         _refuse_other_best(workdir, user_config.run.best)
-    if result is not None and done.exists():
+        path = workdir / SCORES
+        scores = hosts.decide(lambda: read_json(path) if path.exists() else None)
+    if result is not None and scores is not None:
         logging.info("%s is already finished: %s", user_config.stage, workdir)
-        return result | {"test": read_json(done)}
+        return result | {"test": scores}
     # Checkpoints store `user_config`, since parity must not be applied twice.
     config = user_config.apply_parity()
     data = RunData(config, workdir, mesh)
@@ -293,8 +294,14 @@ def best_step(workdir: epath.Path, run: RunConfig) -> epath.Path:
 
     Leaves out checkpoints of an interruption or of run.checkpoint_minutes: their timing depends on
     the machine, and the result must not. It is the newest if `run.best` is None or, with a warning,
-    if no finite value is on record.
+    if no finite value is on record. Process 0 chooses for all processes, which must call this
+    together.
     """
+    folder = checkpoint.absolute(workdir) / checkpoint.FOLDER
+    return folder / hosts.decide(lambda: _choose_step(workdir, run).name)
+
+
+def _choose_step(workdir: epath.Path, run: RunConfig) -> epath.Path:
     metric = run.best
     if metric is None:
         return checkpoint.find_step(workdir)

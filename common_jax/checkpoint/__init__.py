@@ -10,6 +10,7 @@ from common_jax.checkpoint.reading import (
     AVERAGE,
     absolute,
     check_source,
+    common_step,
     find_step,
     load,
     load_config,

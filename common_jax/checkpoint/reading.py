@@ -11,6 +11,7 @@ from etils import epath
 from flax import traverse_util
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from common_jax import hosts
 from common_jax.checkpoint.belonging import FOLDER, own_steps, step_of
 from common_jax.checkpoint.contents import JSON
 from common_jax.mesh import Rules, match_rules, replicated, with_shardings
@@ -31,7 +32,8 @@ def load(
 ) -> Any:
     """Loads a checkpoint's parameters, or those below `subtree`, without the trainer's state.
 
-    Reads only the parameters that it returns. Any mesh may have written them.
+    Reads only the parameters that it returns. Any mesh may have written them. If several processes
+    form one run, all of them must call this together, and load the same step.
 
     Args:
       source: a run's workdir (for its newest finished checkpoint), its `checkpoints` folder, or one
@@ -50,7 +52,7 @@ def load(
       ValueError: if all checkpoints contradict the run whose folder they are in.
       KeyError: if the checkpoint lacks `subtree`, naming the subtrees that it has.
     """
-    step, subtree = find_step(source), subtree.rstrip("/")
+    step, subtree = common_step(source), subtree.rstrip("/")
     shapes = _shapes(step)
     selection = {
         path: shape
@@ -154,6 +156,13 @@ def find_step(source: epath.PathLike) -> epath.Path:
     raise FileNotFoundError(
         f"{source} {problem}; give a run's workdir, its {FOLDER} folder, or a step in it"
     )
+
+
+def common_step(source: epath.PathLike) -> epath.Path:
+    """Returns `find_step` of process 0 in all processes, which must call this together: the newest
+    step of a run that has just ended, or is still training, may not be the same for all of them."""
+    folder = absolute(source)
+    return folder / hosts.decide(lambda: str(find_step(folder).relative_to(folder)))
 
 
 def absolute(path: epath.PathLike) -> epath.Path:

@@ -99,7 +99,7 @@ def take(
         if (made := (planned or {}).get(str(origin.source))) is not None:
             request = _Request(origin, epath.Path(origin.source))
         else:
-            request = _Request(origin, checkpoint.find_step(origin.source))
+            request = _Request(origin, checkpoint.common_step(origin.source))
             made = checkpoint.load_shapes(request.step)
         for name, shape in _below(made, origin.subtree, request.step).items():
             path = f"{origin.target}/{origin.renamed.get(name, name)}"

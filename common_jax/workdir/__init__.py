@@ -1,5 +1,6 @@
 """A run's folder: its lock, JSON files, config and identity, and the paths that a config names."""
 
+from common_jax.workdir.agreement import require_same_start
 from common_jax.workdir.arrays import read_arrays, write_arrays
 from common_jax.workdir.claim import (
     claim,

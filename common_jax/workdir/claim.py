@@ -62,7 +62,7 @@ def refuse_other_config(workdir: epath.PathLike, config: Any, *, apart: str = ""
     elif lines:
         raise ValueError(
             f"{workdir} holds a run of another config:\n  "
-            + "\n  ".join(_shorten(lines))
+            + "\n  ".join(shorten_lines(lines))
             + "\ngive another --workdir, or the flags that make these fields equal"
         )
 
@@ -155,7 +155,7 @@ def _moved(
     }
 
 
-def _shorten(lines: list[str]) -> list[str]:
+def shorten_lines(lines: list[str]) -> list[str]:
     # Fields that both have come first: if a section is of another kind, all others are absent.
     ordered = sorted(lines, key=lambda line: "'(absent)'" in line)
     short = [line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}..." for line in ordered]

@@ -30,6 +30,9 @@ NAME = "run.lock"
 BEAT = 10.0  # seconds between two touches
 STALE = 90.0  # seconds without a touch after which a lock is stale
 LOOK = 1.0  # seconds between two checks of a lock whose holder cannot be looked up
+# Seconds after which the processes of a run must see its lock: NFS clients cache the entries of a
+# folder for up to 60 by default.
+SIGHT = 90.0
 
 # This process's locks by the workdir's absolute path; None in a bucket, and if the first of several
 # processes holds the lock for this one.
@@ -96,6 +99,8 @@ def hold(workdir: epath.PathLike) -> Iterator[None]:
 
     Raises:
       Locked: if another process holds it, naming host, process and time; in all processes.
+      hosts.Disagreement: if one of several processes does not see the lock, since the workdir is
+        not on storage that all of them share; in all processes.
     """
     path, lock = _key(workdir), None
     if path in _locks:
@@ -115,7 +120,7 @@ def hold(workdir: epath.PathLike) -> Iterator[None]:
 
 def _acquire(path: str) -> "_Lock | None":
     """Returns the lock of a workdir; None in a bucket, and in all but the first of several
-    processes. Raises Locked in all of them if another process holds it."""
+    processes. Raises in all of them, as `hold`."""
     lock = refusal = None
     several = jax.distributed.is_initialized()  # process_count() would start the devices
     if not several or jax.process_index() == 0:
@@ -126,9 +131,51 @@ def _acquire(path: str) -> "_Lock | None":
     if several:
         elsewhere = Locked(f"{path} is in use by another run; process 0 says whose")
         hosts.raise_everywhere(refusal, elsewhere)
+        # What is below a workdir that is held, such as a run of a pipeline, is on the same storage.
+        if not any(path.startswith(f"{other}/") for other in _locks):
+            _require_shared(path, lock)
     if refusal is not None:
         raise refusal
     return lock
+
+
+def _require_shared(path: str, lock: "_Lock | None") -> None:
+    """Raises Disagreement in all processes, and releases the lock, unless all see the lock that the
+    first has written. One that could not be written, on a read-only disk, is not looked for."""
+    token = hosts.send("" if lock is None else lock.token)
+    blind = hosts.first_with(bool(token) and not _sees(path, token))
+    if blind is None:
+        return
+    if lock is not None:
+        lock.release()
+    here = socket.gethostname(), path
+    host, there = hosts.send(here, source=blind)
+    first, written = hosts.send(here)
+    raise hosts.Disagreement(
+        f"--workdir={there!r}: process {blind}, on {host}, does not see {NAME}, which process 0, "
+        f"on {first}, has written to {written!r}. All processes of a run save to one workdir, so "
+        "it must be on storage that all of them share, such as NFS or a bucket: give a --workdir "
+        "there"
+    )
+
+
+def _sees(path: str, token: str) -> bool:
+    """Whether the lock with this token is in the workdir, or appears there within SIGHT seconds."""
+    place, end, looks = pathlib.Path(path) / NAME, time.monotonic() + SIGHT, 0
+    while True:
+        with contextlib.suppress(OSError):
+            if (holder := _read(place)) is not None and holder.token == token:
+                return True
+        if time.monotonic() >= end:
+            return False
+        looks += 1
+        if looks == 2:
+            logging.warning(
+                "%s, which process 0 has written, cannot be seen here; waiting up to %.0f s for it",
+                place,
+                SIGHT,
+            )
+        time.sleep(LOOK)
 
 
 def require(workdir: epath.PathLike) -> None:
@@ -176,6 +223,11 @@ class _Lock:
             return lock
         threading.Thread(target=lock._beat, name="lock", daemon=True).start()
         return lock
+
+    @property
+    def token(self) -> str:
+        """What tells this lock from all others; "" if it could not be written."""
+        return "" if self._failure is not None else self._holder.token
 
     def require(self) -> None:
         if self._failure is not None:

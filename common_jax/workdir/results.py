@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from common_jax import hosts
 from common_jax.workdir.claim import FILE, refuse_other_config
 from common_jax.workdir.files import read_json, write_json
 
@@ -36,7 +37,8 @@ def write_result(
 def read_result(
     workdir: epath.PathLike, config: Any, *, phase: str, steps: int | None = None, apart: str = ""
 ) -> dict[str, Any] | None:
-    """Reads result.json; None if the run has none yet.
+    """Reads result.json; None if the run has none yet. Process 0 reads it for all processes, which
+    must call this together.
 
     Args:
       workdir, config, apart: see `refuse_other_config`.
@@ -47,6 +49,12 @@ def read_result(
       ValueError: if the workdir or the result belongs to another run, with the contradictions.
     """
     workdir = epath.Path(workdir)
+    return hosts.decide(lambda: _read(workdir, config, phase, steps, apart))
+
+
+def _read(
+    workdir: epath.Path, config: Any, phase: str, steps: int | None, apart: str
+) -> dict[str, Any] | None:
     refuse_other_config(workdir, config, apart=apart)
     path = workdir / RESULT
     if not path.exists():

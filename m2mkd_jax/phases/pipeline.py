@@ -10,6 +10,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
+from common_jax import hosts
 from common_jax.config import in_recipe, under
 from common_jax.nn.dense import matmul_precision
 from common_jax.workdir import claim, read_result, refuse_other_config
@@ -126,17 +127,16 @@ def result_folder() -> str:
 
 
 def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
-    """Checks data, recipes, networks and source weights of all unfinished runs; writes nothing.
+    """Checks data, recipes, networks and source weights of all unfinished runs; writes nothing. All
+    processes must call this together.
 
     Raises:
       FileNotFoundError, ValueError: like the runs themselves.
     """
-    unfinished = [
-        (folder, run)
-        for folder, run in plan(config, workdir)
-        # By existence alone: configs are compared when `run_pipeline` gets there.
-        if not (workdir / folder / "result.json").exists()
-    ]
+    runs = plan(config, workdir)
+    # By existence alone: configs are compared when `run_pipeline` gets there.
+    finished = hosts.decide(lambda: [(workdir / name / "result.json").exists() for name, _ in runs])
+    unfinished = [run for run, done in zip(runs, finished, strict=True) if not done]
     if not unfinished:
         return
     splits = load_splits(config)  # shared by all runs

@@ -1,6 +1,7 @@
 """The checkpoint used for translation and scoring: the best by its validation metric."""
 
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -11,6 +12,7 @@ from changed import changed
 from etils import epath
 from meshes import one_device
 from tiny_cliptrans import tiny_config, write_corpus, write_run
+from together import together
 
 from cliptrans_jax.runs import translation
 from cliptrans_jax.runs.finished import find
@@ -44,6 +46,20 @@ def test_best_checkpoint_is_the_earliest_with_the_highest_score(tmp_path):
     # The last step of a finished run counts whatever its epoch.
     (run / "result.json").write_text('{"steps": 6}')
     assert best_step(epath.Path(run), rarely).name == "6"
+
+
+def test_all_processes_use_the_checkpoint_that_the_first_chooses(tmp_path, monkeypatch):
+    """Process 1 does not see yet that the run has ended, so for it the last step is not due."""
+    monkeypatch.setattr(checkpoint, "own_steps", lambda folder: [4, 5])
+    lines = [{"step": 4, "epoch": 2, "val/bleu": 10.0}, {"step": 5, "epoch": 2.5, "val/bleu": 20.0}]
+    views = [epath.Path(tmp_path) / str(process) for process in range(2)]
+    for view in views:
+        view.mkdir()
+        (view / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (views[0] / "result.json").write_text('{"steps": 5}')
+    run = RunConfig(best="val/bleu")
+    found = together(monkeypatch, *(functools.partial(best_step, view, run) for view in views))
+    assert found == [view / "checkpoints" / "5" for view in views]
 
 
 @pytest.mark.parametrize(

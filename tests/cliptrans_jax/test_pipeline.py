@@ -1,10 +1,15 @@
 """The runs of a pipeline: their order, recipes, towers and initial weights."""
 
 import dataclasses
+from functools import partial
 
+from etils import epath
+from meshes import one_device
 from tiny_cliptrans import tiny_config
+from together import together
 
 from cliptrans_jax.config import Recipe, SourcesConfig
+from cliptrans_jax.runs import pipeline as pipelines
 from cliptrans_jax.runs.pipeline import plan
 from common_jax.optim import OptimConfig
 
@@ -54,3 +59,16 @@ def test_settings_of_one_stage_do_not_reach_others(tmp_path):
     runs = dict(plan(pipeline(all_languages=True, unfreeze_clip=True), tmp_path))
     assert [name for name, one in runs.items() if one.all_languages] == ["caption", "text_recon"]
     assert [name for name, one in runs.items() if one.unfreeze_clip] == ["translate"]
+
+
+def test_all_processes_check_the_same_runs_of_a_pipeline(tmp_path, monkeypatch):
+    """Checks exchange values, so one that checks a run which another skips would wait forever."""
+    monkeypatch.setattr(pipelines, "plan", lambda config, workdir: [("one", config)])
+    views = [epath.Path(tmp_path) / str(process) for process in range(2)]
+    (views[0] / "one").mkdir(parents=True)
+    (views[0] / "one" / "result.json").touch()  # process 1 does not see it yet
+    checks = (
+        partial(pipelines.check_pipeline, tiny_config("translate", None), view, one_device())
+        for view in views
+    )
+    assert together(monkeypatch, *checks) == [None, None]

@@ -1,6 +1,7 @@
 """Two processes as one run: the same numbers as in one process, and a common stop."""
 
 import contextlib
+import functools
 import json
 import shutil
 import signal
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from processes import finish_all, finish_pair, pair, says, start
+from together import together
 
 from common_jax import hosts, signals
 from common_jax.checkpoint import finished_steps
@@ -84,6 +86,16 @@ def test_one_and_two_processes_agree_and_resume_each_other(undisturbed, tmp_path
     assert 12 <= finished_steps(workdir / "checkpoints")[-1] < 22
     finish_pair(workdir, TWO_EPOCHS, devices=2)
     assert_same_numbers(workdir, undisturbed, tolerance=1e-5)
+
+
+def test_processes_with_different_flags_end_together(tmp_path):
+    workdir = tmp_path / "run"
+    with pair(workdir, second=("--config.optim.lr=0.5", "--config.data.workers=1")) as processes:
+        assert [one.end() for one in processes] == [2, 2]
+        for one in processes:
+            assert "process 0 -> process 1):\n  config.optim.lr: " in one.output()
+            assert " -> 0.5\ngive all processes the same" in one.output()
+    assert not workdir.exists()
 
 
 @pytest.mark.parametrize(
@@ -179,6 +191,34 @@ def test_largest_is_taken_across_processes(others):
 def test_single_process_gets_its_own_values():
     assert hosts.largest(True, 2**48 - 1).tolist() == [1.0, 2**48 - 1]
     assert not hosts.any_process(False)
+    assert hosts.send({"a": (1, None)}) == {"a": [1, None]}
+    assert hosts.decide(lambda: "a") == "a"
+
+
+@pytest.mark.parametrize("source", [0, 1])
+@pytest.mark.parametrize("value", [None, 0.1, "é" * 300, {"a": [1, {"b": True}]}])
+def test_value_of_one_process_reaches_all(value, source, monkeypatch):
+    given = ["other", "other"]
+    given[source] = value
+    sent = [functools.partial(hosts.send, one, source=source) for one in given]
+    assert together(monkeypatch, *sent) == [value, value]
+
+
+def test_first_process_decides_for_all(monkeypatch):
+    def unused():
+        raise AssertionError("only process 0 chooses")
+
+    found = together(monkeypatch, *(functools.partial(hosts.decide, x) for x in (list, unused)))
+    assert found == [[], []]
+
+    def fail():
+        raise OSError("no such file")
+
+    first, second = together(
+        monkeypatch, *(functools.partial(hosts.decide, x) for x in (fail, unused))
+    )
+    assert isinstance(first, OSError) and str(first) == "no such file"
+    assert isinstance(second, ValueError) and "process 0" in str(second)
 
 
 @pytest.mark.parametrize(("theirs", "same"), [("ab", True), ("ac", False)])

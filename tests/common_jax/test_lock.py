@@ -12,7 +12,9 @@ import threading
 import time
 
 import pytest
+from together import together
 
+from common_jax import hosts
 from common_jax.workdir import Locked, LockLost, hold, lock, require
 
 NAME = "run.lock"
@@ -244,3 +246,81 @@ def test_killed_takeover_does_not_keep_a_stale_lock_forever(workdir, monkeypatch
     found.require()
     found.release()
     assert list(workdir.iterdir()) == []
+
+
+@pytest.fixture
+def own_locks(monkeypatch):
+    """Gives each thread its own locks, as each process has."""
+
+    class Own(threading.local):
+        def __init__(self):
+            self.locks = {}
+
+        def __iter__(self):
+            return iter(self.locks)
+
+        def __setitem__(self, path, held):
+            self.locks[path] = held
+
+        def pop(self, path, default):
+            return self.locks.pop(path, default)
+
+    monkeypatch.setattr(lock, "_locks", Own())
+    monkeypatch.setattr(lock, "LOOK", 0.0)
+
+
+def entering(workdir):
+    """Holds a workdir and a run below it; returns whether the lock was there."""
+
+    def enter():
+        with hold(workdir), hold(workdir / "run"):
+            there = (workdir / NAME).exists()
+            hosts.barrier("all have looked")
+            return there
+
+    return enter
+
+
+def test_workdir_that_not_all_processes_share_is_refused(own_locks, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "SIGHT", 0.0)
+    first, second = tmp_path / "first", tmp_path / "second"
+    errors = together(monkeypatch, entering(first), entering(second))
+    assert [type(error) for error in errors] == [hosts.Disagreement] * 2
+    (text,) = {str(error) for error in errors}
+    assert text.startswith(f"--workdir='{second}': process 1, on ")
+    assert f"process 0, on {lock.socket.gethostname()}, has written to '{first}'" in text
+    assert "give a --workdir there" in text
+    assert not list(tmp_path.iterdir())  # nothing is left behind
+
+
+def test_lock_of_another_run_is_not_that_of_this_one(own_locks, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "SIGHT", 0.0)
+    (tmp_path / "second").mkdir()
+    left_by(tmp_path / "second")
+    views = (entering(tmp_path / name) for name in ("first", "second"))
+    errors = together(monkeypatch, *views)
+    assert [type(error) for error in errors] == [hosts.Disagreement] * 2
+
+
+def test_slow_storage_is_waited_for(own_locks, tmp_path, monkeypatch, caplog):
+    """The third process sees the lock at its third look."""
+    looks, read = threading.local(), lock._read
+
+    def slow(path):
+        looks.count = getattr(looks, "count", 0) + 1
+        return read(path) if lock.jax.process_index() < 2 or looks.count > 2 else None
+
+    monkeypatch.setattr(lock, "_read", slow)
+    assert together(monkeypatch, *[entering(tmp_path / "run")] * 3) == [True] * 3
+    assert caplog.text.count("cannot be seen here") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_lock_that_cannot_be_written_is_not_looked_for(own_locks, tmp_path, monkeypatch):
+    """A finished run may be on a read-only disk."""
+
+    def fail(self):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(lock._Lock, "_take", fail)
+    assert together(monkeypatch, *[entering(tmp_path)] * 2) == [False, False]

@@ -10,7 +10,9 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from etils import epath
 from meshes import one_device
+from together import together
 
 import m2mkd_jax
 from common_jax import checkpoint
@@ -18,6 +20,7 @@ from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.metrics import read_metrics
 from m2mkd_jax.config import DistillConfig, SourcesConfig
 from m2mkd_jax.moe.config import BalanceConfig, MoeConfig
+from m2mkd_jax.phases import pipeline
 from m2mkd_jax.phases.pipeline import run_phase
 
 RUNS = [
@@ -212,3 +215,13 @@ def test_recipe_errors_name_the_full_key(tmp_path):
     with pytest.raises(ValueError, match=said):
         run_phase(config, tmp_path / "run", one_device())
     assert not (tmp_path / "run").exists()
+
+
+def test_all_processes_check_the_same_runs_of_a_pipeline(tmp_path, monkeypatch):
+    """Checks exchange values, so one that checks a run which another skips would wait forever."""
+    monkeypatch.setattr(pipeline, "plan", lambda config, workdir: [("one", config)])
+    views = [epath.Path(tmp_path) / str(process) for process in range(2)]
+    (views[0] / "one").mkdir(parents=True)
+    (views[0] / "one" / "result.json").touch()  # process 1 does not see it yet
+    checks = (partial(pipeline.check_pipeline, None, view, one_device()) for view in views)
+    assert together(monkeypatch, *checks) == [None, None]
