@@ -6,6 +6,7 @@ same points, once per training step and once per evaluation batch, and get the s
 the run stops at a step that all of them agree on.
 """
 
+import contextlib
 import glob
 import importlib.util
 import logging
@@ -16,12 +17,15 @@ from typing import NoReturn
 
 import jax
 import numpy as np
+from jax._src import distributed  # its client has no public name
 from jax.experimental import multihost_utils
 
 from common_jax import signals
 
 # Seconds without a heartbeat after which a process counts as dead and all others stop.
 HEARTBEAT = 30
+# Seconds for which a process that has failed waits for others that fail too.
+LEAVING = 2
 
 _polls = 0  # calls of `check` so far; the same in every process at the same point
 _stopping = False  # once true, it stays true
@@ -158,6 +162,28 @@ def barrier(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
+def meet(name: str, seconds: float) -> None:
+    """Waits until all processes have called this with `name`, which no other meeting may have.
+    Unlike `barrier`, any thread may call it. Raises jax.errors.JaxRuntimeError after `seconds`."""
+    distributed.global_state.client.wait_at_barrier(name, int(seconds * 1000))
+
+
+def publish(name: str, text: str) -> None:
+    """Makes a text available to all processes, unless one has published under this name before. Any
+    thread may call it, at any time."""
+    try:
+        distributed.global_state.client.key_value_set(f"{name}/text", text)
+    except jax.errors.JaxRuntimeError as error:
+        if "ALREADY_EXISTS" not in str(error):
+            raise
+
+
+def published(name: str) -> str | None:
+    """The text that a process has published under this name; None if none has."""
+    found = distributed.global_state.client.key_value_dir_get(f"{name}/")
+    return found[0][1] if found else None
+
+
 def require_same(what: str, *parts: bytes | memoryview | str) -> None:
     """Raises ValueError in all processes unless the bytes of `parts` are the same in all of them.
     All processes must call this at the same point.
@@ -189,8 +215,12 @@ def raise_everywhere(failure: Exception | None, elsewhere: Exception) -> None:
 
 def leave(status: int) -> NoReturn:
     """Exits this process. If it is one of several and has failed, it exits without waiting for the
-    others, which would deadlock: they notice within HEARTBEAT seconds that it is gone."""
+    others, which would deadlock: they notice within HEARTBEAT seconds that it is gone. If all have
+    failed for the same reason, none exits before the others have printed theirs."""
     if jax.distributed.is_initialized() and status:
+        # jax aborts the others as soon as process 0 is gone.
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            meet("processes that failed", LEAVING)
         # A normal exit would run jax's shutdown, a barrier that all processes must reach.
         logging.shutdown()
         sys.stdout.flush()
