@@ -11,6 +11,7 @@ import glob
 import importlib.util
 import logging
 import os
+import re
 import sys
 import zlib
 from typing import NoReturn
@@ -26,6 +27,8 @@ from common_jax import signals
 HEARTBEAT = 30
 # Seconds for which a process that has failed waits for others that fail too.
 LEAVING = 2
+
+LOCAL_IDS = "JAX_LOCAL_DEVICE_IDS"  # numbers of this process's GPUs, where a user chooses them
 
 _polls = 0  # calls of `check` so far; the same in every process at the same point
 _stopping = False  # once true, it stays true
@@ -80,7 +83,11 @@ def start(
         return
     try:
         jax.distributed.initialize(
-            coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT
+            coordinator,
+            processes,
+            process,
+            local_device_ids=_device_ids(),
+            heartbeat_timeout_seconds=HEARTBEAT,
         )
     except RuntimeError as error:
         place = f"--coordinator={coordinator}" if explicit else f"the coordinator of {cluster()}"
@@ -95,6 +102,7 @@ def start(
         jax.local_device_count(),
         jax.device_count(),
     )
+    _warn_of_idle_gpus()
     if jax.process_index() > 0:  # process 0 logs for all; warnings and errors still show
         logging.getLogger().setLevel(logging.WARNING)
 
@@ -121,6 +129,62 @@ def cluster() -> str | None:
     if chips and importlib.util.find_spec("libtpu") and platforms in ("", "tpu"):
         return "TPU"
     return None
+
+
+def _device_ids() -> list[int] | None:
+    """jax's argument `local_device_ids`, which only concerns GPUs: [] for all that this process is
+    shown, None for jax's choice.
+
+    jax chooses one GPU for each task of SLURM and Open MPI: the one with the number of the task on
+    its node. That is right only if the node's tasks are all shown the same GPUs.
+    """
+    if LOCAL_IDS in os.environ:
+        return None  # jax reads it
+    tasks, shown = _tasks_on_node(), _gpus_shown()
+    if tasks == 1:
+        return []
+    if shown is None:
+        return None
+    # Whether SLURM shows each task only its own GPUs, which are then numbered from 0.
+    per_task = os.environ.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2]  # such as a100:2
+    own = shown == 1 or shown < (tasks or 1) or str(shown) == per_task
+    return [] if own else None
+
+
+def _tasks_on_node() -> int | None:
+    """The number of tasks on this node; None outside SLURM and Open MPI."""
+    # Open MPI first, as in jax: SLURM may have started its daemons, one on each node.
+    if (size := os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")) is not None:
+        return int(size)
+    # Such as 8(x3),4: three nodes with eight tasks and one with four.
+    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    tasks = [int(count) for count, nodes in parts for _ in range(int(nodes or 1))]
+    node = int(os.environ.get("SLURM_NODEID", 0))
+    return tasks[node] if node < len(tasks) else None
+
+
+def _gpus_shown() -> int | None:
+    """The number of NVIDIA GPUs that this process may use; None if it is not restricted."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if visible is None else len([x for x in visible.split(",") if x.strip()])
+
+
+def _warn_of_idle_gpus() -> None:
+    """Warns if this node's processes use fewer GPUs than they are shown."""
+    if jax.default_backend() != "gpu" or LOCAL_IDS in os.environ:
+        return
+    used, tasks, shown = jax.local_device_count(), _tasks_on_node() or 1, _gpus_shown()
+    shown = len(glob.glob("/dev/nvidia[0-9]*")) if shown is None else shown
+    if used * tasks < shown:
+        logging.warning(
+            "process %d uses %d of the %d GPUs that it is shown, with %d processes on its node: "
+            "start one process per GPU or one per node, or set %s to the numbers of its GPUs",
+            jax.process_index(),
+            used,
+            shown,
+            tasks,
+            LOCAL_IDS,
+        )
 
 
 def check() -> None:
