@@ -12,7 +12,10 @@ import importlib.util
 import logging
 import os
 import re
+import socket
 import sys
+import threading
+import time
 import zlib
 from typing import NoReturn
 
@@ -27,7 +30,11 @@ from common_jax import signals
 HEARTBEAT = 30
 # Seconds for which a process that has failed waits for others that fail too.
 LEAVING = 2
-
+WAIT = 300  # seconds to wait for process 0 at the start, and again for all processes
+CHECKS = (
+    "check that process 0 runs at this address, that the port is free there, and that no firewall "
+    "blocks it"
+)
 LOCAL_IDS = "JAX_LOCAL_DEVICE_IDS"  # numbers of this process's GPUs, where a user chooses them
 
 _polls = 0  # calls of `check` so far; the same in every process at the same point
@@ -43,6 +50,11 @@ def start(
 ) -> None:
     """Connects this process to the others of its run. Call it before anything touches a device.
 
+    Waits up to WAIT seconds for process 0 at `coordinator`, and as long again until all processes
+    are connected. If one is still missing then, this process ends with a message and status 2: it
+    waits outside Python, where nothing can be raised. (On TPUs jax ends the wait, by an abort.) A
+    request to stop ends it at once.
+
     Args:
       hosts: "auto" connects if the environment describes several processes (a TPU VM, SLURM's
         srun, Open MPI), "all" connects or fails, "one" never connects.
@@ -53,7 +65,7 @@ def start(
     Raises:
       ValueError: if only some of the last three are given, they contradict each other, or "all"
         finds no other process.
-      ConnectionError: if the other processes cannot be reached.
+      ConnectionError: if process 0 does not answer at the given address, or jax cannot connect.
     """
     given = {"coordinator": coordinator, "processes": processes, "process": process}
     missing = [f"--{name}" for name, value in given.items() if value is None]
@@ -81,20 +93,35 @@ def start(
         )
     if not several:
         return
+    kind = None if explicit else cluster()
+    place = f"--coordinator={coordinator}" if explicit else f"the coordinator of {kind}"
+    own = f"process {process} of {processes}" if explicit else "this process"
+    others = f"others at {coordinator}" if explicit else f"other tasks of {kind}"
+    if kind != "TPU":  # where a single host, too, gets here, and has no others
+        logging.info("%s waits for the %s, up to %d minutes", own, others, WAIT // 60)
+    if explicit and process > 0:
+        _reach(coordinator)
+    overdue = threading.Timer(WAIT, _give_up, (place,))
+    overdue.daemon = True
     try:
-        jax.distributed.initialize(
-            coordinator,
-            processes,
-            process,
-            local_device_ids=_device_ids(),
-            heartbeat_timeout_seconds=HEARTBEAT,
-        )
+        with signals.connecting():
+            if kind != "TPU":
+                overdue.start()
+            jax.distributed.initialize(
+                coordinator,
+                processes,
+                process,
+                local_device_ids=_device_ids(),
+                # jax aborts the process when its own wait is over.
+                initialization_timeout=WAIT if kind == "TPU" else 2 * WAIT,
+                heartbeat_timeout_seconds=HEARTBEAT,
+            )
     except RuntimeError as error:
-        place = f"--coordinator={coordinator}" if explicit else f"the coordinator of {cluster()}"
         raise ConnectionError(
-            f"{place}: the processes cannot be connected ({error}); check that process 0 runs at "
-            "this address, that the port is free there, and that no firewall blocks it"
+            f"{place}: the processes cannot be connected ({error}); {CHECKS}"
         ) from error
+    finally:
+        overdue.cancel()
     logging.info(
         "process %d of %d, with %d of %d devices",
         jax.process_index(),
@@ -105,6 +132,36 @@ def start(
     _warn_of_idle_gpus()
     if jax.process_index() > 0:  # process 0 logs for all; warnings and errors still show
         logging.getLogger().setLevel(logging.WARNING)
+
+
+def _reach(coordinator: str) -> None:
+    """Waits until process 0 accepts connections at this address; raises ConnectionError if it does
+    not within WAIT seconds. Unlike jax's own wait, this can be interrupted."""
+    host, _, port = coordinator.rpartition(":")
+    deadline = time.monotonic() + WAIT
+    while True:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
+                return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ConnectionError(
+                    f"--coordinator={coordinator}: process 0 has not answered within {WAIT} s "
+                    f"({error}); {CHECKS}"
+                ) from error
+        time.sleep(0.5)
+
+
+def _give_up(place: str) -> None:
+    """Ends this process, whose main thread waits for the others outside Python."""
+    print(
+        f"error: {place}: not all processes have connected within {WAIT} s; check that all of them "
+        "have been started, and the output of those that have ended",
+        file=sys.stderr,
+    )
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(2)
 
 
 def _is_address(text: str) -> bool:

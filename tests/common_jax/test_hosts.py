@@ -9,7 +9,6 @@ import zlib
 import jax
 import numpy as np
 import pytest
-from jax._src.clusters import ClusterEnv
 from processes import finish_all, finish_pair, pair, says, start
 
 from common_jax import hosts, signals
@@ -238,100 +237,9 @@ def test_processes_connect_if_there_are_others(settings, found, connects, monkey
     calls = []
     monkeypatch.setattr(hosts, "cluster", lambda: found)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kw: calls.append((args, kw)))
+    monkeypatch.setattr(hosts, "_reach", lambda coordinator: None)
     hosts.start(**settings)
     given = tuple(settings.get(name) for name in ("coordinator", "processes", "process"))
     named = {"local_device_ids": None, "heartbeat_timeout_seconds": 30}
+    named["initialization_timeout"] = 300 if found == "TPU" and "process" not in settings else 600
     assert calls == [(given, named)] * connects
-
-
-SLURM = {
-    "SLURM_JOB_ID": "4321",
-    "SLURM_STEP_NODELIST": "node[1-4]",
-    "SLURM_STEP_NUM_TASKS": "4",
-    "SLURM_NTASKS": "4",
-    "SLURM_PROCID": "3",
-    "SLURM_LOCALID": "3",
-}
-OPEN_MPI = {
-    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1:34911",
-    "OMPI_COMM_WORLD_SIZE": "4",
-    "OMPI_COMM_WORLD_RANK": "3",
-    "OMPI_COMM_WORLD_LOCAL_RANK": "3",
-}
-EIGHT = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
-
-
-@pytest.mark.parametrize(
-    ("variables", "ids"),
-    [
-        # One task per node: all GPUs, not only that of the task's number.
-        (SLURM | EIGHT | {"SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, []),
-        (SLURM | EIGHT | {"SLURM_STEP_TASKS_PER_NODE": "2,1(x2)", "SLURM_NODEID": "2"}, []),
-        (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, []),
-        # Several tasks that share the node's GPUs: jax's choice, one for each.
-        (SLURM | EIGHT | {"SLURM_STEP_TASKS_PER_NODE": "8(x4)", "SLURM_NODEID": "3"}, None),
-        (SLURM | EIGHT | {"SLURM_STEP_TASKS_PER_NODE": "1,8(x3)", "SLURM_NODEID": "1"}, None),
-        (SLURM | EIGHT, None),
-        (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, None),
-        # mpirun in a SLURM job, whose step has one daemon on each node.
-        (
-            OPEN_MPI
-            | SLURM
-            | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4", "SLURM_STEP_TASKS_PER_NODE": "1(x4)"},
-            None,
-        ),
-        # Each task is shown its own GPUs, which are numbered from 0.
-        (SLURM | {"CUDA_VISIBLE_DEVICES": "0", "SLURM_STEP_TASKS_PER_NODE": "8(x4)"}, []),
-        (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_STEP_TASKS_PER_NODE": "4(x4)"}, []),
-        (
-            SLURM
-            | {"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_STEP_TASKS_PER_NODE": "2(x4)"}
-            | {"SLURM_GPUS_PER_TASK": "a100:2"},
-            [],
-        ),
-        (OPEN_MPI | {"CUDA_VISIBLE_DEVICES": "3", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, []),
-        # The user's choice.
-        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x4)", "JAX_LOCAL_DEVICE_IDS": "2,3"}, None),
-    ],
-)
-def test_process_uses_the_gpus_that_it_is_shown(variables, ids, monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kw: calls.append(kw))
-    hosts.start()
-    assert [call.get("local_device_ids") for call in calls] == [ids]
-
-
-@pytest.mark.parametrize("variables", [SLURM, OPEN_MPI])
-@pytest.mark.parametrize(("given", "used"), [(None, [3]), ([], [])])
-def test_jax_restricts_tasks_to_one_gpu_unless_told(variables, given, used, monkeypatch):
-    """What the previous test relies on: [] is no restriction."""
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, given, None, 1)
-    assert found[1:] == (4, 3, used)
-
-
-@pytest.mark.parametrize(
-    ("variables", "used", "warns"),
-    [
-        (EIGHT, 8, False),
-        (EIGHT, 4, True),
-        (EIGHT | {"SLURM_STEP_TASKS_PER_NODE": "8"}, 1, False),
-        (EIGHT | {"SLURM_STEP_TASKS_PER_NODE": "2"}, 1, True),
-        (EIGHT | {"JAX_LOCAL_DEVICE_IDS": "0"}, 1, False),
-        ({}, 1, True),  # eight device files
-    ],
-)
-def test_idle_gpus_are_warned_of(variables, used, warns, monkeypatch, caplog):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kw: None)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "local_device_count", lambda: used)
-    monkeypatch.setattr(hosts.glob, "glob", lambda _: [f"/dev/nvidia{i}" for i in range(8)])
-    hosts.start(coordinator="a:1", processes=2, process=0)
-    assert (f"uses {used} of the 8 GPUs that it is shown" in caplog.text) == warns
