@@ -6,32 +6,45 @@ same points, once per training step and once per evaluation batch, and get the s
 the run stops at a step that all of them agree on.
 """
 
+import contextlib
 import glob
 import importlib.util
 import json
 import logging
 import os
+import re
+import socket
 import sys
+import threading
+import time
 import zlib
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax._src import distributed  # its client has no public name
 from jax.experimental import multihost_utils
 
 from common_jax import signals
 
 # Seconds without a heartbeat after which a process counts as dead and all others stop.
 HEARTBEAT = 30
+# Seconds for which a process that has failed waits for others that fail too.
+LEAVING = 2
+WAIT = 300  # seconds to wait for process 0 at the start, and again for all processes
+CHECKS = (
+    "check that process 0 runs at this address, that the port is free there, and that no firewall "
+    "blocks it"
+)
+LOCAL_IDS = "JAX_LOCAL_DEVICE_IDS"  # numbers of this process's GPUs, where a user chooses them
+
+_polls = 0  # calls of `check` so far; the same in every process at the same point
+_stopping = False  # once true, it stays true
 
 
 class Disagreement(ValueError):
     """The processes of a run do not fit each other. Raised in all of them, which end together."""
-
-
-_polls = 0  # calls of `check` so far; the same in every process at the same point
-_stopping = False  # once true, it stays true
 
 
 def start(
@@ -43,6 +56,11 @@ def start(
 ) -> None:
     """Connects this process to the others of its run. Call it before anything touches a device.
 
+    Waits up to WAIT seconds for process 0 at `coordinator`, and as long again until all processes
+    are connected. If one is still missing then, this process ends with a message and status 2: it
+    waits outside Python, where nothing can be raised. (On TPUs jax ends the wait, by an abort.) A
+    request to stop ends it at once.
+
     Args:
       hosts: "auto" connects if the environment describes several processes (a TPU VM, SLURM's
         srun, Open MPI), "all" connects or fails, "one" never connects.
@@ -53,7 +71,7 @@ def start(
     Raises:
       ValueError: if only some of the last three are given, they contradict each other, or "all"
         finds no other process.
-      ConnectionError: if the other processes cannot be reached.
+      ConnectionError: if process 0 does not answer at the given address, or jax cannot connect.
     """
     given = {"coordinator": coordinator, "processes": processes, "process": process}
     missing = [f"--{name}" for name, value in given.items() if value is None]
@@ -81,16 +99,35 @@ def start(
         )
     if not several:
         return
+    kind = None if explicit else cluster()
+    place = f"--coordinator={coordinator}" if explicit else f"the coordinator of {kind}"
+    own = f"process {process} of {processes}" if explicit else "this process"
+    others = f"others at {coordinator}" if explicit else f"other tasks of {kind}"
+    if kind != "TPU":  # where a single host, too, gets here, and has no others
+        logging.info("%s waits for the %s, up to %d minutes", own, others, WAIT // 60)
+    if explicit and process > 0:
+        _reach(coordinator)
+    overdue = threading.Timer(WAIT, _give_up, (place,))
+    overdue.daemon = True
     try:
-        jax.distributed.initialize(
-            coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT
-        )
+        with signals.connecting():
+            if kind != "TPU":
+                overdue.start()
+            jax.distributed.initialize(
+                coordinator,
+                processes,
+                process,
+                local_device_ids=_device_ids(),
+                # jax aborts the process when its own wait is over.
+                initialization_timeout=WAIT if kind == "TPU" else 2 * WAIT,
+                heartbeat_timeout_seconds=HEARTBEAT,
+            )
     except RuntimeError as error:
-        place = f"--coordinator={coordinator}" if explicit else f"the coordinator of {cluster()}"
         raise ConnectionError(
-            f"{place}: the processes cannot be connected ({error}); check that process 0 runs at "
-            "this address, that the port is free there, and that no firewall blocks it"
+            f"{place}: the processes cannot be connected ({error}); {CHECKS}"
         ) from error
+    finally:
+        overdue.cancel()
     logging.info(
         "process %d of %d, with %d of %d devices",
         jax.process_index(),
@@ -98,8 +135,39 @@ def start(
         jax.local_device_count(),
         jax.device_count(),
     )
+    _warn_of_idle_gpus()
     if jax.process_index() > 0:  # process 0 logs for all; warnings and errors still show
         logging.getLogger().setLevel(logging.WARNING)
+
+
+def _reach(coordinator: str) -> None:
+    """Waits until process 0 accepts connections at this address; raises ConnectionError if it does
+    not within WAIT seconds. Unlike jax's own wait, this can be interrupted."""
+    host, _, port = coordinator.rpartition(":")
+    deadline = time.monotonic() + WAIT
+    while True:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
+                return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ConnectionError(
+                    f"--coordinator={coordinator}: process 0 has not answered within {WAIT} s "
+                    f"({error}); {CHECKS}"
+                ) from error
+        time.sleep(0.5)
+
+
+def _give_up(place: str) -> None:
+    """Ends this process, whose main thread waits for the others outside Python."""
+    print(
+        f"error: {place}: not all processes have connected within {WAIT} s; check that all of them "
+        "have been started, and the output of those that have ended",
+        file=sys.stderr,
+    )
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(2)
 
 
 def _is_address(text: str) -> bool:
@@ -124,6 +192,62 @@ def cluster() -> str | None:
     if chips and importlib.util.find_spec("libtpu") and platforms in ("", "tpu"):
         return "TPU"
     return None
+
+
+def _device_ids() -> list[int] | None:
+    """jax's argument `local_device_ids`, which only concerns GPUs: [] for all that this process is
+    shown, None for jax's choice.
+
+    jax chooses one GPU for each task of SLURM and Open MPI: the one with the number of the task on
+    its node. That is right only if the node's tasks are all shown the same GPUs.
+    """
+    if LOCAL_IDS in os.environ:
+        return None  # jax reads it
+    tasks, shown = _tasks_on_node(), _gpus_shown()
+    if tasks == 1:
+        return []
+    if shown is None:
+        return None
+    # Whether SLURM shows each task only its own GPUs, which are then numbered from 0.
+    per_task = os.environ.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2]  # such as a100:2
+    own = shown == 1 or shown < (tasks or 1) or str(shown) == per_task
+    return [] if own else None
+
+
+def _tasks_on_node() -> int | None:
+    """The number of tasks on this node; None outside SLURM and Open MPI."""
+    # Open MPI first, as in jax: SLURM may have started its daemons, one on each node.
+    if (size := os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")) is not None:
+        return int(size)
+    # Such as 8(x3),4: three nodes with eight tasks and one with four.
+    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    tasks = [int(count) for count, nodes in parts for _ in range(int(nodes or 1))]
+    node = int(os.environ.get("SLURM_NODEID", 0))
+    return tasks[node] if node < len(tasks) else None
+
+
+def _gpus_shown() -> int | None:
+    """The number of NVIDIA GPUs that this process may use; None if it is not restricted."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if visible is None else len([x for x in visible.split(",") if x.strip()])
+
+
+def _warn_of_idle_gpus() -> None:
+    """Warns if this node's processes use fewer GPUs than they are shown."""
+    if jax.default_backend() != "gpu" or LOCAL_IDS in os.environ:
+        return
+    used, tasks, shown = jax.local_device_count(), _tasks_on_node() or 1, _gpus_shown()
+    shown = len(glob.glob("/dev/nvidia[0-9]*")) if shown is None else shown
+    if used * tasks < shown:
+        logging.warning(
+            "process %d uses %d of the %d GPUs that it is shown, with %d processes on its node: "
+            "start one process per GPU or one per node, or set %s to the numbers of its GPUs",
+            jax.process_index(),
+            used,
+            shown,
+            tasks,
+            LOCAL_IDS,
+        )
 
 
 def check() -> None:
@@ -207,6 +331,28 @@ def decide(choose: Callable[[], Any]) -> Any:
     return send(value)
 
 
+def meet(name: str, seconds: float) -> None:
+    """Waits until all processes have called this with `name`, which no other meeting may have.
+    Unlike `barrier`, any thread may call it. Raises jax.errors.JaxRuntimeError after `seconds`."""
+    distributed.global_state.client.wait_at_barrier(name, int(seconds * 1000))
+
+
+def publish(name: str, text: str) -> None:
+    """Makes a text available to all processes, unless one has published under this name before. Any
+    thread may call it, at any time."""
+    try:
+        distributed.global_state.client.key_value_set(f"{name}/text", text)
+    except jax.errors.JaxRuntimeError as error:
+        if "ALREADY_EXISTS" not in str(error):
+            raise
+
+
+def published(name: str) -> str | None:
+    """The text that a process has published under this name; None if none has."""
+    found = distributed.global_state.client.key_value_dir_get(f"{name}/")
+    return found[0][1] if found else None
+
+
 def require_same(what: str, *parts: bytes | memoryview | str) -> None:
     """Raises Disagreement in all processes unless the bytes of `parts` are the same in all of them.
     All processes must call this at the same point.
@@ -238,8 +384,12 @@ def raise_everywhere(failure: Exception | None, elsewhere: Exception) -> None:
 
 def leave(status: int) -> NoReturn:
     """Exits this process. If it is one of several and has failed, it exits without waiting for the
-    others, which would deadlock: they notice within HEARTBEAT seconds that it is gone."""
+    others, which would deadlock: they notice within HEARTBEAT seconds that it is gone. If all have
+    failed for the same reason, none exits before the others have printed theirs."""
     if jax.distributed.is_initialized() and status:
+        # jax aborts the others as soon as process 0 is gone.
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            meet("processes that failed", LEAVING)
         # A normal exit would run jax's shutdown, a barrier that all processes must reach.
         logging.shutdown()
         sys.stdout.flush()

@@ -32,6 +32,7 @@ TOGETHER = 0.5  # seconds within which signals count as one request
 
 _received: list[int] = []  # signals that this process has received, without repeats
 _deferrals = 0
+_connecting = False
 
 
 class Stopped(BaseException):
@@ -84,6 +85,18 @@ def deferred() -> Iterator[None]:
         raise Stopped
 
 
+@contextlib.contextmanager
+def connecting() -> Iterator[None]:
+    """A block in which jax connects this process to the others of its run, outside Python. The
+    first request to stop ends the process at once: there is nothing to save."""
+    global _connecting
+    _connecting = True
+    try:
+        yield
+    finally:
+        _connecting = False
+
+
 def requested() -> bool:
     """Whether this process was asked to stop."""
     return bool(_received)
@@ -124,7 +137,7 @@ def _stop(number: int, frame: object) -> None:
     """The signal handler, which Python runs in the main thread."""
     if number not in _received:
         _received.append(number)
-    if not _deferrals and not jax.distributed.is_initialized():
+    if not _deferrals and (_connecting or not jax.distributed.is_initialized()):
         raise Stopped
 
 
@@ -143,6 +156,10 @@ def _watch(receive: int) -> None:
                 logging.shutdown()
                 os._exit(128 + number)
             first = now
+            if _connecting:  # the main thread, which would raise Stopped, waits outside Python
+                _say("stopped as requested, before all processes were connected\n")
+                logging.shutdown()
+                os._exit(STATUSES[number])
             if _deferrals or jax.distributed.is_initialized():
                 _say("asked to stop: saving at the next step\n")
             if jax.distributed.is_initialized():

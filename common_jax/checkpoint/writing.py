@@ -25,6 +25,7 @@ from common_jax.checkpoint.contents import (
     outline,
     read_mark,
 )
+from common_jax.checkpoint.meeting import LONGEST, Meeting
 from common_jax.checkpoint.reading import AVERAGE, absolute, refuse_pattern
 from common_jax.mesh import move_to_devices
 from common_jax.state import TrainState
@@ -96,6 +97,7 @@ class Checkpoints:
         # Before orbax lists the folder: it could take a foreign step for the newest, and delete
         # one of ours.
         self._foreign = frozenset(foreign or ())
+        self._meeting = Meeting()
         self._put_aside(self._foreign, "foreign")
         self._manager = self._open()
 
@@ -140,6 +142,7 @@ class Checkpoints:
         items |= {name: ocp.args.JsonSave(value) for name, value in texts.items()}
         # Finish the previous save first: the fields below describe a single save.
         self._attempt(self._finish)
+        self._meeting.begin()
         self._step, self._texts = step, texts
         self._arrays = {name: outline(tree) for name, tree in arrays.items()}
         self._attempt(
@@ -235,9 +238,15 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             enable_async_checkpointing=True,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._look),
+            async_options=ocp.AsyncOptions(
+                timeout_secs=LONGEST,
+                barrier_sync_fn=self._meeting.wait,
+                post_finalization_callback=self._look,
+            ),
         )
-        return _Manager(self.folder, options=options, handler_registry=self._handlers())
+        return _Manager(
+            self.folder, self._meeting, options=options, handler_registry=self._handlers()
+        )
 
     def _handlers(self) -> ocp.handlers.CheckpointHandlerRegistry:
         """orbax's handlers, with the limit `at_once` for items with arrays."""
@@ -269,7 +278,8 @@ class Checkpoints:
 
     def _finish(self) -> None:
         """Waits for the save in progress; raises if it failed or the folder is no longer ours."""
-        self._manager.wait_until_finished()
+        with self._meeting.patient(self._step):
+            self._manager.wait_until_finished()
         if self._step is None or jax.process_index() != 0:
             return
         # Look at the disk again: orbax reports success even if the folder is deleted meanwhile.
@@ -289,9 +299,11 @@ class Checkpoints:
             action()
         except FAILURES as error:
             failure = error
+            self._meeting.publish(error)
         # Every process gets here, failed or not, and then all take the same branch.
         if not hosts.any_process(failure is not None):
             return
+        reason = self._meeting.reason() or str(failure)
         failed, self._step = self._step, None
         # A manager with an unfinished save fails in all later calls, so replace it.
         with contextlib.suppress(*FAILURES):
@@ -300,7 +312,7 @@ class Checkpoints:
         steps = finished_steps(self.folder)
         message = (
             f"the checkpoint of step {failed} could not be written to {self.folder} "
-            f"({failure or 'another process says why'}); "
+            f"({reason}); "
             + (
                 f"the newest intact one is that of step {steps[-1]}"
                 if steps
@@ -310,7 +322,7 @@ class Checkpoints:
         if last or self._on_failed == "stop":
             # tensorstore's own errors have no errno, only text.
             full = isinstance(failure, OSError) and failure.errno in FULL
-            full = full or "No space left" in str(failure) or "quota exceeded" in str(failure)
+            full = full or "No space left" in reason or "quota exceeded" in reason
             advice = "Make room, and start" if full else "Start"
             where = "it resumes from there" if steps else "it starts from scratch"
             raise SaveError(f"{message}. {advice} the same command again: {where}") from failure
@@ -347,7 +359,20 @@ class Checkpoints:
 
 
 class _Manager(ocp.CheckpointManager):
-    """orbax's manager without its check for preemption, which the train loop does itself."""
+    """orbax's manager without its check for preemption, which the train loop does itself. All
+    processes learn of a save that failed in one of them."""
+
+    def __init__(self, folder: epath.Path, meeting: Meeting, **settings: Any):
+        self._meeting = meeting
+        super().__init__(folder, **settings)
+
+    def _wait_for_checkpointers(self) -> None:
+        # orbax calls this in the thread that ends a save, and only there.
+        try:
+            super()._wait_for_checkpointers()
+        except FAILURES as error:
+            self._meeting.fail(error)
+            raise
 
     def reached_preemption(self, step: int) -> bool:
         """Returns False."""

@@ -277,6 +277,9 @@ def test_processes_connect_if_there_are_others(settings, found, connects, monkey
     calls = []
     monkeypatch.setattr(hosts, "cluster", lambda: found)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kw: calls.append((args, kw)))
+    monkeypatch.setattr(hosts, "_reach", lambda coordinator: None)
     hosts.start(**settings)
     given = tuple(settings.get(name) for name in ("coordinator", "processes", "process"))
-    assert calls == [(given, {"heartbeat_timeout_seconds": 30})] * connects
+    named = {"local_device_ids": None, "heartbeat_timeout_seconds": 30}
+    named["initialization_timeout"] = 300 if found == "TPU" and "process" not in settings else 600
+    assert calls == [(given, named)] * connects
