@@ -174,7 +174,7 @@ def make_task(
 ) -> Task:
     """A task that trains all parameters from `init` on batches like `batch`."""
     return Task(
-        title="benchmark",
+        phase="benchmark",
         init=init,
         rules=rules,
         trainable=".*",

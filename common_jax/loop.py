@@ -82,7 +82,7 @@ def train(
     refuse_pattern(workdir, "workdir")
     with hold(workdir):
         total = optim.total_steps(task.steps_per_epoch)
-        result = read_result(workdir, config, phase=task.title, steps=total)
+        result = read_result(workdir, config, phase=task.phase, steps=total)
         if result is not None:
             logging.info("%s is already finished: %s", task.title, workdir)
             return result
@@ -305,7 +305,7 @@ def _train(
     checkpoints.close()
     log.close()
     return write_result(
-        workdir, phase=task.title, steps=total, skipped=int(state.skipped), metrics=evaluation
+        workdir, phase=task.phase, steps=total, skipped=int(state.skipped), metrics=evaluation
     )
 
 

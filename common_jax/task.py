@@ -25,7 +25,8 @@ class Task:
     """All that the loop needs to know about what it trains.
 
     Attributes:
-      title: name in the progress bar and the report.
+      phase: name of its phase or stage, as in result.json.
+      part: which of the phase's runs it is, such as the modules that it trains; "" if there is one.
       init: key -> nested dict of all parameters; traced, so that parameters are created sharded.
       rules: partition rules of the parameters.
       trainable: regex of the paths that are updated.
@@ -48,13 +49,14 @@ class Task:
         use the result.
     """
 
-    title: str
+    phase: str
     init: Callable[[jax.Array], Mapping[str, Any]]
     rules: meshes.Rules
     trainable: str
     loss: Loss
     batch: Mapping[str, jax.ShapeDtypeStruct]
     steps_per_epoch: int
+    part: str = ""
     streams: tuple[str, ...] = ()
     clip_depth: int = 0
     helpers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -64,6 +66,11 @@ class Task:
     lower: tuple[str, ...] = ("loss",)
     shown: tuple[str, ...] = ("train/loss", "train/skipped")
     files: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """Its name in the progress bar and the log."""
+        return f"{self.phase} {self.part}".strip()
 
 
 def abstract_state(

@@ -82,7 +82,7 @@ def make_task(
         return jnp.mean((params["w"] - batch["x"] - 0.1 * noise) ** 2), {}
 
     return Task(
-        title="descent",
+        phase="descent",
         init=lambda key: {"w": jax.random.normal(key)},
         rules=(("w", PartitionSpec()),),
         trainable=".*",

@@ -182,7 +182,7 @@ def describe(config: Config, *, steps: int, length: int) -> Task:
     side, batch = config.clip.image.image, config.optim.micro_batch
     texts = text_side(config).shapes(config, batch, length)
     return Task(
-        title="clip",
+        phase="clip",
         init=functools.partial(init, config),
         rules=partition_rules(config),
         trainable=".*",  # a text tower that stays frozen is no parameter

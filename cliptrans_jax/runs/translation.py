@@ -223,7 +223,7 @@ class Model:
             self.translator, tower, label_smoothing=config.label_smoothing, chunk=config.label_chunk
         )
         return Task(
-            title=config.stage,
+            phase=config.stage,
             init=self.init,
             rules=self.rules,
             trainable=trainable(stage, config.freeze, config.model.architecture),

@@ -20,7 +20,7 @@ def write_result(
 
     Args:
       workdir: the run's folder.
-      phase: the run's title; only its first word, the phase or stage, is written.
+      phase: the run's phase or stage.
       steps, skipped: total number of updates, and of those skipped for a non-finite loss or
         gradient.
       metrics: metrics of the last evaluation.
@@ -28,7 +28,7 @@ def write_result(
     Returns:
       The content of the file: all of these in one dict, the same in every system.
     """
-    result = {"phase": phase.split(" ")[0], "steps": steps, "skipped": skipped, **metrics}
+    result = {"phase": phase, "steps": steps, "skipped": skipped, **metrics}
     if jax.process_index() == 0:
         write_json(epath.Path(workdir) / RESULT, result)
     return result
@@ -42,7 +42,7 @@ def read_result(
 
     Args:
       workdir, config, apart: see `refuse_other_config`.
-      phase: the run's name in its result.
+      phase: the run's phase or stage.
       steps: the run's total number of updates; None if unknown.
 
     Raises:
@@ -63,8 +63,8 @@ def _read(
     wrong = []
     if not (workdir / FILE).exists():
         wrong.append(f"there is no {FILE} beside it")
-    # What a title adds is in the config too, and only results of earlier versions have it.
-    if str(result.get("phase")).split(" ")[0] != phase.split(" ")[0]:
+    # Earlier versions wrote the modules of a run behind its phase.
+    if str(result.get("phase")).split(" ")[0] != phase:
         wrong.append(f"its phase is {result.get('phase')!r}, and this run is {phase!r}")
     if steps is not None and result.get("steps") != steps:
         wrong.append(f"it has {result.get('steps')} steps, and this run has {steps}")

@@ -96,7 +96,8 @@ class Training:
         """The task without data or weights; this is enough to compile its step."""
         config, regularizer = self.config, self.regularizer
         return Task(
-            title=f"{config.phase} {config.module}" if self.phase.modular else config.phase,
+            phase=config.phase,
+            part=config.module if self.phase.modular else "",
             init=self.init,
             rules=self.rules,
             trainable=self.trainable,

@@ -98,7 +98,7 @@ def test_new_folder_appears_only_when_it_is_whole(tmp_path):
     assert (tmp_path / "out" / "README.md").read_text() == "whole"
 
 
-def test_result_has_the_phase_without_what_the_title_adds(tmp_path):
-    result = write_result(tmp_path, phase="distill 1+2", steps=3, skipped=0, metrics={"x/y": 1.0})
+def test_result_holds_phase_steps_and_metrics(tmp_path):
+    result = write_result(tmp_path, phase="distill", steps=3, skipped=0, metrics={"x/y": 1.0})
     assert result == {"phase": "distill", "steps": 3, "skipped": 0, "x/y": 1.0}
     assert read_json(tmp_path / "result.json") == result

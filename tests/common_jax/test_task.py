@@ -33,7 +33,7 @@ def loss(params, helpers, batch, rngs, step):
 @pytest.fixture
 def task():
     return Task(
-        title="test",
+        phase="test",
         init=init,
         rules=(("/body/kernel", P("fsdp")), ("/head/kernel", P(None, "expert"))),
         trainable="body/.*",
