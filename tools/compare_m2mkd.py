@@ -91,6 +91,9 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--per-class", type=int, default=0, help="images per class; 0 for all")
     parser.add_argument("--long-steps", type=int, default=1326, help="updates of the longer runs")
     parser.add_argument(
+        "--one-teacher", action="store_true", help="train meta model and teacher for one seed only"
+    )
+    parser.add_argument(
         "--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="rows to train"
     )
     flags = parser.parse_args()
@@ -129,8 +132,13 @@ def plan(flags: argparse.Namespace) -> dict[str, Job]:
 
 
 def job(flags: argparse.Namespace, name: str, seed: int) -> Job:
-    variant, teacher = VARIANTS[name], f"{TEACHER}_{seed}"
-    folder = flags.workdir.resolve() / teacher
+    variant = VARIANTS[name]
+    # For each source, the pipeline that made it; with one teacher, all seeds share the first's.
+    first = f"{TEACHER}_{0 if flags.one_teacher else seed}"
+    made_by = {"meta": first, "teacher": first, "students": f"{TEACHER}_{seed}"}
+    takes = variant.takes
+    if name == TEACHER and first != f"{name}_{seed}":
+        takes = ("meta", "teacher")
     settings = {
         "seed": seed,
         "data.path": flags.data.resolve(),
@@ -139,13 +147,13 @@ def job(flags: argparse.Namespace, name: str, seed: int) -> Job:
     }
     if variant.long:
         settings["optim.steps"] = flags.long_steps
-    for role in variant.takes:
-        made = folder / role
+    for role in takes:
+        made = flags.workdir.resolve() / made_by[role] / role
         settings[f"sources.{role}"] = (str(made),) if role == "students" else made
     config = f"--config={CONFIGS[name.split('_')[0]]}:phase={variant.phase}"
     own = [f"--config.{key}={value}" for key, value in settings.items()]
     command = ("-m", "m2mkd_jax.main", config, *own, *variant.flags, *flags.flags)
-    return Job(command, teacher if variant.takes else None)
+    return Job(command, made_by[takes[0]] if takes else None)
 
 
 def summarise(flags: argparse.Namespace) -> pathlib.Path:

@@ -1,0 +1,30 @@
+"""Which runs of the comparison on CIFAR-10 need which others."""
+
+import argparse
+import pathlib
+
+import compare_m2mkd
+import pytest
+
+
+@pytest.mark.parametrize("one_teacher", [False, True])
+def test_students_of_several_seeds_may_share_one_teacher(tmp_path, one_teacher):
+    flags = argparse.Namespace(
+        workdir=tmp_path,
+        seeds=2,
+        only=["vmoe_kept"],
+        one_teacher=one_teacher,
+        data=pathlib.Path("/data"),
+        per_class=0,
+        long_steps=10,
+        flags=[],
+    )
+    jobs = compare_m2mkd.plan(flags)
+    assert jobs["vmoe_m2mkd_0"].needs is None
+    first, second = f"{tmp_path}/vmoe_m2mkd_0", f"{tmp_path}/vmoe_m2mkd_1"
+    given = [f"--config.sources.{role}={first}/{role}" for role in ("meta", "teacher")]
+    assert jobs["vmoe_m2mkd_1"].needs == ("vmoe_m2mkd_0" if one_teacher else None)
+    sources = [flag for flag in jobs["vmoe_m2mkd_1"].command if "config.sources" in flag]
+    assert sources == (given if one_teacher else [])
+    assert jobs["vmoe_kept_1"].needs == "vmoe_m2mkd_1"  # its students are those of its own seed
+    assert f"--config.sources.students={(f'{second}/students',)}" in jobs["vmoe_kept_1"].command
