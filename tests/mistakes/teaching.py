@@ -80,9 +80,16 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "m2mkd_jax/phases/train_module.py",
         "joined modules are trained as a whole",
-        'trainable=f"{family.stitches}|{family.head(config.teacher)}" if joins else ".*",',
+        'trainable=_trained(config) if joins else ".*",',
         'trainable=".*",',
         f"{TESTS}/test_teachers.py::test_joining_trains_only_stitches_and_head",
+    ),
+    Mistake(
+        "m2mkd_jax/phases/pipeline.py",
+        "a pipeline does not check what its phases pass on",
+        "            PHASES[run.phase].fit(training, planned)\n",
+        "",
+        f"{TESTS}/test_viable.py::test_what_phases_pass_on_is_checked_before_training",
     ),
     Mistake(
         "m2mkd_jax/phases/objective.py",
