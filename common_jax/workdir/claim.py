@@ -156,6 +156,7 @@ def _moved(
 
 
 def shorten_lines(lines: list[str]) -> list[str]:
+    """The first lines of `common_jax.config.difference`, cut to WIDTH, for a message."""
     # Fields that both have come first: if a section is of another kind, all others are absent.
     ordered = sorted(lines, key=lambda line: "'(absent)'" in line)
     short = [line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}..." for line in ordered]

@@ -3,7 +3,6 @@
 import json
 import pathlib
 import shutil
-from functools import partial
 
 import convert_weights
 import jax
@@ -12,12 +11,11 @@ import pytest
 import sweep
 from descent import STEPS, descend
 from jax import numpy as jnp
-from together import together
 
 import cliptrans_jax.main
 import m2mkd_jax.main
 from common_jax import app, checkpoint, hosts, signals
-from common_jax.checkpoint import Checkpoints, SaveError, contents, reading
+from common_jax.checkpoint import Checkpoints, SaveError, contents
 from common_jax.checkpoint.writing import write_params
 from common_jax.state import TrainState
 from common_jax.workdir import keep_identity, read_identity, read_result
@@ -436,34 +434,6 @@ def test_result_must_belong_to_its_workdir(tmp_path):
     shutil.copy(workdir / "result.json", alone)
     with pytest.raises(ValueError, match=r"there is no config\.json beside it"):
         descend(alone)
-
-
-def test_first_process_reads_the_result_for_all(tmp_path, monkeypatch):
-    """Otherwise one that does not see it yet would train alone."""
-    first, second = tmp_path / "first", tmp_path / "second"
-    for view in (first, second):
-        view.mkdir()
-        (view / "config.json").write_text('{"seed": 0}')
-    (first / "result.json").write_text('{"phase": "descent", "steps": 12}')
-    read = (partial(read_result, view, {"seed": 0}, phase="descent") for view in (first, second))
-    assert together(monkeypatch, *read) == [{"phase": "descent", "steps": 12}] * 2
-    read = (partial(read_result, view, {"seed": 1}, phase="descent") for view in (first, second))
-    refused, other = together(monkeypatch, *read)
-    assert "holds a run of another config" in str(refused)
-    assert isinstance(other, ValueError)
-
-
-def test_all_processes_load_the_same_step(tmp_path, monkeypatch):
-    seen = {"first": [4, 6], "second": [4]}  # the second does not see the newest step yet
-    monkeypatch.setattr(reading, "own_steps", lambda folder: seen[folder.parent.name])
-    views = [tmp_path / name for name in seen]
-    found = together(monkeypatch, *(partial(checkpoint.common_step, view) for view in views))
-    assert found == [view / "checkpoints" / "6" for view in views]
-
-
-def test_step_that_is_named_is_the_common_one(stopped):
-    step = checkpoint.find_step(stopped)
-    assert checkpoint.common_step(step) == checkpoint.common_step(stopped) == step
 
 
 def test_converted_weights_have_an_identity(tmp_path):
