@@ -1,6 +1,7 @@
 """All processes of a run must be started alike: with the same config, and by the same code."""
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import pathlib
@@ -10,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jaxlib
 
 import common_jax
 from common_jax import config as configs
@@ -54,7 +54,8 @@ def _describe(config: Mapping[str, Any], packages: Sequence[str]) -> dict[str, A
     shared = {
         f"config.{key}": value for key, value in configs.flatten(config) if not OWN.fullmatch(key)
     }
-    shared |= {f"version of {x.__name__}": x.__version__ for x in (common_jax, jax, jaxlib)}
+    shared |= {f"version of {x.__name__}": x.__version__ for x in (common_jax, jax)}
+    shared["version of jaxlib"] = importlib.metadata.version("jaxlib")
     # Checkouts of different commits have the same version.
     shared |= {f"code of {name}": _checksum(name) for name in packages}
     # Values that JSON lacks are refused later, by name.

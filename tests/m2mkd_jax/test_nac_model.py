@@ -324,4 +324,6 @@ def test_fsdp_need_not_divide_the_labels(pooling):
     config = dataclasses.replace(tiny.NAC, read_out_head=True, pooling=pooling)
     network = model.build(config, dataclasses.replace(INTERFACE, image_size=8))
     params = {"student": jax.eval_shape(network.init, jax.random.key(0))}
-    match_rules(model.PARTITION_RULES, params, make_mesh(MeshConfig(fsdp=2)))
+    specs = match_rules(model.PARTITION_RULES, params, make_mesh(MeshConfig(fsdp=2)))
+    pooling = specs["student"]["stage_2"]["pooling"]["confidence"]["kernel"]
+    assert spec_of(pooling) == P()
