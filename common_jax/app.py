@@ -43,9 +43,9 @@ def run(
       reads: sections and fields that each kind of run reads; setting another one logs a warning.
 
     If several processes form one run, they are connected first, see `common_jax.hosts.start`, and
-    their configs and code are compared, see `common_jax.workdir.require_same_start`. A
-    signal to any of them makes all save and exit, with status 0 after SIGTERM, 130 after Ctrl-C and
-    129 after SIGHUP (see `common_jax.signals`).
+    their configs and code are compared, see `common_jax.workdir.require_same_start`. A signal to
+    any of them makes all save and exit, with status 0 after SIGTERM, 130 after Ctrl-C and 129 after
+    SIGHUP (see `common_jax.signals`).
     """
     argv = list(sys.argv if argv is None else argv)
     logging.basicConfig(

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from etils import epath
 from jax.sharding import Mesh
 
@@ -40,7 +39,7 @@ def _assemble(
 
 
 def _fit(training: Training, planned: Planned) -> None:
-    _assemble(training.config, jax.eval_shape(training.init, jax.random.key(0)), planned=planned)
+    _assemble(training.config, training.shapes, planned=planned)
 
 
 PHASE = Phase(

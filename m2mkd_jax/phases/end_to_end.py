@@ -2,7 +2,7 @@
 (E2E)."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -91,8 +91,8 @@ def upcycle(config: Config, shapes: Mapping[str, Any]) -> WarmStart:
 
 def _warm_start(config: Config) -> Callable[[Any], WarmStart] | None:
     if config.sources.students:
-        sources = require_stage_sources(config, "students", len(whole_student(config)))
-        return lambda shapes: _assemble(config, sources, shapes)
+        _student_sources(config)
+        return lambda shapes: _assemble(config, shapes)
     return (lambda shapes: upcycle(config, shapes)) if config.init.upcycle else None
 
 
@@ -108,21 +108,24 @@ def _fit(training: Training, planned: Planned) -> None:
     if config.baseline.active and not config.sources.teachers:
         _take_teacher(training, planned=planned)
     if config.sources.students:
-        sources = require_stage_sources(config, "students", len(whole_student(config)))
-        shapes = jax.eval_shape(training.init, jax.random.key(0))
-        _assemble(config, sources, shapes, planned=planned)
+        _assemble(config, training.shapes, planned=planned)
+
+
+def _student_sources(config: Config) -> tuple[str, ...]:
+    """The workdir of each stage; raises ValueError for a wrong number of workdirs."""
+    return require_stage_sources(config, "students", len(whole_student(config)))
 
 
 def _assemble(
     config: Config,
-    sources: Sequence[str],
     shapes: Mapping[str, Any],
     *,
     planned: Planned | None = None,
 ) -> WarmStart:
     """Loads each stage from its source, a run of students or of whole networks; with `planned`,
     only checks that all fit."""
-    names, family = [stage_name(i) for i in range(len(sources))], family_of(config.model)
+    sources, family = _student_sources(config), family_of(config.model)
+    names = [stage_name(i) for i in range(len(sources))]
     pairs = [*zip(sources, names, strict=True)]
     left, fresh = family.left(config.model), family.fresh(config.model)
     # Only whole networks have what belongs to no stage, such as a NAC's latents.

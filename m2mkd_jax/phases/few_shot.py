@@ -190,8 +190,7 @@ def _take_network(
 
 
 def _fit(training: Training, planned: Planned) -> None:
-    shapes = jax.eval_shape(training.init, jax.random.key(0))
-    _take_network(training.config, training, shapes, planned=planned)
+    _take_network(training.config, training, training.shapes, planned=planned)
 
 
 def load_splits(config: Config) -> Splits:

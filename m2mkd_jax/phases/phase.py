@@ -1,6 +1,7 @@
 """`Phase`, the record of a phase, and the `Training` that it describes."""
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -85,6 +86,11 @@ class Training:
     helpers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     distill: DistillConfig = DistillConfig(kind="none")
     regularizer: Callable[[int], Regularizer] | None = None
+
+    @functools.cached_property
+    def shapes(self) -> Mapping[str, Any]:
+        """The shapes of the parameters that its run saves, a nested dict; traced once."""
+        return jax.eval_shape(self.init, jax.random.key(0))
 
     @property
     def clip_depth(self) -> int:

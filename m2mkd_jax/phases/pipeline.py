@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from etils import epath
 from jax.sharding import Mesh
 
@@ -152,7 +151,7 @@ def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
             load_teachers(training.config, training.helpers, read=False)
             # A source that an earlier run has yet to make counts as made.
             PHASES[run.phase].fit(training, planned)
-        planned[str(workdir / folder)] = jax.eval_shape(training.init, jax.random.key(0))
+        planned[str(workdir / folder)] = training.shapes
     for trace in (False, True):  # quick checks of all runs come before slow ones
         for training, feed in trainings:
             phase = training.config.phase

@@ -5,7 +5,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from etils import epath
 from jax.sharding import Mesh
 
@@ -115,8 +114,7 @@ def _take_meta(training: Training, *, planned: Planned | None = None) -> WarmSta
 def _fit(training: Training, planned: Planned) -> None:
     _take_meta(training, planned=planned)
     if training.config.init.teacher:
-        shapes = jax.eval_shape(training.init, jax.random.key(0))
-        _join(training.config, shapes, planned=planned)
+        _join(training.config, training.shapes, planned=planned)
 
 
 def _join(

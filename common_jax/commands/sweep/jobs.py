@@ -241,19 +241,22 @@ def _on_cores(cores: str, command: list[str]) -> list[str]:
     return ["taskset", "-c", cores, *command] if cores and shutil.which("taskset") else command
 
 
+def _allowed_cores() -> list[int]:
+    """The cores that this process may use; none if the system does not say."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
 def _own_core(place: int) -> str:
     """The core of a slot, of those that this process may use; "" if the system does not say."""
-    if not hasattr(os, "sched_getaffinity"):
-        return ""
-    cores = sorted(os.sched_getaffinity(0))
-    return str(cores[place % len(cores)])
+    cores = _allowed_cores()
+    return str(cores[place % len(cores)]) if cores else ""
 
 
 def _share_of_cores(place: int, places: int) -> str:
     """The cores of one of several slots, such as "0,1"; "" if there is not one for each."""
-    if places == 1 or not hasattr(os, "sched_getaffinity"):
+    if places == 1:
         return ""
-    cores = sorted(os.sched_getaffinity(0))
+    cores = _allowed_cores()
     each = len(cores) // places
     return ",".join(str(core) for core in cores[place * each : (place + 1) * each])
 
