@@ -1,7 +1,9 @@
-"""setup.py requires what the packages import, in versions that are new enough."""
+"""Imports: what the repository's files import exists, and setup.py requires it in versions that are
+new enough."""
 
 import ast
 import importlib.metadata
+import importlib.util
 import pathlib
 import re
 import sys
@@ -12,6 +14,7 @@ from packaging.version import Version
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = ("common_jax", "m2mkd_jax", "cliptrans_jax")
+CODE = (*PACKAGES, "configs", "tests", "tools", "benchmarks")
 # Imports whose name differs from the package's.
 PACKAGE_OF = {
     "absl": "absl-py",
@@ -65,6 +68,25 @@ def imported():
                 if top not in sys.stdlib_module_names and top not in PACKAGES:
                     found[normal(PACKAGE_OF.get(top, top))] = path
     return found
+
+
+def has_submodule(module, name):
+    return hasattr(module, "__path__") and importlib.util.find_spec(f"{module.__name__}.{name}")
+
+
+def test_names_imported_from_the_packages_exist():
+    """Those imported inside functions too, which would otherwise fail only when called."""
+    missing = []
+    for path in (path for top in CODE for path in (ROOT / top).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in PACKAGES:
+                module = importlib.import_module(node.module)
+                missing += [
+                    f"{path.relative_to(ROOT)}:{node.lineno}: {node.module}.{alias.name}"
+                    for alias in node.names
+                    if not hasattr(module, alias.name) and not has_submodule(module, alias.name)
+                ]
+    assert not missing
 
 
 def test_imports_and_requirements_agree():

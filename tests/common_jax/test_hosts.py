@@ -55,7 +55,7 @@ def test_pair_stopped_while_compiling_then_killed_resumes_bitwise(undisturbed, t
     more moments."""
     workdir = tmp_path / "run"
     with pair(workdir, TWO_EPOCHS, devices=2) as (first, second):
-        second.send(signal.SIGTERM, when=lambda: "process 1 of 2" in second.output())
+        second.send(signal.SIGTERM, when=lambda: "process 1 of 2, with" in second.output())
         outputs = finish_all((first, second))
     (step,) = finished_steps(workdir / "checkpoints")
     assert step < 5

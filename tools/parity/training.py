@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from common_jax.optim import OptimConfig, decay_mask, epoch_cosine, make_optimizer
+from common_jax.optim import OptimConfig, decay_mask, make_optimizer
+from common_jax.optim.schedules import epoch_cosine
 from common_jax.step import init_state, make_step
 from m2mkd_jax import losses
 from m2mkd_jax.hybrid import replace_stage
