@@ -137,7 +137,9 @@ def _stop(number: int, frame: object) -> None:
     """The signal handler, which Python runs in the main thread."""
     if number not in _received:
         _received.append(number)
-    if not _deferrals and (_connecting or not jax.distributed.is_initialized()):
+    if _connecting:  # `_watch` ends the process, whether or not this thread can run Python
+        return
+    if not _deferrals and not jax.distributed.is_initialized():
         raise Stopped
 
 

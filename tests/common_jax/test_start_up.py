@@ -26,6 +26,17 @@ with signals.listening():
         sys.exit(signals.status())
 """
 
+SPINS = """
+import pathlib, sys
+from common_jax import signals
+
+with signals.listening(), signals.connecting():
+    sys.setswitchinterval(0.3)
+    pathlib.Path(sys.argv[1]).touch()
+    while True:
+        pass
+"""
+
 
 @pytest.fixture
 def port():
@@ -62,6 +73,19 @@ def test_signal_ends_a_process_that_waits_for_others(port, alone):
     assert process.returncode == 0, said
     assert f"process 0 of 2 waits for the others at 127.0.0.1:{port}, up to 5 minutes" in said
     assert "saving" not in said
+
+
+def test_signal_between_two_lines_of_jax_ends_the_process_too(tmp_path):
+    """The main thread handles the signal first: it runs Python, and gives way after 0.3 s."""
+    command = [sys.executable, "-c", SPINS, tmp_path / "spins"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "spins").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=100)[1]
+    assert process.returncode == 0, said
+    assert said == "stopped as requested, before all processes were connected\n"
 
 
 def test_wait_for_others_ends_with_a_message(port, alone):
