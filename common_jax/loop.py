@@ -1,5 +1,6 @@
 """The train loop, shared by every run. A `Task` defines the model, the data and the loss."""
 
+import functools
 import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 from common_jax import hosts, signals
 from common_jax import mesh as meshes
 from common_jax.checkpoint import FOLDER, Checkpoints, refuse_pattern, take_stock
-from common_jax.log import Alarm, Console, Log, introduce
+from common_jax.log import Alarm, Console, Log, introduce, noticed_compilation
 from common_jax.metrics import Recorder, check_tracker, open_tracker, read_metrics
 from common_jax.optim import OptimConfig
 from common_jax.ranges import SEEDS
@@ -265,8 +266,9 @@ def _train(
                 give_back()  # frees the buffers of files that are now on disk
             if traced and done == traced[0]:
                 jax.profiler.start_trace(str(workdir / "profile"))
-            # `update` donates the state: nothing may use the old one after this call.
-            state, report = update(state, task.helpers, next(batches), seed_there)
+            with noticed_compilation(functools.partial(log.add_compilation, done)):
+                # `update` donates the state: nothing may use the old one after this call.
+                state, report = update(state, task.helpers, next(batches), seed_there)
             if done in averaged:
                 # Before the save: a run that resumes from it does not include this step again.
                 state = include(state, np.float32(1 / (1 + averaged.index(done))))

@@ -1,8 +1,18 @@
 """A run's log: what is written to files, what the terminal shows, and the clocks."""
 
 from common_jax.log.bars import progress
-from common_jax.log.clocks import Alarm, Clock
+from common_jax.log.clocks import Alarm, Clock, noticed_compilation
 from common_jax.log.console import Console, conclude, introduce
 from common_jax.log.lines import Log, averages
 
-__all__ = ["Alarm", "Clock", "Console", "Log", "averages", "conclude", "introduce", "progress"]
+__all__ = [
+    "Alarm",
+    "Clock",
+    "Console",
+    "Log",
+    "averages",
+    "conclude",
+    "introduce",
+    "noticed_compilation",
+    "progress",
+]

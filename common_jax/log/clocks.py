@@ -1,6 +1,18 @@
-"""A run's clocks: one times its steps, one its saves."""
+"""A run's clocks: of its steps, its saves and its compilations."""
 
+import contextlib
+import functools
+import threading
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+# jax reports this event for every program, whether it compiles or reads it from the cache.
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+_programs = threading.local()  # `count`: programs that this thread has compiled since `_count_them`
 
 
 class Clock:
@@ -19,8 +31,13 @@ class Clock:
         """Restarts the clock at this step."""
         self._step, self._start = step, time.perf_counter()
 
+    def discard(self) -> None:
+        """Discards what was timed since the last reading."""
+        self._start = None
+
     def read(self, step: int) -> dict[str, float] | None:
-        """Averages since the last reading; None for the first stretch, which compiles."""
+        """Averages since the last reading; None if they were discarded, and for the first stretch,
+        which compiles."""
         now, before, start = time.perf_counter(), self._step, self._start
         # Even if nothing is returned: the next stretch begins here.
         self.restart(step)
@@ -44,3 +61,29 @@ class Alarm:
     def rings(self) -> bool:
         """True once `minutes` have passed."""
         return self._minutes is not None and time.monotonic() - self._start > 60 * self._minutes
+
+
+@contextlib.contextmanager
+def noticed_compilation(notice: Callable[[float], None]) -> Iterator[None]:
+    """Calls `notice` after the block if the block compiled a program, with the block's seconds.
+
+    A jitted function compiles whenever the shapes of its arguments are new.
+    """
+    _count_them()
+    before, start = _compiled(), time.monotonic()
+    yield
+    if _compiled() > before:
+        notice(time.monotonic() - start)
+
+
+def _compiled() -> int:
+    return getattr(_programs, "count", 0)
+
+
+@functools.cache  # jax.monitoring cannot remove a listener again
+def _count_them() -> None:
+    def count(event: str, seconds: float, **_: Any) -> None:
+        if event == COMPILED:
+            _programs.count = _compiled() + 1
+
+    jax.monitoring.register_event_duration_secs_listener(count)

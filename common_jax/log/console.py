@@ -67,6 +67,16 @@ class Console:
         elif self._bar is not None:
             self._bar.update(step - self._bar.n)
 
+    def compiled(self, step: int, seconds: float) -> None:
+        """Says that this step compiled another program. The time left does not include it."""
+        if self._main and self._first is not None:
+            first, end = self._first
+            self._first = first, end + seconds
+            logging.info(
+                "%s: step %d has a batch of another shape; compiling took %.0f s",
+                *(self._title, step, seconds),
+            )
+
     def show(self, values: Mapping[str, Any]) -> None:
         """Shows new values of metrics."""
         if not self._main:

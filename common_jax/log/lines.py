@@ -89,6 +89,12 @@ class Log:
         self._console.show(values)
         self._clock.restart(step)
 
+    def add_compilation(self, step: int, seconds: float) -> None:
+        """Shows that this step compiled. The steps since the last line are not timed: earlier ones
+        ran during the compilation, so it cannot be subtracted."""
+        self._console.compiled(step, seconds)
+        self._clock.discard()
+
     def restart_clock(self, step: int) -> None:
         """Excludes the time since the last line from the timing, such as that of a save."""
         self._clock.restart(step)

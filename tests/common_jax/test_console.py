@@ -68,6 +68,23 @@ def test_log_lines_are_throttled_and_show_the_latest_values(at, said):
     ]
 
 
+def test_time_left_does_not_include_compilation(at, said):
+    shown = Console("run", step=0, total=44, shown=("train/loss",))
+    shown.compiled(1, 15)  # said anyway
+    at(20)
+    shown.advance(1)
+    at(70)
+    shown.compiled(3, 40)
+    shown.advance(3)
+    shown.show(loss(0.5))
+    assert said.messages[1:] == [
+        "run: first step after 20 s",
+        "run: step 3 has a batch of another shape; compiling took 40 s",
+        # 2 steps in 10 seconds, and 41 steps are left.
+        "run  step 3/44  loss 0.5  learning rate 0.001  03:25 left",
+    ]
+
+
 def test_last_line_is_not_repeated_at_the_end(at, said):
     shown = Console("run", step=0, total=1)
     shown.advance(1)

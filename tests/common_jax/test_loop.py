@@ -1,9 +1,11 @@
 """Details of the loop that do not show in whole runs."""
 
 import dataclasses
+import itertools
 import json
 import types
 
+import jax
 import numpy as np
 import pytest
 from descent import OPTIM, descend, make_task
@@ -114,6 +116,41 @@ def test_clock_excludes_the_first_interval_and_evaluations(at):
     assert clock.read(17) is None
     at(153.0)
     assert clock.read(18) == {"examples_per_second": 32.0, "milliseconds": 2000.0}
+
+
+def test_clock_does_not_time_an_interval_that_compiled(at):
+    clock = log.Clock(10, 64)
+    clock.restart(10)
+    at(30.0)
+    clock.discard()  # a batch of another shape
+    assert clock.read(12) is None
+    at(32.0)
+    assert clock.read(14) == {"examples_per_second": 64.0, "milliseconds": 1000.0}
+
+
+def test_only_blocks_that_compile_are_noticed(at):
+    @jax.jit
+    def double(x):
+        at(100.0 * x.size)  # while it is traced
+        return 2 * x
+
+    noticed = []
+    for size in (1, 1, 3, 1, 3):
+        with log.noticed_compilation(noticed.append):
+            double(np.ones(size))
+    assert noticed == [100.0, 200.0]
+
+
+def test_run_says_which_steps_compile_for_another_shape(tmp_path, caplog):
+    def batches(first):
+        for step in itertools.count(first):
+            yield {"x": np.ones(16 if step in (6, 8) else 8, np.float32)}
+
+    task = make_task(lambda params, helpers, step: {"w": 0.0})
+    caplog.set_level("INFO")
+    descend(tmp_path / "run", task=dataclasses.replace(task, batches=batches))
+    said = [message for message in caplog.messages if "another shape" in message]
+    assert len(said) == 1 and "step 7 has" in said[0]
 
 
 def test_alarm_counts_minutes_since_the_last_save(at):
