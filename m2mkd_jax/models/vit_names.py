@@ -186,11 +186,7 @@ def _experts(count: int) -> dict[str, Entry]:
 def _expert(tensor: str, count: int) -> Entry:
     """One parameter (E, ...) of all experts: stored as one tensor [1, ...] per expert, or fused as
     [E, ...]. Weights are [out, in]."""
-    is_weight = tensor.endswith(".weight")
-
-    def turn(x: np.ndarray) -> np.ndarray:
-        return x.swapaxes(-1, -2) if is_weight else x
-
+    turn = _transposed if tensor.endswith(".weight") else _unchanged
     fused = Entry((f"moe.experts.{tensor}",), turn, lambda x: (turn(x),))
     return Entry(
         tuple(f"moe.experts.{e}.{tensor}" for e in range(count)),
@@ -199,6 +195,14 @@ def _expert(tensor: str, count: int) -> Entry:
         lambda x: tuple(turn(x[e : e + 1]) for e in range(count)),
         forms=(fused,),
     )
+
+
+def _transposed(x: np.ndarray) -> np.ndarray:
+    return x.swapaxes(-1, -2)
+
+
+def _unchanged(x: np.ndarray) -> np.ndarray:
+    return x
 
 
 def _names(entries: Entries) -> list[str]:

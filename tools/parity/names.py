@@ -2,6 +2,7 @@
 parts and gradients."""
 
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -68,8 +69,12 @@ def write_network(params: Mapping[str, Any], *, depths: Sequence[int]) -> dict[s
 
 def root_name(name: str, *, stage: int, depths: Sequence[int]) -> str:
     """The root name of tensor `name` of stage `stage`."""
-    table = vit_names.network_table(depths, heads=1, experts=99)
-    return table.aliases[f"stages.{stage}.{name}"]
+    return _aliases(tuple(depths))[f"stages.{stage}.{name}"]
+
+
+@functools.cache  # the table is large, and this is asked for every tensor
+def _aliases(depths: tuple[int, ...]) -> Mapping[str, str]:
+    return vit_names.network_table(depths, heads=1, experts=99).aliases
 
 
 def read_part(state: State, part: str) -> dict[str, Any]:
