@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import pathlib
 import re
+import subprocess
 import sys
 
 import pytest
@@ -25,6 +26,17 @@ PACKAGE_OF = {
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }
+# They take a second or more to import, and few commands need them.
+SLOW = [
+    "matplotlib",
+    "nltk",
+    "pandas",
+    "sacremoses",
+    "sklearn",
+    "tensorflow",
+    "torch",
+    "transformers",
+]
 # Extras that are imported inside functions where they are needed.
 OPTIONAL = {"tensorflow-datasets", "wandb"}
 # Packages that are required but not imported, and why.
@@ -87,6 +99,13 @@ def test_names_imported_from_the_packages_exist():
                     if not hasattr(module, alias.name) and not has_submodule(module, alias.name)
                 ]
     assert not missing
+
+
+def test_programs_start_without_slow_imports():
+    programs = [f"{package}.main" for package in PACKAGES if package != "common_jax"]
+    code = f"import sys, {', '.join(programs)}; print(*set({SLOW}) & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not done.stdout.split()
 
 
 def test_imports_and_requirements_agree():

@@ -31,7 +31,8 @@ from common_jax.commands.sweep.jobs import (
     run_all,
     show,
 )
-from common_jax.report import Table, overlay, write_report
+from common_jax.report import Table, write_report
+from common_jax.report.draw import overlay
 from common_jax.signals import ends_quietly
 from common_jax.workdir import freeze_stored, read_json
 

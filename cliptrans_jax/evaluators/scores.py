@@ -1,8 +1,9 @@
 """Scores of translations against one reference each: BLEU, chrF, METEOR and exact matches.
 
 All are computed over a whole set, from 0 to 100, with a signature that names the variant. Nothing
-is downloaded: a tokenizer that would need data is replaced, as its signature says. nltk is imported
-only to compute METEOR: the import takes seconds, and most commands compute no METEOR.
+is downloaded: a tokenizer that would need data is replaced, as its signature says. nltk and
+sacremoses are imported only by the functions that use them: it takes seconds, and most commands
+compute none of their scores.
 """
 
 import dataclasses
@@ -11,10 +12,8 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
-import sacremoses
 from sacrebleu.metrics.bleu import BLEU, BLEUScore
 from sacrebleu.metrics.chrf import CHRF
-from sacremoses.corpus import NonbreakingPrefixes
 
 from cliptrans_jax.translators.nllb_languages import CODE_BY_TOKEN
 
@@ -130,6 +129,9 @@ def bleu_lower(
     value = metric.corpus_score(
         moses(hypotheses, language=language), [moses(references, language=language)]
     )
+    import sacremoses
+    from sacremoses.corpus import NonbreakingPrefixes
+
     # Moses falls back to English abbreviations for languages without a list of their own.
     prefixes = language if language in NonbreakingPrefixes().available_langs else "en"
     prepared = f"prep:moses-lc-norm-tok-{language}|prefixes:{prefixes}"
@@ -139,6 +141,8 @@ def bleu_lower(
 def moses(texts: Iterable[str], *, language: str) -> list[str]:
     """Texts in the form of Multi30k's tokenised files: lower-cased, with normalised punctuation and
     spaces between tokens, by sacremoses' ports of Moses' scripts."""
+    import sacremoses
+
     normalizer = sacremoses.MosesPunctNormalizer(_code(language), perl_parity=True)
     tokenizer = sacremoses.MosesTokenizer(_code(language))
     normalized = (normalizer.normalize(text.lower()) for text in texts)

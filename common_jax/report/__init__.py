@@ -1,6 +1,5 @@
 """The report on a folder of runs: their metrics, plots of them, and one HTML page."""
 
-from common_jax.report.draw import COLOURS, DPI, INK, is_picture, overlay
 from common_jax.report.gather import (
     ACCURACY,
     FAMILIES,
@@ -12,13 +11,11 @@ from common_jax.report.gather import (
 )
 from common_jax.report.live import refresh, reporting
 from common_jax.report.page import Table, dispensable, write_report
+from common_jax.report.pictures import is_picture
 
 __all__ = [
     "ACCURACY",
-    "COLOURS",
-    "DPI",
     "FAMILIES",
-    "INK",
     "LOSS",
     "OF_TRAINING",
     "Family",
@@ -26,7 +23,6 @@ __all__ = [
     "Table",
     "dispensable",
     "is_picture",
-    "overlay",
     "panels",
     "refresh",
     "reporting",

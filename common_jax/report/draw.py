@@ -1,11 +1,12 @@
-"""Plots of runs: a run's panels, and curves of several runs in one plot."""
+"""Plots of runs: a run's panels, and curves of several runs in one plot.
 
-import hashlib
+Matplotlib takes long to import, so programs import this module only when they draw.
+"""
+
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from io import BytesIO
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -19,6 +20,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from common_jax.report.gather import Curves, Family, HeatMap, Panels
+from common_jax.report.pictures import DRAWN, fingerprint
 from common_jax.workdir import write_bytes
 
 CurveGroups = Mapping[str, Sequence[Sequence[tuple[int, float]]]]
@@ -28,36 +30,7 @@ CurveGroups = Mapping[str, Sequence[Sequence[tuple[int, float]]]]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 INK = "#333333"
 DPI, SLOT, TOP, BOTTOM = 110, 5.6, 0.42, 0.55  # the last three in inches: a panel and its margins
-DRAWN = "panels"  # the key of the fingerprint in the file
 NAME, LETTER = 0.22, 0.07  # inches: the height of a curve's name or a band, and a letter's width
-
-
-def is_picture(path: epath.PathLike) -> bool:
-    """Whether a file exists and is a complete PNG, not one cut off by a full disk."""
-    return _read_picture(path) is not None
-
-
-def read_drawn(path: epath.PathLike, panels: Panels) -> bytes | None:
-    """The file if it is a complete picture that `draw_panels` made of these panels, else None."""
-    content, about = _read_picture(path) or (None, {})
-    return content if about.get(DRAWN) == _fingerprint(panels) else None
-
-
-def _read_picture(path: epath.PathLike) -> tuple[bytes, Mapping[str, Any]] | None:
-    """A complete PNG and its text chunks; None if there is none."""
-    try:
-        content = epath.Path(path).read_bytes()
-        with Image.open(BytesIO(content), formats=["PNG"]) as image:
-            image.load()
-            about = image.info
-    except (OSError, SyntaxError, ValueError):  # PIL raises all three for unreadable files
-        return None
-    # PIL accepts a file without this last chunk.
-    return (content, about) if content[-8:-4] == b"IEND" else None
-
-
-def _fingerprint(panels: Panels) -> str:
-    return hashlib.sha256(repr(panels).encode()).hexdigest()
 
 
 def overlay(curves: CurveGroups, *, label: str, path: epath.PathLike) -> None:
@@ -113,7 +86,7 @@ def draw_panels(panels: Panels) -> bytes:
             axes.set_title(_plain(panel.title), size=10, weight="bold", loc="left", y=1.04)
         y -= BOTTOM
     about = PngInfo()
-    about.add_text(DRAWN, _fingerprint(panels))
+    about.add_text(DRAWN, fingerprint(panels))
     return _png(figure, about)
 
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 
 from etils import epath
 
-from common_jax.report.draw import draw_panels, read_drawn
 from common_jax.report.gather import FAMILIES, Family, Run, Shares, find_runs, read_run
+from common_jax.report.pictures import read_drawn
 from common_jax.workdir import write_bytes
 
 
@@ -107,6 +107,8 @@ def _read_or_draw(run: Run) -> bytes:
     path = run.folder / "plots" / "curves.png"
     if (picture := read_drawn(path, run.panels)) is not None:
         return picture
+    from common_jax.report.draw import draw_panels  # matplotlib takes long to import
+
     picture = draw_panels(run.panels)
     try:
         path.parent.mkdir(exist_ok=True)

@@ -14,7 +14,6 @@ from common_jax import checkpoint, hosts
 from common_jax.optim import OptimConfig
 from common_jax.report import dispensable, is_picture
 from common_jax.state import fold_name
-from m2mkd_jax.connectivity import draw_connectivity
 from m2mkd_jax.families.family import Regularizer
 from m2mkd_jax.nac.graphs import make_graph
 from m2mkd_jax.nac.model import NacConfig
@@ -126,6 +125,9 @@ def draw_circuit(model: NacConfig, circuit: Circuit, workdir: epath.Path) -> Non
         learned = checkpoint.load(workdir, subtree="student/graph/mediator", average=True)
         if not first:
             return
+        # Matplotlib, which it needs, takes long to import.
+        from m2mkd_jax.connectivity import draw_connectivity
+
         before = circuit.signatures["mediator"]
         groups = np.zeros(len(before), int) if circuit.prior is None else circuit.prior.communities
         truncation = model.kernel.truncation

@@ -15,7 +15,6 @@ from etils import epath
 from jax import numpy as jnp
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float
-from scipy.sparse import csgraph
 
 from common_jax.untrusted import brief, read_npz
 from common_jax.workdir import write_bytes
@@ -136,6 +135,8 @@ def fit_signatures(
 
 def scaled_paths(adjacency: Bool[np.ndarray, "T T"]) -> Float[np.ndarray, "T T"]:
     """Returns the lengths of shortest paths, divided by the longest; 0 where there is no path."""
+    from scipy.sparse import csgraph  # takes half a second to import
+
     lengths = csgraph.shortest_path(np.asarray(adjacency, float), directed=False, unweighted=True)
     lengths = np.where(np.isfinite(lengths), lengths, 0)
     # The 1 is for a graph without edges.

@@ -14,7 +14,8 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from common_jax.metrics import read_metrics
-from common_jax.report import FAMILIES, Family, Shares, Table, overlay, panels, write_report
+from common_jax.report import FAMILIES, Family, Shares, Table, panels, write_report
+from common_jax.report.draw import overlay
 from common_jax.report.gather import find_runs
 
 WITH_SHARES = (

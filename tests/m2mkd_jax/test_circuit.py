@@ -14,6 +14,7 @@ from common_jax import checkpoint
 from common_jax.optim import OptimConfig
 from common_jax.report import is_picture
 from common_jax.state import fold_name
+from m2mkd_jax import connectivity
 from m2mkd_jax.families import circuit
 from m2mkd_jax.families.circuit import (
     PICTURE,
@@ -152,7 +153,7 @@ class Drawn:
 
     def __init__(self, monkeypatch, learned):
         self.calls, self.loaded = [], []
-        monkeypatch.setattr(circuit, "draw_connectivity", self._draw)
+        monkeypatch.setattr(connectivity, "draw_connectivity", self._draw)
         monkeypatch.setattr(checkpoint, "load", self._load)
         self.learned = learned
 
@@ -200,7 +201,7 @@ def test_failed_picture_only_warns(monkeypatch, tmp_path, caplog):
         raise RuntimeError("no ink")
 
     Drawn(monkeypatch, np.ones((8, 8)))
-    monkeypatch.setattr(circuit, "draw_connectivity", fail)
+    monkeypatch.setattr(connectivity, "draw_connectivity", fail)
     draw_circuit(NAC, Circuit({"mediator": np.ones((8, 8))}, None), tmp_path)
     assert "no ink" in caplog.text
 

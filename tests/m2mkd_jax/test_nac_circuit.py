@@ -10,6 +10,7 @@ import pytest
 from etils import epath
 from tiny import NAC, OPTIM
 
+from m2mkd_jax import connectivity
 from m2mkd_jax.config import Config
 from m2mkd_jax.families import circuit
 from m2mkd_jax.families.circuit import Circuit
@@ -148,7 +149,7 @@ def drawing(monkeypatch, tmp_path):
         calls.update(before=before, after=after, groups=groups, truncation=truncation, path=path)
 
     monkeypatch.setattr(circuit.checkpoint, "load", load)
-    monkeypatch.setattr(circuit, "draw_connectivity", draw)
+    monkeypatch.setattr(connectivity, "draw_connectivity", draw)
 
     def run(config, start=START):
         circuit.draw_circuit(config.model, start, epath.Path(tmp_path))

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from common_jax.commands.sweep.cells import Cell, short_keys
 from common_jax.commands.sweep.jobs import deviation
 from common_jax.config import did_you_mean
-from common_jax.report import COLOURS, DPI, INK, Table
+from common_jax.report import Table
+from common_jax.report.draw import COLOURS, DPI, INK
 from common_jax.workdir import contradictions, read_json, write_bytes
 
 MARKERS = "os^Dv*P"
