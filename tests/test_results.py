@@ -17,7 +17,7 @@ DATA = {
     "accuracy on digits": "digits.json",
     "a NAC, 500 images a class": "cifar10_nac.json",
     "CIFAR-10, 500 images a class": "cifar10_tenth.json",
-    "CIFAR-10, all images, two seeds": "cifar10_all.json",
+    "CIFAR-10, all images, three seeds": "cifar10_all.json",
     "CIFAR-10, 100 images a class, three seeds": "cifar10_fiftieth.json",
     "emoji, English to German": "emoji.json",
     "teacher: DINOv2-S": "cifar10_dinov2.json",
