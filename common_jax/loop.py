@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from common_jax import hosts, signals
 from common_jax import mesh as meshes
 from common_jax.checkpoint import FOLDER, Checkpoints, refuse_pattern, take_stock
-from common_jax.log import Alarm, Console, Log, introduce, noticed_compilation
+from common_jax.log import Alarm, Console, Log, introduce, watch_compilation
 from common_jax.metrics import Recorder, check_tracker, open_tracker, read_metrics
 from common_jax.optim import OptimConfig
 from common_jax.ranges import SEEDS
@@ -266,7 +266,7 @@ def _train(
                 give_back()  # frees the buffers of files that are now on disk
             if traced and done == traced[0]:
                 jax.profiler.start_trace(str(workdir / "profile"))
-            with noticed_compilation(functools.partial(log.add_compilation, done)):
+            with watch_compilation(functools.partial(log.add_compilation, done)):
                 # `update` donates the state: nothing may use the old one after this call.
                 state, report = update(state, task.helpers, next(batches), seed_there)
             if done in averaged:

@@ -1,7 +1,7 @@
 """A run's log: what is written to files, what the terminal shows, and the clocks."""
 
 from common_jax.log.bars import progress
-from common_jax.log.clocks import Alarm, Clock, noticed_compilation
+from common_jax.log.clocks import Alarm, Clock, watch_compilation
 from common_jax.log.console import Console, conclude, introduce
 from common_jax.log.lines import Log, averages
 
@@ -13,6 +13,6 @@ __all__ = [
     "averages",
     "conclude",
     "introduce",
-    "noticed_compilation",
     "progress",
+    "watch_compilation",
 ]

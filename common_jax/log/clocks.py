@@ -64,7 +64,7 @@ class Alarm:
 
 
 @contextlib.contextmanager
-def noticed_compilation(notice: Callable[[float], None]) -> Iterator[None]:
+def watch_compilation(notice: Callable[[float], None]) -> Iterator[None]:
     """Calls `notice` after the block if the block compiled a program, with the block's seconds.
 
     A jitted function compiles whenever the shapes of its arguments are new.

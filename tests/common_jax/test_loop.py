@@ -136,7 +136,7 @@ def test_only_blocks_that_compile_are_noticed(at):
 
     noticed = []
     for size in (1, 1, 3, 1, 3):
-        with log.noticed_compilation(noticed.append):
+        with log.watch_compilation(noticed.append):
             double(np.ones(size))
     assert noticed == [100.0, 200.0]
 
