@@ -37,6 +37,7 @@ import importlib, json, logging, re, sys
 import jax
 
 from common_jax import app
+from common_jax.log.clocks import COMPILED
 
 main = importlib.import_module(sys.argv.pop(1) + ".main")
 phase, hit, programs = ["before"], [], []
@@ -55,7 +56,7 @@ def found(event, **more):
 
 
 def compiled(event, seconds, fun_name="", **more):
-    if event == "/jax/core/compile/backend_compile_duration":
+    if event == COMPILED:
         programs.append((phase[0], fun_name, seconds, bool(hit)))
         hit.clear()
 

@@ -14,13 +14,13 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
+from common_jax.report.draw import DPI, INK
 from common_jax.workdir import write_bytes
 from m2mkd_jax.nac.kernel import cosine_distance
 
-DPI = 110
 MOST_EDGES = 2000  # per plot of a graph; with more it is a black disc
 MOST_BORDERS = 32  # lines between communities; more would hide the matrix
-INK, EDGE = "#333333", "#555555"
+EDGE = "#555555"
 
 
 def draw_connectivity(

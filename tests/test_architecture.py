@@ -5,6 +5,7 @@ import pathlib
 import re
 
 import pytest
+from imports import imports
 
 from common_jax.nn.axes import AXES
 from m2mkd_jax.config import PHASE_NAMES
@@ -99,16 +100,6 @@ DOORS = {
 
 def modules():
     return [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
-
-
-def imports(path):
-    """Absolute names of everything a file imports, anywhere in the file."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path} imports relatively"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def layer(package, name):

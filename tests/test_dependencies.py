@@ -3,19 +3,19 @@ new enough."""
 
 import ast
 import importlib.metadata
-import importlib.util
 import pathlib
+import pkgutil
 import re
 import subprocess
 import sys
 
 import pytest
+from imports import imports
 from packaging.requirements import Requirement
 from packaging.version import Version
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = ("common_jax", "m2mkd_jax", "cliptrans_jax")
-CODE = (*PACKAGES, "configs", "tests", "tools", "benchmarks")
 # Imports whose name differs from the package's.
 PACKAGE_OF = {
     "absl": "absl-py",
@@ -26,7 +26,7 @@ PACKAGE_OF = {
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }
-# They take a second or more to import, and few commands need them.
+# Packages that take about a second or more to import, and that few commands need.
 SLOW = [
     "matplotlib",
     "nltk",
@@ -66,38 +66,36 @@ def normal(name):
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+def files(*folders):
+    return [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+
+
 def imported():
     """Package -> a file that imports it."""
     found = {}
-    for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.level == 0:
-                names = [node.module]
-            for top in (name.split(".")[0] for name in names):
-                if top not in sys.stdlib_module_names and top not in PACKAGES:
-                    found[normal(PACKAGE_OF.get(top, top))] = path
+    for path in files(*PACKAGES):
+        for top in (name.split(".")[0] for name in imports(path)):
+            if top not in sys.stdlib_module_names and top not in PACKAGES:
+                found[normal(PACKAGE_OF.get(top, top))] = path
     return found
 
 
-def has_submodule(module, name):
-    return hasattr(module, "__path__") and importlib.util.find_spec(f"{module.__name__}.{name}")
+def exists(name):
+    try:
+        pkgutil.resolve_name(name)
+    except (AttributeError, ImportError):
+        return False
+    return True
 
 
 def test_names_imported_from_the_packages_exist():
     """Those imported inside functions too, which would otherwise fail only when called."""
-    missing = []
-    for path in (path for top in CODE for path in (ROOT / top).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in PACKAGES:
-                module = importlib.import_module(node.module)
-                missing += [
-                    f"{path.relative_to(ROOT)}:{node.lineno}: {node.module}.{alias.name}"
-                    for alias in node.names
-                    if not hasattr(module, alias.name) and not has_submodule(module, alias.name)
-                ]
+    missing = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in files(*PACKAGES, "configs", "tests", "tools", "benchmarks")
+        for name in imports(path)
+        if name.split(".")[0] in PACKAGES and not exists(name)
+    ]
     assert not missing
 
 

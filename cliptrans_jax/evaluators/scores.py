@@ -2,8 +2,8 @@
 
 All are computed over a whole set, from 0 to 100, with a signature that names the variant. Nothing
 is downloaded: a tokenizer that would need data is replaced, as its signature says. nltk and
-sacremoses are imported only by the functions that use them: it takes seconds, and most commands
-compute none of their scores.
+sacremoses are imported only by the functions that use them: the imports take seconds, and most
+commands compute no such score.
 """
 
 import dataclasses
