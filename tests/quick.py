@@ -12,6 +12,7 @@ SLOW = (
     "cliptrans_jax/test_decode_steps.py",
     "cliptrans_jax/test_encoders.py",
     "cliptrans_jax/test_features.py",
+    "cliptrans_jax/test_feed.py",
     "cliptrans_jax/test_initial_weights.py",
     "cliptrans_jax/test_interchange.py",
     "cliptrans_jax/test_locked_text.py",

@@ -3,7 +3,8 @@
 from mistakes.mistake import Mistake
 
 PACKAGE, TESTS = "cliptrans_jax", "tests/cliptrans_jax"
-ENCODERS, FEED = f"{TESTS}/test_encoders.py", f"{TESTS}/test_stages.py"
+ENCODERS = f"{TESTS}/test_encoders.py"
+FEED = f"{TESTS}/test_stages.py {TESTS}/test_feed.py"
 OBJECTIVE, RUN_DATA = f"{TESTS}/test_objective.py", f"{TESTS}/test_run_data.py"
 INITIAL = f"{TESTS}/test_initial_weights.py"
 KEPT = (
@@ -352,7 +353,7 @@ MISTAKES: tuple[Mistake, ...] = (
         "sentences for the text tower are padded with the translator's id",
         "pad(tokens[rows], length, pad_id=inputs.clip_pad)",
         "pad(tokens[rows], length, pad_id=inputs.pad)",
-        "tests/cliptrans_jax/test_stages.py::test_text_tower_sentences_are_padded_with_its_own_id",
+        "tests/cliptrans_jax/test_feed.py::test_text_tower_sentences_are_padded_with_its_own_id",
     ),
     Mistake(
         "cliptrans_jax/config.py",
