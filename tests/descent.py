@@ -47,18 +47,19 @@ def descend(
     **changes: Any,
 ) -> dict:
     """Trains or resumes a run; returns the result."""
+    run = run_config(**changes)
     if task is None and programs is None:
-        programs = shared_programs(optim, changes.get("log_every", 1))
+        programs = shared_programs(optim, run.log_every)
     return loop.train(
         make_task(lambda params, helpers, step: {"w": float(params["w"])})
         if task is None
         else task,
-        run_config(**changes),
+        run,
         optim,
         seed=seed,
         workdir=workdir,
         mesh=one_device(),
-        config={"seed": seed, "optim": {"steps": STEPS}},
+        config={"seed": seed, "optim": {"steps": STEPS}, "run": {"log_every": run.log_every}},
         programs=programs,
     )
 

@@ -104,11 +104,11 @@ def plain(config: Any) -> dict[str, Any]:
     return dict(config)
 
 
-# Fields that change results only by rounding, or only which checkpoints are kept and when a run
-# gives up. A run may resume with other values. `remat` and `attention` are fields of networks in
-# any section.
+# Fields that change results only by rounding, or only what is logged, which checkpoints are kept
+# and when a run gives up. A run may resume with other values. `remat` and `attention` are fields of
+# networks in any section.
 PASSING = re.compile(
-    r"run\.(best|keep|profile|compilation_cache|checkpoint_minutes|on_failed_save|wandb)"
+    r"run\.(log_every|best|keep|profile|compilation_cache|checkpoint_minutes|on_failed_save|wandb)"
     r"|mesh\.(data|fsdp|expert)"
     r"|data\.(workers|bad_share)"
     r"|(.+\.)?(remat|attention)"

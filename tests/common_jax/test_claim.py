@@ -148,9 +148,9 @@ def test_new_fields_get_defaults_and_removed_ones_are_reported(tmp_path, caplog)
 
 
 def test_configs_are_compared_on_shared_fields_only():
-    stored = {"seed": 0, "optim": {"lr": 0.1, "old": 1}, "run": {"log_every": 2}}
-    config = {"seed": 1, "optim": {"lr": 0.1, "new": 2}, "run": {"log_every": 3}}
-    assert contradictions(stored, config) == ["run.log_every: 2 -> 3", "seed: 0 -> 1"]
+    stored = {"seed": 0, "optim": {"lr": 0.1, "old": 1}, "run": {"eval_every": 2}}
+    config = {"seed": 1, "optim": {"lr": 0.1, "new": 2}, "run": {"eval_every": 3}}
+    assert contradictions(stored, config) == ["run.eval_every: 2 -> 3", "seed: 0 -> 1"]
     assert contradictions(stored, stored) == contradictions({}, config) == []
 
 

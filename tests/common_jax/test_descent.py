@@ -119,6 +119,16 @@ def stop_after(step, monkeypatch):
     monkeypatch.setattr(hosts, "check", check)
 
 
+def test_run_may_resume_with_another_log_interval(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(signals.Stopped):
+        stop_after(5, patch)
+        train(tmp_path, task=task(), optim=PLAIN)
+    train(tmp_path, task=task(), optim=PLAIN, log_every=4)
+    _, values, _ = by_hand()
+    close(checkpoint.load(tmp_path)["w"], values[STEPS])
+    assert list(lines(tmp_path, "train/loss")) == [1, 2, 3, 4, 5, 8, 12]
+
+
 @pytest.mark.parametrize("stopped", [3, 6])
 def test_resumed_average_is_bitwise_identical(averaged, stopped, tmp_path, monkeypatch):
     """Stopped right after a skipped step, or in a row of them."""
