@@ -8,13 +8,15 @@ from jax.sharding import Mesh
 
 from common_jax.weights import Origin, Planned, WarmStart
 from m2mkd_jax.config import Config
-from m2mkd_jax.phases.phase import FileKind, Phase, Training, WeightSource
+from m2mkd_jax.phases.phase import FileKind, Phase, Splits, Training, WeightSource
 from m2mkd_jax.phases.sources.weights import require_stage_sources, take_weights
 from m2mkd_jax.phases.training import train_phase, whole_training
 from m2mkd_jax.stages import stage_name
 
 
-def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
+def run(
+    config: Config, workdir: epath.Path, mesh: Mesh, splits: Splits | None = None
+) -> dict[str, Any]:
     """Trains the assembled teacher and saves its parameters under "teacher"."""
     require_stage_sources(config, "modules", len(config.teacher.depths))
     return train_phase(
@@ -22,6 +24,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         workdir,
         mesh,
         warm_start=lambda shapes: _assemble(config, shapes),
+        splits=splits,
     )
 
 

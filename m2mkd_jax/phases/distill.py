@@ -18,18 +18,27 @@ from m2mkd_jax.phases.networks import (
     student_modules,
 )
 from m2mkd_jax.phases.objective import Outputs
-from m2mkd_jax.phases.phase import FileKind, Phase, Training, WeightSource, config_feed
+from m2mkd_jax.phases.phase import (
+    FileKind,
+    Phase,
+    Splits,
+    Training,
+    WeightSource,
+    config_feed,
+)
 from m2mkd_jax.phases.sources.teachers import ACCOUNT, check_classes, load_teachers, module_teachers
 from m2mkd_jax.phases.sources.weights import require_source, take_weights
 from m2mkd_jax.phases.training import train_phase
 from m2mkd_jax.stages import module_name, stage_name
 
 
-def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
+def run(
+    config: Config, workdir: epath.Path, mesh: Mesh, splits: Splits | None = None
+) -> dict[str, Any]:
     """Trains the student modules of config.module and saves them under "student/stage_K"."""
     training, several = describe(config, mesh), bool(config.sources.teachers)
     helpers = _take_frozen(training).params
-    feed = config_feed(training, workdir)
+    feed = config_feed(training, workdir, splits)
     frozen = ["meta", *(["teachers"] if several else ["teacher"] if "teacher" in helpers else [])]
     check_classes(config, feed.label_names, frozen)
     if not several:

@@ -17,7 +17,14 @@ from m2mkd_jax.config import Config
 from m2mkd_jax.families import family_of
 from m2mkd_jax.phases.networks import whole_student
 from m2mkd_jax.phases.objective import Forward
-from m2mkd_jax.phases.phase import FileKind, Phase, Training, WeightSource, config_feed
+from m2mkd_jax.phases.phase import (
+    FileKind,
+    Phase,
+    Splits,
+    Training,
+    WeightSource,
+    config_feed,
+)
 from m2mkd_jax.phases.sources.teachers import (
     ACCOUNT,
     Teachers,
@@ -31,7 +38,9 @@ from m2mkd_jax.phases.training import check_training, train_phase, whole_trainin
 from m2mkd_jax.stages import stage_name
 
 
-def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
+def run(
+    config: Config, workdir: epath.Path, mesh: Mesh, splits: Splits | None = None
+) -> dict[str, Any]:
     """Trains the whole student and saves its parameters under "student".
 
     It starts from the distilled students in config.sources.students, from the dense ViT in
@@ -40,7 +49,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     # First, since it refuses a wrong number of workdirs before data or weights are read.
     warm_start, helpers, files = _warm_start(config), {}, {}
     training, start = describe(config, mesh), None
-    feed = config_feed(training, workdir)
+    feed = config_feed(training, workdir, splits)
     if config.baseline.active and config.sources.teachers:
         check_classes(config, feed.label_names, ("teachers",))
         helpers, files[ACCOUNT] = load_teachers(config, training.helpers)

@@ -33,7 +33,9 @@ CONFIDENCE = 0.95
 INTERVAL = "_ci95"  # suffix of a metric's half-width of the confidence interval
 
 
-def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
+def run(
+    config: Config, workdir: epath.Path, mesh: Mesh, splits: Splits | None = None
+) -> dict[str, Any]:
     """Trains only the head on an episode and saves the whole network under "student".
 
     The episode's classes are renumbered, so the head has config.few_shot.ways labels. Training
@@ -44,7 +46,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     be resumed and is skipped once finished; only the first one compiles. The result is then that of
     `summary`.
     """
-    few_shot, splits = config.few_shot, load_splits(config)
+    few_shot, splits = config.few_shot, splits or load_splits(config)
     train = _trainer(config, mesh, splits)
     if few_shot.episodes == 1:
         return train(few_shot.seed, workdir)

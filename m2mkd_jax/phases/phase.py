@@ -141,12 +141,10 @@ class FileKind:
     shallow: bool = False
 
 
-def config_feed(
-    training: Training, workdir: epath.Path, splits: Splits | tuple[None, None] = (None, None)
-) -> Feed:
+def config_feed(training: Training, workdir: epath.Path, splits: Splits | None = None) -> Feed:
     """The feed of config.data, and of config.ood if it names a source and the phase evaluates it;
     give `splits` if they are already loaded."""
-    config, (train, test) = training.config, splits
+    config, (train, test) = training.config, splits or (None, None)
     return make_feed(
         config.data,
         config.augment,
@@ -166,7 +164,8 @@ class Phase:
 
     Attributes:
       describe: (config, mesh) -> its training.
-      run: (config, workdir, mesh) -> its result; trains, or resumes.
+      run: (config, workdir, mesh, splits) -> its result; trains, or resumes. `splits` are the
+        images of config.data if they are already loaded, otherwise None.
       role: key of the parameters that it trains and saves: "meta", "module", "teacher" or
         "student".
       reads: config sections and fields that it reads, besides `ALWAYS`, `RECIPE`, its sources and
@@ -192,7 +191,7 @@ class Phase:
     """
 
     describe: Callable[[Config, Mesh], Training]
-    run: Callable[[Config, epath.Path, Mesh], dict[str, Any]]
+    run: Callable[[Config, epath.Path, Mesh, Splits | None], dict[str, Any]]
     role: str
     reads: tuple[str, ...]
     differentiates: tuple[str, ...]

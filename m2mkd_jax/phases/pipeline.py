@@ -17,7 +17,7 @@ from m2mkd_jax.config import Config, Recipe
 from m2mkd_jax.phases import PHASES
 from m2mkd_jax.phases.few_shot import load_splits
 from m2mkd_jax.phases.fields import check_sources, replacing_sources
-from m2mkd_jax.phases.phase import Training
+from m2mkd_jax.phases.phase import Splits, Training
 from m2mkd_jax.phases.sources.teachers import load_teachers
 from m2mkd_jax.phases.training import check_training
 
@@ -29,12 +29,15 @@ PRODUCT = "network"
 APART = r"sources\..*|data\.labels"
 
 
-def run_phase(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
+def run_phase(
+    config: Config, workdir: epath.Path, mesh: Mesh, splits: Splits | None = None
+) -> dict[str, Any]:
     """Runs the phase that `config` names; returns the result of its run, or of its last one.
 
     A modular phase trains all modules in config.module with one program, in `workdir` itself. If
     config.distill.pairs_at_once allows fewer, several programs run one after another, each in its
-    own folder such as `workdir`/module_0+1.
+    own folder such as `workdir`/module_0+1. `splits` are the images of config.data if they are
+    already loaded; a pipeline loads its own.
     """
     check_sources(config)
     if config.phase == "pipeline":
@@ -43,15 +46,17 @@ def run_phase(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]
     result = {}
     with matmul_precision(config.matmul_precision):
         if len(folders) > 1:
-            _check_programs(folders, workdir, mesh)
+            splits = splits or load_splits(config)  # shared by all programs
+            _check_programs(folders, workdir, mesh, splits)
         for folder, part in folders.items():
-            result = phase.run(part, workdir / folder, mesh)
+            result = phase.run(part, workdir / folder, mesh, splits)
     return result
 
 
-def _check_programs(programs: Mapping[str, Config], workdir: epath.Path, mesh: Mesh) -> None:
+def _check_programs(
+    programs: Mapping[str, Config], workdir: epath.Path, mesh: Mesh, splits: Splits
+) -> None:
     """Checks all programs of a phase, by folder, before the first one trains."""
-    splits = load_splits(next(iter(programs.values())))  # shared by all programs
     for folder, config in programs.items():
         phase = PHASES[config.phase]
         training = phase.describe(config, mesh)
@@ -104,7 +109,7 @@ def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, A
     # All checks come before `claim`, which writes to the workdir: a pipeline that is refused leaves
     # no config there.
     refuse_other_config(workdir, config)
-    check_pipeline(config, workdir, mesh)
+    splits = check_pipeline(config, workdir, mesh)
     claim(workdir, config)
     results, runs = {}, plan(config, workdir)
     for number, (folder, run_config) in enumerate(runs, 1):
@@ -116,7 +121,7 @@ def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, A
         else:
             # Errors then name the field under config.recipes, where it was set.
             with in_recipe(Recipe, run_config.phase):
-                results[folder] = run_phase(run_config, workdir / folder, mesh)
+                results[folder] = run_phase(run_config, workdir / folder, mesh, splits)
     return results[result_folder()]
 
 
@@ -125,9 +130,12 @@ def result_folder() -> str:
     return next(phase.folder for phase in PHASES.values() if phase.makes == PRODUCT)
 
 
-def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
+def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> Splits | None:
     """Checks data, recipes, networks and source weights of all unfinished runs; writes nothing. All
     processes must call this together.
+
+    Returns:
+      The images, loaded once for all runs; None if all are finished.
 
     Raises:
       FileNotFoundError, ValueError: like the runs themselves.
@@ -137,7 +145,7 @@ def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
     finished = hosts.decide(lambda: [(workdir / name / "result.json").exists() for name, _ in runs])
     unfinished = [run for run, done in zip(runs, finished, strict=True) if not done]
     if not unfinished:
-        return
+        return None
     splits = load_splits(config)  # shared by all runs
     trainings = []
     for folder, run in unfinished:
@@ -157,6 +165,7 @@ def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
             phase = training.config.phase
             with in_recipe(Recipe, phase):
                 check_training(training, feed, mesh, key=f"config.recipes.{phase}", trace=trace)
+    return splits
 
 
 def plan(config: Config, workdir: epath.Path) -> list[tuple[str, Config]]:

@@ -6,13 +6,15 @@ from etils import epath
 from jax.sharding import Mesh
 
 from m2mkd_jax.config import Config
-from m2mkd_jax.phases.phase import FileKind, Phase
+from m2mkd_jax.phases.phase import FileKind, Phase, Splits
 from m2mkd_jax.phases.training import train_phase, whole_training
 
 
-def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
+def run(
+    config: Config, workdir: epath.Path, mesh: Mesh, splits: Splits | None = None
+) -> dict[str, Any]:
     """Trains the meta model and saves its parameters under "meta"."""
-    return train_phase(whole_training(PHASE, config), workdir, mesh)
+    return train_phase(whole_training(PHASE, config), workdir, mesh, splits=splits)
 
 
 PHASE = Phase(

@@ -21,7 +21,14 @@ from m2mkd_jax.phases.networks import (
     stitched_modules,
 )
 from m2mkd_jax.phases.objective import Outputs
-from m2mkd_jax.phases.phase import FileKind, Phase, Training, WeightSource, config_feed
+from m2mkd_jax.phases.phase import (
+    FileKind,
+    Phase,
+    Splits,
+    Training,
+    WeightSource,
+    config_feed,
+)
 from m2mkd_jax.phases.sources.teachers import check_classes, read_teacher
 from m2mkd_jax.phases.sources.weights import (
     compare_images,
@@ -33,7 +40,9 @@ from m2mkd_jax.phases.training import train_phase
 from m2mkd_jax.stages import module_name, stage_name
 
 
-def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
+def run(
+    config: Config, workdir: epath.Path, mesh: Mesh, splits: Splits | None = None
+) -> dict[str, Any]:
     """Trains the teacher modules that config.module names and saves them under "module/stage_K".
 
     They start from scratch, or from the network in config.init.teacher; in that case only the head
@@ -41,7 +50,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     """
     training = describe(config, mesh)
     helpers = _take_meta(training).params
-    feed = config_feed(training, workdir)
+    feed = config_feed(training, workdir, splits)
     check_classes(config, feed.label_names, ("meta",))
     start = functools.partial(_join, config) if config.init.teacher else None
     return train_phase(training, workdir, mesh, helpers=helpers, warm_start=start, feed=feed)

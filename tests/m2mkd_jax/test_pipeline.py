@@ -19,6 +19,7 @@ from common_jax import checkpoint
 from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.metrics import read_metrics
 from m2mkd_jax.config import DistillConfig, SourcesConfig
+from m2mkd_jax.data import sources
 from m2mkd_jax.moe.config import BalanceConfig, MoeConfig
 from m2mkd_jax.phases import pipeline
 from m2mkd_jax.phases.pipeline import run_phase
@@ -38,8 +39,16 @@ tiny_pipeline = partial(tiny.tiny_pipeline, stages=2)
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder of a finished pipeline."""
-    workdir = tmp_path_factory.mktemp("pipeline")
-    result = run_phase(tiny_pipeline(), workdir, one_device())
+    workdir, opened, open_source = tmp_path_factory.mktemp("pipeline"), [], sources.open_source
+
+    def open_and_count(config, split):
+        opened.append(split)
+        return open_source(config, split)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "open_source", open_and_count)
+        result = run_phase(tiny_pipeline(), workdir, one_device())
+    assert opened == ["train", "test"]  # once for all runs: decoding may take minutes
     assert result == json.loads((workdir / "end_to_end" / "result.json").read_text())
     return workdir
 

@@ -167,7 +167,7 @@ def test_one_folder_per_program(module, pairs, folders):
 def test_programs_run_in_order(monkeypatch, tmp_path):
     ran = []
 
-    def run(config, workdir, mesh):
+    def run(config, workdir, mesh, splits):
         ran.append((config.module, workdir))
         return {"module": config.module}
 
@@ -188,7 +188,7 @@ def ran(monkeypatch):
     """The folders of the runs that a pipeline starts; nothing is checked or trained."""
     folders = []
 
-    def run(config, workdir, mesh):
+    def run(config, workdir, mesh, splits=None):
         if config.phase == "pipeline":
             return pipeline.run_pipeline(config, workdir, mesh)
         folders.append(workdir.name)
