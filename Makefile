@@ -22,11 +22,11 @@ demo-cliptrans: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The tests to run after every change; tests/quick.py says what they leave out.
 test-quick: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --quick
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --quick
 
 # User journeys through both programs, from the user's own files to an exported folder; at most 15
 # minutes. Loads the exported folders with timm and transformers if they are installed.

@@ -1,4 +1,4 @@
-"""The test files that `make test-quick` skips."""
+"""The slow test files: `make test-quick` skips them, and `make test` begins with them."""
 
 import pathlib
 
@@ -35,6 +35,7 @@ SLOW = (
     "common_jax/test_identity.py",
     "m2mkd_jax/test_all_modules.py",
     "m2mkd_jax/test_augment.py",
+    "m2mkd_jax/test_circuit.py",
     "m2mkd_jax/test_classification.py",
     "m2mkd_jax/test_command.py",
     "m2mkd_jax/test_commands.py",
@@ -86,8 +87,9 @@ SLOW = (
     "test_tour.py",
     "test_upgrades.py",
 )
+PATHS = frozenset(FOLDER / name for name in SLOW)
 
 
 def is_slow(path: pathlib.Path) -> bool:
-    """Whether the quick tests skip a file."""
-    return path in {FOLDER / name for name in SLOW}
+    """Whether a file is one of the slow ones."""
+    return path in PATHS
