@@ -12,7 +12,7 @@ import ml_collections
 import tqdm
 from etils import epath
 
-from common_jax import command_line, hosts, signals
+from common_jax import command_line, hosts, signals, start_up
 from common_jax.optim import REPLACED_BY
 from common_jax.workdir import check_output, require_same_start
 
@@ -42,10 +42,10 @@ def run(
         accepts any.
       reads: sections and fields that each kind of run reads; setting another one logs a warning.
 
-    If several processes form one run, they are connected first, see `common_jax.hosts.start`, and
-    their configs and code are compared, see `common_jax.workdir.require_same_start`. A signal to
-    any of them makes all save and exit, with status 0 after SIGTERM, 130 after Ctrl-C and 129 after
-    SIGHUP (see `common_jax.signals`).
+    If several processes form one run, they are connected first, see `common_jax.start_up.connect`,
+    and their configs and code are compared, see `common_jax.workdir.require_same_start`. A signal
+    to any of them makes all save and exit, with status 0 after SIGTERM, 130 after Ctrl-C and 129
+    after SIGHUP (see `common_jax.signals`).
     """
     argv = list(sys.argv if argv is None else argv)
     logging.basicConfig(
@@ -78,7 +78,7 @@ def _run(
         if system is not None and reads is not None:
             _warn_of_unread(paths, system.field, config[system.field], reads)
         _warn_of_replaced(paths, config)
-        hosts.start(**{name: values[name].value for name in command_line.HOST_FLAGS})
+        start_up.connect(**{name: values[name].value for name in command_line.HOST_FLAGS})
         if jax.distributed.is_initialized():
             own = () if system is None else (system.package,)
             require_same_start(config, packages=("common_jax", *own))

@@ -73,7 +73,7 @@ LAYERS = {
         ("workdir",),
         ("nn",),
         ("state", "mesh", "config"),
-        ("hosts",),
+        ("hosts", "start_up"),
         ("signals", "ranges", "ranking"),
         ("untrusted",),
     ),

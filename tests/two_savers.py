@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from common_jax import hosts
+from common_jax import hosts, start_up
 from common_jax.checkpoint import Checkpoints, SaveError, finished_steps, writing
 from common_jax.state import TrainState
 
@@ -30,7 +30,9 @@ def main() -> None:
     given = parser.parse_args()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax's tracebacks
-    hosts.start(coordinator=given.coordinator, processes=given.processes, process=given.process)
+    start_up.connect(
+        coordinator=given.coordinator, processes=given.processes, process=given.process
+    )
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     checkpoints = Checkpoints(given.workdir, keep=10, best=None, on_failed="go_on")
     make = _state()

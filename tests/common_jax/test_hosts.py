@@ -98,75 +98,6 @@ def test_processes_with_different_flags_end_together(tmp_path):
     assert not workdir.exists()
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"coordinator": "localhost:1"}, "--processes, --process missing"),
-        ({"processes": 2, "process": 0}, "--coordinator missing"),
-        ({"coordinator": "localhost:1", "processes": 2, "process": 2}, "--process=2 must be"),
-        *(
-            ({"coordinator": text, "processes": 2, "process": 0}, f"={text} must be HOST:PORT")
-            for text in ("localhost", "localhost:", ":8476", "localhost:abc", "localhost:65536")
-        ),
-        ({"hosts": "all"}, "finds neither a TPU VM nor several tasks"),
-        (
-            {"hosts": "one", "coordinator": "localhost:1", "processes": 2, "process": 1},
-            "--hosts=one contradicts",
-        ),
-        ({"hosts": "some"}, "--hosts='some' must be auto, all or one"),
-    ],
-)
-def test_invalid_connection_flags_are_refused(settings, said):
-    with pytest.raises(ValueError, match=said):
-        hosts.start(**{"hosts": "auto"} | settings)
-
-
-def test_unreachable_coordinator_is_a_user_error(monkeypatch):
-    def fail(*_, **__):
-        raise RuntimeError("UNKNOWN: Failed to start RPC server")
-
-    monkeypatch.setattr(jax.distributed, "initialize", fail)
-    with pytest.raises(ConnectionError, match=r"--coordinator=a:1: .*Failed to start RPC server"):
-        hosts.start(coordinator="a:1", processes=2, process=0)
-
-
-@pytest.mark.parametrize(
-    ("variables", "kind"),
-    [
-        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "node[1-4]"}, "SLURM"),
-        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NODELIST": "node1"}, None),
-        ({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "1"}, None),  # in a batch script, before srun
-        (
-            {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1"},
-            "Open MPI",
-        ),
-        ({}, None),
-    ],
-)
-def test_cluster_is_detected_from_the_environment(variables, kind, monkeypatch):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert hosts.cluster() == kind
-
-
-@pytest.mark.parametrize(
-    ("chips", "libtpu", "platforms", "kind"),
-    [
-        (["/dev/accel0"], True, "", "TPU"),
-        (["/dev/vfio/0"], True, "tpu", "TPU"),
-        (["/dev/accel0"], True, "cpu", None),
-        (["/dev/accel0"], False, "", None),
-        ([], True, "", None),
-    ],
-)
-def test_tpu_vm_needs_chips_it_may_use(chips, libtpu, platforms, kind, monkeypatch):
-    found = lambda pattern: [x for x in chips if x.startswith(pattern[:8])]  # noqa: E731
-    monkeypatch.setattr(hosts.glob, "glob", found)
-    monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: libtpu or None)
-    monkeypatch.setenv("JAX_PLATFORMS", platforms)
-    assert hosts.cluster() == kind
-
-
 @pytest.fixture
 def others(monkeypatch):
     """others(*values): the values of two other processes, returned when processes exchange
@@ -260,26 +191,3 @@ def test_single_process_stops_on_request(monkeypatch):
     monkeypatch.setattr(signals, "requested", lambda: True)
     with pytest.raises(signals.Stopped):
         hosts.check()
-
-
-@pytest.mark.parametrize(
-    ("settings", "found", "connects"),
-    [
-        ({}, None, False),
-        ({}, "SLURM", True),
-        ({"hosts": "one"}, "SLURM", False),
-        ({"hosts": "all"}, "TPU", True),
-        ({"coordinator": "a:1", "processes": 2, "process": 0}, None, True),
-        ({"hosts": "all", "coordinator": "a:1", "processes": 2, "process": 1}, None, True),
-    ],
-)
-def test_processes_connect_if_there_are_others(settings, found, connects, monkeypatch):
-    calls = []
-    monkeypatch.setattr(hosts, "cluster", lambda: found)
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kw: calls.append((args, kw)))
-    monkeypatch.setattr(hosts, "_reach", lambda coordinator: None)
-    hosts.start(**settings)
-    given = tuple(settings.get(name) for name in ("coordinator", "processes", "process"))
-    named = {"local_device_ids": None, "heartbeat_timeout_seconds": 30}
-    named["initialization_timeout"] = 300 if found == "TPU" and "process" not in settings else 600
-    assert calls == [(given, named)] * connects

@@ -1,4 +1,5 @@
-"""How the processes of a run start: how long they wait for each other, which GPUs each one uses."""
+"""How the processes of a run start: when they connect, how long they wait for each other, which
+GPUs each one uses."""
 
 import signal
 import socket
@@ -11,17 +12,17 @@ import pytest
 from jax._src.clusters import ClusterEnv
 from processes import ROOT
 
-from common_jax import hosts
+from common_jax import start_up
 
 ALONE = """
 import logging, sys
-from common_jax import hosts, signals
+from common_jax import signals, start_up
 
 logging.basicConfig(level=logging.INFO, format="%(message)s")
-hosts.WAIT = int(sys.argv[2])
+start_up.WAIT = int(sys.argv[2])
 with signals.listening():
     try:
-        hosts.start(coordinator=sys.argv[1], processes=2, process=0)
+        start_up.connect(coordinator=sys.argv[1], processes=2, process=0)
     except signals.Stopped:
         sys.exit(signals.status())
 """
@@ -101,14 +102,106 @@ def test_missing_coordinator_is_a_user_error(port, monkeypatch):
     calls, address = [], f"127.0.0.1:{port}"
     said = f"={address}: process 0 has not answered within 0 s"
     with monkeypatch.context() as impatient, pytest.raises(ConnectionError, match=said):
-        impatient.setattr(hosts, "WAIT", 0)
-        hosts.start(coordinator=address, processes=2, process=1)
+        impatient.setattr(start_up, "WAIT", 0)
+        start_up.connect(coordinator=address, processes=2, process=1)
     with socket.socket() as coordinator:
         coordinator.bind(("127.0.0.1", port))
         coordinator.listen()
         assert not calls
-        hosts.start(coordinator=address, processes=2, process=1)
+        start_up.connect(coordinator=address, processes=2, process=1)
     assert calls == [(address, 2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"coordinator": "localhost:1"}, "--processes, --process missing"),
+        ({"processes": 2, "process": 0}, "--coordinator missing"),
+        ({"coordinator": "localhost:1", "processes": 2, "process": 2}, "--process=2 must be"),
+        *(
+            ({"coordinator": text, "processes": 2, "process": 0}, f"={text} must be HOST:PORT")
+            for text in ("localhost", "localhost:", ":8476", "localhost:abc", "localhost:65536")
+        ),
+        ({"hosts": "all"}, "finds neither a TPU VM nor several tasks"),
+        (
+            {"hosts": "one", "coordinator": "localhost:1", "processes": 2, "process": 1},
+            "--hosts=one contradicts",
+        ),
+        ({"hosts": "some"}, "--hosts='some' must be auto, all or one"),
+    ],
+)
+def test_invalid_connection_flags_are_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        start_up.connect(**{"hosts": "auto"} | settings)
+
+
+def test_unreachable_coordinator_is_a_user_error(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("UNKNOWN: Failed to start RPC server")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    with pytest.raises(ConnectionError, match=r"--coordinator=a:1: .*Failed to start RPC server"):
+        start_up.connect(coordinator="a:1", processes=2, process=0)
+
+
+@pytest.mark.parametrize(
+    ("variables", "kind"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "node[1-4]"}, "SLURM"),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NODELIST": "node1"}, None),
+        ({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "1"}, None),  # in a batch script, before srun
+        (
+            {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1"},
+            "Open MPI",
+        ),
+        ({}, None),
+    ],
+)
+def test_cluster_is_detected_from_the_environment(variables, kind, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert start_up.cluster() == kind
+
+
+@pytest.mark.parametrize(
+    ("chips", "libtpu", "platforms", "kind"),
+    [
+        (["/dev/accel0"], True, "", "TPU"),
+        (["/dev/vfio/0"], True, "tpu", "TPU"),
+        (["/dev/accel0"], True, "cpu", None),
+        (["/dev/accel0"], False, "", None),
+        ([], True, "", None),
+    ],
+)
+def test_tpu_vm_needs_chips_it_may_use(chips, libtpu, platforms, kind, monkeypatch):
+    found = lambda pattern: [x for x in chips if x.startswith(pattern[:8])]  # noqa: E731
+    monkeypatch.setattr(start_up.glob, "glob", found)
+    monkeypatch.setattr(start_up.importlib.util, "find_spec", lambda name: libtpu or None)
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    assert start_up.cluster() == kind
+
+
+@pytest.mark.parametrize(
+    ("settings", "found", "connects"),
+    [
+        ({}, None, False),
+        ({}, "SLURM", True),
+        ({"hosts": "one"}, "SLURM", False),
+        ({"hosts": "all"}, "TPU", True),
+        ({"coordinator": "a:1", "processes": 2, "process": 0}, None, True),
+        ({"hosts": "all", "coordinator": "a:1", "processes": 2, "process": 1}, None, True),
+    ],
+)
+def test_processes_connect_if_there_are_others(settings, found, connects, monkeypatch):
+    calls = []
+    monkeypatch.setattr(start_up, "cluster", lambda: found)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kw: calls.append((args, kw)))
+    monkeypatch.setattr(start_up, "_reach", lambda coordinator: None)
+    start_up.connect(**settings)
+    given = tuple(settings.get(name) for name in ("coordinator", "processes", "process"))
+    named = {"local_device_ids": None, "heartbeat_timeout_seconds": 30}
+    named["initialization_timeout"] = 300 if found == "TPU" and "process" not in settings else 600
+    assert calls == [(given, named)] * connects
 
 
 SLURM = {
@@ -167,7 +260,7 @@ def test_process_uses_the_gpus_that_it_is_shown(variables, ids, monkeypatch):
         monkeypatch.setenv(name, value)
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kw: calls.append(kw))
-    hosts.start()
+    start_up.connect()
     assert [call.get("local_device_ids") for call in calls] == [ids]
 
 
@@ -199,6 +292,6 @@ def test_idle_gpus_are_warned_of(variables, used, warns, monkeypatch, caplog):
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kw: None)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "local_device_count", lambda: used)
-    monkeypatch.setattr(hosts.glob, "glob", lambda _: [f"/dev/nvidia{i}" for i in range(8)])
-    hosts.start(coordinator="a:1", processes=2, process=0)
+    monkeypatch.setattr(start_up.glob, "glob", lambda _: [f"/dev/nvidia{i}" for i in range(8)])
+    start_up.connect(coordinator="a:1", processes=2, process=0)
     assert (f"uses {used} of the 8 GPUs that it is shown" in caplog.text) == warns
