@@ -212,7 +212,7 @@ def teacher_and_student_logits(
       params: parameters of the meta model under "meta", of the students under "student", and of
         each teacher under its name.
       images: images, channels last.
-      taught_by: the names of the teachers of each student module, by its stage.
+      taught_by: the names of the teachers of each student module, by its stage; () for none.
       train, rngs: apply to the students only; meta model and teachers run in evaluation mode.
 
     Returns:
@@ -229,7 +229,7 @@ def teacher_and_student_logits(
         for stage, names in taught_by.items()
         for name in names
     }
-    given, _ = hybrid_logits(modules, meta_params, hidden)
+    given = hybrid_logits(modules, meta_params, hidden)[0] if modules else {}
     targets = {
         stage: tuple(given[stage, name] for name in names) for stage, names in taught_by.items()
     }

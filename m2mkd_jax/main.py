@@ -19,7 +19,7 @@ from m2mkd_jax.config import SYSTEM, Config
 from m2mkd_jax.curves import CURVES
 from m2mkd_jax.evaluators import show
 from m2mkd_jax.phases import PHASES
-from m2mkd_jax.phases.fields import check_sources, idle, reads, used_sources, warn_of_student
+from m2mkd_jax.phases.fields import check_sources, idle, reads, used_sources, warn_of_networks
 from m2mkd_jax.phases.networks import SECTIONS, family_of_role
 from m2mkd_jax.phases.phase import Phase
 from m2mkd_jax.phases.pipeline import plan, result_folder, run_phase
@@ -43,7 +43,7 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     check_sources(frozen)
     check_places(frozen, workdir)
     app.warn_of_idle(idle(frozen))
-    warn_of_student(frozen)
+    warn_of_networks(frozen)
     mesh = make_mesh(frozen.mesh)
     with hold(workdir):
         pipeline = frozen.phase == "pipeline"

@@ -36,12 +36,12 @@ def run(
     config: Config, workdir: epath.Path, mesh: Mesh, splits: Splits | None = None
 ) -> dict[str, Any]:
     """Trains the student modules of config.module and saves them under "student/stage_K"."""
-    training, several = describe(config, mesh), bool(config.sources.teachers)
+    training = describe(config, mesh)
     helpers = _take_frozen(training).params
     feed = config_feed(training, workdir, splits)
-    frozen = ["meta", *(["teachers"] if several else ["teacher"] if "teacher" in helpers else [])]
+    frozen = [source.field for source in PHASE.used_sources(config)]
     check_classes(config, feed.label_names, frozen)
-    if not several:
+    if "teachers" not in frozen:
         return train_phase(training, workdir, mesh, helpers=helpers, feed=feed)
     # Each from a run of its own, read with the config section of that run.
     teachers, account = load_teachers(config, training.helpers)
@@ -72,12 +72,19 @@ def describe(config: Config, mesh: Mesh) -> Training:
     """The student modules of config.module; the frozen meta model and the modules of one or more
     teachers are helpers."""
     several = bool(config.sources.teachers)
-    # The tokens of sources.teachers are converted where they differ, so those need no check.
-    check_exchange(config, "meta", *(() if several else ("teacher",)), "student")
     stages, teachers = config.modules(), module_teachers(config)
+    # The tokens of sources.teachers are converted where they differ, so those need no check.
+    own = ("teacher",) if "teacher" in teachers.networks else ()
+    check_exchange(config, "meta", *own, "student")
     # As in the original, only students have stochastic depth, not the meta model or the teachers.
     meta, students = meta_network(config), student_modules(config, drop_path=config.drop_path)
     check_stages({"meta": meta, "student": students} | teachers.networks)
+
+    def join(targets):
+        """The logits of a module's teachers, as the loss takes them."""
+        if several and targets:
+            return jnp.stack(targets)  # combined along the first axis
+        return targets[0] if targets else None
 
     def forward(params, helpers, images, train, rngs):
         targets, logits, recorded = teacher_and_student_logits(
@@ -93,8 +100,7 @@ def describe(config: Config, mesh: Mesh) -> Training:
         return {
             module_name(stage): Outputs(
                 logits[stage],
-                # The loss combines teachers if their logits have an axis for them.
-                jnp.stack(targets[stage]) if several else targets[stage][0],
+                join(targets[stage]),
                 {stage_name(stage): recorded[stage_name(stage)]},
             )
             for stage in stages
@@ -120,8 +126,10 @@ PHASE = Phase(
     differentiates=("model", "meta"),
     sources=(
         WeightSource("meta"),
-        WeightSource("teacher", used=lambda config: not config.sources.teachers),
-        WeightSource("teachers", used=lambda config: bool(config.sources.teachers), made=False),
+        WeightSource("teacher", used=lambda c: c.distill.active and not c.sources.teachers),
+        WeightSource(
+            "teachers", used=lambda c: c.distill.active and bool(c.sources.teachers), made=False
+        ),
     ),
     fit=_fit,
     folder="students",

@@ -52,11 +52,20 @@ def idle(config: Config) -> dict[str, str]:
     return found
 
 
-def warn_of_student(config: Config) -> None:
-    """Logs the warnings of the student's family about config.model, if the phase reads it."""
+def warn_of_networks(config: Config) -> None:
+    """Logs the warnings of the student's family about config.model, if the phase reads it, and one
+    if a pipeline puts a given teacher's modules into a new meta model."""
     if not unread(["model"], reads()[config.phase]):
         for warning in family_of(config.model).warnings(config.model):
             logging.warning("config.model.%s", warning)
+    given = config.sources
+    if config.phase == "pipeline" and config.distill.active and given.teacher and not given.meta:
+        logging.warning(
+            "config.sources.teacher=%s teaches inside a meta model that this pipeline trains anew: "
+            "give config.sources.meta, the one that its modules were trained in, or it will be a "
+            "poor teacher",
+            given.teacher,
+        )
 
 
 def _without_effect(config: Config) -> Iterator[tuple[str, str]]:
@@ -94,9 +103,11 @@ def _without_effect(config: Config) -> Iterator[tuple[str, str]]:
         used = [source.path for source in used_sources(config)]
         for source in PHASES[config.phase].sources:
             if source.path not in used and source.section == "sources":
-                why = "the other fields leave it out"
-                if not config.baseline.active and source.path.startswith("sources.teacher"):
-                    why = "config.baseline.kind='none' uses no teacher"
+                why, name = "the other fields leave it out", "baseline"
+                if config.phase == "distill":
+                    name = "distill"
+                if not getattr(config, name).active and source.path.startswith("sources.teacher"):
+                    why = f"config.{name}.kind='none' uses no teacher"
                 yield source.path, why
 
 

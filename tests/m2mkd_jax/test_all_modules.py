@@ -10,6 +10,7 @@ import pytest
 from flax import traverse_util
 from jax import numpy as jnp
 from meshes import one_device
+from same import assert_close
 from tiny import NAC, tiny_config
 
 import m2mkd_jax
@@ -197,6 +198,17 @@ def test_load_model_selects_module_by_number(together):
     for wrong in (None, 3):
         with pytest.raises(ValueError, match=rf"module={wrong}: .* trained modules \[0, 1, 2\]"):
             m2mkd_jax.load_model(workdir, module=wrong)
+
+
+def test_without_distillation_no_teacher_is_loaded_or_run():
+    """With alpha 0 the teacher runs, but its term counts nothing."""
+    kinds = ("none", "soft")
+    none, zero = (modular("distill", distill=ModuleDistillConfig(x, alpha=0.0)) for x in kinds)
+    assert list(make_task(none).helpers) == ["meta"]
+    (value, _, gradient), (same, _, wanted) = differentiate(none), differentiate(zero)
+    assert value == pytest.approx(same, rel=1e-6)
+    assert gradient.keys() == wanted.keys()
+    assert_close([*gradient.values()], [*wanted.values()], 1e-5)
 
 
 def test_pairs_at_once_limits_modules_per_program(sources, tmp_path):

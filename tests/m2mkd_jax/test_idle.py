@@ -10,13 +10,13 @@ from changed import changed
 from jax import numpy as jnp
 
 from common_jax import app
-from m2mkd_jax.config import Config, Recipe
+from m2mkd_jax.config import Config, Recipe, SourcesConfig
 from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.moe.config import BalanceConfig, MoeConfig
 from m2mkd_jax.moe.routers import softmax_topk, topk_softmax
 from m2mkd_jax.nac.graphs import FIELDS, GENERATORS, PriorConfig, make_graph
 from m2mkd_jax.nac.model import NacConfig
-from m2mkd_jax.phases.fields import idle, warn_of_student
+from m2mkd_jax.phases.fields import idle, warn_of_networks
 
 MOVED = AugmentConfig(rotate=10.0, scale=0.1, shift=1.0, padding=2)
 START = Config(phase="end_to_end", module="all")
@@ -171,11 +171,30 @@ def test_pipeline_recipes_are_checked_individually():
 )
 def test_router_without_a_gradient_gives_a_warning(moe, warns, caplog):
     config = changed("model.moe", moe, START)
-    warn_of_student(config)
+    warn_of_networks(config)
     assert ("leaves the router untrained" in caplog.text) == warns
     caplog.clear()
-    warn_of_student(changed("phase", "pretrain_meta", config))
+    warn_of_networks(changed("phase", "pretrain_meta", config))
     assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("distill", "meta", "warns"), [("soft", "", True), ("soft", "m", False), ("none", "", False)]
+)
+def test_teacher_in_a_new_meta_model_gives_a_warning(distill, meta, warns, caplog):
+    config = changed("distill.kind", distill, changed("phase", "pipeline", START))
+    sources = SourcesConfig(teacher="runs/teacher", meta=meta)
+    warn_of_networks(changed("sources", sources, config))
+    said = "config.sources.teacher=runs/teacher teaches inside a meta model that this pipeline"
+    assert (said in caplog.text) == warns
+
+
+@pytest.mark.parametrize("phase", ["distill", "end_to_end"])
+def test_unused_teacher_has_the_reason_of_its_phase(phase):
+    section = {"distill": "distill", "end_to_end": "baseline"}[phase]
+    config = changed("sources.teacher", "t", changed("phase", phase, START))
+    config = changed(f"{section}.kind", "none", config)
+    assert idle(config)["sources.teacher"] == f"config.{section}.kind='none' uses no teacher"
 
 
 def test_topk_softmax_with_one_expert_has_no_gradient():

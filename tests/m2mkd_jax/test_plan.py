@@ -94,6 +94,16 @@ def test_baseline_also_reads_the_teacher():
     assert found == {"students": ("/runs/students",) * 3, "teacher": "/runs/teacher"}
 
 
+def test_nothing_is_trained_for_a_teacher_that_nothing_reads():
+    none = ModuleDistillConfig("none")
+    found = sources_of(config_of(distill=none))
+    assert list(found) == ["meta", "students", "end_to_end", "few_shot"]
+    assert found["students"] == {"meta": "/runs/meta"}
+    found = sources_of(config_of(distill=none, baseline=DistillConfig("soft")))
+    assert list(found) == ["meta", "modules", "teacher", "students", "end_to_end", "few_shot"]
+    assert found["end_to_end"]["teacher"] == "/runs/teacher"
+
+
 def test_given_networks_are_not_trained():
     config = config_of(sources=SourcesConfig(meta="/m", fresh="f", leave="l"))
     found = sources_of(config)

@@ -122,8 +122,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "m2mkd_jax/hybrid.py",
         "teachers are in training as their students are",
-        "given, _ = hybrid_logits(modules, meta_params, hidden)",
-        "given, _ = hybrid_logits(modules, meta_params, hidden, train=train, rngs=rngs)",
+        "given = hybrid_logits(modules, meta_params, hidden)[0]",
+        "given = hybrid_logits(modules, meta_params, hidden, train=train, rngs=rngs)[0]",
         HYBRID,
     ),
     Mistake(

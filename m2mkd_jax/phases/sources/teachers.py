@@ -142,8 +142,10 @@ class Teachers:
 
 def module_teachers(config: Config) -> Teachers:
     """The teacher modules of the students in config.module, as config.distill.teachers assigns
-    them."""
+    them; none if nothing is distilled."""
     stages, names = config.modules(), teacher_names(config)
+    if not config.distill.active:
+        return Teachers({}, {}, dict.fromkeys(stages, ()))
     if not config.sources.teachers:
         networks, configs = {"teacher": teacher_network(config)}, {"teacher": config}
         return Teachers(networks, configs, dict.fromkeys(stages, names))
