@@ -40,7 +40,7 @@ class MoeMlp(nn.Module):
         gate_dtype = jnp.promote_types(x.dtype, jnp.float32)
         logits = router.gate(config, "router")(x.astype(gate_dtype))
         experts = self._experts(x.shape[-1])
-        if self.is_initializing():
+        if self.is_initializing() or not x.shape[0]:  # an empty batch has nothing to route
             return x.astype(self.dtype)
 
         check_moe(config, dict(jax.sharding.get_abstract_mesh().shape), x.shape[0])

@@ -384,6 +384,13 @@ def test_batch_not_divisible_into_groups_is_refused():
         jax.eval_shape(layer.apply, {"params": params}, x)
 
 
+@pytest.mark.parametrize("router", ROUTERS)
+def test_empty_batch_gives_no_tokens(router):
+    layer, params, x = make(MoeConfig(router=router))
+    y = layer.apply({"params": jax.tree.map(jnp.asarray, params)}, x[:0])
+    assert (y.shape, y.dtype) == ((0, T, D), x.dtype)
+
+
 def test_gradients_under_vmap_are_those_of_each_example():
     layer, params, x = make(MoeConfig(experts=2, chosen=1))
 
