@@ -255,6 +255,7 @@ def check_augmentation(config):
     [
         ("digits", "phase=distil", r"^phase='distil'"),
         ("vmoe_base", "size=small", "size='small' must be one of"),
+        ("vmoe_base", "chips=0", "chips=0 must be at least 1"),
         ("digits_nac", "prior=star", "prior='star' must be one of"),
         ("nac_imagenet", "prior=star", "prior='star' must be one of"),
         ("nac_imagenet", "size=small", "size='small' must be one of"),

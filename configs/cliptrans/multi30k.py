@@ -83,6 +83,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     name, tokenizer = TRANSLATORS[args.translator]
     translator = {"translator": "nllb", "nllb": PUBLISHED[name]} if name in PUBLISHED else {}
     chips = args.chips
+    if chips < 1:
+        raise ValueError(f"chips={chips} must be at least 1")
     batch, decoded = (-(-size // chips) * chips for size in (OPTIM.batch, DECODE.batch))
     accumulate = math.gcd(OPTIM.accumulate, batch // chips)
     recipe = Recipe(dataclasses.replace(OPTIM, batch=batch, accumulate=accumulate))

@@ -61,6 +61,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     args = parse_args(arg, ARGUMENTS)
     if args.size not in STUDENTS:
         raise ValueError(f"size={args.size!r} must be one of {sorted(STUDENTS)}")
+    if args.chips < 1:
+        raise ValueError(f"chips={args.chips} must be at least 1")
     teacher, image_size = vit.variant("vit_large_patch16_224", (6, 6, 6, 6))
     student, _ = vmoe.variant(*STUDENTS[args.size])
     mesh = MeshConfig()

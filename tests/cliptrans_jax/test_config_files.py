@@ -198,6 +198,7 @@ def test_every_sweep_item_is_applied(name):
         ("emoji", "scale=0", r"^scale=0 must be positive, such as 0\.1"),
         ("multi30k", "target=ro", r"^target_language='ro' is not a language"),
         ("multi30k", "prefix=-1", r"^prefix=-1"),
+        ("multi30k", "chips=0", "chips=0 must be at least 1"),
         ("multi30k", "translator=t5", "translator='t5' must be one of"),
         ("multi30k_tiny", "stage=caption", "stage='caption' has no recipe here"),
         ("multi30k_tiny", "stage=text_recon", "needs features of sentences: give text_tower="),
