@@ -1,11 +1,9 @@
 """The entry point of a command: flags, caches, and errors that a user can act on."""
 
-import functools
 import logging
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import ml_collections
@@ -13,7 +11,7 @@ import tqdm
 from etils import epath
 
 from common_jax import command_line, hosts, signals, start_up
-from common_jax.optim import REPLACED_BY
+from common_jax.optim import replaced_lengths
 from common_jax.workdir import check_output, require_same_start
 
 Main = Callable[[ml_collections.ConfigDict, epath.Path], None]
@@ -77,7 +75,9 @@ def _run(
         config, workdir, paths = command_line.read(values, argv, description, system)
         if system is not None and reads is not None:
             _warn_of_unread(paths, system.field, config[system.field], reads)
-        _warn_of_replaced(paths, config)
+        # Only flags are warned of: config files may well set both, and `scale` then changes both.
+        for path, why in replaced_lengths(config, paths).items():
+            logging.warning("--config.%s changes nothing: %s", path, why)
         start_up.connect(**{name: values[name].value for name in command_line.HOST_FLAGS})
         if jax.distributed.is_initialized():
             own = () if system is None else (system.package,)
@@ -120,23 +120,6 @@ def _warn_of_unread(
     # An unknown kind of run is reported by the config's own check.
     for path in command_line.unread(paths, reads.get(kind, paths)):
         logging.warning("--config.%s changes nothing: %s=%r does not read it", path, field, kind)
-
-
-def _warn_of_replaced(paths: Sequence[str], config: Mapping[str, Any]) -> None:
-    # Only for flags: config files may well set both, and `scale` then changes both.
-    for path in paths:
-        *sections, name = path.split(".")
-        section = functools.reduce(lambda tree, key: tree[key], sections, config)
-        if sections[-1:] == ["optim"] and name in REPLACED_BY:
-            other = REPLACED_BY[name]
-            if section[other] is not None:
-                given = ".".join(("config", *sections, other))
-                logging.warning(
-                    "--config.%s changes nothing: %s=%s is used in its place",
-                    path,
-                    given,
-                    section[other],
-                )
 
 
 def warn_of_idle(fields: Mapping[str, str]) -> None:

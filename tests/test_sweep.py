@@ -166,6 +166,12 @@ def test_all_bad_cells_are_reported_at_once(tmp_path, capsys):
             "distill.kind=soft,hard;distill.tau=1,2",
             ["kind=hard, distill.tau=2: config.distill.tau changes nothing: config.distill.kind="],
         ),
+        (WHOLE, ":module=0,1", ["config.module changes nothing: phase='end_to_end' does not"]),
+        (
+            "configs/m2mkd/cifar10_vmoe.py:phase=end_to_end",
+            "optim.epochs=5,10",
+            ["config.optim.epochs changes nothing: config.optim.steps=390 is used in its place"],
+        ),
         (
             f"{EMOJI}:stage=clip",
             "model.mapper.kind=mlp,x",

@@ -1,6 +1,6 @@
 """Optimizers and learning-rate schedules, and the section of the config that chooses them."""
 
-from common_jax.optim.config import REPLACED_BY, OptimConfig, idle_optim, scale_lengths
+from common_jax.optim.config import OptimConfig, idle_optim, replaced_lengths, scale_lengths
 from common_jax.optim.optimizers import (
     OPTIMIZERS,
     OptimizerKind,

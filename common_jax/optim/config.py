@@ -1,8 +1,9 @@
 """Optimizer, schedule and length of a run as a section of the config."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, TypeVar
 
 from common_jax.config import FieldError, Section
@@ -186,6 +187,21 @@ def idle_optim(config: Any, *, pipeline: bool) -> dict[str, str]:
         for section, optim in sections.items()
         for name, why in optim.idle.items()
     }
+
+
+def replaced_lengths(config: Mapping[str, Any], paths: Iterable[str]) -> dict[str, str]:
+    """Why lengths in epochs change nothing, by those of the `paths` of which that is true: the
+    config, as a nested mapping, has the length in updates."""
+    found = {}
+    for path in paths:
+        *sections, name = path.split(".")
+        if sections[-1:] == ["optim"] and name in REPLACED_BY:
+            other = REPLACED_BY[name]
+            section = functools.reduce(lambda tree, key: tree[key], sections, config)
+            if section[other] is not None:
+                given = ".".join(("config", *sections, other))
+                found[path] = f"{given}={section[other]} is used in its place"
+    return found
 
 
 Recipe = TypeVar("Recipe")  # a dataclass with a field `optim`

@@ -15,6 +15,7 @@ from common_jax import app
 from common_jax.command_line import check_field, run_config_file, unread
 from common_jax.commands.choice import choose
 from common_jax.config import freeze
+from common_jax.optim import replaced_lengths
 
 NOWHERE = epath.Path("WORKDIR")  # never written to
 BRACKETS = {"(": ")", "[": "]"}
@@ -194,7 +195,8 @@ def _plan_cell(
     frozen = freeze(program.config, found)
     main, files = program.results(frozen)
     _check_read(program, found, fields)
-    _check_effect(program.idle(frozen), fields)
+    # An argument of the config file may have the name of a field, such as `module`.
+    _check_effect(program.idle(frozen) | replaced_lengths(found, fields), [*fields, *arguments])
     swept = {key: fields.get(key, values[key]) for key in values}
     own = [f"--config.{key}={value}" for key, value in fields.items()]
     return Cell(
