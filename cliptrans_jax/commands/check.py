@@ -1,4 +1,5 @@
-"""`cliptrans check`: what a config's data contains, and every problem that would stop a run."""
+"""`cliptrans check`: what a config's data contain, and every problem that keeps a run from starting
+on them."""
 
 from typing import TYPE_CHECKING, Any
 

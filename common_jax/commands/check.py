@@ -1,4 +1,4 @@
-"""Reports what a config's data contain, and every problem that would keep a run from starting.
+"""Reports what a config's data contain, and every problem that keeps a run from starting on them.
 
 Takes the config and flags of a run, and uses no device. For image sets, counts the classes and
 their images, reads a sample, and reports its sizes and unreadable files. For sentences, counts
@@ -9,8 +9,8 @@ it: without further flags, those of the layout that it finds.
   --sample=N  read N pictures per split, evenly spaced (default 500)
   --all       read every picture
 
-Exits with 0 if a run could start on the data, otherwise with 1. Does not check weights or
-tokenizers.
+Exits with 0 if a run could start on the data, otherwise with 1. Does not check networks, weights
+or tokenizers: a run checks those itself before it writes anything.
 """
 
 import argparse
@@ -158,7 +158,7 @@ def check(config: ml_collections.ConfigDict, sample: int | None, checkers: Check
                 findings.say(f"no flags that train on {path}: {error}")
     count = len(findings.problems)
     if not count:
-        findings.say("a run could start: no problem found")
+        findings.say("a run could start on these data: no problem found")
         return 0
     findings.say(
         f"{count} problem{'s' if count > 1 else ''} that keep{'s' * (count == 1)} a run "

@@ -1,4 +1,5 @@
-"""`m2mkd check`: what is in a config's data, and all problems that would stop a run."""
+"""`m2mkd check`: what is in a config's data, and every problem that keeps a run from starting on
+them."""
 
 from typing import TYPE_CHECKING, Any
 
