@@ -16,6 +16,8 @@ PAGES = (ROOT / "README.md", DOCS / "results.md")
 DATA = {
     "accuracy on digits": "digits.json",
     "a NAC, 500 images a class": "cifar10_nac.json",
+    "a NAC, all images": "cifar10_nac_all.json",
+    "a NAC, 100 images a class": "cifar10_nac_fiftieth.json",
     "CIFAR-10, 500 images a class": "cifar10_tenth.json",
     "CIFAR-10, all images, three seeds": "cifar10_all.json",
     "CIFAR-10, 100 images a class, three seeds": "cifar10_fiftieth.json",
