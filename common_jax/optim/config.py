@@ -190,8 +190,8 @@ def idle_optim(config: Any, *, pipeline: bool) -> dict[str, str]:
 
 
 def replaced_lengths(config: Mapping[str, Any], paths: Iterable[str]) -> dict[str, str]:
-    """Why lengths in epochs change nothing, by those of the `paths` of which that is true: the
-    config, as a nested mapping, has the length in updates."""
+    """The lengths in epochs among `paths` that have no effect, since `config`, a nested mapping,
+    also gives them in updates; each with the reason."""
     found = {}
     for path in paths:
         *sections, name = path.split(".")
