@@ -85,8 +85,10 @@ def add_pictures(
         pairs = itertools.zip_longest(lines, names)
     for line, name in pairs:
         if line is None or (names is not None and name is None):
-            which = "sentences than names" if name is None else "names than sentences"
-            raise ValueError(f"there are more {which} of pictures; give one name per line")
+            more, fewer = "sentences", "names of pictures"
+            if line is None:
+                more, fewer = fewer, more
+            raise ValueError(f"there are more {more} than {fewer}; give one name per line")
         text = line.text
         if name is None:
             text, _, name = (part.strip() for part in text.partition("\t"))

@@ -180,7 +180,12 @@ def test_input_errors_name_file_and_line(refusal, pipeline, loaded, corpus, tmp_
     assert f"{file}, line 2 names no picture" in refusal("translate", pipeline, *pictures)
     (tmp_path / "names.txt").write_text("")
     named = ("--picture-names", tmp_path / "names.txt")
-    assert "more sentences than names" in refusal("translate", pipeline, *pictures, *named)
+    counts = "there are more sentences than names of pictures; give"
+    assert counts in refusal("translate", pipeline, *pictures, *named)
+    (tmp_path / "names.txt").write_text("\n\nred.png\n")
+    file.write_text("\n\n")
+    counts = "there are more names of pictures than sentences; give"
+    assert counts in refusal("translate", pipeline, *pictures, *named)
     (tmp_path / "bad.png").write_bytes(b"no picture")
     assert "sentence 1: the picture" in refusal(
         "translate", pipeline, "red\tbad.png", "--pictures", tmp_path
