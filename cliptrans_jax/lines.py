@@ -9,11 +9,11 @@ from typing import BinaryIO
 
 import numpy as np
 
-from cliptrans_jax.data.corpus import read_lines
 from cliptrans_jax.evaluators.show import Hypothesis
 from cliptrans_jax.loading import LoadedModel
 from cliptrans_jax.stages import STAGES
 from common_jax.inputs.pictures import decode_picture, read_file
+from common_jax.inputs.texts import read_whole_lines
 
 ENDLESS = 2**31  # more tokens than any sentence has
 
@@ -26,11 +26,19 @@ class Line:
       place: file and line number, for messages.
       text: the sentence; "" for a blank line.
       picture: its picture file, or None.
+      tabbed: whether a tab precedes the text, which then may name a picture without a sentence.
     """
 
     place: str
     text: str
     picture: Path | None = None
+    tabbed: bool = False
+
+    @classmethod
+    def of(cls, place: str, whole: str) -> "Line":
+        """A line as it was read, with the white space around its text."""
+        before = whole[: len(whole) - len(whole.lstrip())]
+        return cls(place, whole.strip(), tabbed="\t" in before)
 
     @property
     def blank(self) -> bool:
@@ -39,8 +47,9 @@ class Line:
 
 
 def read_sentences(path: Path) -> list[Line]:
-    """The lines of a UTF-8 text file, plain or gzipped; raises ValueError as `read_lines`."""
-    return [Line(f"{path}, line {i}", text) for i, text in enumerate(read_lines(path), 1)]
+    """The lines of a UTF-8 text file, plain or gzipped; raises ValueError as
+    `read_whole_lines`."""
+    return [Line.of(f"{path}, line {i}", text) for i, text in enumerate(read_whole_lines(path), 1)]
 
 
 def read_stream(stream: BinaryIO, name: str) -> Iterator[Line]:
@@ -48,7 +57,7 @@ def read_stream(stream: BinaryIO, name: str) -> Iterator[Line]:
     for number, line in enumerate(stream, start=1):
         place = f"{name}, line {number}"
         try:
-            yield Line(place, line.decode("utf-8-sig" if number == 1 else "utf-8").strip())
+            yield Line.of(place, line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{place} is not UTF-8 ({error.reason} at byte {error.start}); convert the text, "
@@ -62,7 +71,8 @@ def add_pictures(
     """Yields the lines with their pictures; a line without text and name stays blank.
 
     Args:
-      lines: sentences; without `names`, each is followed by a tab and the name of its picture.
+      lines: sentences; without `names`, each is followed by a tab and the name of its picture. The
+        sentence may be empty.
       pictures: folder of the pictures, or one picture for all lines.
       names: names of the pictures, one per line.
 
@@ -92,6 +102,8 @@ def add_pictures(
         text = line.text
         if name is None:
             text, _, name = (part.strip() for part in text.partition("\t"))
+            if line.tabbed and not name:
+                text, name = "", text
         if not text and not name:
             yield line
             continue

@@ -108,7 +108,7 @@ def _lines(args: argparse.Namespace) -> "Iterable[Line]":
     check_input("--picture-names", args.picture_names or "", "a text file")
     if args.sentences:
         lines: Iterable[Line] = (
-            Line(f"sentence {i}", " ".join(text.splitlines()).strip())
+            Line.of(f"sentence {i}", " ".join(text.splitlines()))
             for i, text in enumerate(args.sentences, 1)
         )
     elif args.file:

@@ -21,7 +21,7 @@ from cliptrans_jax.data.tokenizers.tokens import TokenizerConfig, load_tokenizer
 from cliptrans_jax.evaluators.scores import score
 from cliptrans_jax.evaluators.show import read_translations
 from cliptrans_jax.export.tokenizers import language_token, write_tokenizer
-from cliptrans_jax.lines import Line, read_stream, translate_lines
+from cliptrans_jax.lines import Line, add_pictures, read_sentences, read_stream, translate_lines
 from cliptrans_jax.models.cliptrans import Translator
 from cliptrans_jax.runs.finished import find, image_tower, text_tower
 from common_jax.command_line import dispatch
@@ -158,6 +158,24 @@ def test_stream_is_read_line_by_line():
     assert [next(lines).text for _ in range(3)] == ["a red square", "", "ein grünes Quadrat"]
     with pytest.raises(ValueError, match="standard input, line 4 is not UTF-8"):
         next(lines)
+
+
+def test_line_may_name_a_picture_without_a_sentence(tmp_path):
+    file, picture = tmp_path / "lines.tsv", tmp_path / "1.png"
+    picture.write_bytes(b"")
+    content = "\t1.png\n \t 1.png\t\nred\t1.png\n\tred\t1.png\n\t\n\n"
+    file.write_text(content)
+    expected = [("", picture), ("", picture), ("red", picture), ("red", picture)]
+    expected += [("", None), ("", None)]
+    for lines in (read_sentences(file), read_stream(io.BytesIO(content.encode()), "stdin")):
+        found = [(line.text, line.picture) for line in add_pictures(lines, tmp_path)]
+        assert found == expected
+    # A tab has this meaning only where lines name pictures.
+    assert [line.text for line in read_sentences(file)][:2] == ["1.png", "1.png"]
+    named = add_pictures(read_sentences(file)[:1], tmp_path, ["1.png"])
+    assert [(line.text, line.picture) for line in named] == [("1.png", picture)]
+    (alone,) = add_pictures([Line.of("sentence 1", "\t1.png")], tmp_path)
+    assert (alone.text, alone.picture) == ("", picture)
 
 
 def test_truncated_sentence_is_reported(model, caplog):
