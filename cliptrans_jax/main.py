@@ -105,7 +105,8 @@ def _report(config: Config, workdir: epath.Path, folders: list[str]) -> None:
 
 
 def check_run(config: Config, mesh: Mesh, *, key: str = "config") -> None:
-    """Raises ValueError if the batch size of training or decoding is not a multiple of the mesh.
+    """Raises ValueError if the batch size of training or decoding is not a multiple of the mesh, or
+    if a captioning stage would see neither pictures nor words.
 
     Args:
       key: path of the section with `optim`, for messages.
@@ -115,6 +116,14 @@ def check_run(config: Config, mesh: Mesh, *, key: str = "config") -> None:
         check_batch(mesh, batch, config.optim.micro_batch)
     if trains(config.stage) is not Trains.TOWERS:
         check_batch(mesh, "config.decode.batch", config.decode.batch)
+    # Not in the config's own check: a config file may set one field, and a flag then the other.
+    captioning = config.stage in STAGES and STAGES[config.stage].captioning
+    if captioning and not config.has_prefix and config.noise.mask_prob == 1:
+        raise ValueError(
+            f"config.model.mapper.prefix=0 and config.noise.mask_prob=1.0: stage {config.stage!r} "
+            "would write captions from neither features nor words; set a prefix, or "
+            "--config.noise.mask_prob=0.3 to restore sentences that lack some words"
+        )
 
 
 if __name__ == "__main__":

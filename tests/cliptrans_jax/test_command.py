@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from changed import changed
 from etils import epath
 from tiny_cliptrans import TEST, VOCAB, tiny_config, write_run
 
@@ -17,6 +18,7 @@ from cliptrans_jax.main import DESCRIPTION, main
 from cliptrans_jax.runs.initial_weights import check_start
 from cliptrans_jax.runs.run_tokenizer import save_tokenizer, train_tokenizer
 from common_jax import app
+from common_jax.mesh import MeshConfig, make_mesh
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """
@@ -153,6 +155,24 @@ def test_missing_images_are_reported(refused, corpus, runs, tmp_path, stage):
         stage=stage,
         corpus=texts,
     )
+
+
+@pytest.mark.parametrize("stage", ["caption", "text_recon"])
+def test_captioning_from_nothing_is_refused(stage, refused):
+    refused(
+        [NO_PREFIX], ["config.model.mapper.prefix=0 and", f"stage {stage!r} would"], stage=stage
+    )
+    mesh = make_mesh(MeshConfig(data=8))
+    config = tiny_config(stage, None)
+    command.check_run(config, mesh)
+    plain = changed("model.mapper.prefix", 0, config)
+    command.check_run(changed("noise.mask_prob", 0.9, plain), mesh)
+    command.check_run(changed("stage", "translate", plain), mesh)
+
+
+def test_pipeline_that_captions_from_nothing_is_refused(refused):
+    said = ["config.noise.mask_prob=1.0", "stage 'caption' would"]
+    refused([NO_PREFIX], said, stage="pipeline")
 
 
 def test_missing_language_file_is_reported(refused, corpus, tmp_path):
