@@ -17,6 +17,7 @@ import ml_collections
 from common_jax.command_line import load_beside
 from common_jax.config import parse_args
 
+STAGES = ("translate", "evaluate")
 ARGUMENTS = {
     "stage": "translate",
     "source": "en",
@@ -30,6 +31,11 @@ ARGUMENTS = {
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """The config; see the file's docstring for the arguments."""
     args = parse_args(arg, ARGUMENTS)
+    if args.stage not in STAGES:
+        raise ValueError(
+            f"stage={args.stage!r} must be one of {list(STAGES)}; captioning "
+            "is another run, in config.sources.model"
+        )
     config = load_beside(__file__, "multi30k").get_config(
         ",".join(f"{name}={args[name]}" for name in ARGUMENTS)
     )

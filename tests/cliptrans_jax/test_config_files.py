@@ -204,6 +204,8 @@ def test_every_sweep_item_is_applied(name):
         ("multi30k_tiny", "stage=text_recon", "needs features of sentences: give text_tower="),
         ("multi30k_tiny", "stage=pipeline", "needs features of sentences: give text_tower="),
         ("wit", "pair=en_ru", "pair='en_ru' must be one of"),
+        ("wmt", "stage=pipeline", r"^stage='pipeline' must be one of \['translate', 'evaluate'\]"),
+        ("wmt", "stage=text_recon", r"^stage='text_recon' must be one of"),
     ],
 )
 def test_unknown_arguments_are_refused(name, arg, said):
