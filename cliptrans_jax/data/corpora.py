@@ -47,7 +47,7 @@ class DataConfig(Section):
     further_tests: tuple[Name, ...] = ()
     workers: Count = 0
     bad_share: BelowOne = 0.0
-    emoji_size: Size = 48
+    emoji_size: Size = 32
     emoji_flags: bool = False
 
     def __post_init__(self):

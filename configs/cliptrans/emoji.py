@@ -94,6 +94,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     stages, prefix = MODELS[args.model]
     pair, tower = (args.source, args.target), args.text_tower
     width = E5_FEATURES if tower else FEATURES
+    mapper = MapperConfig(prefix=prefix, features=width) if prefix else MapperConfig(prefix=0)
     captions = args.stage == "pipeline" or (args.stage in STAGES and STAGES[args.stage].captioning)
     config = unfreeze(
         Config(
@@ -105,7 +106,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
                 train_split="rest",
                 # Stage evaluate scores only the split that it is given.
                 further_tests=() if args.stage == "evaluate" else ("compositions",),
-                emoji_size=32,
             ),
             languages=(*pair, *(language for language in LANGUAGES if language not in pair)),
             tokenizer=TokenizerConfig(kind="trained", vocab=VOCAB, max_length=LENGTH),
@@ -127,7 +127,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
                     decoder_heads=4, encoder_hidden=192, decoder_hidden=192, positions=64,
                     dropout=0.1,
                 ),
-                mapper=MapperConfig(prefix=prefix, features=width),
+                mapper=mapper,
             ),
             augment=AUGMENT,
             # Nothing is pretrained here, so captioning must train the embedding.

@@ -15,6 +15,7 @@ from cliptrans_jax.models.cliptrans import Translator
 from cliptrans_jax.models.mapper import MapperConfig
 from cliptrans_jax.models.prefix import PrefixConfig
 from cliptrans_jax.runs import contrastive
+from cliptrans_jax.runs.idle import idle
 from cliptrans_jax.runs.pipeline import plan
 from cliptrans_jax.stages import STAGES, TRANSLATION_STAGES, Side
 from cliptrans_jax.translators.mbart import MBartConfig
@@ -115,6 +116,16 @@ def test_every_stage_can_be_built(name, stage, rest, tmp_path):
     assert config.stage == stage
     for _, one in plan(config, tmp_path):
         check(one)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("own", [{}, {"data.source": "text", "data.path": "texts"}])
+def test_config_files_set_no_idle_fields(name, own):
+    """Also with other data, their warnings would be of fields that the user has not set."""
+    own = own and own | {"data.train_split": "train", "data.further_tests": ()}
+    for stage in STAGES_OF[name]:
+        for rest in ARGUMENTS[name]:
+            assert idle(load(name, arguments(stage, rest), **own)) == {}, (stage, rest)
 
 
 @pytest.mark.parametrize("name", FILES)
