@@ -95,7 +95,9 @@ def load_model(
         parameters that the network needs, such as its head. `apply` raises it if x has the wrong
         shape or type.
     """
-    source = checkpoint.find_step(product(epath.Path(source)))
+    folder = product(epath.Path(source))
+    source = checkpoint.find_step(folder)
+    checkpoint.warn_if_unfinished(folder)
     saved = checkpoint.load_config(source)
     check_system(saved, SYSTEM, str(source))
     config = freeze_stored(Config, saved, source)

@@ -145,8 +145,11 @@ class Finished:
 
 
 def read_run(run: epath.PathLike) -> Finished:
-    """Finds the checkpoint of a run, or of a pipeline's result; raises like `open_run`."""
-    source = checkpoint.find_step(product(epath.Path(run)))
+    """Finds the checkpoint of a run, or of a pipeline's result, with a warning if it is not
+    finished; raises like `open_run`."""
+    folder = product(epath.Path(run))
+    source = checkpoint.find_step(folder)
+    checkpoint.warn_if_unfinished(folder)
     saved = checkpoint.load_config(source)
     check_system(saved, SYSTEM, str(source))
     config = freeze_stored(Config, saved, source)

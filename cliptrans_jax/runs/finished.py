@@ -1,6 +1,7 @@
 """Finds the checkpoint to use from a finished run, and its config."""
 
 import dataclasses
+import logging
 from collections.abc import Collection, Mapping
 
 import jax
@@ -73,6 +74,8 @@ def find(
 ) -> Finished:
     """Finds a run's best checkpoint on its validation set.
 
+    Warns if the run is not finished, or is not the last one of its pipeline.
+
     Args:
       source: the run's workdir; a pipeline's workdir, whose last run is used; or one step's folder.
       stages: stages that the run may belong to.
@@ -84,6 +87,7 @@ def find(
     """
     folder = _last_run(checkpoint.absolute(source), stages)
     step = checkpoint.common_step(folder)
+    checkpoint.warn_if_unfinished(folder)
     saved = checkpoint.load_config(step)
     check_system(saved, SYSTEM, str(source))
     config = freeze_stored(Config, saved, step)
@@ -108,10 +112,19 @@ def _last_run(folder: epath.Path, stages: Collection[str]) -> epath.Path:
 
     def choose() -> str:
         path = folder / "config.json"
-        if not path.exists() or read_json(path).get("stage") != PIPELINE:
+        config = read_json(path) if path.exists() else {}
+        if config.get("stage") != PIPELINE:
             return ""
-        runs = reversed([name for name in STAGES if name in stages])
-        return next((name for name in runs if (folder / name / checkpoint.FOLDER).exists()), "")
+        runs = [name for name in reversed(STAGES) if name in stages]
+        last = next((name for name in runs if (folder / name / checkpoint.FOLDER).exists()), "")
+        planned = next((name for name in runs if name in config.get("recipes", {})), last)
+        if last and runs.index(planned) < runs.index(last):
+            logging.warning(
+                "%s is not finished: its run of stage %r is used, since that of stage %r has no "
+                "checkpoint yet",
+                *(folder, last, planned),
+            )
+        return last
 
     return folder / hosts.decide(choose)
 

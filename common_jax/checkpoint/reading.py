@@ -127,8 +127,8 @@ def warn_if_unfinished(source: epath.PathLike) -> None:
     folder = absolute(source)
     if (folder / "config.json").exists() and not (folder / "result.json").exists():
         logging.warning(
-            "%s is not finished; its newest checkpoint is used, and a later start may find another "
-            "one",
+            "%s is not finished; one of its checkpoints so far is used, and a later start may find "
+            "another one",
             source,
         )
 

@@ -11,7 +11,7 @@ import pytest
 from changed import changed
 from etils import epath
 from meshes import one_device
-from tiny_cliptrans import tiny_config, write_corpus, write_run
+from tiny_cliptrans import tiny_config, tiny_pipeline, write_corpus, write_run
 from together import together
 
 from cliptrans_jax.runs import translation
@@ -21,6 +21,7 @@ from common_jax import checkpoint
 from common_jax.config import unfreeze
 from common_jax.run_config import RunConfig
 from common_jax.state import TrainState
+from common_jax.workdir import write_json
 
 
 def test_best_checkpoint_is_the_earliest_with_the_highest_score(tmp_path):
@@ -92,3 +93,26 @@ def test_checkpoint_folder_with_another_name_is_used_directly(tmp_path):
     shutil.copytree(run / "checkpoints", run / "backup")
     assert find(run / "checkpoints").step.parent == run / "checkpoints"
     assert find(run / "backup").step.parent == run / "backup"
+
+
+def test_unfinished_runs_and_pipelines_give_a_warning(tmp_path, caplog):
+    folder = epath.Path(tmp_path)
+    config = tiny_pipeline(write_corpus(tmp_path / "corpus"))
+    write_json(folder / "config.json", unfreeze(config).to_dict())
+    write_run(folder / "caption", tiny_config("caption", tmp_path / "corpus"))
+
+    def warnings():
+        caplog.clear()
+        assert find(folder).workdir == folder / "caption"
+        return [line for line in caplog.messages if "not finished" in line]
+
+    whole, run = warnings()
+    assert whole.startswith(f"{folder} is not finished: its run of stage 'caption' is used")
+    assert "that of stage 'translate' has no checkpoint" in whole
+    assert run.startswith(f"{folder / 'caption'} is not finished; one of its checkpoints")
+    write_json(folder / "caption" / "result.json", {})
+    assert warnings() == [whole]
+    recipes = {name: config.recipes[name] for name in ("clip", "caption")}
+    shorter = dataclasses.replace(config, recipes=recipes)
+    write_json(folder / "config.json", unfreeze(shorter).to_dict())
+    assert warnings() == []

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 
 import convert_weights
 import jax
@@ -87,6 +88,20 @@ def test_class_names_come_from_run_or_training_set(runs):
     training = PHASES[config.phase].describe(config, one_device())
     task = with_feed(training, feed_of(config, runs), one_device())
     assert task.files == {"classes.json": {"names": list(digits.NAMES)}}
+
+
+def test_unfinished_run_gives_a_warning(runs, tmp_path, caplog):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "student", run)
+    read_run(run)
+    assert "is not finished" not in caplog.text  # converted weights are no run
+    write_json(run / "config.json", checkpoint.load_config(run))
+    read_run(run)
+    assert f"{run} is not finished; one of its checkpoints so far is used" in caplog.text
+    caplog.clear()
+    write_json(run / "result.json", {"steps": 0})
+    read_run(run)
+    assert "is not finished" not in caplog.text
 
 
 @pytest.mark.parametrize("content", [{"names": ["a"]}, {"names": list(range(10))}, {}])
