@@ -22,7 +22,7 @@ from common_jax.state import evaluation_key
 from common_jax.step import one_behind
 from common_jax.weights import Adapt, Origin
 from common_jax.workdir import freeze_stored, read_json
-from m2mkd_jax.config import SYSTEM, Config, DistillConfig
+from m2mkd_jax.config import SYSTEM, Config, DistillConfig, SourcesConfig
 from m2mkd_jax.data.feed import prepare_evaluation
 from m2mkd_jax.data.sources import load_source
 from m2mkd_jax.families import Family
@@ -96,7 +96,9 @@ def open_run(run: epath.PathLike, settings: Mapping[str, str] | None = None) -> 
     config = dataclasses.replace(
         found.config, mesh=MeshConfig(), baseline=DistillConfig(kind="none")
     )
-    config = change_config(config, settings or {}, changeable=CHANGEABLE, fixed=FIXED)
+    settings = dict(settings or {})
+    config = dataclasses.replace(config, sources=_moved_sources(config, source, settings))
+    config = change_config(config, settings, changeable=CHANGEABLE, fixed=FIXED)
     phase = PHASES[config.phase]
     role, family = phase.role, family_of_role(config, phase.role)
     section = getattr(config, SECTIONS[role])
@@ -283,6 +285,22 @@ def product(run: epath.Path) -> epath.Path:
     if config.exists() and read_json(config).get("phase") == "pipeline":
         return run / result_folder()
     return run
+
+
+def _moved_sources(config: Config, step: epath.Path, settings: Mapping[str, str]) -> SourcesConfig:
+    """The sources of a run's frozen networks, which were moved with it if it is a pipeline's; those
+    in `settings` are the user's own."""
+
+    def find(role: str, source: str) -> str:
+        return checkpoint.find_moved(f"config.sources.{role}", source, step.parent.parent)
+
+    sources, found = config.sources, {}
+    for role in ("meta", "teacher"):
+        if f"sources.{role}" not in settings:
+            found[role] = find(role, getattr(sources, role))
+    if "sources.teachers" not in settings:
+        found["teachers"] = tuple(find("teachers", one) for one in sources.teachers)
+    return dataclasses.replace(sources, **found)
 
 
 def _load_helpers(config: Config, shapes: Mapping[str, Any]) -> Mapping[str, Any]:

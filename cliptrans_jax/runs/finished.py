@@ -101,9 +101,14 @@ def find(
         step = best_step(step.parent.parent, config.run)
     # Even with another language pair, a trained tokenizer keeps its languages, and so its ids.
     known = config.known_languages if config.tokenizer.is_trained else config.languages
+    settings = dict(settings or {})
+    if "sources.clip" not in settings:
+        workdir, key = step.parent.parent, "config.sources.clip"
+        clip = hosts.decide(lambda: checkpoint.find_moved(key, config.sources.clip, workdir))
+        config = dataclasses.replace(config, sources=dataclasses.replace(config.sources, clip=clip))
     # The run's own mesh was for the machine that it was trained on.
     config = dataclasses.replace(config, mesh=MeshConfig(), languages=known)
-    return Finished(step, change_config(config, settings or {}, changeable=CHANGEABLE))
+    return Finished(step, change_config(config, settings, changeable=CHANGEABLE))
 
 
 def _last_run(folder: epath.Path, stages: Collection[str]) -> epath.Path:

@@ -399,11 +399,15 @@ def _clip_run(config: Config) -> Config:
     """The config of the run in config.sources.clip.
 
     Raises:
+      FileNotFoundError: if it has no finished checkpoint.
       ValueError: if it is not a run of stage "clip"; if config.sources.clip_text is given although
         the run trained both towers, or not given although the run has config.clip.lock_text.
     """
     source = config.sources.clip
-    run_config = checkpoint.load_config(source)
+    try:
+        run_config = checkpoint.load_config(source)
+    except OSError as error:
+        raise type(error)(f"config.sources.clip={source!r}: {error}") from error
     if trains(run_config.get("stage")) is not Trains.TOWERS:
         raise ValueError(
             f"config.sources.clip={source!r} is a run of stage "

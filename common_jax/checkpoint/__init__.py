@@ -11,6 +11,7 @@ from common_jax.checkpoint.reading import (
     absolute,
     check_source,
     common_step,
+    find_moved,
     find_step,
     load,
     load_config,

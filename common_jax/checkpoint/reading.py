@@ -1,5 +1,6 @@
 """Reads checkpoints, whatever mesh wrote them."""
 
+import contextlib
 import logging
 import re
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from common_jax.checkpoint.belonging import FOLDER, own_steps, step_of
 from common_jax.checkpoint.contents import JSON
 from common_jax.mesh import Rules, match_rules, replicated, with_shardings
 from common_jax.state import merge
-from common_jax.workdir import in_bucket, read_json
+from common_jax.workdir import ABOVE, in_bucket, read_json
 
 AVERAGE = "average"  # an extra item, in runs that evaluate an average of their parameters
 PATTERN = re.compile(r"[*?\[\]\\]")  # valid in file names, but special in glob patterns
@@ -120,6 +121,30 @@ def check_source(key: str, source: str) -> None:
             find_step(source)
     except OSError as error:
         raise type(error)(f"{key}={source!r}: {error}") from error
+
+
+def find_moved(key: str, source: str, workdir: epath.PathLike) -> str:
+    """Returns the run that a field of a pipeline's run names: `source` or, if that is missing and
+    the pipeline was moved, the run of the same name in the pipeline's new folder, with a warning.
+
+    Args:
+      key: name of the field.
+      source: its value. "", and one that is found nowhere, is returned as it is.
+      workdir: folder of the pipeline's run that has the field.
+    """
+    if not source or absolute(source).exists():
+        return source
+    parts = epath.Path(source).parts
+    for root in absolute(workdir).parents[:ABOVE]:
+        if not (root / "config.json").exists():
+            continue  # not a pipeline's folder: runs that happen to lie there are other runs
+        for length in range(len(parts) - 1, 0, -1):
+            moved = root.joinpath(*parts[-length:])
+            with contextlib.suppress(FileNotFoundError):
+                find_step(moved)
+                logging.warning("%s=%r does not exist; %s is used", key, source, moved)
+                return str(moved)
+    return source
 
 
 def warn_if_unfinished(source: epath.PathLike) -> None:

@@ -3,6 +3,7 @@
 from common_jax.workdir.agreement import require_same_start
 from common_jax.workdir.arrays import read_arrays, write_arrays
 from common_jax.workdir.claim import (
+    ABOVE,
     claim,
     contradictions,
     holds_results,

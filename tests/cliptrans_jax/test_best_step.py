@@ -15,7 +15,7 @@ from tiny_cliptrans import tiny_config, tiny_pipeline, write_corpus, write_run
 from together import together
 
 from cliptrans_jax.runs import translation
-from cliptrans_jax.runs.finished import find
+from cliptrans_jax.runs.finished import find, text_tower
 from cliptrans_jax.runs.translation import best_step
 from common_jax import checkpoint
 from common_jax.config import unfreeze
@@ -116,3 +116,22 @@ def test_unfinished_runs_and_pipelines_give_a_warning(tmp_path, caplog):
     shorter = dataclasses.replace(config, recipes=recipes)
     write_json(folder / "config.json", unfreeze(shorter).to_dict())
     assert warnings() == []
+
+
+def test_moved_pipeline_is_used_with_its_own_towers(tmp_path, caplog):
+    new, corpus = epath.Path(tmp_path) / "new", write_corpus(tmp_path / "corpus")
+    write_run(new / "clip", tiny_config("clip", corpus))
+    config = changed("sources.clip", "/old/pipe/clip", tiny_config("translate", corpus))
+    write_run(new / "translate", config)
+    write_json(new / "config.json", unfreeze(tiny_pipeline(corpus)).to_dict())
+    run = find(new)
+    assert run.config.sources.clip == str(new / "clip")
+    assert "config.sources.clip='/old/pipe/clip' does not exist; " in caplog.text
+    text_tower(run, one_device())
+    given = find(new, settings={"sources.clip": "/given"})
+    assert given.config.sources.clip == "/given"
+    with pytest.raises(FileNotFoundError, match=r"config\.sources\.clip='/given': .* give a run's"):
+        text_tower(given, one_device())
+    # Without the pipeline, a run beside it is another run.
+    (new / "config.json").unlink()
+    assert find(new / "translate").config.sources.clip == "/old/pipe/clip"

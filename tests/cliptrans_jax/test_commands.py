@@ -21,7 +21,7 @@ from cliptrans_jax.data.tokenizers.tokens import TokenizerConfig, load_tokenizer
 from cliptrans_jax.evaluators.scores import score
 from cliptrans_jax.evaluators.show import read_translations
 from cliptrans_jax.export.tokenizers import language_token, write_tokenizer
-from cliptrans_jax.lines import Line, add_pictures, read_sentences, read_stream, translate_lines
+from cliptrans_jax.lines import Line, read_stream, translate_lines
 from cliptrans_jax.models.cliptrans import Translator
 from cliptrans_jax.runs.finished import find, image_tower, text_tower
 from common_jax.command_line import dispatch
@@ -160,24 +160,6 @@ def test_stream_is_read_line_by_line():
         next(lines)
 
 
-def test_line_may_name_a_picture_without_a_sentence(tmp_path):
-    file, picture = tmp_path / "lines.tsv", tmp_path / "1.png"
-    picture.write_bytes(b"")
-    content = "\t1.png\n \t 1.png\t\nred\t1.png\n\tred\t1.png\n\t\n\n"
-    file.write_text(content)
-    expected = [("", picture), ("", picture), ("red", picture), ("red", picture)]
-    expected += [("", None), ("", None)]
-    for lines in (read_sentences(file), read_stream(io.BytesIO(content.encode()), "stdin")):
-        found = [(line.text, line.picture) for line in add_pictures(lines, tmp_path)]
-        assert found == expected
-    # A tab has this meaning only where lines name pictures.
-    assert [line.text for line in read_sentences(file)][:2] == ["1.png", "1.png"]
-    named = add_pictures(read_sentences(file)[:1], tmp_path, ["1.png"])
-    assert [(line.text, line.picture) for line in named] == [("1.png", picture)]
-    (alone,) = add_pictures([Line.of("sentence 1", "\t1.png")], tmp_path)
-    assert (alone.text, alone.picture) == ("", picture)
-
-
 def test_truncated_sentence_is_reported(model, caplog):
     lines = [Line("t.txt, line 1", "red"), Line("t.txt, line 2", "red " * 40)]
     assert len(list(translate_lines(model, lines, size=2))) == 2
@@ -198,12 +180,7 @@ def test_input_errors_name_file_and_line(refusal, pipeline, loaded, corpus, tmp_
     assert f"{file}, line 2 names no picture" in refusal("translate", pipeline, *pictures)
     (tmp_path / "names.txt").write_text("")
     named = ("--picture-names", tmp_path / "names.txt")
-    counts = "there are more sentences than names of pictures; give"
-    assert counts in refusal("translate", pipeline, *pictures, *named)
-    (tmp_path / "names.txt").write_text("\n\nred.png\n")
-    file.write_text("\n\n")
-    counts = "there are more names of pictures than sentences; give"
-    assert counts in refusal("translate", pipeline, *pictures, *named)
+    assert "more sentences than names" in refusal("translate", pipeline, *pictures, *named)
     (tmp_path / "bad.png").write_bytes(b"no picture")
     assert "sentence 1: the picture" in refusal(
         "translate", pipeline, "red\tbad.png", "--pictures", tmp_path

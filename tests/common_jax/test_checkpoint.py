@@ -254,6 +254,25 @@ def test_every_chunk_of_a_sharded_array_is_counted(tmp_path):
         contents.check_written(folder, outline, {"config": {}})
 
 
+def test_sources_of_a_moved_pipeline_are_found_in_its_new_folder(tmp_path):
+    pipe = tmp_path / "pipe"
+    for name in ("meta", "modules/module_0", "students/module_0", "meta/meta"):
+        checkpoint.write_params(pipe / name, {"w": np.ones(1)}, {})
+    checkpoint.write_params(tmp_path / "meta", {"w": np.ones(1)}, {})
+    student = pipe / "students" / "module_0"
+
+    def found(source, workdir=student):
+        return checkpoint.find_moved("config.sources.x", source, workdir)
+
+    assert found("/old/meta") == "/old/meta"  # in no pipeline
+    (pipe / "config.json").write_text("{}")
+    for name in ("meta", "modules/module_0", "modules/module_0/checkpoints/0"):
+        assert found(f"/old/{name}") == found(f"old/{name}") == str(pipe / name)
+    assert found("/old/meta", pipe / "network") == str(pipe / "meta")
+    for same in ("", "/old/none", str(tmp_path / "meta")):
+        assert found(same) == same
+
+
 def test_unfinished_folders_are_ignored_and_moved_aside(workdir):
     folder = workdir / "checkpoints"
     (folder / "7" / "params").mkdir(parents=True)

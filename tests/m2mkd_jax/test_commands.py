@@ -90,6 +90,18 @@ def test_class_names_come_from_run_or_training_set(runs):
     assert task.files == {"classes.json": {"names": list(digits.NAMES)}}
 
 
+def test_modules_of_a_moved_pipeline_find_their_meta_model(runs, tmp_path):
+    for name in ("meta", "modules"):
+        shutil.copytree(runs / name, tmp_path / name)
+    path = tmp_path / "modules" / "checkpoints" / "0" / "config" / "metadata"
+    path.write_text(path.read_text().replace(str(runs), "/old/pipe"))
+    (tmp_path / "config.json").write_text("{}")
+    trained = open_run(tmp_path / "modules")
+    assert trained.config.sources.meta == str(tmp_path / "meta")
+    with pytest.raises(FileNotFoundError, match=r"config\.sources\.meta='/given'"):
+        open_run(tmp_path / "modules", {"sources.meta": "/given"})
+
+
 def test_unfinished_run_gives_a_warning(runs, tmp_path, caplog):
     run = tmp_path / "run"
     shutil.copytree(runs / "student", run)
