@@ -14,6 +14,7 @@ from common_jax.optim import (
     decay_mask,
     make_optimizer,
     make_schedule,
+    replaced_lengths,
     scale_lengths,
 )
 
@@ -423,3 +424,12 @@ def test_schedules_read_exactly_their_declared_fields(schedule, name):
     other = dataclasses.replace(start, **{name: values[name]})
     rates = [[float(make_schedule(one, 10)(step)) for step in range(40)] for one in (start, other)]
     assert (rates[0] != rates[1]) == (name in optim.SCHEDULES[schedule].reads)
+
+
+@pytest.mark.parametrize("section", ["optim", "recipes.one.optim"])
+def test_epochs_are_replaced_by_updates_in_any_section(section):
+    lengths = {"steps": 7, "epochs": 50, "warmup_steps": None, "warmup_epochs": 1}
+    config = {"optim": lengths, "recipes": {"one": {"optim": lengths}}, "epochs": 3}
+    paths = ["epochs", *(f"{section}.{name}" for name in lengths)]
+    why = f"config.{section}.steps=7 is used in its place"
+    assert replaced_lengths(config, paths) == {f"{section}.epochs": why}
