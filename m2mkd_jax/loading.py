@@ -12,14 +12,12 @@ from jax import numpy as jnp
 from jax.sharding import Mesh
 
 from common_jax import checkpoint
-from common_jax.command_line import check_system
-from common_jax.workdir import freeze_stored
-from m2mkd_jax.config import SYSTEM, Config
+from m2mkd_jax.config import Config
 from m2mkd_jax.data.feed import prepare_evaluation
 from m2mkd_jax.phases import PHASES
 from m2mkd_jax.phases.networks import family_of_role, module_network, whole_network
 from m2mkd_jax.stages import stage_name
-from m2mkd_jax.trained import product, read_classes
+from m2mkd_jax.trained import find_run, read_classes
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -95,12 +93,7 @@ def load_model(
         parameters that the network needs, such as its head. `apply` raises it if x has the wrong
         shape or type.
     """
-    folder = product(epath.Path(source))
-    source = checkpoint.find_step(folder)
-    checkpoint.warn_if_unfinished(folder)
-    saved = checkpoint.load_config(source)
-    check_system(saved, SYSTEM, str(source))
-    config = freeze_stored(Config, saved, source)
+    source, config = find_run(source)
     role = PHASES[config.phase].role
     stage = _stage(config, module)
     name = "" if stage is None else stage_name(stage)

@@ -147,15 +147,25 @@ class Finished:
 
 
 def read_run(run: epath.PathLike) -> Finished:
-    """Finds the checkpoint of a run, or of a pipeline's result, with a warning if it is not
-    finished; raises like `open_run`."""
-    folder = product(epath.Path(run))
+    """The checkpoint, config and classes of a run, or of a pipeline's result; as `find_run`."""
+    source, config = find_run(run)
+    return Finished(source, config, read_classes(source, config))
+
+
+def find_run(run: epath.PathLike) -> tuple[epath.Path, Config]:
+    """Finds the checkpoint of a run, or of a pipeline's result, and the run's config. Warns if the
+    run is not finished.
+
+    Raises:
+      FileNotFoundError: if there is no finished checkpoint.
+      ValueError: for a run of the other system.
+    """
+    folder = _product(epath.Path(run))
     source = checkpoint.find_step(folder)
     checkpoint.warn_if_unfinished(folder)
     saved = checkpoint.load_config(source)
     check_system(saved, SYSTEM, str(source))
-    config = freeze_stored(Config, saved, source)
-    return Finished(source, config, read_classes(source, config))
+    return source, freeze_stored(Config, saved, source)
 
 
 def read_classes(source: epath.Path, config: Config) -> tuple[str, ...]:
@@ -279,7 +289,7 @@ def run_batches(
         yield batch, jax.device_get(found)
 
 
-def product(run: epath.Path) -> epath.Path:
+def _product(run: epath.Path) -> epath.Path:
     """The folder of a pipeline's result; any other folder unchanged."""
     config = run / "config.json"
     if config.exists() and read_json(config).get("phase") == "pipeline":

@@ -1,4 +1,4 @@
-"""Framed sentences of two languages, and the examples that a stage makes of them."""
+"""Framed sentences of two languages, and the examples that a stage makes from them."""
 
 import numpy as np
 

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from common_jax.weights import Origin, Planned, WarmStart
 from m2mkd_jax.config import Config
-from m2mkd_jax.phases.phase import FileKind, Phase, Splits, Training, WeightSource
+from m2mkd_jax.phases.phase import FileKind, Phase, Splits, Training, WeightSource, config_feed
 from m2mkd_jax.phases.sources.weights import require_stage_sources, take_weights
 from m2mkd_jax.phases.training import train_phase, whole_training
 from m2mkd_jax.stages import stage_name
@@ -19,12 +19,13 @@ def run(
 ) -> dict[str, Any]:
     """Trains the assembled teacher and saves its parameters under "teacher"."""
     require_stage_sources(config, "modules", len(config.teacher.depths))
+    training = whole_training(PHASE, config)
     return train_phase(
-        whole_training(PHASE, config),
+        training,
         workdir,
         mesh,
+        feed=config_feed(training, workdir, splits),
         warm_start=lambda shapes: _assemble(config, shapes),
-        splits=splits,
     )
 
 

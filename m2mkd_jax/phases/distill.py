@@ -18,14 +18,7 @@ from m2mkd_jax.phases.networks import (
     student_modules,
 )
 from m2mkd_jax.phases.objective import Outputs
-from m2mkd_jax.phases.phase import (
-    FileKind,
-    Phase,
-    Splits,
-    Training,
-    WeightSource,
-    config_feed,
-)
+from m2mkd_jax.phases.phase import FileKind, Phase, Splits, Training, WeightSource, config_feed
 from m2mkd_jax.phases.sources.teachers import ACCOUNT, check_classes, load_teachers, module_teachers
 from m2mkd_jax.phases.sources.weights import require_source, take_weights
 from m2mkd_jax.phases.training import train_phase

@@ -17,14 +17,7 @@ from m2mkd_jax.config import Config
 from m2mkd_jax.families import family_of
 from m2mkd_jax.phases.networks import whole_student
 from m2mkd_jax.phases.objective import Forward
-from m2mkd_jax.phases.phase import (
-    FileKind,
-    Phase,
-    Splits,
-    Training,
-    WeightSource,
-    config_feed,
-)
+from m2mkd_jax.phases.phase import FileKind, Phase, Splits, Training, WeightSource, config_feed
 from m2mkd_jax.phases.sources.teachers import (
     ACCOUNT,
     Teachers,

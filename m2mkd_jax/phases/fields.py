@@ -61,9 +61,9 @@ def warn_of_networks(config: Config) -> None:
     given = config.sources
     if config.phase == "pipeline" and config.distill.active and given.teacher and not given.meta:
         logging.warning(
-            "config.sources.teacher=%s teaches inside a meta model that this pipeline trains anew: "
-            "give config.sources.meta, the one that its modules were trained in, or it will be a "
-            "poor teacher",
+            "config.sources.teacher=%s teaches inside a meta model that this pipeline trains from "
+            "scratch: give config.sources.meta, the one that its modules were trained in, or it "
+            "will be a poor teacher",
             given.teacher,
         )
 
@@ -103,9 +103,8 @@ def _without_effect(config: Config) -> Iterator[tuple[str, str]]:
         used = [source.path for source in used_sources(config)]
         for source in PHASES[config.phase].sources:
             if source.path not in used and source.section == "sources":
-                why, name = "the other fields leave it out", "baseline"
-                if config.phase == "distill":
-                    name = "distill"
+                why = "the other fields leave it out"
+                name = "distill" if config.phase == "distill" else "baseline"
                 if not getattr(config, name).active and source.path.startswith("sources.teacher"):
                     why = f"config.{name}.kind='none' uses no teacher"
                 yield source.path, why

@@ -6,7 +6,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from m2mkd_jax.config import Config
-from m2mkd_jax.phases.phase import FileKind, Phase, Splits
+from m2mkd_jax.phases.phase import FileKind, Phase, Splits, config_feed
 from m2mkd_jax.phases.training import train_phase, whole_training
 
 
@@ -14,7 +14,8 @@ def run(
     config: Config, workdir: epath.Path, mesh: Mesh, splits: Splits | None = None
 ) -> dict[str, Any]:
     """Trains the meta model and saves its parameters under "meta"."""
-    return train_phase(whole_training(PHASE, config), workdir, mesh, splits=splits)
+    training = whole_training(PHASE, config)
+    return train_phase(training, workdir, mesh, feed=config_feed(training, workdir, splits))
 
 
 PHASE = Phase(

@@ -21,14 +21,7 @@ from m2mkd_jax.phases.networks import (
     stitched_modules,
 )
 from m2mkd_jax.phases.objective import Outputs
-from m2mkd_jax.phases.phase import (
-    FileKind,
-    Phase,
-    Splits,
-    Training,
-    WeightSource,
-    config_feed,
-)
+from m2mkd_jax.phases.phase import FileKind, Phase, Splits, Training, WeightSource, config_feed
 from m2mkd_jax.phases.sources.teachers import check_classes, read_teacher
 from m2mkd_jax.phases.sources.weights import (
     compare_images,

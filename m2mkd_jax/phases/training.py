@@ -19,7 +19,7 @@ from m2mkd_jax.data.feed import Feed
 from m2mkd_jax.evaluators import EVALUATORS
 from m2mkd_jax.phases.networks import family_of_role, whole_network
 from m2mkd_jax.phases.objective import make_sums, whole_forward
-from m2mkd_jax.phases.phase import Phase, Splits, Training, config_feed
+from m2mkd_jax.phases.phase import Phase, Training
 from m2mkd_jax.stages import module_name
 
 CLASSES = "classes.json"  # a run's class names by label
@@ -51,10 +51,9 @@ def train_phase(
     workdir: epath.Path,
     mesh: Mesh,
     *,
+    feed: Feed,
     helpers: Mapping[str, Any] | None = None,
     warm_start: Callable[[Any], WarmStart] | None = None,
-    splits: Splits | None = None,
-    feed: Feed | None = None,
     files: Mapping[str, Any] | None = None,
     programs: Programs | None = None,
 ) -> dict[str, Any]:
@@ -64,15 +63,13 @@ def train_phase(
       training: the training, from its phase's `describe`.
       workdir: folder of this run; not shared with other runs.
       mesh: device mesh.
+      feed: data, such as `config_feed` makes.
       helpers: the frozen parameters that `training.helpers` describes.
       warm_start: see `common_jax.task.Task`.
-      splits: images of config.data, if they are already loaded.
-      feed: data; None for the config's.
       files: more JSON files for the workdir, see `common_jax.task.Task`.
       programs: see `common_jax.loop.train`.
     """
     config = training.config
-    feed = config_feed(training, workdir, splits) if feed is None else feed
     refuse_other_classes(workdir, feed.label_names)
     task = with_feed(training, feed, mesh, programs=programs)
     # Added after `with_feed`, which also serves checks that have no weights.

@@ -21,7 +21,7 @@ from m2mkd_jax.data.ood import OodConfig
 from m2mkd_jax.families import family_of
 from m2mkd_jax.phases import PHASES
 from m2mkd_jax.phases.objective import Outputs, make_loss, make_sums
-from m2mkd_jax.phases.phase import Training
+from m2mkd_jax.phases.phase import Training, config_feed
 from m2mkd_jax.phases.training import train_phase, with_feed
 
 # 1,437 images make three steps per epoch; 360 test images make two batches, the last one padded.
@@ -177,7 +177,7 @@ def test_run_with_draws_resumes_byte_for_byte(tmp_path):
 
     def run(workdir):
         training = training_of(config, regularizer=lambda steps_per_epoch: regularizer)
-        return train_phase(training, workdir, one_device())
+        return train_phase(training, workdir, one_device(), feed=config_feed(training, workdir))
 
     result = run(tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")

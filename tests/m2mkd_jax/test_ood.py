@@ -25,7 +25,7 @@ from m2mkd_jax.main import results_table
 from m2mkd_jax.phases import PHASES
 from m2mkd_jax.phases.few_shot import episode_feed, load_splits
 from m2mkd_jax.phases.objective import Outputs
-from m2mkd_jax.phases.phase import Training
+from m2mkd_jax.phases.phase import Training, config_feed
 from m2mkd_jax.phases.training import train_phase
 
 DIGITS = tuple("0123456789")
@@ -275,7 +275,9 @@ def test_a_run_evaluates_its_ood_set_among_its_classes(tmp_path):
         rules=(("/net/bias", PartitionSpec()),),
         forward=forward,
     )
-    result = train_phase(training, tmp_path, make_mesh(MeshConfig()))
+    result = train_phase(
+        training, tmp_path, make_mesh(MeshConfig()), feed=config_feed(training, tmp_path)
+    )
     images, labels = digits.load_renditions()
     logits = ((images.reshape(-1, 64) / 255 - 0.5) / 0.5) @ kernel.astype(float)
     expected = naive(logits, labels, (0, 1, 2, 3, 4, 5, 7, 8))
