@@ -404,8 +404,8 @@ def _clip_run(config: Config) -> Config:
         the run trained both towers, or not given although the run has config.clip.lock_text.
     """
     source = config.sources.clip
-    checkpoint.check_source("config.sources.clip", source)
-    run_config = checkpoint.load_config(source)
+    with checkpoint.naming_field("config.sources.clip", source):
+        run_config = checkpoint.load_config(source)
     if trains(run_config.get("stage")) is not Trains.TOWERS:
         raise ValueError(
             f"config.sources.clip={source!r} is a run of stage "

@@ -16,6 +16,7 @@ from common_jax.checkpoint.reading import (
     load,
     load_config,
     load_shapes,
+    naming_field,
     read,
     refuse_pattern,
     warn_if_unfinished,

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -116,9 +116,16 @@ def check_source(key: str, source: str) -> None:
     """Raises FileNotFoundError, naming the field `key`, unless the run at `source` has a finished
     checkpoint. An empty `source` passes, since it names no run.
     """
-    try:
+    with naming_field(key, source):
         if source:
             find_step(source)
+
+
+@contextlib.contextmanager
+def naming_field(key: str, source: str) -> Iterator[None]:
+    """An OSError raised inside also names the field `key` and its value, `source`."""
+    try:
+        yield
     except OSError as error:
         raise type(error)(f"{key}={source!r}: {error}") from error
 
