@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from cliptrans_jax.config import READS, SYSTEM, Config
 from cliptrans_jax.curves import CURVES
 from cliptrans_jax.runs.idle import idle, warn_of_random_parts
+from cliptrans_jax.runs.initial_weights import check_weights
 from cliptrans_jax.runs.pipeline import plan, run_stage
-from cliptrans_jax.runs.run_data import check_weights
 from cliptrans_jax.runs.scoring import galleries, scores_table
 from cliptrans_jax.stages import EVALUATE, STAGES, Side, Trains, trains
 from common_jax import app, checkpoint

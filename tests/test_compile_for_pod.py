@@ -19,7 +19,7 @@ from cliptrans_jax.config import SourcesConfig as StageSources
 from cliptrans_jax.encoders import ImageTower
 from cliptrans_jax.runs import translation
 from cliptrans_jax.runs.contrastive import init as init_clip
-from cliptrans_jax.runs.run_data import describe_text
+from cliptrans_jax.runs.run_towers import describe_text
 from cliptrans_jax.towers.mclip import MClipConfig
 from cliptrans_jax.towers.siglip import SiglipVisionConfig
 from common_jax import checkpoint, loop

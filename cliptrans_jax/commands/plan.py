@@ -64,7 +64,7 @@ def encode_step(config: "Config", mesh: "Mesh", options: "Options") -> "Step":
 
     from cliptrans_jax.encoders import ImageTower
     from cliptrans_jax.features import encode_program
-    from cliptrans_jax.runs.run_data import describe_text
+    from cliptrans_jax.runs.run_towers import describe_text
     from cliptrans_jax.towers import siglip
     from common_jax.commands.plan.compile import Step, placed_on, precision_savers
     from common_jax.commands.plan.flops import count_flops

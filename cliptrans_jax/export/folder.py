@@ -16,8 +16,9 @@ from cliptrans_jax.export.tokenizers import write_tokenizer
 from cliptrans_jax.export.towers import write_tower
 from cliptrans_jax.models.cliptrans_names import mapper_table
 from cliptrans_jax.runs.finished import Finished, image_tower, text_tower
-from cliptrans_jax.runs.run_data import caption_language, text_tokenizer
+from cliptrans_jax.runs.run_data import caption_language
 from cliptrans_jax.runs.run_tokenizer import TOKENIZER
+from cliptrans_jax.runs.run_towers import text_tokenizer
 from cliptrans_jax.stages import STAGES
 from common_jax import checkpoint
 from common_jax.mesh import MeshConfig, make_mesh

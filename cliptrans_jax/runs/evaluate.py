@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 
 from cliptrans_jax.config import Config
 from cliptrans_jax.runs.finished import Finished, find
-from cliptrans_jax.runs.initial_weights import make_warm_start
-from cliptrans_jax.runs.run_data import RunData, is_run
+from cliptrans_jax.runs.initial_weights import is_run, make_warm_start
+from cliptrans_jax.runs.run_data import RunData
 from cliptrans_jax.runs.scoring import score_further, score_split
 from cliptrans_jax.runs.translation import Model
 from cliptrans_jax.stages import EVALUATE, SCORED_AS, TRANSLATION_STAGES

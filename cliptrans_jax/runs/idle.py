@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 from cliptrans_jax.config import READS, Config
 from cliptrans_jax.models.mapper import MAPPERS
-from cliptrans_jax.runs.run_data import feature_side, is_run
+from cliptrans_jax.runs.initial_weights import is_run
+from cliptrans_jax.runs.run_data import feature_side
 from cliptrans_jax.stages import EVALUATE, FREEZES, PIPELINE, STAGES, Side, Trains
 from cliptrans_jax.translators.table import TRANSLATORS
 from common_jax.command_line import unread

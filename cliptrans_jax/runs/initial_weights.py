@@ -5,17 +5,19 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from etils import epath
 from flax import traverse_util
 
 from cliptrans_jax import pretrained
 from cliptrans_jax.config import Config
 from cliptrans_jax.encoders import TextTower
-from cliptrans_jax.runs.run_data import check_weights, is_run
 from cliptrans_jax.stages import FREEZES, STAGES
 from common_jax import checkpoint
 from common_jax.state import merge
 from common_jax.weights import Allowance, Origin, WarmStart, size_of, take, warn_of_no_match
+from common_jax.workdir import check_input
 
+PUBLISHED = "a folder or a file of weights, or config.sources.fetch=True for a name on the hub"
 Shapes = Mapping[str, Any]  # ShapeDtypeStructs with shardings, in a nested dict
 
 
@@ -176,3 +178,35 @@ def _require_sizes(config: Config, file_sizes: Any) -> None:
             + ". Set these fields to the file's values; a vocabulary may be larger than the "
             "tokenizer's"
         )
+
+
+def has_published_translator(config: Config) -> bool:
+    """True if the translator's weights are published ones, alone or in a released checkpoint."""
+    sources = config.sources
+    return bool(sources.mbart or (sources.model and not is_run(sources.model)))
+
+
+def is_run(source: str) -> bool:
+    """True if `source` is a workdir or a step in one, not a released file."""
+    try:
+        checkpoint.find_step(source)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def check_weights(config: Config) -> None:
+    """Raises FileNotFoundError if config.sources.model or .mbart is set but missing."""
+    source = config.sources.model
+    path = epath.Path(source)
+    # A file NAME.pth may be split into NAME_1.pth, NAME_2.pth, ...
+    if not source or not path.with_name(f"{path.stem}_1{path.suffix}").is_file():
+        check_input("config.sources.model", source, "a workdir, or a released checkpoint")
+    check_published(config, "mbart")
+
+
+def check_published(config: Config, name: str) -> None:
+    """Raises FileNotFoundError if the path in config.sources.`name` is missing; a name to fetch
+    from the hub needs no path."""
+    if not config.sources.fetch:
+        check_input(f"config.sources.{name}", getattr(config.sources, name), PUBLISHED)

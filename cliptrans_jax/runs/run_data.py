@@ -2,53 +2,41 @@
 
 import dataclasses
 import functools
-import json
-import logging
-from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from cliptrans_jax import pretrained
 from cliptrans_jax.config import SIDES, Config
 from cliptrans_jax.data.corpora import load_corpus
 from cliptrans_jax.data.corpus import Corpus
 from cliptrans_jax.data.examples import choose_examples, default_caption_language
 from cliptrans_jax.data.feed import Inputs
 from cliptrans_jax.data.tokenizers.framing import PADDING, Tokenizer, require_fits
-from cliptrans_jax.data.tokenizers.tokens import TokenizerConfig, encode_corpus
+from cliptrans_jax.data.tokenizers.tokens import encode_corpus
 from cliptrans_jax.encoders import (
     ImageTower,
     TextTower,
     image_features,
-    published_text,
     text_features,
 )
+from cliptrans_jax.runs.initial_weights import has_published_translator
 from cliptrans_jax.runs.run_tokenizer import (
     require_same_tokenizer,
     save_tokenizer,
     train_tokenizer,
 )
-from cliptrans_jax.stages import STAGES, Side, Trains, trains
-from cliptrans_jax.towers import siglip
-from cliptrans_jax.towers.table import IMAGE_TOWERS, TEXT_TOWERS, text_tower_of
-from cliptrans_jax.towers.tower import Tower
-from common_jax import checkpoint, hosts
-from common_jax.config import renamed
+from cliptrans_jax.runs.run_towers import (
+    has_trained_text,
+    load_image,
+    load_published_text,
+    load_trained_text,
+)
+from cliptrans_jax.stages import STAGES, Side
+from common_jax import hosts
 from common_jax.inputs import steps_per_epoch
 from common_jax.weights.memory import give_back
-from common_jax.weights.table import Pretrained
-from common_jax.workdir import check_input, freeze_stored
-
-PUBLISHED = "a folder or a file of weights, or config.sources.fetch=True for a name on the hub"
-# In messages about a text tower and its tokenizer, names the flag that sets both.
-SIGLIP_KEYS = {
-    "config.clip_tokenizer.path": "config.sources.siglip",
-    "config.sources.clip_text": "config.sources.siglip",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +95,7 @@ class RunData:
                 )
         sizes = config.model.sizes
         special = {"pad": sizes.pad, "eos": sizes.eos}
-        published = _has_published_translator(config) and not config.tokenizer.is_trained
+        published = has_published_translator(config) and not config.tokenizer.is_trained
         spare, key = PADDING if published else None, config.model.key
         require_fits(tokenizer, vocab=sizes.vocab, special=special, key=key, spare=spare)
         for name in ("model", "clip"):
@@ -121,37 +109,14 @@ class RunData:
     @functools.cached_property
     def text_tower(self) -> TextTower:
         """The text tower of config.sources; raises ValueError if there is none."""
-        config, sources = self.config, self.config.sources
-        if sources.clip and not _clip_run(config).clip.lock_text:
-            sizes, params = load_trained(config, "text")
-            # The translator's tokenizer, which may allow longer sentences than the tower.
-            limit = min(self.tokenizer.limit, sizes.longest)
-            tokenizer = dataclasses.replace(self.tokenizer, limit=limit)
-            special = {"pad": sizes.pad}
-            require_fits(tokenizer, vocab=sizes.vocab, special=special, key="config.clip.text")
-            return TextTower(sizes, params, tokenizer, config.dtype)
-        if sources.siglip:
-            published = self._load_published("siglip", (siglip.TEXT,))
-            with renamed(SIGLIP_KEYS):
-                return published_text(published, text_tokenizer(config), dtype=config.dtype)
-        if sources.clip_text:
-            text_tower_of(config.clip_tokenizer.kind)  # raises ValueError if no tower has it
-        if sources.clip:
-            _warn_of_another_tower(config)
-        published = self._load_published("clip_text", TEXT_TOWERS, base=sources.clip_text_base)
-        return published_text(published, config.clip_tokenizer, dtype=config.dtype)
+        if has_trained_text(self.config):
+            return load_trained_text(self.config, self.tokenizer)
+        return load_published_text(self.config)
 
     @functools.cached_property
     def image_tower(self) -> ImageTower:
         """The image tower of config.sources; raises ValueError if there is none."""
-        config = self.config
-        if config.sources.clip:
-            return ImageTower(*load_trained(config, "image"), config.dtype)
-        if config.sources.siglip:
-            published = self._load_published("siglip", (siglip.VISION,))
-        else:
-            published = self._load_published("clip_image", IMAGE_TOWERS)
-        return ImageTower(published.config, published.params, config.dtype)
+        return load_image(self.config)
 
     def release_towers(self) -> None:
         """Frees the towers, except a text tower that the model runs. Later uses load them again."""
@@ -160,28 +125,6 @@ class RunData:
             vars(self).pop("text_tower", None)
         vars(self).pop("image_tower", None)
         give_back()
-
-    def _load_published(self, name: str, towers: Sequence[Tower], base: str = "") -> Pretrained:
-        """Loads one of these towers from the source in config.sources.`name`."""
-        config, sources = self.config, self.config.sources
-        if not getattr(sources, name):
-            raise ValueError(
-                f"stage {config.stage!r} with config.model.mapper.prefix="
-                f"{config.model.mapper.prefix} needs features: give config.sources.{name}, the "
-                "folder of a published tower; config.sources.siglip, one with both towers; or "
-                "config.sources.clip, a run of stage 'clip'"
-            )
-        _check_published(config, name)
-        # config.sources.weights then names weights in the translator's file, not in the tower's.
-        return pretrained.load(
-            getattr(sources, name),
-            # Each kind once: M-CLIP's two text towers have the same.
-            kind=tuple(dict.fromkeys(tower.kind for tower in towers if tower.kind)),
-            fetch=sources.fetch,
-            weights="" if _has_published_translator(config) else sources.weights,
-            activation=sources.clip_activation,
-            base=base,
-        )
 
     def check(self, *, train: bool, towers: bool = True) -> int:
         """Checks all inputs of the stage before anything is computed or written.
@@ -310,29 +253,6 @@ def encodes_texts(config: Config) -> bool:
     return config.encodes_texts and (config.unfreeze_clip or Side.TEXT in sides)
 
 
-def describe_text(config: Config) -> TextTower:
-    """The text tower without weights and tokenizer. It has the sizes in config.clip.text if stage
-    "clip" trains it, else the default sizes of the tower in config.sources.siglip or in
-    config.sources.clip_text, whose kind follows from its tokenizer."""
-    trained = config.sources.clip and not config.sources.clip_text
-    if config.sources.siglip:
-        sizes = siglip.TEXT.config()
-    elif trained or config.clip_tokenizer.is_trained:
-        sizes = config.clip.text
-    else:
-        sizes = text_tower_of(config.clip_tokenizer.kind).config()
-    return TextTower.described(sizes, config.dtype)
-
-
-def text_tokenizer(config: Config) -> TokenizerConfig:
-    """The tokenizer of a published text tower; a SigLIP has it in its own folder."""
-    sources = config.sources
-    if not sources.siglip:
-        return config.clip_tokenizer
-    folder = pretrained.find(sources.siglip, fetch=sources.fetch)
-    return TokenizerConfig(siglip.TEXT.sentences.tokenizer, str(folder))
-
-
 def caption_language(config: Config) -> str:
     """The language of captions; with config.all_languages, the one to evaluate."""
     return config.caption_language or (
@@ -354,91 +274,3 @@ def pairs_of(config: Config) -> list[tuple[str, str]]:
     if STAGES[config.stage].captioning:
         return [(language, language) for language in used_languages(config)]
     return [config.data.pair]
-
-
-def _has_published_translator(config: Config) -> bool:
-    """True if the translator's weights are published ones, alone or in a released checkpoint."""
-    sources = config.sources
-    return bool(sources.mbart or (sources.model and not is_run(sources.model)))
-
-
-def is_run(source: str) -> bool:
-    """True if `source` is a workdir or a step in one, not a released file."""
-    try:
-        checkpoint.find_step(source)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def check_weights(config: Config) -> None:
-    """Raises FileNotFoundError if config.sources.model or .mbart is set but missing."""
-    source = config.sources.model
-    path = epath.Path(source)
-    # A file NAME.pth may be split into NAME_1.pth, NAME_2.pth, ...
-    if not source or not path.with_name(f"{path.stem}_1{path.suffix}").is_file():
-        check_input("config.sources.model", source, "a workdir, or a released checkpoint")
-    _check_published(config, "mbart")
-
-
-def load_trained(config: Config, name: str) -> tuple[Any, Any]:
-    """Sizes and parameters of a tower, "text" or "image", from a run of stage "clip".
-
-    Stages continue from the parameters that it trained. A config of stage "clip" itself asks for
-    its result, the average if there is one.
-    """
-    source, average = config.sources.clip, trains(config.stage) is Trains.TOWERS
-    sizes = getattr(_clip_run(config).clip, name)
-    checkpoint.warn_if_unfinished(source)
-    params = checkpoint.load(source, subtree=f"clip/{name}", average=average)
-    # To the host, like published towers, which move to the devices when they are used.
-    return sizes, jax.device_get(params)
-
-
-def _clip_run(config: Config) -> Config:
-    """The config of the run in config.sources.clip.
-
-    Raises:
-      FileNotFoundError: if it has no finished checkpoint.
-      ValueError: if it is not a run of stage "clip"; if config.sources.clip_text is given although
-        the run trained both towers, or not given although the run has config.clip.lock_text.
-    """
-    source = config.sources.clip
-    with checkpoint.naming_field("config.sources.clip", source):
-        run_config = checkpoint.load_config(source)
-    if trains(run_config.get("stage")) is not Trains.TOWERS:
-        raise ValueError(
-            f"config.sources.clip={source!r} is a run of stage "
-            f"{json.dumps(run_config.get('stage'))}, not of 'clip'"
-        )
-    run, given = freeze_stored(Config, run_config, source), config.sources.clip_text
-    if run.clip.lock_text and not given:
-        raise ValueError(
-            f"config.sources.clip={source!r} is a run with config.clip.lock_text, which trained no "
-            f"text tower: give config.sources.clip_text={run.sources.clip_text!r}, and "
-            f"config.clip_tokenizer with kind={run.clip_tokenizer.kind!r} and "
-            f"path={run.clip_tokenizer.path!r}"
-        )
-    if given and not run.clip.lock_text:
-        raise ValueError(
-            f"config.sources.clip={source!r} is a run that trained both towers, and features of "
-            f"config.sources.clip_text={given!r} are from another space; leave one out"
-        )
-    return run
-
-
-def _warn_of_another_tower(config: Config) -> None:
-    """Warns if the run in config.sources.clip was trained against another text tower."""
-    given, trained = config.sources.clip_text, _clip_run(config).sources.clip_text
-    if checkpoint.absolute(given) != checkpoint.absolute(trained):
-        logging.warning(
-            "config.sources.clip_text=%r is not the text tower that the run in "
-            "config.sources.clip=%r was trained against, %r; unless both have the same weights, "
-            "their features are from different spaces",
-            *(given, config.sources.clip, trained),
-        )
-
-
-def _check_published(config: Config, name: str) -> None:
-    if not config.sources.fetch:
-        check_input(f"config.sources.{name}", getattr(config.sources, name), PUBLISHED)

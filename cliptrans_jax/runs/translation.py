@@ -29,10 +29,10 @@ from cliptrans_jax.runs.objective import make_encode, make_loss
 from cliptrans_jax.runs.run_data import (
     RunData,
     Split,
-    describe_text,
     encodes_texts,
     feature_side,
 )
+from cliptrans_jax.runs.run_towers import describe_text
 from cliptrans_jax.runs.scoring import SCORES, decode_batches, score_further, score_split
 from cliptrans_jax.stages import STAGES, Side, trainable
 from cliptrans_jax.towers.table import tower_of

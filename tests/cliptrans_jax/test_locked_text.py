@@ -18,11 +18,12 @@ from cliptrans_jax.config import SourcesConfig
 from cliptrans_jax.data.tokenizers.tokens import TokenizerConfig
 from cliptrans_jax.encoders import TextTower
 from cliptrans_jax.export.folder import _has_published_text
-from cliptrans_jax.runs import contrastive
+from cliptrans_jax.runs import contrastive, run_towers
 from cliptrans_jax.runs.finished import Finished, _with_own_towers
 from cliptrans_jax.runs.pipeline import plan
-from cliptrans_jax.runs.run_data import RunData, load_trained
+from cliptrans_jax.runs.run_data import RunData
 from cliptrans_jax.runs.run_tokenizer import TOKENIZER
+from cliptrans_jax.runs.run_towers import load_trained
 from cliptrans_jax.towers.mclip import MClipConfig
 from cliptrans_jax.towers.table import tower_of
 from common_jax import checkpoint
@@ -148,7 +149,7 @@ def test_different_text_tower_from_training_gives_a_warning(monkeypatch, tmp_pat
     stored = unfreeze(lock(tiny_config("clip", None), text=str(tmp_path / "tower"))).to_dict()
     monkeypatch.setattr(checkpoint, "load_config", lambda source: stored)
     load = mock.Mock(side_effect=FileNotFoundError("nothing is loaded here"))
-    monkeypatch.setattr(RunData, "_load_published", load)
+    monkeypatch.setattr(run_towers, "_load_published", load)
     for text, warnings in (("tower", 0), ("another", 1)):
         caplog.clear()
         config = lock(tiny_config("translate", None), text=str(tmp_path / text))

@@ -11,9 +11,10 @@ from tiny_cliptrans import tiny_config
 
 from cliptrans_jax.config import SourcesConfig
 from cliptrans_jax.data.tokenizers.tokens import TokenizerConfig
-from cliptrans_jax.runs import run_data, translation
-from cliptrans_jax.runs.run_data import RunData, describe_text
+from cliptrans_jax.runs import run_towers, translation
+from cliptrans_jax.runs.run_data import RunData
 from cliptrans_jax.runs.run_tokenizer import train_tokenizer
+from cliptrans_jax.runs.run_towers import describe_text
 from cliptrans_jax.towers.clip import ClipTextConfig
 from cliptrans_jax.towers.labse import LabseConfig
 from cliptrans_jax.towers.mclip import MClipConfig
@@ -56,17 +57,17 @@ def test_pipeline_requires_every_tower_at_its_start(corpus, tmp_path, given):
 
 
 def test_published_towers_are_read_with_the_config_settings(monkeypatch, tmp_path):
-    unpublished = dataclasses.replace(run_data.TEXT_TOWERS[0], kind="")
-    monkeypatch.setattr(run_data, "TEXT_TOWERS", (*run_data.TEXT_TOWERS, unpublished))
+    unpublished = dataclasses.replace(run_towers.TEXT_TOWERS[0], kind="")
+    monkeypatch.setattr(run_towers, "TEXT_TOWERS", (*run_towers.TEXT_TOWERS, unpublished))
     asked = {}
 
     def load(folder, **settings):
         asked[folder] = settings
         return types.SimpleNamespace(config=folder, params={})
 
-    monkeypatch.setattr(run_data.pretrained, "load", load)
+    monkeypatch.setattr(run_towers.pretrained, "load", load)
     monkeypatch.setattr(
-        run_data, "published_text", lambda found, tokenizer, *, dtype: (found.config, tokenizer)
+        run_towers, "published_text", lambda found, tokenizer, *, dtype: (found.config, tokenizer)
     )
     sources = SourcesConfig(
         clip_text="text", clip_image="image", fetch=True, weights="ema", clip_activation="gelu",
@@ -102,10 +103,10 @@ def test_towers_from_a_run_have_the_sizes_of_that_run(corpus, monkeypatch, tmp_p
         ),
     )
     monkeypatch.setattr(
-        run_data.checkpoint, "load_config", lambda source: unfreeze(trained).to_dict()
+        run_towers.checkpoint, "load_config", lambda source: unfreeze(trained).to_dict()
     )
     monkeypatch.setattr(
-        run_data.checkpoint,
+        run_towers.checkpoint,
         "load",
         lambda source, subtree, average: {source: np.array(len(subtree)), "average": average},
     )

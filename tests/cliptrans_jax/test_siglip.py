@@ -25,7 +25,8 @@ from cliptrans_jax.data.pictures import prepare_picture
 from cliptrans_jax.data.tokenizers.tokens import TokenizerConfig
 from cliptrans_jax.export.towers import write_tower
 from cliptrans_jax.runs import contrastive
-from cliptrans_jax.runs.run_data import RunData, describe_text, text_tokenizer
+from cliptrans_jax.runs.run_data import RunData
+from cliptrans_jax.runs.run_towers import describe_text, text_tokenizer
 from cliptrans_jax.tensors.siglip_json import text_config, vision_config
 from cliptrans_jax.towers import siglip, siglip_names
 from cliptrans_jax.towers.siglip import SiglipTextConfig, SiglipVisionConfig

@@ -370,7 +370,7 @@ MISTAKES: tuple[Mistake, ...] = (
         f"{INITIAL}::test_fresh_parameters_are_not_loaded",
     ),
     Mistake(
-        "cliptrans_jax/runs/run_data.py",
+        "cliptrans_jax/runs/run_towers.py",
         "what is asked of a run of towers are not its averages",
         'f"clip/{name}", average=average)',
         'f"clip/{name}", average=False)',
