@@ -11,6 +11,7 @@ SLOW = (
     "cliptrans_jax/test_decode.py",
     "cliptrans_jax/test_decode_steps.py",
     "cliptrans_jax/test_encoders.py",
+    "cliptrans_jax/test_export.py",
     "cliptrans_jax/test_features.py",
     "cliptrans_jax/test_feed.py",
     "cliptrans_jax/test_initial_weights.py",

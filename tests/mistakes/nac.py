@@ -22,6 +22,7 @@ DRAWS = " ".join(
     for name in ("training_draws_for_every_part", "no_two_draws_are_alike")
 )
 FUSED = "tests/m2mkd_jax/test_nac.py::test_cudnn_attention_matches_plain_one_with_edge_gradients"
+GRAPHS = "tests/m2mkd_jax/test_graphs.py"
 PRIORS = "tests/m2mkd_jax/test_priors.py"
 REGULARIZERS = "tests/m2mkd_jax/test_regularizers.py"
 CONVERT = "tests/m2mkd_jax/test_nac_names.py::test_every_tensor_has_its_name"
@@ -214,7 +215,7 @@ MISTAKES: tuple[Mistake, ...] = (
         "a tenth of the nodes is rounded down",
         "neighbours = config.neighbours or max(2, round(0.1 * nodes))",
         "neighbours = config.neighbours or max(2, nodes // 10)",
-        f"{PRIORS}::test_watts_strogatz_is_a_ring_with_rewired_edges",
+        f"{GRAPHS}::test_watts_strogatz_is_a_ring_with_rewired_edges",
     ),
     Mistake(
         f"{NAC}priors.py",

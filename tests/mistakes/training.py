@@ -70,7 +70,7 @@ IDENTITY = named(
 REPORT = named("test_report.py", "test_heat_maps_show_shares_relative_to_the_fair_share")
 LARGEST = named("test_hosts.py", "test_largest_is_taken_across_processes")
 FLOPS = (
-    "tests/test_plan_programs.py::test_batched_products_and_grouped_convolutions_match_a_hand_count"
+    "tests/test_plan_flops.py::test_batched_products_and_grouped_convolutions_match_a_hand_count"
 )
 GPUS = "tests/test_gpu_programs.py"
 
