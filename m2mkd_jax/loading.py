@@ -173,7 +173,9 @@ def check_images(images: jax.Array, expected: tuple[int, int, int]) -> None:
     # Pixels of a tracer are unknown, and uint8 cannot be out of range.
     if isinstance(images, jax.core.Tracer) or images.dtype == jnp.uint8 or 0 in shape:
         return
-    low, high = float(images.min()), float(images.max())
+    # A concrete array that a jitted function closes over is computed with now, not traced.
+    with jax.ensure_compile_time_eval():
+        low, high = float(images.min()), float(images.max())
     if not (low >= 0 and high <= 255):  # true for NaN
         raise ValueError(
             f"pixels range from {low:g} to {high:g}, but must be from 0 to 255 and not normalised: "

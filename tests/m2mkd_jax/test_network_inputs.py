@@ -56,6 +56,17 @@ def test_wrong_images_are_refused_with_the_expected_shape(images, said):
         check_images(images, SHAPE)
 
 
+def test_concrete_images_are_checked_during_tracing():
+    """A jitted function may close over its images, for example to take gradients by parameters."""
+
+    def checked(images):
+        return jax.jit(lambda scale: check_images(images, SHAPE) or scale)(1.0)
+
+    assert checked(jnp.asarray(BYTES, jnp.float32)) == 1
+    with pytest.raises(ValueError, match=r"from 0.784314 to 0.784314, but must be from 0 to 255"):
+        checked(jnp.asarray(BYTES, jnp.float32) / 255)
+
+
 def test_shapes_are_checked_during_tracing():
     @jax.jit
     def call(x):
