@@ -193,19 +193,25 @@ def _checked_pictures(pictures: object, count: int | None = None) -> list[np.nda
     return pictures
 
 
-def load_model(source: epath.PathLike, *, mesh: Mesh | None = None) -> LoadedModel:
+def load_model(
+    source: epath.PathLike, *, mesh: Mesh | None = None, batch: int | None = None
+) -> LoadedModel:
     """Loads a run's best checkpoint on the validation set.
 
     Args:
       source: the run's workdir, a pipeline's workdir, or one step's folder.
       mesh: devices; None for only the first.
+      batch: sentences or pictures that are computed at a time, rounded up to a multiple of the
+        devices; None for the run's config.decode.batch. Fewer are padded to it, so 1 is fastest
+        for one sentence at a time.
 
     Raises:
       FileNotFoundError: if there is no finished checkpoint.
       ValueError: for a run of stage "clip", which trains no translation model, or of the other
-        system.
+        system, and for a batch below 1.
     """
-    return load_finished(find(source, TRANSLATION_STAGES), mesh=mesh)
+    settings = {} if batch is None else {"decode.batch": str(batch)}
+    return load_finished(find(source, TRANSLATION_STAGES, settings), mesh=mesh)
 
 
 def load_finished(run: Finished, *, mesh: Mesh | None = None) -> LoadedModel:
