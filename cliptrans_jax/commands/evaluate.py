@@ -44,6 +44,11 @@ def run(args: argparse.Namespace) -> None:
     app.use_compilation_cache(trained.config.run.compilation_cache)
     if args.out is not None:
         check_output("--out", args.out)
+        if (epath.Path(args.out).expanduser() / "config.json").exists():
+            raise ValueError(
+                f"--out={args.out} is the folder of a run or of an exported model, whose scores "
+                "would be overwritten; give another one"
+            )
     with tempfile.TemporaryDirectory() as folder:
         scores = rescore(trained, epath.Path(args.out or folder).expanduser(), mesh)
     if args.json:

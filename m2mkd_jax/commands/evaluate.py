@@ -11,6 +11,9 @@ from common_jax.command_line import Command, read_settings
 from common_jax.commands.arguments import add_run, count
 from common_jax.commands.output import format_table
 
+# Settings that name other images than those of the run.
+ELSEWHERE = {"data.source", "data.name", "data.path", "data.test_split"}
+
 if TYPE_CHECKING:
     from m2mkd_jax.data.ood import MatchedSet
     from m2mkd_jax.data.source import Source
@@ -114,7 +117,7 @@ def evaluate(args: argparse.Namespace) -> list[Scores]:
     """The scores on the test set, and on the OOD set if config.ood names one."""
     from common_jax import app
     from common_jax.mesh import check_batch
-    from m2mkd_jax.data.ood import MatchedSet, load_ood
+    from m2mkd_jax.data.ood import load_ood
     from m2mkd_jax.trained import choose_network, open_run
 
     settings = read_settings(args.rest)
@@ -129,8 +132,7 @@ def evaluate(args: argparse.Namespace) -> list[Scores]:
     # where random numbers are drawn, another batch size changes the results.
     batch = args.batch or config.optim.micro_batch
     check_batch(trained.mesh, "--batch", batch)
-    every = tuple(range(len(trained.classes)))
-    sets = {"test": MatchedSet(load_test_images(trained), config.data, every)}
+    sets = {"test": load_test_images(trained, own=not settings.keys() & ELSEWHERE)}
     if config.ood.source:
         sets["ood"] = load_ood(config.data, config.ood, label_names=trained.classes)
     found = []
@@ -141,20 +143,44 @@ def evaluate(args: argparse.Namespace) -> list[Scores]:
     return found
 
 
-def load_test_images(trained: "Trained") -> "Source":
+def load_test_images(trained: "Trained", *, own: bool) -> "MatchedSet":
     """The test images, with labels of the run's classes.
 
-    The network of a few-shot episode knows only some classes: images of others are left out.
+    The network of a few-shot episode knows only some classes. If `own`, its test images are those
+    that the episode drew; else all of its classes in the test split.
     """
-    import numpy as np
-
+    from m2mkd_jax.data.ood import MatchedSet
     from m2mkd_jax.data.sources import load_test_source, open_source
-    from m2mkd_jax.data.subsets import Subset
     from m2mkd_jax.phases import PHASES
 
+    config, data = trained.config, trained.config.data
+    every = tuple(range(len(trained.classes)))
+    draw = PHASES[config.phase].draw
+    if draw is None:
+        return MatchedSet(load_test_source(data, trained.classes), data, every)
+    if not own:
+        return MatchedSet(_of_classes(trained), data, every)
+    train = open_source(data, data.train_split)
+    _, test = draw(config, (train, load_test_source(data, train.label_names)))
+    if test.label_names != trained.classes:
+        raise ValueError(
+            f"config.data.path={data.path!r} no longer has the classes that the episode was drawn "
+            f"from: its classes are {', '.join(trained.classes)}, and the same draw now gives "
+            f"{', '.join(test.label_names)}; restore the data, or name another set with --data.path"
+        )
+    if config.few_shot.test_on_train:
+        data = dataclasses.replace(data, test_split=data.train_split)
+    return MatchedSet(test, data, every)
+
+
+def _of_classes(trained: "Trained") -> "Source":
+    """All images of the run's classes in the test split, which may have others."""
+    import numpy as np
+
+    from m2mkd_jax.data.sources import open_source
+    from m2mkd_jax.data.subsets import Subset
+
     data = trained.config.data
-    if PHASES[trained.config.phase].draw is None:
-        return load_test_source(data, trained.classes)
     source = open_source(data, data.test_split)
     place = {name: label for label, name in enumerate(trained.classes)}
     own = np.array([place.get(name, -1) for name in source.label_names], np.int32)

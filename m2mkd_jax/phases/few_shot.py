@@ -201,11 +201,11 @@ def load_splits(config: Config) -> Splits:
     return train, load_test_source(config.data, train.label_names)
 
 
-def draw_images(config: Config, splits: Splits) -> tuple[Episode, Episode]:
+def draw_images(config: Config, splits: Splits) -> tuple[Source, Source]:
     """The training and test images of the episode with config.few_shot.seed; raises ValueError if
     there are too few."""
     few_shot, (train, test) = config.few_shot, splits
-    return choose_task(
+    chosen, held_out = choose_task(
         np.asarray(train.labels),
         np.asarray(test.labels),
         ways=few_shot.ways,
@@ -215,12 +215,12 @@ def draw_images(config: Config, splits: Splits) -> tuple[Episode, Episode]:
         labels_count=len(train.label_names),
         validate_on_train=few_shot.test_on_train,
     )
+    return _subset(train, chosen), _subset(train if few_shot.test_on_train else test, held_out)
 
 
 def episode_feed(episode: Config, splits: Splits, *, workdir: epath.Path) -> Feed:
     """The feed of one episode drawn from `splits`; its data has config.few_shot.ways labels."""
-    few_shot, (train, test) = episode.few_shot, splits
-    chosen, held_out = draw_images(episode, splits)
+    train, test = draw_images(episode, splits)
     return make_feed(
         episode.data,
         episode.augment,
@@ -228,8 +228,8 @@ def episode_feed(episode: Config, splits: Splits, *, workdir: epath.Path) -> Fee
         micro_batch=episode.optim.micro_batch,
         seed=episode.seed,
         workdir=workdir,
-        train=_subset(train, chosen),
-        test=_subset(train if few_shot.test_on_train else test, held_out),
+        train=train,
+        test=test,
     )
 
 

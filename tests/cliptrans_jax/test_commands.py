@@ -2,6 +2,7 @@
 
 import io
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -37,6 +38,16 @@ def test_commands_are_listed_without_jax():
 
 
 # translate
+
+
+def test_load_model_takes_a_batch_size(pipeline, model):
+    small = loading.load_model(pipeline, batch=1)
+    assert (small.config.decode.batch, loading.load_model(pipeline).config.decode.batch) == (1, 8)
+    (found,) = small.translate(["a red square"])
+    (expected,) = model.translate(["a red square"])
+    assert found[0].text == expected[0].text
+    with pytest.raises(ValueError, match=r"decode\.batch.*0"):
+        loading.load_model(pipeline, batch=0)
 
 
 def test_translations_follow_the_order_of_the_file(call, pipeline, model, corpus, tmp_path):
@@ -168,6 +179,14 @@ def test_run_can_be_scored_on_any_split(call, pipeline, model, corpus, tmp_path)
     assert rows["chrf"] == [f"{expected.chrf:.2f}", expected.signatures["chrf"]]
     assert [row.output for row in read_translations(out / "translations.tsv")] == outputs
     assert json.loads((out / "scores.json").read_text())["bleu"] == pytest.approx(expected.bleu)
+
+
+def test_evaluate_does_not_overwrite_the_scores_of_a_run(refusal, pipeline):
+    before = {path: path.read_bytes() for path in pathlib.Path(pipeline).rglob("*.json")}
+    for out in (pipeline, pipeline / "translate"):
+        message = refusal("evaluate", pipeline, "--split", "val", "--out", out)
+        assert f"--out={out} is the folder of a run" in message and "give another one" in message
+    assert {path: path.read_bytes() for path in pathlib.Path(pipeline).rglob("*.json")} == before
 
 
 def test_scores_are_only_printed_without_an_output_folder(call, pipeline):

@@ -4,6 +4,7 @@ episodes."""
 import dataclasses
 import json
 import random
+import types
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tiny import OPTIM, fill, tiny_config
 
 from common_jax import checkpoint, inputs
 from common_jax.optim import OptimConfig
+from m2mkd_jax.commands.evaluate import load_test_images
 from m2mkd_jax.config import Config, FewShotConfig, SourcesConfig
 from m2mkd_jax.data import digits
 from m2mkd_jax.data.augment import AugmentConfig
@@ -298,6 +300,26 @@ def test_episode_trains_on_shots_and_tests_on_test_shots(on_train, tmp_path):
         assert len({image for image, _ in found}) == len(found) == 4 * shots
         assert all(known[image] == classes[label] for image, label in found)
     assert (set(train) <= set(test)) == on_train
+
+
+@pytest.mark.parametrize("on_train", [False, True])
+def test_evaluate_scores_the_images_that_the_episode_drew(on_train, tmp_path):
+    config = few_shot.describe(config_of(test_on_train=on_train), one_device()).config
+    splits = few_shot.load_splits(config_of())
+    _, drawn = examples(few_shot.episode_feed(config, splits, workdir=tmp_path))
+    names = tuple(str(name) for name in sorted(random.Random(5).sample(range(10), 4)))
+    trained = types.SimpleNamespace(config=config, classes=names)
+    found = load_test_images(trained, own=True)
+    assert found.data.test_split == ("train" if on_train else "test")
+    rows = [found.source[i] for i in range(len(found.source))]
+    assert sorted((row["image"].tobytes(), int(row["label"])) for row in rows) == sorted(drawn)
+    # Of another set: every image of these classes.
+    whole = load_test_images(trained, own=False).source
+    counts = [[*digits_of("test").values()].count(int(name)) for name in names]
+    np.testing.assert_array_equal(np.bincount(whole.labels), counts)
+    trained.classes = names[::-1]
+    with pytest.raises(ValueError, match="no longer has the classes that the episode was drawn"):
+        load_test_images(trained, own=True)
 
 
 def test_episode_seed_sets_examples_and_run_seed_their_order(tmp_path):
