@@ -25,6 +25,7 @@ def run(
     *,
     system: command_line.System | None = None,
     reads: Mapping[str, Sequence[str]] | None = None,
+    lost: str = "",
 ) -> None:
     """Calls `main(config, workdir)` with the values of --config and --workdir.
 
@@ -39,11 +40,14 @@ def run(
       system: the system that the command belongs to; configs of other systems are refused. None
         accepts any.
       reads: sections and fields that each kind of run reads; setting another one logs a warning.
+      lost: for a command that does not resume, what is said when it is stopped, such as "nothing
+        was planned".
 
     If several processes form one run, they are connected first, see `common_jax.start_up.connect`,
     and their configs and code are compared, see `common_jax.workdir.require_same_start`. A signal
     to any of them makes all save and exit, with status 0 after SIGTERM, 130 after Ctrl-C and 129
-    after SIGHUP (see `common_jax.signals`).
+    after SIGHUP (see `common_jax.signals`); a command that does not resume exits with 143 after
+    SIGTERM, since its 0 means something else.
     """
     argv = list(sys.argv if argv is None else argv)
     logging.basicConfig(
@@ -52,7 +56,7 @@ def run(
     for library in ("absl", "jax", "orbax"):  # orbax logs every save, through absl
         logging.getLogger(library).setLevel(logging.WARNING)
     with signals.listening():
-        _run(main, description, argv, system, reads)
+        _run(main, description, argv, system, reads, lost)
 
 
 class _Lines(logging.StreamHandler):
@@ -69,6 +73,7 @@ def _run(
     argv: list[str],
     system: command_line.System | None,
     reads: Mapping[str, Sequence[str]] | None,
+    lost: str,
 ) -> None:
     values = command_line.define()
     try:
@@ -85,9 +90,10 @@ def _run(
         main(config, workdir)
     except signals.Stopped:
         if not jax.distributed.is_initialized() or jax.process_index() == 0:
-            print("stopped as requested; the same command resumes", file=sys.stderr)
+            end = f": {lost}" if lost else "; the same command resumes"
+            print(f"stopped as requested{end}", file=sys.stderr)
         # Not hosts.leave: the other processes stop too, and this one waits for them.
-        if status := signals.status():
+        if status := signals.status(resumes=not lost):
             sys.exit(status)
     except hosts.Disagreement as error:
         if "debug" in values and values["debug"].value:

@@ -102,9 +102,12 @@ def requested() -> bool:
     return bool(_received)
 
 
-def status() -> int:
-    """The exit status of a run that was stopped."""
-    return STATUSES[_received[0]] if _received else 0
+def status(*, resumes: bool = True) -> int:
+    """The exit status of a run that was stopped or, if not `resumes`, of a command whose work is
+    lost: 128 plus the number of the signal, as for a process that the signal itself ends."""
+    if not _received:
+        return 0
+    return STATUSES[_received[0]] if resumes else 128 + _received[0]
 
 
 def ends_quietly(main: Callable[..., int | None]) -> Callable[..., int | None]:

@@ -4,12 +4,15 @@ import itertools
 import pathlib
 import re
 import shlex
+import signal
 import zipfile
 
 import check_data
 import numpy as np
 import pytest
 from PIL import Image
+
+from common_jax.commands import check as program
 
 ROOT = pathlib.Path(__file__).parents[1]
 IMAGES = f"--config={ROOT}/configs/m2mkd/digits.py:phase=end_to_end"
@@ -65,6 +68,14 @@ def test_valid_image_set_is_described(tmp_path, capsys):
     assert "unreadable: 0 of 5" in printed
     assert "sizes of 15 images" in check(capsys, *flags, "--all")[1]
     assert "sizes of 5 images" in check(capsys, *flags, "--sample", "5")[1]
+
+
+def test_stopped_check_does_not_exit_as_one_without_problems(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(program, "choose", lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit) as end:
+        check_data.main(["check_data.py", *image_flags(tmp_path)])
+    assert end.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "stopped as requested: the data were not checked to the end\n"
 
 
 def test_sample_must_be_at_least_one_picture(capsys):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import signal
 
 import compile_for_pod
 import jax
@@ -305,3 +306,18 @@ def test_step_over_the_memory_limit_lists_large_arrays_and_remedies(
         for text in ("params/student/stage_*", "kept for the backward pass", "config.model.remat"):
             assert text in printed
         assert "config.mesh.expert" in printed and "config.precision=bfloat16" in printed
+
+
+def test_stopped_plan_does_not_exit_as_one_that_fits(
+    eight_devices, small_step, capsys, monkeypatch
+):
+    class Interrupted(Lowered):
+        def compile(self, options):
+            signal.raise_signal(signal.SIGTERM)
+            return super().compile(options)
+
+    step = dataclasses.replace(small_step, lowered=Interrupted(Compiled(10**9)))
+    monkeypatch.setattr(m2mkd_plan, "make_step", lambda *_: step)
+    status, _, error = command(capsys, VMOE, "--topology=v5e:2x4")
+    assert status == 128 + signal.SIGTERM
+    assert error == "stopped as requested: nothing was planned\n"

@@ -17,7 +17,7 @@ from m2mkd_jax.commands import check as m2mkd
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs the command; exits with 0, 1, or 2 for a bad command line."""
+    """Runs the command, and exits with its status."""
     check.main(argv, {"phase": m2mkd.checker(), "stage": cliptrans.checker()})
 
 

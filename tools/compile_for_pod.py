@@ -19,7 +19,7 @@ from m2mkd_jax.commands import plan as m2mkd
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs the command; exits with 0, 1 or 2."""
+    """Runs the command, and exits with its status."""
     plan.main(argv, {"phase": m2mkd.planner(), "stage": cliptrans.planner()})
 
 

@@ -9,8 +9,9 @@ it: without further flags, those of the layout that it finds.
   --sample=N  read N pictures per split, evenly spaced (default 500)
   --all       read every picture
 
-Exits with 0 if a run could start on the data, otherwise with 1. Does not check networks, weights
-or tokenizers: a run checks those itself before it writes anything.
+Exit status: 0 if a run could start on the data, 1 if not, 2 for a bad command line, or 128 plus the
+number of the signal that stopped it. Does not check networks, weights or tokenizers: a run checks
+those itself before it writes anything.
 """
 
 import argparse
@@ -170,7 +171,7 @@ def check(config: ml_collections.ConfigDict, sample: int | None, checkers: Check
 
 
 def main(argv: Sequence[str], checkers: Checkers) -> None:
-    """Runs the command; exits with 0, 1, or 2 for a bad command line.
+    """Runs the command, and exits with its status.
 
     Args:
       argv: the command line, starting with the program's name.
@@ -184,4 +185,5 @@ def main(argv: Sequence[str], checkers: Checkers) -> None:
         lambda config, _: sys.exit(check(config, args.sample, checkers)),
         "\n".join([__doc__, *(checker.example for checker in checkers.values())]),
         [argv[0], f"--workdir={NOWHERE}", *rest],
+        lost="the data were not checked to the end",
     )

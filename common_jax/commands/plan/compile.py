@@ -15,7 +15,8 @@ argument `chips` that is not given, it is set to the number of chips, as for a r
   --hlo=PATH             also write the compiled program's text
 
 Exit status: 0 if the step fits on the chips, 1 if it does not, 2 if flags, config and topology
-contradict each other, which is checked before anything is compiled.
+contradict each other, which is checked before anything is compiled, or 128 plus the number of the
+signal that stopped it.
 """
 
 import dataclasses
@@ -346,7 +347,7 @@ def read_options(arguments: Sequence[str]) -> tuple[Options, list[str]]:
 
 
 def main(argv: Sequence[str], planners: Planners) -> None:
-    """Runs the command; exits with 0, 1 or 2.
+    """Runs the command, and exits with its status.
 
     Args:
       argv: the command line, starting with the program's name.
@@ -366,4 +367,5 @@ def main(argv: Sequence[str], planners: Planners) -> None:
         lambda config, _: sys.exit(compile_step(config, options, planners)),
         "\n".join([__doc__, *(planner.example for planner in planners.values())]),
         [argv[0], f"--workdir={NOWHERE}", "--hosts=one", *rest],
+        lost="nothing was planned",
     )
