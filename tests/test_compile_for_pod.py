@@ -189,6 +189,11 @@ def eight_devices(monkeypatch):
             (VMOE, "--topology=v5e:2x4", "--encode=sounds"),
             "--encode=sounds must be one of ['texts'",
         ),
+        (
+            (VMOE, "--topology=v5e:2x4", "--json=/nowhere/found.json"),
+            "--json='/nowhere/found.json' cannot be written (No such file or directory; / is",
+        ),
+        ((VMOE, "--topology=v5e:2x4", "--hlo=/"), "--hlo='/' cannot be written (it is a folder)"),
         ((VMOE, "--topology=v5e:2x4", "--encode"), "--encode is for CLIPTrans"),
         (
             (VMOE, "--topology=v5e:2x4", "--config.mesh.fsdp=3"),
@@ -321,3 +326,17 @@ def test_stopped_plan_does_not_exit_as_one_that_fits(
     status, _, error = command(capsys, VMOE, "--topology=v5e:2x4")
     assert status == 128 + signal.SIGTERM
     assert error == "stopped as requested: nothing was planned\n"
+
+
+def test_full_disk_does_not_lose_the_numbers(
+    eight_devices, small_step, capsys, monkeypatch, tmp_path
+):
+    step = dataclasses.replace(small_step, lowered=Lowered(Compiled(10**9)))
+    monkeypatch.setattr(m2mkd_plan, "make_step", lambda *_: step)
+    found = tmp_path / "found.json"
+    status, printed, error = command(
+        capsys, VMOE, "--topology=v5e:2x4", f"--json={found}", "--hlo=/dev/full"
+    )
+    assert status == 2 and "No space left on device" in error
+    assert "HBM per chip: 1.00 GB of 16.00 GB" in printed
+    assert json.loads(found.read_text())["fits"]

@@ -37,11 +37,17 @@ def json_line(value: Any) -> str:
 
 
 def check_npz(name: str) -> Path:
-    """The path of --out; raises ValueError unless an npz file can be written there."""
-    out = Path(name).expanduser()
-    if out.suffix != ".npz" or not out.parent.is_dir():
-        raise ValueError(f"--out={out} must be a name that ends in .npz, in an existing folder")
-    return out
+    """The path of --out.
+
+    Raises:
+      ValueError: if it is not the name of an npz file.
+      OSError: if no file can be written there.
+    """
+    from common_jax.workdir import check_output_file
+
+    if Path(name).suffix != ".npz":
+        raise ValueError(f"--out={name} must be a name that ends in .npz")
+    return check_output_file("--out", name)
 
 
 def write_npz(path: Path, arrays: "Mapping[str, np.ndarray]") -> None:

@@ -21,6 +21,6 @@ from common_jax.workdir.files import (
 )
 from common_jax.workdir.identity import Identity, keep_identity, read_identity
 from common_jax.workdir.lock import Locked, LockLost, hold, require
-from common_jax.workdir.places import check_input, check_output
+from common_jax.workdir.places import check_input, check_output, check_output_file
 from common_jax.workdir.results import read_result, write_result
 from common_jax.workdir.versions import freeze_stored

@@ -48,6 +48,26 @@ def check_output(key: str, value: epath.PathLike) -> None:
         ) from error
 
 
+def check_output_file(key: str, value: str) -> pathlib.Path:
+    """The path `value` of a file to write. Raises OSError, naming the flag `key`, if no file can be
+    written there. Leaves nothing behind."""
+    path = pathlib.Path(value).expanduser()
+    try:
+        if os.path.isdir(path):
+            raise IsADirectoryError("it is a folder")
+        if not os.path.exists(path):
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+        elif not os.access(path, os.W_OK):
+            raise PermissionError("it is read-only")
+    except OSError as error:
+        raise type(error)(
+            f"{_assignment(key, value)} cannot be written ({_reason(path, error)}); give another "
+            "file, in an existing folder"
+        ) from error
+    return path
+
+
 def _assignment(key: str, value: str) -> str:
     text = repr(value) if len(value) <= 300 else f"{value[:300]!r}..."
     return f"{key}={text}"

@@ -9,7 +9,7 @@ import pytest
 
 from common_jax.command_line import Command, dispatch, read_settings
 from common_jax.commands.field_docs import list_fields
-from common_jax.commands.output import format_table
+from common_jax.commands.output import check_npz, format_table
 from common_jax.commands.show import format_field
 from common_jax.ranges import key_of, one_of
 
@@ -86,6 +86,17 @@ def test_read_settings_splits_paths_and_values():
 def test_table_columns_fit_their_cells():
     lines = format_table(("name", "images"), [("a", 1), ("long name", 200)]).splitlines()
     assert lines == ["name       images", "a               1", "long name     200"]
+
+
+def test_npz_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "a.npz").mkdir()
+    assert check_npz(f"{tmp_path}/b.npz") == tmp_path / "b.npz"
+    with pytest.raises(ValueError, match=r"^--out=b must be a name that ends in \.npz"):
+        check_npz("b")
+    with pytest.raises(IsADirectoryError, match=r"^--out='.*/a\.npz' cannot be written"):
+        check_npz(f"{tmp_path}/a.npz")
+    with pytest.raises(FileNotFoundError, match=r"^--out='.*/c/b\.npz' cannot be written"):
+        check_npz(f"{tmp_path}/c/b.npz")
 
 
 @pytest.mark.parametrize("package", ["m2mkd_jax", "cliptrans_jax"])

@@ -4,7 +4,7 @@ import pytest
 
 from common_jax import app
 from common_jax.checkpoint import check_source
-from common_jax.workdir import check_input, check_output
+from common_jax.workdir import check_input, check_output, check_output_file
 from m2mkd_jax.data.files.folders import require_path
 
 
@@ -45,6 +45,22 @@ def test_impossible_output_folder_is_refused_and_leaves_nothing_behind(tmp_path)
         check_output("--workdir", tmp_path / "file" / "run")
     with pytest.raises(OSError, match=r"--workdir='/proc/run/1' cannot be made a folder"):
         check_output("--workdir", "/proc/run/1")
+
+
+def test_file_that_cannot_be_written_is_refused_and_nothing_is_left_behind(tmp_path):
+    (tmp_path / "file").write_text("old")
+    for name in ("file", "new"):
+        assert check_output_file("--json", str(tmp_path / name)) == tmp_path / name
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "old"
+    with pytest.raises(IsADirectoryError, match=rf"^--json='{tmp_path}' cannot be written \(it is"):
+        check_output_file("--json", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path} is the last part of it that exists"):
+        check_output_file("--json", f"{tmp_path}/missing/new")
+    with pytest.raises(NotADirectoryError, match=rf"{tmp_path}/file, a file, is the last part"):
+        check_output_file("--json", f"{tmp_path}/file/new")
+    with pytest.raises(IsADirectoryError, match=r"^--json='' cannot be written"):
+        check_output_file("--json", "")
 
 
 def test_impossible_compilation_cache_causes_a_warning(tmp_path, caplog):

@@ -54,6 +54,7 @@ from common_jax.mesh import make_mesh
 from common_jax.nn.dense import matmul_precision
 from common_jax.optim import OptimConfig
 from common_jax.task import Task
+from common_jax.workdir import check_output_file
 
 NOWHERE = "plan"  # a workdir that is never written
 NO_ROOM = "RESOURCE_EXHAUSTED"
@@ -70,8 +71,8 @@ class Options:
     examples: int | None = None
     tokens: int = 64
     encode: str = ""
-    json: str = ""
-    hlo: str = ""
+    json: pathlib.Path | None = None
+    hlo: pathlib.Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +183,7 @@ def compile_step(config: ml_collections.ConfigDict, options: Options, planners: 
         "model_flops": step.flops.model,
         "executed_flops": step.flops.executed,
     }
-    sizing, problem = None, ""
+    compiled, problem = None, ""
     used = time.process_time()
     try:
         compiled = step.lowered.compile(topology.compiler_options)
@@ -192,9 +193,7 @@ def compile_step(config: ml_collections.ConfigDict, options: Options, planners: 
         problem = str(error).splitlines()[0]
     found["compile_seconds"] = time.perf_counter() - traced
     found["compile_cpu_seconds"] = time.process_time() - used
-    if not problem:
-        if options.hlo:
-            pathlib.Path(options.hlo).write_text(compiled.as_text())
+    if compiled is not None:
         sizing = size_up(compiled, step.flops, chip, devices=mesh.size, groups=topology.groups)
         found |= as_json(sizing)
         times = (
@@ -206,19 +205,21 @@ def compile_step(config: ml_collections.ConfigDict, options: Options, planners: 
     large = largest_arguments(step.arguments) + (step.kept() if problem else [])
     found |= {"fits": not problem, "problem": problem}
     found["largest"] = [dataclasses.asdict(one) for one in large]
-    if options.json:
-        pathlib.Path(options.json).write_text(json.dumps(found, indent=2) + "\n")
-    if not problem:
-        return 0
-    print(
-        f"DOES NOT FIT: a {chip.unit} of {topology.kind} has {bytes_text(chip.hbm)} of HBM; "
-        f"{problem}",
-        f"largest of a {chip.unit}, arguments first:",
-        *(f"  {bytes_text(one.bytes)}  {one.name}  {one.shape}" for one in large),
-        "fields that lower it: " + ", ".join(step.savers),
-        sep="\n",
-    )
-    return 1
+    if problem:
+        print(
+            f"DOES NOT FIT: a {chip.unit} of {topology.kind} has {bytes_text(chip.hbm)} of HBM; "
+            f"{problem}",
+            f"largest of a {chip.unit}, arguments first:",
+            *(f"  {bytes_text(one.bytes)}  {one.name}  {one.shape}" for one in large),
+            "fields that lower it: " + ", ".join(step.savers),
+            sep="\n",
+        )
+    # Files last, the largest after the others: a full disk loses no more than it must.
+    if options.json is not None:
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
+    if options.hlo is not None and compiled is not None:
+        options.hlo.write_text(compiled.as_text())
+    return 1 if problem else 0
 
 
 def as_lines(sizing: Sizing) -> list[str]:
@@ -323,6 +324,7 @@ def read_options(arguments: Sequence[str]) -> tuple[Options, list[str]]:
 
     Raises:
       ValueError: for a value that is not a number from 1, or not something that a tower reads.
+      OSError: for a file that cannot be written.
     """
     known = {field.name: field for field in dataclasses.fields(Options)}
     values, rest, pending = {}, [], list(arguments)
@@ -342,6 +344,8 @@ def read_options(arguments: Sequence[str]) -> tuple[Options, list[str]]:
             if not value.isdecimal() or int(value) < 1:
                 raise ValueError(f"--{name}={value} must be a number from 1")
             value = int(value)
+        elif name in ("json", "hlo"):
+            value = check_output_file(f"--{name}", value)
         values[name] = value
     return Options(**values), rest
 
@@ -360,7 +364,7 @@ def main(argv: Sequence[str], planners: Planners) -> None:
         if not {"--help", "-h"} & set(rest):
             chips = read_topology(options.topology, slices=options.slices).devices
             rest = _config_with_chips(rest, chips)
-    except ValueError as error:
+    except app.USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     app.run(
