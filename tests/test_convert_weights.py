@@ -272,6 +272,16 @@ def test_invalid_requests_are_reported(tmp_path, config_file, capsys, flags, sai
     assert said in refusal(capsys, tmp_path / "a.pth", tmp_path / "run", *flags)
 
 
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [("run", "cannot be made a folder"), ("out.pth", "cannot be written")],
+)
+def test_output_is_checked_before_the_input_is_read(tmp_path, capsys, out, said):
+    (tmp_path / "file").touch()
+    error = refusal(capsys, "/nowhere/in.pth", tmp_path / "file" / out)
+    assert error.startswith(f"error: OUT='{tmp_path}/file/{out}' {said}")
+
+
 def test_module_of_a_whole_network_file_is_refused(tmp_path, config_file, capsys):
     torch_files.save(tmp_path / "a.pth", make_state("vmoe", config_of(config_file)))
     convert(tmp_path / "a.pth", tmp_path / "run", f"--config={config_file}")

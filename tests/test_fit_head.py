@@ -116,6 +116,8 @@ def test_invalid_requests_are_refused(folder, tmp_path, capsys):
     config = freeze(Config, fit_head.read_config_file(CONFIG)).data
     with pytest.raises(FileExistsError, match="give another OUT"):
         fit_head.add_head(folder, folder, config, 4)
+    with pytest.raises(NotADirectoryError, match=r"^OUT='.*' cannot be made a folder"):
+        fit_head.add_head(folder, folder / "config.json" / "out", config, 4)
     tensors = read_tensors(folder / "model.safetensors")
     bias = tensors.pop(fit_head.BIAS)
     write_tensors(folder / "model.safetensors", tensors, replace=True)

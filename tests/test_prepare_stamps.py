@@ -121,3 +121,9 @@ def test_a_folder_without_stamps_is_refused(tmp_path, capsys):
     assert prepare_stamps.main([str(tmp_path), str(tmp_path / "out")]) == 2
     assert "has no stamps (NAME.png or NAME.svg with NAME.txt)" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_output_is_checked_before_the_stamps_are_read(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert prepare_stamps.main(["/nowhere", str(tmp_path / "file")]) == 2
+    assert "OUT='" in (error := capsys.readouterr().err) and "it is a file" in error

@@ -40,7 +40,7 @@ from common_jax.signals import ends_quietly
 from common_jax.weights import Account, format_account, write_tensors, write_torch
 from common_jax.weights.files import TORCH_SUFFIXES
 from common_jax.weights.table import Pretrained
-from common_jax.workdir import freeze_stored
+from common_jax.workdir import check_output, check_output_file, freeze_stored
 from m2mkd_jax import config as m2mkd_config
 from m2mkd_jax import pretrained as m2mkd
 from m2mkd_jax.pretrained.folder import RUN, read_run_config
@@ -97,8 +97,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if target.exists():
             require_replaceable(command)
         if target.name.endswith(FILE_SUFFIXES):
+            check_output_file("OUT", command.target)
             export(command)
         else:
+            check_output("OUT", command.target)
             take(command)
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)

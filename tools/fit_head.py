@@ -34,6 +34,7 @@ from common_jax.config import freeze
 from common_jax.inputs import eval_batches
 from common_jax.signals import ends_quietly
 from common_jax.weights import read_tensors, write_tensors
+from common_jax.workdir import check_output
 from m2mkd_jax import pretrained
 from m2mkd_jax.config import Config
 from m2mkd_jax.data.feed import prepare_evaluation
@@ -79,11 +80,12 @@ def add_head(source: Path, target: Path, data: DataConfig, patch: int | None) ->
     """Writes the ViT in `source`, with a new head, to `target`.
 
     Raises:
-      FileExistsError: `target` exists.
+      OSError: `target` exists or cannot be made a folder.
       ValueError: the ViT has a head already, or data or files do not fit.
     """
     if target.exists():
         raise FileExistsError(f"{target} exists; give another OUT")
+    check_output("OUT", target)
     tensors, about = read_tensors(source / "model.safetensors"), source / "config.json"
     if HEAD[0] in tensors:
         raise ValueError(f"{source} already has {HEAD[0]}; this tool is for a ViT without a head")

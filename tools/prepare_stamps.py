@@ -35,6 +35,7 @@ from cliptrans_jax.data import emoji_set
 from common_jax.inputs.grouping import Groups
 from common_jax.inputs.texts import read_lines
 from common_jax.signals import ends_quietly
+from common_jax.workdir import check_output
 
 # Last digit of a thing's hash -> split; all other digits are train.
 SPLITS = {7: "val", 8: "test", 9: "test"}
@@ -180,6 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--with-emoji", action="store_true", help="add emoji to the train split")
     args = parser.parse_args(argv)
     try:
+        check_output("OUT", args.out)
         stamps = [
             (split_of(example.thing, args.seed), example)
             for example in read_stamps(args.folder, args.size)
