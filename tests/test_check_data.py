@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common_jax import start_up
 from common_jax.commands import check as program
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -76,6 +77,12 @@ def test_stopped_check_does_not_exit_as_one_without_problems(tmp_path, capsys, m
         check_data.main(["check_data.py", *image_flags(tmp_path)])
     assert end.value.code == 128 + signal.SIGTERM
     assert capsys.readouterr().err == "stopped as requested: the data were not checked to the end\n"
+
+
+def test_check_on_one_worker_of_a_pod_does_not_wait_for_the_others(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(start_up, "cluster", lambda: "SLURM")
+    monkeypatch.setattr(start_up.jax.distributed, "initialize", lambda *_, **__: pytest.fail())
+    assert check(capsys, *image_flags(image_set(tmp_path)))[0] == 0
 
 
 def test_sample_must_be_at_least_one_picture(capsys):
