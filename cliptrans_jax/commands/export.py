@@ -18,7 +18,9 @@ def run(args: argparse.Namespace) -> None:
     from cliptrans_jax.runs.finished import find
     from common_jax.commands.hub import conclude
     from common_jax.mesh import start_backend
+    from common_jax.workdir import check_output
 
+    check_output("OUT", args.out)
     start_backend()
     out = Path(args.out).expanduser()
     files = export(find(args.run, settings=read_settings(args.rest)), out)

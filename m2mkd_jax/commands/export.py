@@ -16,9 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Writes the folder, and uploads it if asked to."""
     from common_jax.commands.hub import conclude
+    from common_jax.workdir import check_output
     from m2mkd_jax.pretrained.folder import write_folder
     from m2mkd_jax.trained import read_run
 
+    check_output("OUT", args.out)
     out = Path(args.out).expanduser()
     found = read_run(args.run)
     written = write_folder(found.source, out, stage=args.module, classes=found.classes)

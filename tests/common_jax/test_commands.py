@@ -7,6 +7,8 @@ from typing import Annotated
 
 import pytest
 
+import cliptrans_jax.commands
+import m2mkd_jax.commands
 from common_jax.command_line import Command, dispatch, read_settings
 from common_jax.commands.field_docs import list_fields
 from common_jax.commands.output import check_npz, format_table
@@ -97,6 +99,14 @@ def test_npz_that_cannot_be_written_is_refused(tmp_path):
         check_npz(f"{tmp_path}/a.npz")
     with pytest.raises(FileNotFoundError, match=r"^--out='.*/c/b\.npz' cannot be written"):
         check_npz(f"{tmp_path}/c/b.npz")
+
+
+@pytest.mark.parametrize("package", [m2mkd_jax, cliptrans_jax])
+def test_export_checks_its_output_before_it_reads_the_run(package, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    argv = ["export", "/nowhere", f"{tmp_path}/file/out"]
+    assert dispatch("program", package.commands.COMMANDS, argv) == 2
+    assert capsys.readouterr().err.startswith(f"error: OUT='{tmp_path}/file/out' cannot be made")
 
 
 @pytest.mark.parametrize("package", ["m2mkd_jax", "cliptrans_jax"])
