@@ -103,5 +103,7 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]'
 	touch $@
 
+# Removes what the other commands can make again: environments and packages, but neither runs/ nor
+# measurements in build/.
 clean:
-	rm -rf $(VENV) .venv-gpu-plan .venv-real runs build *.egg-info
+	rm -rf $(VENV) .venv-gpu-plan .venv-real build/lib build/temp.* build/bdist.* *.egg-info

@@ -113,3 +113,16 @@ def test_makefile_commands_find_their_modules(name):
         command, cwd=FOLDER.parent, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_make_clean_keeps_runs_and_measurements(tmp_path):
+    removed = [".venv", ".venv-real", "build/lib", "build/bdist.linux-x86_64", "a.egg-info"]
+    kept = ["runs/demo/m2mkd", "build/bench", "build/gpu", "docs"]
+    for name in (*removed, *kept):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "file").touch()
+    # Its own VENV, and not that of a make that runs this test: it is deleted.
+    command = ["make", "-f", FOLDER.parent / "Makefile", "VENV=.venv", "clean"]
+    subprocess.run(command, cwd=tmp_path, env={"PATH": os.environ["PATH"]}, check=True)
+    assert not [name for name in removed if (tmp_path / name).exists()]
+    assert all((tmp_path / name / "file").exists() for name in kept)
