@@ -37,10 +37,7 @@ CLIP = real.PackageFile("open-clip-torch==3.3.0", "open_clip", "bpe_simple_vocab
 
 def path_of(file):
     """The path of a file; skips the test if its package is not installed."""
-    try:
-        return file.find()
-    except FileNotFoundError as error:
-        return pytest.skip(str(error))
+    return file.find() or pytest.skip(f"{file.package} is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +159,7 @@ def e5(bert, tmp_path_factory):
     """multilingual-e5-small as a text tower."""
     path_of(real.XLMR)
     folder = tmp_path_factory.mktemp("networks") / "e5"
-    real.write_e5(folder)
+    real.write_all(["e5"], folder.parent)
     read = pretrained.load(folder)
     assert (read.kind, read.account.assumed) == ("mclip", ())
     return published_text(read, TokenizerConfig("xlmr", str(folder)), dtype=np.float32)
@@ -206,7 +203,7 @@ def dinov2(tmp_path_factory):
     path_of(real.DINO)
     pytest.importorskip("onnx", reason=NOT_HERE)
     folder = tmp_path_factory.mktemp("networks") / "dinov2_small"
-    real.write_dinov2(folder)
+    real.write_all(["dinov2_small"], folder.parent)
     return folder
 
 

