@@ -179,9 +179,36 @@ def test_tool_reads_the_values_of_runs(tmp_path):
     }
     with pytest.raises(FileNotFoundError, match=r"row 'a' needs \['.*a_2'\]"):
         table_data.collect(data | {"rows": {"a": ["a_0", "a_2"]}}, tmp_path)
-    (tmp_path / "a_1" / "result.json").unlink()
-    with pytest.raises(ValueError, match=r"row 'a': 1 of 2 runs have 'test/accuracy' in result"):
+    (tmp_path / "a_1" / "result.json").write_text('{"test/accuracy": null}')
+    with pytest.raises(ValueError, match=r"a_1/result\.json has 'test/accuracy': None, which"):
         table_data.collect(data, tmp_path)
+    (tmp_path / "a_1" / "result.json").unlink()
+    with pytest.raises(ValueError, match=r"row 'a': other runs .* in result\.json, .*\['.*a_1'\];"):
+        table_data.collect(data, tmp_path)
+
+
+@pytest.mark.parametrize("damaged", ["data.json", "a/result.json", "a/metrics.jsonl"])
+def test_tool_names_a_damaged_or_missing_file(tmp_path, capsys, damaged):
+    columns = [
+        {"title": "end", "file": "result.json", "key": "test/accuracy"},
+        {"title": "early", "file": "metrics.jsonl", "key": "loss", "epoch": 2},
+    ]
+    (tmp_path / "a").mkdir()
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps({"rows": {"a": ["a"]}, "columns": columns}))
+    (tmp_path / "a" / "result.json").write_text('{"test/accuracy": 0.5}')
+    (tmp_path / "a" / "metrics.jsonl").write_text('{"step": 1, "epoch": 2, "loss": 1.0}\n')
+    table_data.main([str(file), str(tmp_path)])
+    whole = (tmp_path / damaged).read_text()
+    (tmp_path / damaged).write_text(whole[:12] + "\n")
+    before = file.read_text()
+    for name in (damaged, "missing.json"):
+        with pytest.raises(SystemExit) as end:
+            table_data.main([str(file if name == damaged else tmp_path / name), str(tmp_path)])
+        assert end.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and str(tmp_path / name) in error
+        assert file.read_text() == before
 
 
 # The page's first table.

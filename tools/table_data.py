@@ -19,11 +19,13 @@ tests/test_results.py compares the tables in README.md and docs/results.md with 
 import argparse
 import json
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from common_jax.app import USER_ERRORS
 from common_jax.metrics import read_metrics
-from common_jax.workdir import read_json
+from common_jax.workdir import read_json, write_bytes
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -32,9 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("file", type=pathlib.Path, help="docs/data/NAME.json")
     parser.add_argument("runs", type=pathlib.Path, help="folder with the runs of its rows")
     flags = parser.parse_args(arguments)
-    data = json.loads(flags.file.read_text())
-    data["values"] = collect(data, flags.runs)
-    flags.file.write_text(dump(data))
+    try:
+        data = read_json(flags.file, {"rows": dict, "columns": list})
+        data["values"] = collect(data, flags.runs)
+        write_bytes(flags.file, dump(data).encode())
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def collect(data: Mapping[str, Any], runs: pathlib.Path) -> dict[str, list[list[float]]]:
@@ -42,7 +48,7 @@ def collect(data: Mapping[str, Any], runs: pathlib.Path) -> dict[str, list[list[
 
     Raises:
       FileNotFoundError: a run does not exist.
-      ValueError: some runs of a row have a value that others lack.
+      ValueError: some runs of a row have a value that others lack, or a file is damaged.
     """
     values = {}
     for row, names in data["rows"].items():
@@ -51,13 +57,14 @@ def collect(data: Mapping[str, Any], runs: pathlib.Path) -> dict[str, list[list[
             raise FileNotFoundError(f"row {row!r} needs {missing}, which do not exist")
         values[row] = []
         for column in data["columns"]:
-            found = [value for folder in folders for value in _read(folder, column)]
-            if len(found) not in (0, len(folders)):
+            found = [_read(folder, column) for folder in folders]
+            lacking = [str(folder) for folder, one in zip(folders, found, strict=True) if not one]
+            if 0 < len(lacking) < len(folders):
                 raise ValueError(
-                    f"row {row!r}: {len(found)} of {len(folders)} runs have {column['key']!r} in "
-                    f"{column['file']}"
+                    f"row {row!r}: other runs have {column['key']!r} in {column['file']}, but not "
+                    f"{lacking}; finish them, or take them out of the row"
                 )
-            values[row].append(found)
+            values[row].append([value for one in found for value in one])
     return values
 
 
@@ -89,7 +96,10 @@ def _read(folder: pathlib.Path, column: Mapping[str, Any]) -> list[float]:
         content = read_json(path)
     if column["key"] not in content:
         return []
-    return [content[column["key"]] * column.get("times", 1)]
+    value = content[column["key"]]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{path} has {column['key']!r}: {value!r}, which is not a number")
+    return [value * column.get("times", 1)]
 
 
 def _json(value: Any) -> str:
