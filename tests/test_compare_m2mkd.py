@@ -28,3 +28,12 @@ def test_students_of_several_seeds_may_share_one_teacher(tmp_path, one_teacher):
     assert sources == (given if one_teacher else [])
     assert jobs["vmoe_kept_1"].needs == "vmoe_m2mkd_1"  # its students are those of its own seed
     assert f"--config.sources.students={(f'{second}/students',)}" in jobs["vmoe_kept_1"].command
+
+
+def test_overrides_reach_every_run(tmp_path, monkeypatch):
+    argv = ["compare", "--data", str(tmp_path), "--only", "vmoe_long", "--config.run.log_every=3"]
+    monkeypatch.setattr("sys.argv", argv)
+    flags = compare_m2mkd.parse_flags()
+    assert flags.only == ["vmoe_long"]
+    jobs = compare_m2mkd.plan(flags)
+    assert jobs and all("--config.run.log_every=3" in job.command for job in jobs.values())

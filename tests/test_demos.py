@@ -104,6 +104,7 @@ def test_demos_share_the_cores_and_finish_with_their_own_runs(tmp_path, monkeypa
 
     def run_all(jobs, workdir, *, at_a_time, after_each):
         assert workdir == tmp_path and at_a_time == 2
+        assert all("--config.run.log_every=3" in job.command[2] for job in jobs.values())
         ours = ["m2mkd/first", "m2mkd/scratch", "m2mkd/first_nac", "m2mkd/seed_1"]
         theirs = [name for name in jobs if name.startswith("cliptrans/")]
         assert list(jobs) == [*ours, *theirs] and "cliptrans/text_only_1" in theirs
@@ -112,7 +113,8 @@ def test_demos_share_the_cores_and_finish_with_their_own_runs(tmp_path, monkeypa
             after_each(name)
 
     monkeypatch.setattr(demo, "run_all", run_all)
-    monkeypatch.setattr(sys, "argv", ["demo", "--workdir", str(tmp_path), "--seeds=2"])
+    override = "--config.run.log_every=3"
+    monkeypatch.setattr(sys, "argv", ["demo", override, "--workdir", str(tmp_path), "--seeds=2"])
     demo.main()
     assert events == [
         ("first", ["first"]),

@@ -245,6 +245,29 @@ def test_invalid_number_of_runs_is_refused(tmp_path, capsys, number):
         assert "must be a whole number from 1" in capsys.readouterr().err
 
 
+def test_overrides_for_the_runs_of_a_demo_may_stand_anywhere():
+    parser = jobs.demo_parser("", workdir="runs", seeds=1)
+    argv = ["--config.a=1", "--jobs=3", "--config.b=x y", "--", "--debug", "--config.c", "2"]
+    flags = jobs.parse_demo(parser, argv)
+    assert (flags.jobs, str(flags.workdir)) == (3, "runs")
+    assert flags.flags == ["--config.a=1", "--config.b=x y", "--debug", "--config.c", "2"]
+    assert jobs.parse_demo(parser, []).flags == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--config.a", "1"], "--config.a lacks a value; write --config.a=VALUE"),
+        (["--debug"], "unrecognized arguments: --debug; flags for the runs, other than"),
+        (["--jobs=3", "a"], "unrecognized arguments: a; flags for the runs"),
+    ],
+)
+def test_unknown_flag_of_a_demo_is_refused_with_the_way_to_pass_it_on(argv, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        jobs.parse_demo(jobs.demo_parser("", workdir="runs", seeds=1), argv)
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
 def test_impossible_workdir_is_refused_in_one_line(tmp_path, capsys):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as stop:

@@ -26,6 +26,7 @@ from common_jax.commands.sweep.jobs import (
     accuracies,
     demo_parser,
     mean_and_spread,
+    parse_demo,
     read_curve,
     run_all,
     show,
@@ -97,7 +98,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="rows to train"
     )
-    flags = parser.parse_args()
+    flags = parse_demo(parser)
     if not flags.data.is_dir():
         parser.error(f"--data={flags.data} is not a folder")
     if flags.per_class < 0 or flags.long_steps < 1:

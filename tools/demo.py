@@ -13,7 +13,7 @@ import time
 import demo_cliptrans
 import demo_m2mkd
 
-from common_jax.commands.sweep.jobs import Job, demo_parser, run_all
+from common_jax.commands.sweep.jobs import Job, demo_parser, parse_demo, run_all
 from common_jax.signals import ends_quietly
 
 DEMOS = {"m2mkd": demo_m2mkd, "cliptrans": demo_cliptrans}
@@ -21,7 +21,7 @@ DEMOS = {"m2mkd": demo_m2mkd, "cliptrans": demo_cliptrans}
 
 @ends_quietly
 def main() -> None:
-    flags = demo_parser(__doc__, workdir="runs/demo", seeds=1).parse_args()
+    flags = parse_demo(demo_parser(__doc__, workdir="runs/demo", seeds=1))
     start, done, jobs = time.time(), set(), plan(flags)
 
     def after(name: str) -> None:

@@ -27,6 +27,7 @@ from common_jax.commands.sweep.jobs import (
     Job,
     demo_parser,
     mean_and_spread,
+    parse_demo,
     read_curve,
     run_all,
     show,
@@ -51,7 +52,7 @@ LINES = ("man pilot", "ear dark skin tone", "old man medium-light skin tone")  #
 
 @ends_quietly
 def main() -> None:
-    flags = demo_parser(__doc__, workdir="runs/demo/cliptrans", seeds=1).parse_args()
+    flags = parse_demo(demo_parser(__doc__, workdir="runs/demo/cliptrans", seeds=1))
     start = time.time()
     run_all(plan(flags), flags.workdir, at_a_time=flags.jobs)
     finish(flags, start)

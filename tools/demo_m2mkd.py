@@ -23,6 +23,7 @@ from common_jax.commands.sweep.jobs import (
     accuracies,
     demo_parser,
     mean_and_spread,
+    parse_demo,
     read_curve,
     run_all,
     show,
@@ -40,7 +41,7 @@ PICTURES = 6  # test digits that a network classifies
 
 @ends_quietly
 def main() -> None:
-    flags = demo_parser(__doc__, workdir="runs/demo/m2mkd", seeds=1).parse_args()
+    flags = parse_demo(demo_parser(__doc__, workdir="runs/demo/m2mkd", seeds=1))
     start, done = time.time(), set()
 
     def after(name: str) -> None:

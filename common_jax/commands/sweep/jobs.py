@@ -62,8 +62,31 @@ def demo_parser(description: str, *, workdir: str, seeds: int) -> argparse.Argum
         "--seeds", type=count, default=seeds, help="repetitions of everything that is compared"
     )
     parser.add_argument("--jobs", type=count, default=2, help="runs at a time")
-    parser.add_argument("flags", nargs="*", help="more flags for every run, such as --config.x=1")
+    parser.epilog = (
+        "--config.FIELD=VALUE changes a field in every run; other flags for the runs go last, "
+        "after --"
+    )
     return parser
+
+
+def parse_demo(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """The flags of a demo, with the list `flags` of those for its runs. Exits with status 2 if one
+    is unknown."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    end = argv.index("--") if "--" in argv else len(argv)
+    own, last = argv[:end], argv[end + 1 :]
+    settings = [argument for argument in own if argument.startswith("--config.")]
+    if lacking := [argument for argument in settings if "=" not in argument]:
+        parser.error(f"{lacking[0]} lacks a value; write {lacking[0]}=VALUE")
+    flags, unknown = parser.parse_known_args([x for x in own if x not in settings])
+    if unknown:
+        parser.error(
+            f"unrecognized arguments: {' '.join(unknown)}; flags for the runs, other than "
+            "--config.FIELD=VALUE, go last, after --"
+        )
+    return argparse.Namespace(**vars(flags), flags=[*settings, *last])
 
 
 @dataclasses.dataclass(frozen=True)
