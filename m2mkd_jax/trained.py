@@ -182,7 +182,7 @@ def read_classes(source: epath.Path, config: Config) -> tuple[str, ...]:
         return tuple(map(str, range(config.data.labels)))
 
 
-def choose_network(trained: Trained, module: str | None) -> str:
+def choose_network(trained: Trained, module: int | None) -> str:
     """The key of a run's network in the results of `run_batches`; for a run of several modules, the
     key of the meta model with module `module`.
 
@@ -195,14 +195,15 @@ def choose_network(trained: Trained, module: str | None) -> str:
                 f"--module={module}: {trained.source} holds a whole network; leave it out"
             )
         return trained.role
-    stages = [str(stage) for stage in trained.config.modules()]
-    chosen = stages if module is None else [module]
+    stages = trained.config.modules()
+    chosen = stages if module is None else (module,)
     if len(chosen) != 1 or chosen[0] not in stages:
+        given = "" if module is None else f"--module={module}: "
         raise ValueError(
-            f"{trained.source} holds modules {', '.join(stages)}, each for its own stage of the "
-            "meta model; choose one with --module=K"
+            f"{given}{trained.source} holds modules {', '.join(map(str, stages))}, each for its "
+            "own stage of the meta model; choose one with --module=K"
         )
-    return module_name(int(chosen[0]))
+    return module_name(chosen[0])
 
 
 def choose_batch(trained: Trained, count: int) -> int:

@@ -30,6 +30,20 @@ def test_students_of_several_seeds_may_share_one_teacher(tmp_path, one_teacher):
     assert f"--config.sources.students={(f'{second}/students',)}" in jobs["vmoe_kept_1"].command
 
 
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--per-class=-1", "argument --per-class: '-1' must be a whole number from 0"),
+        ("--long-steps=0", "argument --long-steps: '0' must be a whole number from 1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(tmp_path, monkeypatch, capsys, flag, said):
+    monkeypatch.setattr("sys.argv", ["compare", "--data", str(tmp_path), flag])
+    with pytest.raises(SystemExit) as end:
+        compare_m2mkd.parse_flags()
+    assert end.value.code == 2 and said in capsys.readouterr().err
+
+
 def test_overrides_reach_every_run(tmp_path, monkeypatch):
     argv = ["compare", "--data", str(tmp_path), "--only", "vmoe_long", "--config.run.log_every=3"]
     monkeypatch.setattr("sys.argv", argv)

@@ -106,6 +106,7 @@ def test_fit_holds_out_both_views_and_gives_two_classes_two_logits(monkeypatch):
 def test_invalid_requests_are_refused(folder, tmp_path, capsys):
     flags = [str(folder), str(tmp_path / "out"), f"--config={CONFIG}"]
     for change, error in (
+        (["--patch=0"], r"argument --patch: '0' must be a whole number from 1"),
         (["--patch=3"], r"--patch=3 must divide config.data.image_size=8"),
         (["--config.data.image=8"], "image"),
         (["--config.seed"], "--config.seed lacks a value; write --config.seed=VALUE"),

@@ -127,3 +127,11 @@ def test_output_is_checked_before_the_stamps_are_read(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert prepare_stamps.main(["/nowhere", str(tmp_path / "file")]) == 2
     assert "OUT='" in (error := capsys.readouterr().err) and "it is a file" in error
+
+
+@pytest.mark.parametrize("size", ["0", "-64"])
+def test_pictures_without_a_side_are_refused(tmp_path, capsys, size):
+    with pytest.raises(SystemExit) as end:
+        prepare_stamps.main([str(tmp_path), str(tmp_path / "out"), f"--size={size}"])
+    assert end.value.code == 2
+    assert f"argument --size: '{size}' must be a whole number from 1" in capsys.readouterr().err

@@ -20,6 +20,7 @@ import time
 
 import jax
 
+from common_jax.commands.arguments import count, natural
 from common_jax.commands.plan.steps import step_flops
 from common_jax.commands.sweep.jobs import (
     Job,
@@ -90,8 +91,8 @@ VARIANTS = {
 def parse_flags() -> argparse.Namespace:
     parser = demo_parser(__doc__, workdir="runs/cifar10", seeds=1)
     parser.add_argument("--data", type=pathlib.Path, required=True)
-    parser.add_argument("--per-class", type=int, default=0, help="images per class; 0 for all")
-    parser.add_argument("--long-steps", type=int, default=1326, help="updates of the longer runs")
+    parser.add_argument("--per-class", type=natural, default=0, help="images per class; 0 for all")
+    parser.add_argument("--long-steps", type=count, default=1326, help="updates of the longer runs")
     parser.add_argument(
         "--one-teacher", action="store_true", help="train meta model and teacher for one seed only"
     )
@@ -101,11 +102,6 @@ def parse_flags() -> argparse.Namespace:
     flags = parse_demo(parser)
     if not flags.data.is_dir():
         parser.error(f"--data={flags.data} is not a folder")
-    if flags.per_class < 0 or flags.long_steps < 1:
-        parser.error(
-            f"--per-class={flags.per_class} must be at least 0, and --long-steps="
-            f"{flags.long_steps} at least 1"
-        )
     return flags
 
 

@@ -30,6 +30,7 @@ from sklearn.linear_model import LogisticRegression
 
 from common_jax.app import USER_ERRORS
 from common_jax.command_line import read_config_file, read_settings, set_field
+from common_jax.commands.arguments import count
 from common_jax.config import freeze
 from common_jax.inputs import eval_batches
 from common_jax.signals import ends_quietly
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("source", metavar="IN", type=Path)
     parser.add_argument("target", metavar="OUT", type=Path)
-    parser.add_argument("--patch", type=int, help="side of a patch, in pixels of config.data")
+    parser.add_argument("--patch", type=count, help="side of a patch, in pixels of config.data")
     parser.add_argument("--config", required=True, help="config file, whose data section is read")
     flags = parser.parse_args([arg for arg in argv if arg not in settings])
     try:

@@ -32,6 +32,7 @@ from pathlib import Path
 from PIL import Image
 
 from cliptrans_jax.data import emoji_set
+from common_jax.commands.arguments import count
 from common_jax.inputs.grouping import Groups
 from common_jax.inputs.texts import read_lines
 from common_jax.signals import ends_quietly
@@ -176,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("folder", type=Path, help="folder that the package was unpacked to")
     parser.add_argument("out", type=Path, help="folder for the corpus, created if needed")
-    parser.add_argument("--size", type=int, default=64, help="side of the pictures (default 64)")
+    parser.add_argument("--size", type=count, default=64, help="side of the pictures (default 64)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the split (default 0)")
     parser.add_argument("--with-emoji", action="store_true", help="add emoji to the train split")
     args = parser.parse_args(argv)

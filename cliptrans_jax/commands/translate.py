@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common_jax.command_line import Command, read_settings
-from common_jax.commands.arguments import add_run
+from common_jax.commands.arguments import add_run, count
 from common_jax.commands.output import json_line
 
 if TYPE_CHECKING:
@@ -37,14 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--picture-names", metavar="FILE", help="names of the pictures, one per line"
     )
-    parser.add_argument("--beams", type=int, help="number of beams; 1 is greedy decoding")
+    parser.add_argument("--beams", type=count, help="number of beams; 1 is greedy decoding")
     parser.add_argument("--length-penalty", type=float, help="above 1 favours long translations")
-    parser.add_argument("--n-best", type=int, default=1, help="translations per sentence")
+    parser.add_argument("--n-best", type=count, default=1, help="translations per sentence")
     parser.add_argument("--scores", action="store_true", help="print the score of each translation")
     parser.add_argument("--json", action="store_true", help="print a JSON object per sentence")
     parser.add_argument(
         "--batch",
-        type=int,
+        type=count,
         help="sentences translated at a time; default: as in the run, or 1 at a terminal",
     )
 
@@ -88,10 +88,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--file={args.file} and sentences: give one of them")
     if args.picture_names and not args.pictures:
         raise ValueError("--picture-names is for --pictures=FOLDER, which is missing")
-    for name in ("beams", "n_best", "batch"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag}={getattr(args, name)} must be at least 1")
 
 
 def _is_whole(args: argparse.Namespace) -> bool:

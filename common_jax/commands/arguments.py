@@ -6,8 +6,19 @@ import re
 
 def count(text: str) -> int:
     """An argparse type: an integer from 1 to 999999."""
-    if not re.fullmatch(r"0*[1-9][0-9]{0,5}", text):
-        raise argparse.ArgumentTypeError(f"{text[:100]!r} must be a whole number from 1 to 999999")
+    return _whole(text, 1)
+
+
+def natural(text: str) -> int:
+    """An argparse type: an integer from 0 to 999999."""
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    if not re.fullmatch(r"0*[0-9]{1,6}", text) or int(text) < least:
+        raise argparse.ArgumentTypeError(
+            f"{text[:100]!r} must be a whole number from {least} to 999999"
+        )
     return int(text)
 
 

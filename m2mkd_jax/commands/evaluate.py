@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from common_jax.command_line import Command, read_settings
-from common_jax.commands.arguments import add_run, count
+from common_jax.commands.arguments import add_run, count, natural
 from common_jax.commands.output import format_table
 
 # Settings that name other images than those of the run.
@@ -24,10 +24,14 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     add_run(parser)
-    parser.add_argument("--module", metavar="K", help="which of a run's several modules")
+    parser.add_argument("--module", type=natural, metavar="K", help="which of several modules")
     parser.add_argument("--batch", type=count, metavar="N", help="images at a time")
     parser.add_argument(
-        "--worst", type=int, default=10, metavar="N", help="classes and pairs to show (default 10)"
+        "--worst",
+        type=count,
+        default=10,
+        metavar="N",
+        help="classes and pairs to show (default 10)",
     )
     parser.add_argument("--json", action="store_true", help="all numbers, as one JSON object")
     parser.epilog = (

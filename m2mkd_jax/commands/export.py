@@ -4,13 +4,13 @@ import argparse
 from pathlib import Path
 
 from common_jax.command_line import Command
-from common_jax.commands.arguments import add_export_arguments
+from common_jax.commands.arguments import add_export_arguments, natural
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     add_export_arguments(parser)
-    parser.add_argument("--module", type=int, metavar="K", help="which of several modules")
+    parser.add_argument("--module", type=natural, metavar="K", help="which of several modules")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 import argparse
 
 from common_jax.command_line import Command, read_settings
-from common_jax.commands.arguments import add_run, count
+from common_jax.commands.arguments import add_run, count, natural
 from common_jax.commands.output import check_npz, write_npz
 
 
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="arrays maps (B, I, J, D), pooled (B, D) and names (B,)",
     )
     parser.add_argument("--size", type=count, metavar="N", help="side of the images, in pixels")
-    parser.add_argument("--stage", type=int, metavar="K", help="stage of the maps (default: last)")
+    parser.add_argument("--stage", type=natural, metavar="K", help="stage of maps (default: last)")
     parser.add_argument("--no-maps", action="store_true", help="write pooled vectors only")
     parser.add_argument("--batch", type=count, metavar="N", help="pictures at a time")
     parser.epilog = (

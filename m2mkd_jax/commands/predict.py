@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from common_jax.command_line import Command, read_settings
-from common_jax.commands.arguments import add_run, count
+from common_jax.commands.arguments import add_run, count, natural
 from common_jax.commands.output import json_line, writable
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{form}", action="store_const", dest="form", const=form, default="table", help=about
         )
-    parser.add_argument("--module", metavar="K", help="which of a run's several modules")
+    parser.add_argument("--module", type=natural, metavar="K", help="which of several modules")
     parser.add_argument("--batch", type=count, metavar="N", help="pictures at a time")
     parser.epilog = (
         "Fields of the run's config.data (but not labels and channels), config.mesh, "

@@ -109,6 +109,36 @@ def test_export_checks_its_output_before_it_reads_the_run(package, tmp_path, cap
     assert capsys.readouterr().err.startswith(f"error: OUT='{tmp_path}/file/out' cannot be made")
 
 
+@pytest.mark.parametrize(
+    ("package", "command", "flag", "least"),
+    [
+        (m2mkd_jax, "evaluate RUN", "batch", 1),
+        (m2mkd_jax, "evaluate RUN", "worst", 1),
+        (m2mkd_jax, "evaluate RUN", "module", 0),
+        (m2mkd_jax, "predict RUN PICTURE", "batch", 1),
+        (m2mkd_jax, "predict RUN PICTURE", "top", 1),
+        (m2mkd_jax, "predict RUN PICTURE", "module", 0),
+        (m2mkd_jax, "features RUN PICTURE --out=x.npz", "batch", 1),
+        (m2mkd_jax, "features RUN PICTURE --out=x.npz", "size", 1),
+        (m2mkd_jax, "features RUN PICTURE --out=x.npz", "stage", 0),
+        (m2mkd_jax, "export RUN OUT", "module", 0),
+        (cliptrans_jax, "translate RUN red", "beams", 1),
+        (cliptrans_jax, "translate RUN red", "n-best", 1),
+        (cliptrans_jax, "translate RUN red", "batch", 1),
+    ],
+)
+def test_number_out_of_range_is_refused(package, command, flag, least, capsys):
+    for text in (str(least - 1), "-7", "x", "1.5", "", "9" * 5000):
+        with pytest.raises(SystemExit) as end:
+            dispatch("program", package.commands.COMMANDS, [*command.split(), f"--{flag}={text}"])
+        assert end.value.code == 2
+        expected = f"argument --{flag}: {text[:100]!r} must be a whole number from {least} to"
+        assert expected in capsys.readouterr().err
+    argv = [*command.split(), f"--{flag}={least}"]
+    assert dispatch("program", package.commands.COMMANDS, argv) == 2
+    assert capsys.readouterr().err.startswith("error: ")  # of what follows: nothing is named RUN
+
+
 @pytest.mark.parametrize("package", ["m2mkd_jax", "cliptrans_jax"])
 def test_listing_commands_does_not_import_jax(package):
     code = (

@@ -192,6 +192,7 @@ def test_predictions_of_pictures_with_odd_names_are_printed(form):
     [
         (("modules", "{pictures}"), "holds modules 0, 2, each for its own stage of the meta model"),
         (("modules", "{pictures}", "--module=1"), "choose one with --module=K"),
+        (("modules", "{pictures}", "--module=1"), "error: --module=1: "),
         (("meta", "{pictures}", "--module=1"), "holds a whole network"),
         (("meta", "/nowhere/x.png"), "/nowhere/x.png does not exist; beside it: there is no"),
         (("meta", "{pictures}/c.png"), "TIFF, WEBP; repair or remove them\n"),
