@@ -1,7 +1,8 @@
 """Runs every benchmark in order and writes docs/performance.md; `make bench` calls it.
 
 Each runs in its own process; its last line is the JSON described in `timing.py`. Results are stored
-in --results, so that --only repeats some of them and the page shows all.
+in --results, so that --only repeats some of them and the page shows all. Without the results of the
+others, --only is refused: their rows would vanish from the page.
 
     python benchmarks/run_all.py
     python benchmarks/run_all.py --only vit_step mbart_step
@@ -76,8 +77,9 @@ VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "torch", "tran
 HEADER = """# Performance
 
 This page is written by `make bench`, which runs [run_all.py](../benchmarks/run_all.py).
-`run_all.py --only` runs some benchmarks again and replaces their rows. The notes at the end come
-from [notes.md](../benchmarks/notes.md).
+`run_all.py --only` runs some benchmarks again and replaces their rows; it needs the results of the
+others, which a complete run leaves in `build/bench`. The notes at the end come from
+[notes.md](../benchmarks/notes.md).
 
 Each row is a claim of one benchmark: the peer's time divided by ours, as the median over the
 repeats of one run, with the smallest and the largest in brackets. Above 1, we are faster. The next
@@ -234,17 +236,35 @@ def page(results: list[dict[str, Any]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def read_results(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """The stored results by benchmark, in the order of the page."""
+    files = {name: folder / f"{name}.json" for name, _ in BENCHMARKS}
+    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+
+
+def check_results(folder: pathlib.Path, only: Sequence[str]) -> None:
+    """Fails if a benchmark that is not run now has no result, since the page shows all of them."""
+    stored = read_results(folder)
+    lacking = [name for name, _ in BENCHMARKS if name not in stored and name not in only]
+    if lacking:
+        raise SystemExit(
+            f"error: --results {folder} has no result of {', '.join(lacking)}, and docs/"
+            "performance.md would lose their rows; run without --only, or name the folder of a "
+            "complete run"
+        )
+
+
 @ends_quietly
 def main() -> None:
     flags = parse_flags()
+    check_results(flags.results, flags.only)
     flags.results.mkdir(parents=True, exist_ok=True)
     for name, arguments in BENCHMARKS:
         if name in flags.only:
             # The last --threads wins.
             result = run(name, ("--threads", str(flags.threads), *arguments))
             (flags.results / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    files = [flags.results / f"{name}.json" for name, _ in BENCHMARKS]
-    results = [json.loads(file.read_text()) for file in files if file.exists()]
+    results = list(read_results(flags.results).values())
     PAGE.write_text(page(results))
     print(f"wrote {PAGE.relative_to(ROOT)}")
     if any("error" in result for result in results):
