@@ -2,7 +2,8 @@
 
 Each runs in its own process; its last line is the JSON described in `timing.py`. Results are stored
 in --results, so that --only repeats some of them and the page shows all. Without the results of the
-others, --only is refused: their rows would vanish from the page.
+others, --only is refused: their rows would vanish from the page. A benchmark that fails keeps its
+earlier result; if it has none, the page is left as it is.
 
     python benchmarks/run_all.py
     python benchmarks/run_all.py --only vit_step mbart_step
@@ -118,8 +119,16 @@ def parse_flags() -> argparse.Namespace:
     return parser.parse_args()
 
 
+class Failure(Exception):
+    """A benchmark failed or took too long."""
+
+
 def run(name: str, flags: tuple[str, ...]) -> dict[str, Any]:
-    """Results of a benchmark; `error` if it failed."""
+    """Results of a benchmark.
+
+    Raises:
+      Failure: it gave none.
+    """
     command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *flags]
     load, start = round(os.getloadavg()[0], 1), time.perf_counter()
     print(f"{name} {' '.join(flags)}", flush=True)
@@ -128,14 +137,14 @@ def run(name: str, flags: tuple[str, ...]) -> dict[str, Any]:
     try:
         output, _ = process.communicate(timeout=LIMIT)
     except subprocess.TimeoutExpired:
-        return {"benchmark": name, "claims": [], "error": f"took more than {LIMIT} seconds"}
+        raise Failure(f"{name} took more than {LIMIT} seconds") from None
     finally:
         if process.returncode is None:  # with what it has started, which would disturb the next
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     print(textwrap.indent(output, "    "), flush=True)
     if process.returncode:
-        return {"benchmark": name, "claims": [], "error": f"ended with status {process.returncode}"}
+        raise Failure(f"{name} ended with status {process.returncode}")
     result = json.loads(output.splitlines()[-1])
     took = time.perf_counter() - start
     return result | {"flags": flags, "load_before": load, "took": took}
@@ -180,8 +189,6 @@ def rows(result: dict[str, Any]) -> list[str]:
     """Rows of the table for one benchmark."""
     name = result["benchmark"]
     link = f"[{name}](../benchmarks/{name}.py)"
-    if "error" in result:
-        return [f"| {result['error']} |" + " |" * (len(COLUMNS) - 2) + f" {link} |"]
     lines = []
     for claim in result["claims"]:
         ratio = f"{claim['ratio']:.2f} ({claim['low']:.2f} to {claim['high']:.2f})"
@@ -206,8 +213,6 @@ def misses(results: list[dict[str, Any]]) -> list[str]:
     """A paragraph for every claim below its target."""
     paragraphs = []
     for result in results:
-        if "error" in result:
-            paragraphs.append(f"**{result['benchmark']}** {result['error']}: no result.")
         for claim in result["claims"]:
             if met(claim) == "**no**":
                 key = result["benchmark"], claim["claim"]
@@ -236,16 +241,27 @@ def page(results: list[dict[str, Any]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def result_file(folder: pathlib.Path, name: str) -> pathlib.Path:
+    return folder / f"{name}.json"
+
+
 def read_results(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
     """The stored results by benchmark, in the order of the page."""
-    files = {name: folder / f"{name}.json" for name, _ in BENCHMARKS}
-    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    files = [result_file(folder, name) for name, _ in BENCHMARKS]
+    results = [json.loads(file.read_text()) for file in files if file.exists()]
+    # Failures used to be stored, too.
+    return {result["benchmark"]: result for result in results if "error" not in result}
+
+
+def without_result(folder: pathlib.Path) -> list[str]:
+    """The benchmarks that have no result in the folder."""
+    stored = read_results(folder)
+    return [name for name, _ in BENCHMARKS if name not in stored]
 
 
 def check_results(folder: pathlib.Path, only: Sequence[str]) -> None:
     """Fails if a benchmark that is not run now has no result, since the page shows all of them."""
-    stored = read_results(folder)
-    lacking = [name for name, _ in BENCHMARKS if name not in stored and name not in only]
+    lacking = [name for name in without_result(folder) if name not in only]
     if lacking:
         raise SystemExit(
             f"error: --results {folder} has no result of {', '.join(lacking)}, and docs/"
@@ -259,16 +275,25 @@ def main() -> None:
     flags = parse_flags()
     check_results(flags.results, flags.only)
     flags.results.mkdir(parents=True, exist_ok=True)
+    problems = []
     for name, arguments in BENCHMARKS:
         if name in flags.only:
-            # The last --threads wins.
-            result = run(name, ("--threads", str(flags.threads), *arguments))
-            (flags.results / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    results = list(read_results(flags.results).values())
-    PAGE.write_text(page(results))
-    print(f"wrote {PAGE.relative_to(ROOT)}")
-    if any("error" in result for result in results):
-        raise SystemExit("a benchmark failed")
+            try:
+                # The last --threads wins.
+                result = run(name, ("--threads", str(flags.threads), *arguments))
+            except Failure as failure:
+                problems.append(str(failure))
+                print(f"    {failure}", flush=True)
+                continue
+            result_file(flags.results, name).write_text(json.dumps(result, indent=2) + "\n")
+    lacking = without_result(flags.results)
+    if lacking:
+        problems.append(f"no result of {', '.join(lacking)}, so the page was not written")
+    else:
+        PAGE.write_text(page(list(read_results(flags.results).values())))
+        print(f"wrote {PAGE.relative_to(ROOT)}")
+    if problems:
+        raise SystemExit(f"error: {'; '.join(problems)}")
 
 
 if __name__ == "__main__":
