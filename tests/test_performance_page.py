@@ -7,6 +7,7 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
+PERFORMANCE = ROOT / "docs" / "performance.md"
 CLAIM = {
     "claim": "MoE layer",
     "peer": "dense MLP",
@@ -93,3 +94,59 @@ def test_page_is_left_as_it_is_if_a_benchmark_fails_without_an_earlier_result(ru
         start(run_all, monkeypatch)
     assert run_all.PAGE.read_text() == "the page\n"
     assert [path.name for path in (run_all.ROOT / "bench").iterdir()] == ["decode.json"]
+
+
+def miss(claim, peer, **changes):
+    return CLAIM | {"claim": claim, "peer": peer, "ratio": 0.9, "target": 1.0} | changes
+
+
+def test_reasons_for_misses_are_those_of_the_peer_and_agree_with_the_figures(run_all):
+    vit, beams = "training step of a dense ViT", "beam search of mBART"
+    unknown = "not been investigated"
+
+    def reason(benchmark, claim, peer, processor):
+        claims = [miss(claim, peer, processor=processor)]
+        (paragraph,) = run_all.misses([result(benchmark, claims=claims)])
+        return paragraph
+
+    assert "In CPU time, the ratio is above 1." in reason("vit_step", vit, "torch", 1.05)
+    for processor in (0.8, 1.0, None):
+        assert unknown in reason("vit_step", vit, "torch", processor)
+    assert "In CPU time" not in reason("vit_step", vit, "torch", 0.8)
+    assert unknown in reason("decode", beams, "torch", 1.0)
+    assert "GFLOP" not in reason("decode", beams, "torch", 1.0)
+    for processor, same in ((1.0, True), (0.8, False), (None, False)):
+        text = reason("decode", beams, "CTranslate2", processor)
+        assert "636 GFLOP" in text and ("the same CPU time" in text) == same
+
+
+def page_claims():
+    """The claims of docs/performance.md by benchmark, as far as its rows show them."""
+    claims = {}
+    for line in PERFORMANCE.read_text().splitlines():
+        if not line.startswith("|") or "../benchmarks/" not in line:
+            continue
+        claim, peer, ratio, processor, *_, target, _, link = map(str.strip, line.split("|")[1:-1])
+        shown = {"claim": claim, "peer": peer, "ratio": float(ratio.split()[0] if ratio else "nan")}
+        shown["processor"] = float(processor) if processor else None
+        shown["target"] = float(target) if target else None
+        claims.setdefault(link.split("]")[0][1:], []).append(shown)
+    return claims
+
+
+def test_every_reason_is_of_a_claim_on_the_page(run_all):
+    claims = page_claims()
+    found = {(name, x["claim"], x["peer"]) for name, rows in claims.items() for x in rows}
+    assert set(run_all.REASONS) <= found
+
+
+def test_page_gives_the_reasons_that_the_tool_would_write(run_all):
+    results = [result(name, claims=claims) for name, claims in page_claims().items()]
+    paragraphs = [run_all.fill(text) for text in run_all.misses(results)]
+    section = PERFORMANCE.read_text().split("## Claims that miss their target\n\n")[1]
+    assert section.startswith("\n\n".join(paragraphs) + "\n\n## ")
+
+
+def test_page_has_the_head_and_the_notes_of_the_tool(run_all):
+    text = PERFORMANCE.read_text()
+    assert text.startswith(run_all.HEADER) and text.endswith(run_all.NOTES.read_text())
