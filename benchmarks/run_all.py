@@ -122,6 +122,7 @@ column is the same ratio in CPU time, where it was measured; other work on the m
 less. With several threads, torch's threads wait for each other by spinning: if other work takes a
 core from one of them, the others burn CPU time, and the ratios favour us. Ratios with one thread
 are valid on a busy machine too. "Load" is the one-minute load average before the benchmark started.
+Below, brackets name the benchmarks that were measured with another processor or version.
 """
 COLUMNS = (
     "claim",
@@ -181,7 +182,8 @@ def run(name: str, flags: tuple[str, ...]) -> dict[str, Any]:
         raise Failure(f"{name} ended with status {process.returncode}")
     result = json.loads(output.splitlines()[-1])
     took = time.perf_counter() - start
-    return result | {"flags": flags, "load_before": load, "took": took}
+    facts = {"flags": flags, "load_before": load, "took": took, "machine": describe_machine()}
+    return result | facts
 
 
 def processor() -> str:
@@ -193,18 +195,39 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def describe_machine() -> dict[str, Any]:
+    """What a benchmark is measured with; stored with its result, as others may be run elsewhere."""
+    hardware = {"processor": processor(), "cores": len(os.sched_getaffinity(0))}
+    versions = {package: version(package) for package in VERSIONS}
+    return hardware | {"Python": platform.python_version()} | versions
+
+
 def machine(results: list[dict[str, Any]]) -> str:
-    """A paragraph on the machine and the versions."""
-    seconds = sum(result.get("took", 0) for result in results)
-    versions = []
-    for package in VERSIONS:
-        try:
-            versions.append(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            versions.append(f"no {package}")
+    """A paragraph on the machine and the versions: the most frequent, and in brackets the
+    benchmarks that were measured with others."""
+
+    def show(key: str) -> str:
+        benchmarks: dict[str, list[str]] = {}
+        for result in results:
+            value = result.get("machine", {}).get(key, "not recorded")
+            name = "not installed" if value is None else str(value)
+            benchmarks.setdefault(name, []).append(result["benchmark"])
+        common = max(benchmarks, key=lambda value: len(benchmarks[value]))
+        others = [f"{', '.join(x)}: {value}" for value, x in benchmarks.items() if value != common]
+        return f"{common} ({'; '.join(others)})" if others else common
+
+    seconds = sum(result["took"] for result in results)
+    versions = ", ".join(f"{key} {show(key)}" for key in ("Python", *VERSIONS))
     return (
-        f"Machine: {processor()}, {len(os.sched_getaffinity(0))} cores, no accelerator. "
-        f"Python {platform.python_version()}, {', '.join(versions)}. {seconds / 60:.0f} minutes."
+        f"Machine: {show('processor')}, {show('cores')} cores, no accelerator. {versions}. "
+        f"{seconds / 60:.0f} minutes."
     )
 
 

@@ -4,6 +4,7 @@ import importlib
 import json
 import pathlib
 
+import jax
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -150,3 +151,32 @@ def test_page_gives_the_reasons_that_the_tool_would_write(run_all):
 def test_page_has_the_head_and_the_notes_of_the_tool(run_all):
     text = PERFORMANCE.read_text()
     assert text.startswith(run_all.HEADER) and text.endswith(run_all.NOTES.read_text())
+
+
+def test_page_states_the_versions_and_processor_that_each_benchmark_ran_with(run_all, monkeypatch):
+    common = {"processor": "EPYC", "cores": 2, "Python": "3.11.7", "jax": "0.10.2", "torch": "2.14"}
+    machines = {
+        "moe_layer": common,
+        "decode": common | {"torch": "2.13", "processor": "Xeon"},
+        "vit_step": common | {"torch": None, "jax": "0.10.3"},
+        "corpus": common | {"torch": "2.13", "jax": "0.10.3"},
+        "checkpoint": common,
+    }
+    monkeypatch.setattr(run_all, "VERSIONS", ("jax", "torch"))
+    results = [result(name, machine=values) for name, values in machines.items()]
+    assert run_all.machine(results) == (
+        "Machine: EPYC (decode: Xeon), 2 cores, no accelerator. Python 3.11.7, jax 0.10.2 "
+        "(vit_step, corpus: 0.10.3), torch 2.14 (decode, corpus: 2.13; vit_step: not installed). "
+        "2 minutes."
+    )
+    (older,) = [result("decode")]
+    assert "torch 2.14 (decode: not recorded)" in run_all.machine([*results[:1], older])
+
+
+def test_result_has_the_versions_and_processor(run_all, monkeypatch):
+    line = json.dumps({"benchmark": "decode", "claims": [CLAIM], "seconds": {}})
+    (run_all.ROOT / "benchmarks" / "decode.py").write_text(f"print({line!r})")
+    monkeypatch.setattr(run_all, "VERSIONS", ("jax", "no-such-package"))
+    found = run_all.run("decode", ("--threads", "2"))["machine"]
+    assert found["jax"] == jax.__version__ and found["no-such-package"] is None
+    assert found["processor"] and found["cores"] > 0 and found["Python"].startswith("3.")
