@@ -3,16 +3,16 @@
 Ours is `train_batches` on a folder of JPEGs as a run uses it: files are read, decoded, cropped and
 resized to `--side`, flipped, augmented by RandAugment and stacked to batches. The baseline, written
 out below, is a loop over the same files with the same PIL operations that discards the result. Both
-run in `--workers` processes, in wall-clock time, and in one thread, in CPU time; so does timm's
-transform, in processes only, if timm is installed. All cases take turns, so that a busy machine
-slows all of them alike. Images that our processes have prefetched are consumed before a turn, and
-the next ones are awaited after it.
+run in `--workers` processes on `--threads` cores, in wall-clock time, and in one thread, in
+wall-clock and in CPU time; so does timm's transform, in processes only, if timm is installed. All
+cases take turns, so that a busy machine slows all of them alike. Images that our processes have
+prefetched are consumed before a turn, and the next ones are awaited after it.
 
 --folder holds SPLIT/CLASS/*.jpg, and its first split is read. Without it, JPEGs of about 500 x 375
 pixels and 100 KB, like ImageNet's, are made: smooth random fields with fine texture.
 
     python benchmarks/input_pipeline.py
-    python benchmarks/input_pipeline.py --folder /data/imagenet --workers 16 --images 4096
+    python benchmarks/input_pipeline.py --folder /data/imagenet --workers 16 --threads 16
 
 Rates per core are over the cores that the processes can use. Small images in memory and the
 training step of DeiT-Tiny, which consumes the images, are timed too.
@@ -175,19 +175,24 @@ def timm_transform(side: int, cache: dict[int, Callable] = {}) -> Callable:  # n
 
 def in_processes(
     pool: concurrent.futures.Executor, loop: Callable, paths: Sequence[str], side: int
-) -> float:
-    """Images per second of a loop over all paths, split among processes."""
+) -> np.ndarray:
+    """Seconds per image of a loop over all paths, split among processes."""
     pieces = [paths[first : first + PIECE] for first in range(0, len(paths), PIECE)]
-    start = time.perf_counter()
+    start = timing.clocks()
     list(pool.map(loop, pieces, [side] * len(pieces)))
-    return len(paths) / (time.perf_counter() - start)
+    return without_cpu_time((timing.clocks() - start) / len(paths))
 
 
-def in_thread(loop: Callable, *arguments: Any, count: int) -> float:
-    """Images per CPU second of this process, which other processes do not affect."""
-    start = time.process_time()
+def without_cpu_time(seconds: np.ndarray) -> np.ndarray:
+    """Leaves wall-clock time: the CPU time of processes counts only once they have ended."""
+    return np.asarray([seconds[0], np.nan])
+
+
+def in_thread(loop: Callable, *arguments: Any, count: int) -> np.ndarray:
+    """Wall-clock and CPU seconds per image of a loop in this thread."""
+    start = timing.clocks()
     loop(*arguments)
-    return count / (time.process_time() - start)
+    return (timing.clocks() - start) / count
 
 
 def consume(batches: Iterator[dict[str, np.ndarray]], count: int) -> None:
@@ -195,32 +200,31 @@ def consume(batches: Iterator[dict[str, np.ndarray]], count: int) -> None:
         assert batch["image"].dtype == np.uint8
 
 
-def ours(batches: Iterator, batch: int, images: int, *, ahead: int) -> float:
-    """Images per second in steady state, not counting prefetched images."""
+def ours(batches: Iterator, batch: int, images: int, *, ahead: int) -> np.ndarray:
+    """Seconds per image in steady state, not counting prefetched images."""
     count = max(1, images // batch)
     if not ahead:
         return in_thread(consume, batches, count, count=count * batch)
     consume(batches, ahead + 1)
-    start = time.perf_counter()
-    consume(batches, count)
-    rate = count * batch / (time.perf_counter() - start)
-    time.sleep(ahead * batch / rate + 0.2)
-    return rate
+    seconds = without_cpu_time(in_thread(consume, batches, count, count=count * batch))
+    time.sleep(ahead * batch * seconds[0] + 0.2)
+    return seconds
 
 
 def in_memory(count: int) -> float:
-    """32-pixel images per second from memory, in batches of 128, without a transform."""
+    """32-pixel images per CPU second from memory, in batches of 128, without a transform."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
     labels = rng.integers(0, 10, count).astype(np.int32)
     source = ArraySource({"image": images, "label": labels}, tuple("0123456789"))
     batches = train_batches(source, transform=None, seed=0, batch=128)
     consume(batches, 10)
-    return in_thread(consume, batches, 500, count=500 * 128)
+    return 1 / float(in_thread(consume, batches, 500, count=500 * 128)[1])
 
 
 def main() -> None:
     sizes = parse_sizes()
+    timing.start(sizes.threads)
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(sizes.folder or temporary)
         if not sizes.folder:
@@ -261,7 +265,7 @@ def measure(sizes: argparse.Namespace, folder: pathlib.Path) -> None:
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(sizes.workers, spawn) as pool:
         shared = (paths, sizes.side)
-        cases: dict[str, Callable[[], float]] = {
+        cases: dict[str, Callable[[], np.ndarray]] = {
             "ours": lambda: ours(many, sizes.batch, sizes.images, ahead=2 * AHEAD + 1),
             "PIL": lambda: in_processes(pool, loop_plain, *shared),
             "ours, one thread": lambda: ours(alone, sizes.batch, sizes.images, ahead=0),
@@ -278,62 +282,63 @@ def measure(sizes: argparse.Namespace, folder: pathlib.Path) -> None:
         interface = Interface(side, 3, 1000)
         images = vit_step.make_batch(interface, STEP_BATCH)
         step = vit_step.make_step(config, interface, images)
-        cases["step"] = lambda: STEP_BATCH / timing.seconds_of(step)[0]
-        rates = in_turns(cases, max(timing.LEAST, sizes.repeats))
+        cases["step"] = lambda: timing.seconds_of(step) / STEP_BATCH
+        seconds = in_turns(cases, max(timing.LEAST, sizes.repeats))
     many.close()
-    report(sizes, rates, cores)
+    report(sizes, seconds, cores)
 
 
 def in_turns(
-    cases: Mapping[str, Callable[[], float]], turns: int, *, fragile: Collection[str] = ("timm",)
-) -> dict[str, list[float]]:
-    """Rates by case, measured in turns. A `fragile` case that fails is named and skipped: now and
+    cases: Mapping[str, Callable[[], Any]], turns: int, *, fragile: Collection[str] = ("timm",)
+) -> dict[str, list]:
+    """Results by case, measured in turns. A `fragile` case that fails is named and skipped: now and
     then timm 1.0.22 asks Pillow 13 to posterize to 0 bits, which is an error."""
-    rates: dict[str, list[float]] = {name: [] for name in cases}
+    results: dict[str, list] = {name: [] for name in cases}
     for turn in range(-1, turns):  # the first starts the processes and fills the page cache
-        for name in list(rates):
+        for name in list(results):
             try:
-                rate = cases[name]()
+                result = cases[name]()
             except Exception as error:
                 if name not in fragile:
                     raise
                 print(f"skipping {name}: {type(error).__name__}: {error}\n")
-                del rates[name]
+                del results[name]
                 continue
             if turn >= 0:
-                rates[name].append(rate)
-    return rates
+                results[name].append(result)
+    return results
 
 
-def report(sizes: argparse.Namespace, rates: dict[str, list[float]], cores: int) -> None:
+def report(sizes: argparse.Namespace, seconds: dict[str, list[np.ndarray]], cores: int) -> None:
+    times = {name: np.stack(turns) for name, turns in seconds.items()}
+    rates = {name: (1 / turns[:, 0]).tolist() for name, turns in times.items()}
     middle = {name: statistics.median(rate) for name, rate in rates.items()}
     for name, rate in rates.items():
         used = cores if name in ("ours", "PIL", "timm", "step") else 1
         spread = f"({min(rate):.0f} to {max(rate):.0f})"
         print(f"{name:20s}{middle[name]:7.0f} img/s  {spread}, {middle[name] / used:.0f} per core")
-    seconds = {name: 1 / np.asarray(rate)[:, None] for name, rate in rates.items()}
-    # Each rate has one clock: wall-clock time, or CPU time for cases in one thread.
-    times = {name: np.repeat(turns, 2, axis=1) for name, turns in seconds.items()}
-    decoding = float(np.median(times["PIL, decoding alone"] / times["PIL, one thread"]))
+    shares = times["PIL, decoding alone"] / times["PIL, one thread"]
+    decoding = float(np.median(shares[:, 1]))
     print(f"\ndecoding takes {decoding:.0%} of the plain loop")
     small = in_memory(sizes.small)
     print(f"32-pixel images in memory, batches of 128: {small:.0f} examples/s in one thread\n")
     reading = "reading JPEGs, DeiT's transform"
+    one_thread = timing.compare(
+        times,
+        "ours, one thread",
+        "PIL, one thread",
+        claim=f"{reading}, one thread",
+        target=None,
+    )
     claims = [
         timing.compare(times, "ours", "PIL", claim=reading, target=0.9),
-        timing.compare(
-            times,
-            "ours, one thread",
-            "PIL, one thread",
-            claim=f"{reading}, one thread",
-            target=None,
-        ),
+        one_thread | {"threads": 1},
         timing.compare(times, "ours", "step", claim="reading for a step of DeiT-Tiny", target=1.0),
     ]
-    if "timm" in rates:
+    if "timm" in times:
         claims.append(timing.compare(times, "ours", "timm", claim=reading, target=None))
     for claim in claims:
-        if "one thread" not in claim["peer"]:
+        if np.isnan(claim["processor"]):
             claim["processor"] = None
     details = {
         "images": sizes.images,

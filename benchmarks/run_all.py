@@ -118,11 +118,12 @@ others, which a complete run leaves in `build/bench`. The notes at the end come 
 
 Each row is a claim of one benchmark: the peer's time divided by ours, as the median over the
 repeats of one run, with the smallest and the largest in brackets. Above 1, we are faster. The next
-column is the same ratio in CPU time, where it was measured; other work on the machine affects it
-less. With several threads, torch's threads wait for each other by spinning: if other work takes a
-core from one of them, the others burn CPU time, and the ratios favour us. Ratios with one thread
-are valid on a busy machine too. "Load" is the one-minute load average before the benchmark started.
-Below, brackets name the benchmarks that were measured with another processor or version.
+column is the same ratio in CPU time; other work on the machine affects it less. Ratios that are
+left out were not measured. With several threads, torch's threads wait for each other by spinning:
+if other work takes a core from one of them, the others burn CPU time, and the ratios favour us.
+Ratios with one thread are valid on a busy machine too. "Load" is the one-minute load average before
+the benchmark started. Below, brackets name the benchmarks that were measured with another processor
+or version.
 """
 COLUMNS = (
     "claim",
@@ -232,7 +233,7 @@ def machine(results: list[dict[str, Any]]) -> str:
 
 
 def met(claim: dict[str, Any]) -> str:
-    if claim["target"] is None:
+    if claim["target"] is None or claim["ratio"] is None:
         return ""
     return "yes" if claim["ratio"] >= claim["target"] else "**no**"
 
@@ -248,7 +249,9 @@ def rows(result: dict[str, Any]) -> list[str]:
     link = f"[{name}](../benchmarks/{name}.py)"
     lines = []
     for claim in result["claims"]:
-        ratio = f"{claim['ratio']:.2f} ({claim['low']:.2f} to {claim['high']:.2f})"
+        ratio = ""  # the page has a claim that was measured in CPU time alone
+        if claim["ratio"] is not None:
+            ratio = f"{claim['ratio']:.2f} ({claim['low']:.2f} to {claim['high']:.2f})"
         target = "" if claim["target"] is None else str(claim["target"])
         cells = (
             claim["claim"],
@@ -256,7 +259,7 @@ def rows(result: dict[str, Any]) -> list[str]:
             ratio,
             "" if claim["processor"] is None else f"{claim['processor']:.2f}",
             str(claim["repeats"]),
-            threads(result["flags"]),
+            str(claim.get("threads", threads(result["flags"]))),
             str(result["load_before"]),
             target,
             met(claim),

@@ -12,7 +12,8 @@ where CLAIM has
 - `processor`, the median ratio in CPU time, which depends less on other work on the machine, or
   null;
 - `repeats`, the number of turns;
-- `target`, the expected ratio, or null.
+- `target`, the expected ratio, or null;
+- `threads`, only if they are not those of --threads.
 """
 
 import argparse

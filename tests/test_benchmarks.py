@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 from flax import traverse_util
 
@@ -144,6 +145,47 @@ def test_failing_peer_is_reported_and_left_out(load, capsys):
         in_turns({"ours": lambda: 1 / 0}, 1)
 
 
+def test_input_pipeline_limits_its_threads_before_anything_is_timed(load, monkeypatch):
+    pipeline, calls = load("input_pipeline"), []
+    monkeypatch.setattr(pipeline.timing, "start", lambda threads: calls.append(threads))
+    monkeypatch.setattr(pipeline, "make_images", lambda *_: None)
+    monkeypatch.setattr(pipeline, "measure", lambda *_: calls.append("measured"))
+    monkeypatch.setattr(sys, "argv", ["input_pipeline.py", "--threads", "1"])
+    pipeline.main()
+    assert calls == [1, "measured"]
+
+
+def test_every_benchmark_limits_its_threads(load):
+    for name, _ in load("run_all").BENCHMARKS:
+        assert "timing.start(" in (BENCHMARKS / f"{name}.py").read_text(), name
+
+
+def test_input_pipeline_reports_both_clocks_and_the_threads_of_one_thread(
+    load, monkeypatch, capsys
+):
+    pipeline = load("input_pipeline")
+    monkeypatch.setattr(pipeline, "in_memory", lambda count: 1.0)
+    alone = {"ours, one thread": [0.25, 0.125], "PIL, one thread": [0.375, 0.0625]}
+    alone["PIL, decoding alone"] = [0.25, 0.03125]
+    # Processes that are still running have no CPU time.
+    workers = {"ours": [0.25, np.nan], "PIL": [0.125, np.nan], "timm": [0.5, np.nan]}
+    seconds = alone | workers | {"step": [2.5, 3.0]}
+    sizes = argparse.Namespace(images=8, side=8, workers=2, small=8)
+    pipeline.report(sizes, {name: 5 * [np.asarray(x)] for name, x in seconds.items()}, 2)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["images_per_second"]["ours, one thread"] == [4.0] * 5
+    assert found["decoding_share"] == 0.5
+    claims = {claim["peer"]: claim for claim in found["claims"]}
+    one = claims.pop("PIL, one thread")
+    assert (one["ratio"], one["processor"], one["threads"]) == (1.5, 0.5, 1)
+    assert {peer: claim["ratio"] for peer, claim in claims.items()} == {
+        "PIL": 0.5,
+        "step": 10.0,
+        "timm": 2.0,
+    }
+    assert not any(claim["processor"] or "threads" in claim for claim in claims.values())
+
+
 STAND_IN = """
 import os, sys
 kept = "GLIBC_TUNABLES" in os.environ
@@ -180,6 +222,15 @@ def test_unmeasured_ratio_leaves_its_cell_empty(load, capsys):
     (row,) = run_all.rows(result)
     cells = ["reading", "PIL", "1.50 (1.00 to 2.00)", "", "5", "1", "0.5", "1.0", "yes"]
     assert [cell.strip() for cell in row.split("|")][1:10] == cells
+    result |= {"claims": [claim | {"threads": 3}]}
+    (row,) = run_all.rows(result)
+    assert [cell.strip() for cell in row.split("|")][6] == "3"
+    claim |= {"ratio": None, "low": None, "high": None, "processor": 0.5}
+    result |= {"claims": [claim]}
+    (row,) = run_all.rows(result)
+    cells = ["reading", "PIL", "", "0.50", "5", "1", "0.5", "1.0", ""]
+    assert [cell.strip() for cell in row.split("|")][1:10] == cells
+    assert run_all.misses([result]) == []
 
 
 def test_processor_seconds_include_child_processes(load):

@@ -3,6 +3,7 @@
 import importlib
 import json
 import pathlib
+import re
 
 import jax
 import pytest
@@ -121,18 +122,32 @@ def test_reasons_for_misses_are_those_of_the_peer_and_agree_with_the_figures(run
         assert "636 GFLOP" in text and ("the same CPU time" in text) == same
 
 
+def page_rows():
+    """The cells of each row of docs/performance.md."""
+    for line in PERFORMANCE.read_text().splitlines():
+        if line.startswith("|") and "../benchmarks/" in line:
+            yield line, [cell.strip() for cell in line.split("|")[1:-1]]
+
+
 def page_claims():
     """The claims of docs/performance.md by benchmark, as far as its rows show them."""
     claims = {}
-    for line in PERFORMANCE.read_text().splitlines():
-        if not line.startswith("|") or "../benchmarks/" not in line:
-            continue
-        claim, peer, ratio, processor, *_, target, _, link = map(str.strip, line.split("|")[1:-1])
-        shown = {"claim": claim, "peer": peer, "ratio": float(ratio.split()[0] if ratio else "nan")}
+    for _, (claim, peer, ratios, processor, repeats, threads, _, target, _, link) in page_rows():
+        ratio, low, high = map(float, re.findall(r"[\d.]+", ratios)) if ratios else 3 * (None,)
+        shown = {"claim": claim, "peer": peer, "ratio": ratio, "low": low, "high": high}
         shown["processor"] = float(processor) if processor else None
+        shown |= {"repeats": int(repeats), "threads": int(threads)}
         shown["target"] = float(target) if target else None
         claims.setdefault(link.split("]")[0][1:], []).append(shown)
     return claims
+
+
+def test_rows_of_the_page_are_those_that_the_tool_writes(run_all):
+    claims = page_claims()
+    for line, cells in page_rows():
+        name = cells[-1].split("]")[0][1:]
+        shown = result(name, claims=[claims[name].pop(0)], load_before=float(cells[6]))
+        assert run_all.rows(shown) == [line]
 
 
 def test_every_reason_is_of_a_claim_on_the_page(run_all):
