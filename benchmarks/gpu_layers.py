@@ -286,6 +286,14 @@ def attend(shape: Shape, attention: str) -> Callable[..., jax.Array]:
     )
 
 
+def attention_flops(shape: Shape) -> int:
+    """Model FLOPs of an attention with its gradients: six products of 2 B H T S K. Two are forward,
+    scores and output; four are backward, the gradients of weights, values, queries and keys. Masked
+    scores count. Those that a fused backward pass computes again do not: seven products are run."""
+    batch, tokens, heads, _, width = shape
+    return 6 * 2 * batch * heads * tokens**2 * width
+
+
 @contextlib.contextmanager
 def by_xla(tiny: bool) -> Iterator[None]:
     """Under `tiny`, lets XLA compute the attention that cuDNN would."""
@@ -311,7 +319,7 @@ def measure_attention(tiny: bool) -> None:
         if shape.visible in ("each", "shared"):
             operands.append(log_affinities(shape))
         dy = normal(3, *whole)
-        flops = 14 * math.prod(whole) * shape.tokens
+        flops = attention_flops(shape)
         with by_xla(tiny):
             right = precisely(with_gradients(attend(shape, "xla")), dy, *operands)
             for how in ("xla", "cudnn"):

@@ -16,6 +16,7 @@ import pytest
 from flax import traverse_util
 
 from common_jax import checkpoint
+from common_jax.commands.plan.flops import Flops, count_flops
 from m2mkd_jax.models.encoder import Interface
 from m2mkd_jax.nac import model
 
@@ -118,6 +119,37 @@ def test_ceilings_run_at_small_sizes(load, monkeypatch, tmp_path):
     cases = [result["case"] for result in before if result["of"] == "ceiling"]
     assert [result["case"] for result in results] == cases
     assert all(result["ms"] > 0 for result in results if "ms" in result)
+
+
+def test_attention_counts_the_flops_of_values_and_gradients(load):
+    layers = load("gpu_layers")
+    for shape in layers.SHAPES.values():
+        small = shape._replace(batch=2, tokens=6, heads=3)
+        whole = small.batch, small.tokens, small.heads, small.width
+        operands = [layers.normal(seed, *whole) for seed in range(4)]
+        if small.visible in ("each", "shared"):
+            operands.append(layers.log_affinities(small))
+        run = layers.with_gradients(layers.attend(small, "xla"))
+        assert count_flops(run, *operands) == Flops(model=layers.attention_flops(small))
+
+
+def test_rates_of_the_h200_are_those_of_the_cases(load):
+    layers = load("gpu_layers")
+    product = layers.MoeSizes().product_flops
+    wanted = dict.fromkeys(("moe_layer", "moe_torch"), 6 * product) | {"ceiling": 2 * 8192**3}
+    rates = 0
+    for result in json.loads((BENCHMARKS / "h200.json").read_text()):
+        case, part = result["case"], result["of"]
+        if "tflops" not in result or part not in (*wanted, "attention"):
+            continue
+        if part == "attention":
+            name, _, _ = case.removeprefix("attention_").rpartition("_")
+            flops = layers.attention_flops(layers.SHAPES[name])
+        else:
+            flops = product if "gmm_" in case else wanted[part]
+        assert result["tflops"] * result["ms"] * 1e9 == pytest.approx(flops), case
+        rates += 1
+    assert rates == 28
 
 
 def test_case_that_takes_too_long_is_reported(load, tmp_path):
