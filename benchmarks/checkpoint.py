@@ -3,7 +3,8 @@
 Ours is `Checkpoints.save` as the training loop calls it, which returns once the arrays are copied.
 The peer is the same save followed by `wait`, which returns once it is on disk. No earlier save is
 pending. The state holds random parameters and AdamW's moments, about --large or --small MB in all.
-Restoring is timed too, and so is writing as many bytes to one file with fsync.
+Restoring is timed too, and so is writing as many bytes to one file with fsync. A saved state is
+first compared with the restored one.
 
     python benchmarks/checkpoint.py --folder /where/runs/are/kept
 """
@@ -67,6 +68,11 @@ def measure(state: TrainState, name: str, folder: pathlib.Path, repeats: int) ->
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+
+    save_and_wait()
+    restored = checkpoints.restore_latest(abstract)
+    for found, wanted in zip(*map(jax.tree.leaves, (restored, state)), strict=True):
+        assert np.array_equal(found, wanted), "a state was not restored as it was saved"
 
     times = {f"{kind}, {name}": [] for kind in ("save", "save and wait", "restore", "plain file")}
     cases = (save, save_and_wait, lambda: checkpoints.restore_latest(abstract), write)

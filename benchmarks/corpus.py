@@ -2,8 +2,8 @@
 
 Ours is `encode` of this project's tokenizers, which also checks the ids, adds special tokens and
 makes one array. The peer is `encode_batch` of the `tokenizers` library with the same vocabulary.
-Both use all threads. "bpe" is a tokenizer trained here, "unigram" a SentencePiece model in the
-format of mBART-50.
+Their ids are compared first. Both use all threads. "bpe" is a tokenizer trained here, "unigram" a
+SentencePiece model in the format of mBART-50.
 
 Then two processes, one after the other, start a run of stage "translate" on --pairs pairs: the
 first writes the file with ids, the second finds it. Both read the corpus as a run does, and make a
@@ -25,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import sentencepiece
@@ -38,15 +39,17 @@ from cliptrans_jax.config import Config
 from cliptrans_jax.data import emoji_set
 from cliptrans_jax.data.corpora import DataConfig
 from cliptrans_jax.data.feed import TrainFeed
-from cliptrans_jax.data.tokenizers.framing import Tokenizer
+from cliptrans_jax.data.tokenizers.framing import SPECIAL, Tokenizer
 from cliptrans_jax.data.tokenizers.tokens import TokenizerConfig, load_tokenizer
 from cliptrans_jax.runs.run_data import RunData
+from common_jax.inputs.ragged import Ragged
 from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.signals import ends_quietly
 
 PAIR = ("en", "de")
 BATCH = 256
 PIECES = 8000
+SAME = 0.999  # of the sentences; two segmentations into pieces may be equally likely
 PART = 20_000  # sentences per call of the peer, which returns kilobytes per sentence
 
 
@@ -126,6 +129,25 @@ def peer_of_unigram(path: pathlib.Path) -> tokenizers.Tokenizer:
     return peer
 
 
+def encode_parts(
+    peer: tokenizers.Tokenizer, texts: list[str]
+) -> Iterator[list[tokenizers.Encoding]]:
+    for first in range(0, len(texts), PART):
+        yield peer.encode_batch(texts[first : first + PART], add_special_tokens=False)
+
+
+def check_ids(name: str, ours: Ragged, theirs: Iterable[list[tokenizers.Encoding]]) -> None:
+    """Fails unless both give (nearly) all sentences the same ids."""
+    ids = [np.asarray(sentence.ids) for part in theirs for sentence in part]
+    if name == "unigram":  # mBART-50's ids are one higher, except that of unknown pieces
+        ids = [np.where(row == 0, SPECIAL.index("<unk>"), row + 1) for row in ids]
+    # Ours start with the language and end with </s>.
+    pairs = zip(ours, ids, strict=True)
+    same = np.mean([np.array_equal(row[1:-1], wanted) for row, wanted in pairs])
+    print(f"{name}: both give {same:.2%} of the sentences the same ids")
+    assert same >= SAME, f"{name}: only {same:.2%} of the sentences have the peer's ids"
+
+
 def compare_encoding(
     name: str, ours: Tokenizer, peer: tokenizers.Tokenizer, texts: list[str], repeats: int
 ) -> tuple[timing.Times, timing.Claim]:
@@ -134,14 +156,11 @@ def compare_encoding(
 
     def encode_batches() -> list[int]:
         counts = []
-        for first in range(0, len(texts), PART):
-            part = peer.encode_batch(spaced[first : first + PART], add_special_tokens=False)
+        for part in encode_parts(peer, spaced):
             counts += map(len, part)
         return counts
 
-    lengths = ours.encode(texts, "de").lengths - 2  # without the two special tokens
-    same = np.mean(lengths == encode_batches())
-    print(f"{name}: both give {same:.2%} of the sentences the same number of pieces")
+    check_ids(name, ours.encode(texts, "de"), encode_parts(peer, spaced))
     cases = {
         f"{name}, ours": lambda: ours.encode(texts, "de").flat,
         f"encode_batch, {name}": encode_batches,

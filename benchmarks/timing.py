@@ -260,6 +260,23 @@ def check_losses(cases: Mapping[str, Callable[[], Any]], tolerance: float) -> fl
     for name, values in losses.items():
         print(f"{name:{width}s}losses " + ", ".join(f"{value:.6f}" for value in values))
     first, *others = losses.values()
-    wrong = max(float(abs(first - values).max()) for values in others)
+    wrong = float(np.max([abs(first - values) for values in others]))  # NaN if a loss is
     assert wrong < tolerance, f"losses differ by {wrong}"
     return wrong
+
+
+def check_results(ours: Any, theirs: Any, tolerance: float) -> float:
+    """Compares two trees of arrays; returns the largest difference, each relative to the largest
+    value of its array in `theirs`, and fails unless it is below `tolerance`."""
+
+    def difference(found: Any, wanted: Any) -> float:
+        found, wanted = np.asarray(found, np.float32), np.asarray(wanted, np.float32)
+        assert found.shape == wanted.shape, f"shapes differ: {found.shape} and {wanted.shape}"
+        gap = abs(found - wanted).max()
+        return float(gap and gap / abs(wanted).max())  # both may be zero
+
+    wrong = jax.tree.map(difference, ours, theirs)
+    worst = float(np.max(jax.tree.leaves(wrong)))  # NaN if a result has one
+    print(f"largest relative difference of results: {worst:.1e}")
+    assert worst < tolerance, f"results differ by {wrong}"
+    return worst

@@ -134,14 +134,7 @@ def main() -> None:
     blocks = {name: compile_case(block(moe), params, x, name) for name, moe in layers.items()}
     alone = {name: compile_case(layer(moe), params["moe"], x, name) for name, moe in layers.items()}
     for cases in (blocks, alone):
-        wrong = jax.tree.map(
-            lambda a, b: float(abs(a - b).max() / abs(b).max()),
-            cases["capacity"](),
-            cases["textbook"](),
-        )
-        worst = max(jax.tree.leaves(wrong))
-        print(f"largest relative difference of capacity and textbook: {worst:.1e}")
-        assert worst < TOLERANCE, wrong
+        timing.check_results(cases["capacity"](), cases["textbook"](), TOLERANCE)
 
     slots = capacity.slots(sizes.examples * sizes.tokens // sizes.groups)
     print(

@@ -13,6 +13,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from flax import traverse_util
 
 from common_jax import checkpoint
@@ -38,6 +39,68 @@ def test_vmoe_block_matches_the_textbook_block():
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert {claim["peer"] for claim in result["claims"]} == {"textbook block", "textbook layer"}
+
+
+def test_results_and_losses_that_differ_or_are_not_numbers_fail(load):
+    timing, right = load("timing"), {"x": np.ones(2), "y": np.full(3, 4.0), "z": np.zeros(1)}
+    close = right | {"x": np.asarray([1, 1 + 1e-6])}
+    assert timing.check_results(close, right, 1e-4) == pytest.approx(1e-6, rel=0.1)
+    changes = {"x": np.asarray([1, 1.1])}, {"y": np.asarray([4, 4, np.nan])}, {"x": np.ones(1)}
+    for change in changes:
+        with pytest.raises(AssertionError, match="differ"):
+            timing.check_results(right | change, right, 1e-4)
+    with pytest.raises(AssertionError, match="losses differ"):
+        cases = {"ours": 1.0, "close": 1.0, "not a number": np.nan}
+        timing.check_losses({name: lambda x=x: x for name, x in cases.items()}, 1e-4)
+
+
+SMALL = {
+    "nac_read_in": "--receivers 3 --tokens 5 --token-width 4 --head-width 2 --large 1 2 3",
+    "moe_layer": "--experts 2 --width 4 --hidden 8 --examples 1 --tokens 8",
+    "checkpoint": "--large 1 --small 1",
+}
+
+
+def zeros(shape):
+    return np.zeros(shape.shape, shape.dtype)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_wrong_results_are_not_timed(load, monkeypatch, name):
+    benchmark = load(name)
+    wrong = {
+        "nac_read_in": ("pool_tokens", lambda *_: 2 * benchmark.naive.pool_tokens(*_)),
+        "moe_layer": ("grouped_mlp", lambda x, *_: jax.numpy.ones_like(x)),
+        "checkpoint": ("Checkpoints.restore_latest", lambda _, state: jax.tree.map(zeros, state)),
+    }
+    target, replacement = wrong[name]
+    monkeypatch.setattr(f"{name}.{target}", replacement)
+    timed = []
+    monkeypatch.setattr(benchmark.timing, "start", lambda *_, **__: None)
+    monkeypatch.setattr(benchmark.timing, "seconds_of", lambda *_: timed.append(_))
+    monkeypatch.setattr(sys, "argv", [name, *SMALL[name].split()])
+    with pytest.raises(AssertionError, match=r"results differ|not restored"):
+        benchmark.main()
+    assert not timed
+
+
+def test_other_ids_than_the_peers_fail(load, capsys):
+    corpus, words = load("corpus"), ["a b", "b a b", "c"]
+    model = tokenizers.models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>")
+    peer = tokenizers.Tokenizer(model)
+    peer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    rows = {"bpe": [[1, 2], [2, 1, 2], [0]], "unigram": [[2, 3], [3, 2, 3], [3]]}
+    for name, ids in rows.items():
+        flat, lengths = [], []
+        for row in ids:
+            flat += [9, *row, 2]
+            lengths.append(len(row) + 2)
+        ours = corpus.Ragged.of(np.asarray(flat, np.int32), np.asarray(lengths))
+        corpus.check_ids(name, ours, corpus.encode_parts(peer, words))
+        assert "100.00%" in capsys.readouterr().out
+        other = "unigram" if name == "bpe" else "bpe"
+        with pytest.raises(AssertionError, match="have the peer's ids"):
+            corpus.check_ids(other, ours, corpus.encode_parts(peer, words))
 
 
 def test_mbart_training_step_has_a_positive_loss(load):
