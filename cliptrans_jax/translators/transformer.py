@@ -330,7 +330,9 @@ class Transformer(nn.Module):
 
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embeddings without positions."""
-        x = jnp.asarray(self.embedding, self.dtype)[ids]
+        # Cast after the lookup, so that the table's gradient is summed in float32. In bfloat16, the
+        # sum over a token that occurs in every sentence stops growing after some hundred terms.
+        x = self.embedding[ids].astype(self.dtype)
         # Otherwise, to get the table's gradient, every device gathers those of all tokens, full
         # width.
         x = constrain(x, "looked_up", "tokens", "columns")

@@ -63,3 +63,17 @@ def test_bfloat16_logits_are_kept_in_float32():
     found = network.apply({"params": params}, hidden, method=MBart.logits)
     assert found.dtype == jnp.float32
     np.testing.assert_array_equal(found, 16.0625)
+
+
+def test_gradient_of_a_frequent_token_is_exact_in_bfloat16():
+    """A sum in bfloat16 would stop at 256, where adding 1 no longer changes it."""
+    network = MBart(dataclasses.replace(UNEVEN, scale_embedding=False), jnp.bfloat16)
+    ids = jnp.full((64, 16), 5)
+
+    def total(table):
+        params = {"embedding": table, "logits_bias": jnp.zeros(UNEVEN.vocab)}
+        embeddings = network.apply({"params": params}, ids, method=MBart.embed)
+        return jnp.sum(embeddings.astype(jnp.float32))
+
+    gradient = jax.grad(total)(jnp.ones((UNEVEN.vocab, UNEVEN.width)))
+    np.testing.assert_array_equal(gradient[5], 64 * 16)
