@@ -268,8 +268,10 @@ class _Lock:
                 self._new_folders.append(folder)
         content = json.dumps(dataclasses.asdict(self._holder), indent=2) + "\n"
         # Holder and last touch of a lock whose holder cannot be looked up. Wait and see: if they
-        # change, the holder is alive; if they do not for STALE seconds, the lock is stale.
-        watched = None
+        # change, the holder is alive; if they do not for STALE seconds, the lock is stale. The time
+        # since the first look counts too: a touch may lie in the future, if the folder was copied
+        # or the server's clock set back.
+        watched, first = None, time.monotonic()
         while True:
             with contextlib.suppress(FileExistsError):
                 self._create(content)
@@ -280,11 +282,13 @@ class _Lock:
             except FileNotFoundError:  # released in the meantime
                 continue
             alive = None if holder is None else holder.alive
-            if alive is False or (alive is None and age > STALE):
-                self._take_over(holder, age)
+            same = watched == (holder, touched)
+            quiet = age > STALE or (same and time.monotonic() - first > STALE)
+            if alive is False or (alive is None and quiet):
+                self._take_over(holder, touched, age)
                 continue
             name = "a process that has just started" if holder is None else str(holder)
-            if alive or (watched is not None and watched != (holder, touched)):
+            if alive or (watched is not None and not same):
                 raise Locked(
                     f"{self._path.parent} is in use by {name}: wait until it ends, stop it, or "
                     "give another --workdir"
@@ -295,7 +299,7 @@ class _Lock:
                     "%s was last used by %s; waiting up to %.0f s to see whether it still runs",
                     self._path.parent,
                     name,
-                    STALE - age,
+                    STALE - max(age, 0.0),
                 )
             time.sleep(LOOK)
             # One of several processes must not stop alone: they stop together, at a step.
@@ -312,8 +316,9 @@ class _Lock:
                 self._path.unlink()
                 raise
 
-    def _take_over(self, holder: Holder | None, age: float) -> None:
-        """Removes a stale lock; of several processes that try, only one succeeds."""
+    def _take_over(self, holder: Holder | None, touched: float, age: float) -> None:
+        """Removes a lock that is stale if it still has this holder and last touch; of several
+        processes that try, only one succeeds."""
         # Only the process that creates the claim file for this holder's lock may remove the lock. A
         # slower one that creates it later finds another holder's lock, and leaves that alone.
         name = hashlib.sha256(repr(holder).encode()).hexdigest()[:16]
@@ -322,16 +327,14 @@ class _Lock:
             claim.touch(exist_ok=False)
         except FileExistsError:
             with contextlib.suppress(FileNotFoundError):  # removed in the meantime
-                if self._now() - claim.stat().st_mtime > STALE:  # its process was killed
+                # Its process was killed. A time far in the future is no sign of life either.
+                if abs(self._now() - claim.stat().st_mtime) > STALE:
                     claim.unlink()
             time.sleep(0.01)  # the other process needs no longer than this
             return
         try:
-            touched = self._path.stat().st_mtime
-            if _read(self._path) != holder:
-                return
-            # A lock without a readable holder may be in the middle of being written.
-            if holder is None and self._now() - touched <= STALE:
+            # A lock without a readable holder may be another one, in the middle of being written.
+            if _read(self._path) != holder or self._path.stat().st_mtime != touched:
                 return
             self._path.unlink()
         except FileNotFoundError:  # released in the meantime
@@ -342,7 +345,7 @@ class _Lock:
             "%s: taking over the lock of %s, which no longer runs (last sign of life %.0f s ago)",
             self._path.parent,
             holder or "an unknown process",
-            age,
+            max(age, 0.0),
         )
 
     def _now(self) -> float:

@@ -137,6 +137,20 @@ def test_empty_lock_belongs_to_a_starting_process(workdir, monkeypatch, caplog):
     assert "last used by a process that has just started; waiting up to" in caplog.text
 
 
+@pytest.mark.parametrize("readable", [True, False])
+def test_last_touch_in_the_future_does_not_block_the_folder(workdir, readable, monkeypatch, caplog):
+    monkeypatch.setattr(lock, "STALE", 0.3)
+    monkeypatch.setattr(lock, "LOOK", 0.02)
+    left_by(workdir, age=-3600, machine="another")
+    if not readable:
+        (workdir / NAME).write_text("")
+        os.utime(workdir / NAME, (time.time() + 3600,) * 2)
+    began = time.monotonic()
+    with hold(workdir):
+        assert 0.25 <= time.monotonic() - began < 60
+    assert "waiting up to 0 s" in caplog.text and "(last sign of life 0 s ago)" in caplog.text
+
+
 @pytest.mark.parametrize("pid", ["7", 1 << 70, 0, -1, None])
 def test_stale_lock_naming_no_process_is_taken_over(workdir, pid):
     left_by(workdir, age=lock.STALE + 10, pid=pid)
@@ -225,10 +239,10 @@ def test_bucket_has_no_lock_and_warns_once(caplog):
 
 def test_slow_takeover_leaves_the_lock_of_a_faster_one_alone(workdir):
     left_by(workdir, pid=ended())
-    stale = lock._read(workdir / lock.NAME)
+    stale, touched = lock._read(workdir / lock.NAME), (workdir / lock.NAME).stat().st_mtime
     fast = lock._Lock.of(str(workdir))
     slow = lock._Lock(workdir / lock.NAME)
-    slow._take_over(stale, age=0.0)  # as if it had read the stale lock before
+    slow._take_over(stale, touched, age=0.0)  # as if it had read the stale lock before
     fast.require()
     fast.release()
     assert list(workdir.iterdir()) == []
@@ -236,9 +250,10 @@ def test_slow_takeover_leaves_the_lock_of_a_faster_one_alone(workdir):
 
 def test_killed_takeover_does_not_keep_a_stale_lock_forever(workdir, monkeypatch):
     left_by(workdir, pid=ended())
-    stale = lock._read(workdir / lock.NAME)
+    stale, touched = lock._read(workdir / lock.NAME), (workdir / lock.NAME).stat().st_mtime
     monkeypatch.setattr(pathlib.Path, "unlink", lambda *_, **__: None)
-    lock._Lock(workdir / lock.NAME)._take_over(stale, age=0.0)  # killed before it removed anything
+    slow = lock._Lock(workdir / lock.NAME)
+    slow._take_over(stale, touched, age=0.0)  # killed before it removed anything
     monkeypatch.undo()
     (claim,) = workdir.glob(".*.stale")
     os.utime(claim, (0, 0))
