@@ -34,7 +34,8 @@ class OptimConfig(Section):
       epochs: passes over the training set; sets the run's length unless `steps` does.
       steps: total number of updates, in place of `epochs`.
       batch: examples per update, over all devices and micro-batches.
-      accumulate: number of micro-batches that an update is split into.
+      accumulate: number of micro-batches that an update is split into. Their gradients are
+        averaged, so that a loss per token weights a token by the tokens of its micro-batch.
       lr: peak learning rate.
       lr_per: batch size that `lr` is stated for; the peak is lr * batch / lr_per. None: not scaled.
       schedule: "epoch_cosine", constant within an epoch and one epoch late;
@@ -198,7 +199,9 @@ def replaced_lengths(config: Mapping[str, Any], paths: Iterable[str]) -> dict[st
         if sections[-1:] == ["optim"] and name in REPLACED_BY:
             other = REPLACED_BY[name]
             section = functools.reduce(lambda tree, key: tree[key], sections, config)
-            if section[other] is not None:
+            schedule = SCHEDULES.get(section["schedule"])  # not checked yet
+            read = other == "steps" or (schedule is not None and other in schedule.reads)
+            if section[other] is not None and read:
                 given = ".".join(("config", *sections, other))
                 found[path] = f"{given}={section[other]} is used in its place"
     return found

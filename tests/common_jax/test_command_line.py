@@ -364,6 +364,16 @@ def test_epochs_replaced_by_updates_give_a_warning(capsys):
     assert said in capsys.readouterr().err
 
 
+def test_only_the_length_in_use_is_said_to_have_no_effect(capsys):
+    flags = ("optim.warmup_epochs=1", "optim.warmup_steps=3", "optim.schedule=epoch_cosine")
+    config = "--config=m2mkd/cifar10_vmoe.py:phase=end_to_end"
+    argv = ["run", config, "--workdir=w", *(f"--config.{flag}" for flag in flags)]
+    app.run(lambda config, workdir: None, "", argv)
+    assert "warmup_epochs changes nothing" not in capsys.readouterr().err
+    app.run(lambda config, workdir: None, "", [*argv, "--config.optim.schedule=warmup_cosine"])
+    assert "warmup_epochs changes nothing: config.optim.warmup_steps=3" in capsys.readouterr().err
+
+
 def test_project_config_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("m2mkd/digits.py", "configs/m2mkd/digits.py"):
