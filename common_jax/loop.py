@@ -13,8 +13,16 @@ from jax.sharding import Mesh
 from common_jax import hosts, signals
 from common_jax import mesh as meshes
 from common_jax.checkpoint import FOLDER, Checkpoints, refuse_pattern, take_stock
-from common_jax.log import Alarm, Console, Log, introduce, watch_compilation
-from common_jax.metrics import Recorder, check_tracker, open_tracker, read_metrics
+from common_jax.log import (
+    Alarm,
+    Console,
+    Log,
+    introduce,
+    read_past,
+    unscored,
+    watch_compilation,
+)
+from common_jax.metrics import Recorder, check_tracker, open_tracker
 from common_jax.optim import OptimConfig
 from common_jax.ranges import SEEDS
 from common_jax.report import refresh
@@ -244,14 +252,18 @@ def _train(
         # evaluation, catch up on it now. A checkpoint that was saved before its evaluation has no
         # score, so the scores are read back from the log.
         # ------------------------------------------------------------------------------------------
-        last, lines = hosts.decide(lambda: _past(task, workdir / "metrics.jsonl"))
-        compare_data(due, optim, workdir, last, start=start)
-        evaluations = {line["step"]: line for line in lines}
-        if start and due.evaluation(start) and start not in evaluations:
-            evaluations[start] = evaluation = _evaluate(task, state, log, due)
-        for step, values in evaluations.items():
+        record = workdir / "metrics.jsonl"
+        past = read_past(record, step=start, evaluators=task.evaluators, best=run.best)
+        compare_data(due, optim, workdir, past.last, start=start)
+        if past.averaged:
+            state = _reset_sums(state)
+        if start and due.evaluation(start) and start not in past.evaluations:
+            past.evaluations[start] = evaluation = _evaluate(task, state, log, due)
+        for step, values in past.evaluations.items():
             if due.checkpoint(step):
                 checkpoints.score(step, values)
+        if task.evaluators and run.best is not None:
+            checkpoints.keep_also(unscored(record, due, past, checkpoints.steps()))
 
         # ------------------------------------------------------------------------------------------
         # Steps. Each step is dispatched before the metrics of the previous one are read, while the
@@ -378,11 +390,14 @@ def _write_account(task: Task, workdir: epath.Path, warm: WarmStart | None) -> N
         write_json(workdir / "warm_start.json", warm.account)
 
 
-def _past(task: Task, record: epath.Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The last line of the log, if there is one, and those with evaluations."""
-    prefixes = tuple(f"{name}/" for name in task.evaluators)
-    lines = read_metrics(record) if record.exists() else []
-    return lines[-1:], [line for line in lines if any(name.startswith(prefixes) for name in line)]
+def _reset_sums(state: TrainState) -> TrainState:
+    """The state after a line of the log. The step itself resets the sums at multiples of
+    config.run.log_every, but the line may be one of an earlier start with another log_every."""
+    zeros = {
+        name: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
+        for name, x in state.sums.items()
+    }
+    return state.replace(sums=zeros)
 
 
 def _evaluate(task: Task, state: TrainState, log: Log, due: Due) -> dict[str, float]:

@@ -8,6 +8,7 @@ import contextlib
 import importlib.util
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -151,8 +152,10 @@ class _Events(_Copy):
         self._add(Event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes a step's scalars."""
-        values = [summary.scalar(name, value).value[0] for name, value in scalars.items()]
+        """Writes a step's scalars, without those that are not finite: if every step of a line was
+        skipped, its averages are NaN, which a curve cannot show."""
+        finite = {name: value for name, value in scalars.items() if math.isfinite(value)}
+        values = [summary.scalar(name, value).value[0] for name, value in finite.items()]
         self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
     def close(self) -> None:
@@ -240,13 +243,28 @@ def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
 
     Raises:
       ValueError: for any other line that is not a JSON object of numbers and lists of numbers with
-        an integer "step", naming file and line.
+        an integer "step" and, if it has one, a finite "epoch", naming file and line.
     """
     lines = epath.Path(path).read_bytes().split(b"\n")
     metrics = [_parse_line(path, number, line) for number, line in enumerate(lines[:-1], 1)]
     with contextlib.suppress(ValueError):  # an incomplete line, or "" after the last newline
         metrics.append(_parse_line(path, len(lines), lines[-1]))
     return metrics
+
+
+def scalar(path: epath.PathLike, line: Mapping[str, Any], name: str) -> float | None:
+    """The value of a metric in a line of `path`; None if the line does not have it.
+
+    Raises:
+      ValueError: if it is a list.
+    """
+    value = line.get(name)
+    if isinstance(value, list):
+        raise ValueError(
+            f"{path}: {name} of step {line['step']} is {brief(value)}, which is not a number; fix "
+            "or delete this line"
+        )
+    return value
 
 
 def _parse_line(path: epath.PathLike, number: int, line: bytes) -> dict[str, Any]:
@@ -258,6 +276,9 @@ def _parse_line(path: epath.PathLike, number: int, line: bytes) -> dict[str, Any
             raise RefusedError(
                 f"has {brief(odd[0])}: {brief(values[odd[0]])}, which is not a number"
             )
+        epoch = values.get("epoch", 0)
+        if isinstance(epoch, list) or not abs(epoch) < math.inf:
+            raise RefusedError(f'has "epoch": {brief(epoch)}, which is not a finite number')
     except RefusedError as error:
         raise ValueError(
             f"{path}, line {number}: {error}: {line[:80]!r}; fix or delete this line"

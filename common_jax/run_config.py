@@ -179,22 +179,20 @@ def compare_data(
     due: Due,
     optim: OptimConfig,
     workdir: epath.Path,
-    lines: Sequence[Mapping[str, Any]],
+    line: Mapping[str, Any] | None,
     *,
     start: int,
 ) -> None:
-    """Warns if an epoch has another number of steps than when the run was last logged.
+    """Warns if an epoch has another number of steps than in the last line of the log, if any.
 
     Raises:
       ValueError: in all processes, if an average over the last checkpoints has begun, which would
         then be over others.
     """
     failure = None
-    for line in lines[-1:]:
-        epoch, step = line.get("epoch"), line["step"]
-        if not epoch or round(step / due.steps_per_epoch, 6) == epoch:
-            continue
-        before = round(step / epoch)
+    epoch, step = (0, 0) if line is None else (line.get("epoch"), line["step"])
+    if epoch and round(step / due.steps_per_epoch, 6) != epoch:
+        before = max(1, round(step / epoch))
         logging.warning(
             "%s: the training set has another size than before: an epoch has %d steps, and had "
             "%d. The order of the examples changes, and so does every length given in epochs",

@@ -39,7 +39,7 @@ from cliptrans_jax.towers.table import tower_of
 from common_jax import checkpoint, hosts, loop
 from common_jax.inputs import steps_per_epoch
 from common_jax.mesh import Rules, match_rules, with_shardings
-from common_jax.metrics import read_metrics
+from common_jax.metrics import read_metrics, scalar
 from common_jax.run_config import RunConfig
 from common_jax.step import Evaluate
 from common_jax.task import Task
@@ -311,11 +311,11 @@ def _choose_step(workdir: epath.Path, run: RunConfig) -> epath.Path:
     folder = checkpoint.absolute(workdir) / checkpoint.FOLDER
     steps, record = checkpoint.own_steps(folder), workdir / "metrics.jsonl"
     values = {
-        line["step"]: line[metric]
+        line["step"]: score
         for line in (read_metrics(record) if record.exists() else ())
-        if metric in line
+        if (score := scalar(record, line, metric)) is not None
         and line["step"] in steps
-        and np.isfinite(line[metric])
+        and np.isfinite(score)
         and (line.get("epoch", 0) % run.checkpoint_every == 0 or line["step"] == total)
     }
     if not values:

@@ -31,7 +31,13 @@ from common_jax.mesh import move_to_devices
 from common_jax.state import TrainState
 from common_jax.workdir import in_bucket, keep_identity, read_identity
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
+# What the user has to do before another start can succeed, by errno or, since tensorstore's own
+# errors have none, by the text of the error.
+REMEDIES = (
+    (errno.ENOSPC, "No space left", "Make room"),
+    (errno.EDQUOT, "quota exceeded", "Make room"),
+    (errno.EFBIG, "File too large", "Raise the limit on the size of files (ulimit -f)"),
+)
 # Bytes. On CPU, steps wait until a state this large is written, so that no second copy is made.
 LARGE = 1 << 30
 # Bytes of a file of arrays on disk, unless one array is larger. orbax's default, 2 GiB, buffers up
@@ -87,6 +93,7 @@ class Checkpoints:
         self._averaged_from, self._at_once = averaged_from, at_once
         self._sign = -1 if best is not None and best.rpartition("/")[2] in lower else 1
         self._scores: dict[int, float] = {}  # of evaluated steps, from `best`; higher is better
+        self._also: set[int] = set()  # steps to keep besides
         self._reads = False  # whether orbax may still be reading a state's memory
         # Step and expected content of the save in progress, checked in orbax's thread.
         self._step = None
@@ -176,6 +183,14 @@ class Checkpoints:
         if self._best is not None and self._best in metrics:
             self._scores[step] = self._sign * metrics[self._best]
 
+    def keep_also(self, steps: Collection[int]) -> None:
+        """Never deletes these checkpoints."""
+        self._also |= set(steps)
+
+    def steps(self) -> list[int]:
+        """The steps of the run's complete checkpoints, ascending, as process 0 sees them."""
+        return hosts.decide(lambda: sorted(set(finished_steps(self.folder)) - self._foreign))
+
     def restore_latest(self, abstract: TrainState) -> TrainState:
         """Restores the newest state that can be read, with the shardings of `abstract`.
 
@@ -234,7 +249,7 @@ class Checkpoints:
         hosts.barrier("the checkpoint folder is cleaned up")  # the others must not list it before
         policies = [checkpoint_managers.LatestN(self._keep)]
         if self._best is not None:
-            policies.append(_Best(self._metric))
+            policies.append(_Best(self._metric, self._also))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             enable_async_checkpointing=True,
@@ -320,10 +335,9 @@ class Checkpoints:
             )
         )
         if last or self._on_failed == "stop":
-            # tensorstore's own errors have no errno, only text.
-            full = isinstance(failure, OSError) and failure.errno in FULL
-            full = full or "No space left" in reason or "quota exceeded" in reason
-            advice = "Make room, and start" if full else "Start"
+            number = getattr(failure, "errno", None)
+            found = [does for key, text, does in REMEDIES if key == number or text in reason]
+            advice = f"{found[0]}, and start" if found else "Start"
             where = "it resumes from there" if steps else "it starts from scratch"
             raise SaveError(f"{message}. {advice} the same command again: {where}") from failure
         logging.warning("%s; the run continues", message)
@@ -384,9 +398,11 @@ class _Manager(ocp.CheckpointManager):
 
 @dataclasses.dataclass(frozen=True)
 class _Best(checkpoint_managers.PreservationPolicy):
-    """Keeps the checkpoint with the highest finite value; ties go to the earliest."""
+    """Keeps the checkpoint with the highest finite value, of equal ones the earliest, and the steps
+    in `also`."""
 
     value: Callable[[Any], float]
+    also: Collection[int]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Returns True for the checkpoint to keep."""
@@ -394,7 +410,10 @@ class _Best(checkpoint_managers.PreservationPolicy):
         # Filtered, since the `max` of a list with NaN depends on the order.
         best = max(filter(np.isfinite, values), default=None)
         first = None if best is None else values.index(best)
-        return [place == first for place in range(len(values))]
+        return [
+            place == first or checkpoint.step in self.also
+            for place, checkpoint in enumerate(checkpoints)
+        ]
 
 
 def write_params(

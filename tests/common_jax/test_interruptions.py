@@ -1,9 +1,11 @@
 """The loop on a one-parameter model: stopped, out of disk space, and saving by wall-clock time."""
 
 import dataclasses
+import errno
 import functools
 import json
 import logging
+import os
 
 import descent
 import pytest
@@ -173,10 +175,10 @@ def no_room(monkeypatch):
 
     serialize = ocp.JsonCheckpointHandler._save_fn
 
-    def fail(*steps) -> None:
+    def fail(*steps, number: int = errno.ENOSPC) -> None:
         async def save(self, x, directory):
             if any(f"/{step}." in str(directory) for step in steps):
-                raise OSError(28, "No space left on device", str(directory))
+                raise OSError(number, os.strerror(number), str(directory))
             await serialize(self, x, directory)
 
         monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", save)
@@ -190,6 +192,15 @@ def test_failed_save_stops_the_run_and_a_restart_continues(train, no_room, undis
         train(run_config())
     assert "Make room, and start the same command again" in str(error.value)
     assert kept(tmp_path) == [4]
+    no_room()
+    assert (train(run_config()), log(tmp_path)) == undisturbed
+
+
+def test_file_over_the_size_limit_has_a_remedy_of_its_own(train, no_room, undisturbed, tmp_path):
+    no_room(8, number=errno.EFBIG)
+    said = r"File too large.*Raise the limit on the size of files \(ulimit -f\), and start the same"
+    with pytest.raises(SaveError, match=said):
+        train(run_config())
     no_room()
     assert (train(run_config()), log(tmp_path)) == undisturbed
 

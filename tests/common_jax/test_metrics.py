@@ -68,6 +68,16 @@ def test_events_hold_scalars_and_mark_the_restart(recorder, tmp_path):
     }
 
 
+def test_events_leave_out_what_no_curve_can_show(tmp_path, caplog):
+    recorder = Recorder(tmp_path, step=0)
+    recorder.write(2, 0.5, {"train/loss": float("nan"), "train/x": float("inf"), "train/y": 1.0})
+    recorder.close()
+    assert '"train/loss": NaN, "train/x": Infinity, "train/y": 1.0' in text_of(tmp_path)
+    _, line = events_of(tmp_path)
+    assert [value.tag for value in line.summary.value] == ["train/y"]
+    assert not caplog.messages
+
+
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     (tmp_path / "metrics.jsonl").write_text('{"step": 8}\n')
