@@ -429,6 +429,7 @@ def test_schedules_read_exactly_their_declared_fields(schedule, name):
 @pytest.mark.parametrize("section", ["optim", "recipes.one.optim"])
 def test_epochs_are_replaced_by_updates_in_any_section(section):
     lengths = {"steps": 7, "epochs": 50, "warmup_steps": None, "warmup_epochs": 1}
+    lengths["schedule"] = "warmup_cosine"
     config = {"optim": lengths, "recipes": {"one": {"optim": lengths}}, "epochs": 3}
     paths = ["epochs", *(f"{section}.{name}" for name in lengths)]
     why = f"config.{section}.steps=7 is used in its place"
