@@ -97,14 +97,17 @@ def test_every_problem_of_an_image_set_is_reported(tmp_path, capsys):
     (root / "train/ant/0.png").write_bytes(b"")
     content = (root / "train/bee/1.png").read_bytes()
     (root / "train/bee/1.png").write_bytes(content[: len(content) // 2])
-    draw(root / "train/cat/2.png", 0, (20, 30))
+    draw(root / "train/ant/1.png", 0, (20, 25))
+    for number in (2, 3):
+        draw(root / f"train/cat/{number}.png", 0, (20, 30))
     (root / "test/cat").rename(root / "test/eel")
     flags = image_flags(root, **{"optim.batch": 100})
     status, printed, problems = check(capsys, *flags, "--all")
     assert status == 1 and "unreadable: 2 of 15" in printed
     expected = (
         r"train: 2 of 15 images cannot be read, .*ant/0\.png.*bee/1\.png.*config\.data\.bad_share",
-        r"config\.data\.image_size=24, but there are images of 20 x 30",
+        r"config\.data\.image_size=24, .* other sizes: 20 x 25 \(.*/train/ant/1\.png\), 20 x 30 "
+        r"\(.*/train/cat/2\.png\); ",
         r"split 'test' .* has 3 classes, but config\.data lacks 1 of them: eel; .*ant, bee",
         r"config\.optim\.batch=100 is more than the 15 images",
     )

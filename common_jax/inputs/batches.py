@@ -16,6 +16,7 @@ from common_jax.inputs.examples import (
     Outcome,
     Source,
     host_report_path,
+    name_of,
 )
 from common_jax.inputs.order import (
     epoch_permutation,
@@ -70,6 +71,8 @@ class _TrainReader:
         # An exception would end a worker process, and bad examples must be counted in one place.
         except BadExample as bad:
             return bad
+        except ValueError as error:
+            raise ValueError(f"{name_of(self.source, index)}: {error}") from error
         return example
 
 
@@ -243,6 +246,8 @@ class _EvalReader:
             return example if self.transform is None else self.transform(example)
         except BadExample as bad:
             return bad
+        except ValueError as error:
+            raise ValueError(f"{name_of(self.source, index)}: {error}") from error
 
 
 def _read_eval_batches(

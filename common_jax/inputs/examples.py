@@ -41,6 +41,12 @@ class Source(Protocol):
         ...
 
 
+def name_of(source: Source, index: int) -> str:
+    """Returns what messages call an example: its file, if the source knows it."""
+    name = getattr(source, "name", None)
+    return name(index) if callable(name) else f"example {index}"
+
+
 class BadExamples:
     """The bad examples so far. Each is counted once and reported by name; too many raise an error.
 

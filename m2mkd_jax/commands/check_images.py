@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from common_jax.commands.check import NOWHERE, Findings, read_sizes, say_bad, say_unread_rows
+from common_jax.inputs import name_of
 from m2mkd_jax.config import Config
 from m2mkd_jax.data.augment import SMALL_SIDE
 from m2mkd_jax.data.files.listing import listed
@@ -82,7 +83,14 @@ def _describe_classes(source: Source, findings: Findings) -> None:
 def _check_pixels(source: Source, data: DataConfig, split: str, findings: Findings) -> None:
     """Checks that a sample of the images can be read, and their sizes."""
     places = findings.places(len(source))
-    sizes, bad = read_sizes(lambda i: source[i]["image"].shape[:2], places)
+    first: dict[tuple[int, int], int] = {}  # size -> an image that has it
+
+    def measure(index: int) -> tuple[int, int]:
+        size = source[index]["image"].shape[:2]
+        first.setdefault(size, index)
+        return size
+
+    sizes, bad = read_sizes(measure, places)
     common = ", ".join(
         f"{rows} x {columns} ({count})" for (rows, columns), count in sizes.most_common(3)
     )
@@ -102,11 +110,11 @@ def _check_pixels(source: Source, data: DataConfig, split: str, findings: Findin
         )
     wrong = {size for size in sizes if size != (data.image_size,) * 2}
     if data.image_size <= SMALL_SIDE and wrong:
-        rows, columns = min(wrong)
+        examples = (f"{size[0]} x {size[1]} ({name_of(source, first[size])})" for size in wrong)
         findings.problem(
-            f"{split}: config.data.image_size={data.image_size}, but there are images of {rows} x "
-            f"{columns} pixels; up to {SMALL_SIDE} pixels they are not resized: set it to their "
-            "size or resize the files"
+            f"{split}: config.data.image_size={data.image_size}, but there are images of other "
+            f"sizes: {listed(examples)}; up to {SMALL_SIDE} pixels they are not resized: set "
+            f"it to their size or to more than {SMALL_SIDE}, or resize the files"
         )
 
 

@@ -15,7 +15,7 @@ from m2mkd_jax.data.augment import AugmentConfig, augment, mix, normalise
 from m2mkd_jax.data.ood import OodConfig, load_ood
 from m2mkd_jax.data.source import Source
 from m2mkd_jax.data.sources import DataConfig, load_source, load_test_source
-from m2mkd_jax.data.transforms import eval_transform, train_transform, with_pictures
+from m2mkd_jax.data.transforms import check_sides, eval_transform, train_transform, with_pictures
 
 Batches = Iterator[dict[str, np.ndarray]]
 
@@ -74,6 +74,7 @@ def make_feed(
     # Hosts list the files on their own, and a difference would silently give them different epochs.
     for name, source in (("training", train), ("test", test)):
         _require_same(f"the {name} set of config.data", source)
+        check_sides(source, data)
     shared = {
         "workers": data.workers,
         "bad_share": data.bad_share,
@@ -95,6 +96,7 @@ def make_feed(
     if ood is not None:
         ood_set = load_ood(data, ood, label_names=tuple(train.label_names))
         _require_same("the OOD set of config.ood", ood_set.source)
+        check_sides(ood_set.source, ood_set.data)
         ood_transform = eval_transform(ood_set.data, arrays=ood_set.source.arrays)
         ood_pass = functools.partial(passes, ood_set.source, transform=ood_transform)
         ood_classes = ood_set.classes

@@ -7,6 +7,7 @@ import numpy as np
 
 from common_jax import inputs
 from common_jax.inputs import Example
+from m2mkd_jax.data.augment import SMALL_SIDE
 
 
 @runtime_checkable
@@ -40,3 +41,15 @@ class ArraySource:
 
     def __getitem__(self, index: int) -> Example:
         return {name: array[index] for name, array in self.arrays.items()}
+
+
+def require_side(size: tuple[int, int], side: int, name: str = "") -> None:
+    """Raises ValueError, with the image's `name`, unless its `size`, rows and columns, is `side`
+    twice."""
+    height, width = size
+    if (height, width) != (side, side):
+        raise ValueError(
+            f"{name}{': ' * bool(name)}{height} x {width} pixels do not fit config.data.image_size="
+            f"{side}; up to {SMALL_SIDE} pixels images are not resized: set config.data.image_size "
+            f"to their size or to more than {SMALL_SIDE}, or resize the files"
+        )

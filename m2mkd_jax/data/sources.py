@@ -26,6 +26,7 @@ from common_jax.ranges import (
     shown,
 )
 from m2mkd_jax.data import digits
+from m2mkd_jax.data.augment import SMALL_SIDE
 from m2mkd_jax.data.files.folders import (
     FolderSource,
     SplitFiles,
@@ -168,7 +169,13 @@ def open_source(config: DataConfig, split: str) -> Source:
     if count := counts.get(split, 0):
         source = first_of_each_class(source, count)
     at = f"config.data.source={config.source!r}, path={config.path!r}, split {split!r}"
-    return decode_into_memory(source, config.in_memory, at=at)
+    return decode_into_memory(source, config.in_memory, at=at, side=exact_side(config))
+
+
+def exact_side(config: DataConfig) -> int | None:
+    """The side that every image must have; None if images are resized, or known to have it."""
+    fits = SOURCES[config.source].exact or config.image_size > SMALL_SIDE
+    return None if fits else config.image_size
 
 
 def load_digits_source(config: DataConfig, split: str) -> ArraySource:

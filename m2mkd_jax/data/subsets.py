@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from common_jax.inputs import Example
+from common_jax.inputs import Example, name_of
 from m2mkd_jax.data.files.listing import listed
 from m2mkd_jax.data.source import Source
 
@@ -31,6 +31,10 @@ class Subset:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def name(self, index: int) -> str:
+        """Returns the name of image `index`, for messages."""
+        return name_of(self.source, int(self.indices[index]))
 
     def __getitem__(self, index: int) -> Example:
         return self.source[int(self.indices[index])] | {"label": self.labels[index]}

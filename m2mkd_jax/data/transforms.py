@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from common_jax.inputs import Example
+from common_jax.inputs import BadExample, Example, name_of
 from common_jax.inputs.pictures import pixels_of
 from m2mkd_jax.data.augment import SMALL_SIDE, AugmentConfig, geometry_on_device
+from m2mkd_jax.data.in_memory import spaced
 from m2mkd_jax.data.randaugment import randaugment
-from m2mkd_jax.data.source import Source
-from m2mkd_jax.data.sources import SOURCES, DataConfig
+from m2mkd_jax.data.source import Source, require_side
+from m2mkd_jax.data.sources import SOURCES, DataConfig, exact_side
 
 AREA = (0.08, 1.0)
 ASPECT = (3 / 4, 4 / 3)
@@ -61,6 +62,22 @@ def eval_transform(
     return _size_check(config, arrays) if side <= SMALL_SIDE else EvalTransform(side)
 
 
+def check_sides(source: Source, config: DataConfig) -> None:
+    """Raises ValueError if one of a few images, evenly spaced, has a size that is refused.
+
+    The others are checked as they are read, which for a test set is after training.
+    """
+    side = exact_side(config)
+    if side is None or source.arrays is not None:
+        return
+    for index in spaced(len(source)):
+        try:
+            shape = source[index]["image"].shape
+        except BadExample:
+            continue  # counted when it is read again
+        require_side(shape[:2], side, name_of(source, index))
+
+
 @dataclasses.dataclass(frozen=True)
 class PictureSource:
     """A source of PIL images for `TrainTransform`, so that pixels are copied only after the crop.
@@ -73,6 +90,10 @@ class PictureSource:
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def name(self, index: int) -> str:
+        """Returns the name of image `index`, for messages."""
+        return name_of(self.source, index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"image": self.source.picture(index), "label": self.source.labels[index]}
@@ -100,7 +121,7 @@ class TrainTransform:
         if self.side > SMALL_SIDE:
             image = random_resized_crop(image, rng, side=self.side)
         else:
-            _require_side((image.height, image.width), self.side)
+            require_side((image.height, image.width), self.side)
             image = padded_crop(image, rng, padding=augment.padding)
         if augment.flip and rng.uniform() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -133,7 +154,7 @@ class SideCheck:
     side: int
 
     def __call__(self, example: Example, rng: np.random.Generator | None = None) -> Example:
-        _require_side(example["image"].shape[:2], self.side)
+        require_side(example["image"].shape[:2], self.side)
         return example
 
 
@@ -193,19 +214,9 @@ def resize_and_centre(image: Image.Image, side: int) -> Image.Image:
 def _size_check(config: DataConfig, arrays: Arrays | None) -> SideCheck | None:
     """Checks the size of small images: now if they are in memory, else in the returned check."""
     if arrays is not None:
-        _require_side(arrays["image"].shape[1:3], config.image_size)
+        require_side(arrays["image"].shape[1:3], config.image_size)
     checked = arrays is not None or SOURCES[config.source].exact
     return None if checked else SideCheck(config.image_size)
-
-
-def _require_side(size: tuple[int, int], side: int) -> None:
-    height, width = size
-    if (height, width) != (side, side):
-        raise ValueError(
-            f"config.data.image_size={side}, but an image is {height} x {width} pixels; images of "
-            f"up to {SMALL_SIDE} pixels are not resized: set config.data.image_size to their size "
-            "or resize the files"
-        )
 
 
 def _image(pixels: np.ndarray) -> Image.Image:

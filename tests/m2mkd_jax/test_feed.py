@@ -150,7 +150,7 @@ def test_ood_images_of_wrong_size_are_refused(tmp_path):
     folder = tmp_path / "set/test/3"
     folder.mkdir(parents=True)
     Image.new("L", (9, 9)).save(folder / "0.png")
-    with pytest.raises(ValueError, match=r"image_size=8, but an image is 9 x 9 pixels"):
+    with pytest.raises(ValueError, match=r"/3/0\.png: 9 x 9 pixels do not fit .*image_size=8"):
         feed_of(tmp_path, ood=OodConfig("folder", str(tmp_path / "set")))
 
 

@@ -241,7 +241,9 @@ def test_large_sets_stay_on_disk(tmp_path, monkeypatch):
 
 def test_in_memory_always_needs_images_of_one_size(tmp_path):
     root = make_small(tmp_path, (20, 24))
-    with pytest.raises(ValueError, match=r"in_memory='always' needs images of one size.*20 x 20"):
+    with pytest.raises(
+        ValueError, match=r"in_memory='always' .*20 x 20 pixels and .*dog/1\.png has 24 x 24;"
+    ):
         load_source(config_of(root, labels=2, in_memory="always"), "train")
     with pytest.raises(ValueError, match=r"^in_memory='yes' must be one of"):
         config_of(root, in_memory="yes")
@@ -321,12 +323,47 @@ def test_small_images_are_not_resized(tmp_path):
     (batch,) = eval_batches(source, transform=transforms.eval_transform(fits), batch=1)
     np.testing.assert_array_equal(batch["image"][0], source[0]["image"])
     wrong = config_of(tmp_path, image_size=24, labels=1)
-    with pytest.raises(ValueError, match=r"config\.data\.image_size=24.* 20 x 20"):
+    with pytest.raises(ValueError, match=r"20 x 20 pixels do not fit config\.data\.image_size=24"):
         list(eval_batches(source, transform=transforms.eval_transform(wrong), batch=1))
     for augment in (AugmentConfig(), AugmentConfig(randaugment=True)):
         with pytest.raises(ValueError, match=r"config\.data\.image_size=24"):
             transform = transforms.train_transform(wrong, augment)
             next(train_batches(source, transform=transform, seed=0, batch=1))
+
+
+@pytest.mark.parametrize("odd", [0, 5, 11])
+@pytest.mark.parametrize("mode", ["auto", "always"])
+def test_small_image_of_another_size_is_named_while_loading(tmp_path, odd, mode):
+    root = make_small(tmp_path, [20 + (number == odd) for number in range(12)])
+    with pytest.raises(ValueError, match=rf"/{odd}\.png: 21 x 21 pixels .*image_size=20; "):
+        load_source(config_of(root, labels=2, image_size=20, in_memory=mode), "train")
+    assert len(load_source(config_of(root, labels=2, in_memory="auto"), "train")) == 12
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_small_image_of_another_size_is_named_when_it_is_read(tmp_path, workers):
+    root = make_small(tmp_path, [20 + (number == 5) for number in range(12)])
+    config = config_of(root, labels=2, image_size=20, in_memory="never")
+    source = Subset(load_source(config, "train"), np.arange(12)[::-1], np.zeros(12, int), CLASSES)
+    settings = {"batch": 12, "workers": workers}
+    with pytest.raises(ValueError, match=r"dog/5\.png: 21 x 21 pixels"):
+        next(eval_batches(source, transform=transforms.eval_transform(config), **settings))
+    for augment in (AugmentConfig(), AugmentConfig(randaugment=True)):
+        transform = transforms.train_transform(config, augment)
+        chosen = transforms.with_pictures(source.source, transform)
+        with pytest.raises(ValueError, match=r"dog/5\.png: 21 x 21 pixels"):
+            next(train_batches(chosen, transform=transform, seed=0, **settings))
+
+
+def test_few_images_of_a_set_on_disk_are_measured_before_training(tmp_path):
+    root = make_small(tmp_path, [20] * 11 + [21])
+    config = config_of(root, labels=2, image_size=20, in_memory="never")
+    source = load_source(config, "train")
+    with pytest.raises(ValueError, match=r"dog/11\.png: 21 x 21 pixels"):
+        transforms.check_sides(source, config)
+    (root / "train/dog/11.png").write_bytes(b"")
+    transforms.check_sides(source, config)
+    transforms.check_sides(source, config_of(root, labels=2))
 
 
 def test_per_class_keeps_the_first_images_of_each_class():
