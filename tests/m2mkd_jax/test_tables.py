@@ -272,6 +272,22 @@ def test_settings_are_detected(tmp_path):
         discover.settings_of(str(tmp_path / "pictures"), given)
 
 
+@pytest.mark.parametrize("kind", ["table", "list"])
+@pytest.mark.parametrize("small", ["2", "02"])
+def test_numbers_as_classes_sorted_as_text_give_a_warning(tmp_path, kind, small, caplog):
+    for name in ("a", "b"):
+        draw(tmp_path / f"val/{name}.png", 0)
+    rows = [("val/a.png", small), ("val/b.png", "10")]
+    write_csv(tmp_path / "val.csv", rows)
+    (tmp_path / "val.txt").write_text("".join(f"{file},{label}\n" for file, label in rows))
+    source = open_source(data_of(tmp_path, "table" if kind == "table" else "folder"), "val")
+    assert source.label_names == tuple(sorted((small, "10")))
+    warned = f"val.{'csv' if kind == 'table' else 'txt'}: classes are numbers, but are sorted as"
+    assert (warned in caplog.text) == (small == "2")
+    assert ("'10' has label 0; " in caplog.text) == (small == "2")
+    assert "use a table" not in caplog.text
+
+
 def test_path_ignored_by_digits_gives_a_warning(tmp_path, caplog):
     load_source(DataConfig(path=str(tmp_path)), "test")
     assert "is ignored: config.data.source='digits' needs no files" in caplog.text

@@ -109,14 +109,7 @@ def find_folder(path: str, split: str) -> SplitFiles:
     at = f"config.data.path={path!r}, split {split!r}"
     if not files.names:
         raise FileNotFoundError(f"{at}: no image ({', '.join(IMAGE_SUFFIXES)}) in SPLIT/CLASS/")
-    if all(map(str.isdecimal, classes)) and len(set(map(len, classes))) > 1:
-        logging.warning(
-            "%s: classes are numbers, but are sorted as text, so %r has label %d; weights from "
-            "elsewhere may number them otherwise: pad the names with zeros, or use a table",
-            at,
-            max(classes, key=int),
-            classes.index(max(classes, key=int)),
-        )
+    warn_of_numbers(classes, at=at)
     label_of = {name: label for label, name in enumerate(classes)}
     labels = np.array([label_of[name.split("/")[depth]] for name in files.names], np.int32)
     require_filled(labels, classes, at=at, way_out="fill or remove the folder")
@@ -190,6 +183,17 @@ def label_rows(rows: Sequence[tuple[str, object]], classes: Sequence, *, at: str
             "correct the list or the labels"
         )
     return np.array([place[name] for _, name in rows], np.int32)
+
+
+def warn_of_numbers(classes: Sequence[str], *, at: str) -> None:
+    """Warns about sorted `classes` that are numbers in another order than that of the numbers."""
+    if all(map(str.isdecimal, classes)) and len(set(map(len, classes))) > 1:
+        largest = max(classes, key=int)
+        logging.warning(
+            "%s: classes are numbers, but are sorted as text, so %r has label %d; weights from "
+            "elsewhere may number them otherwise: pad the numbers with zeros",
+            *(at, largest, classes.index(largest)),
+        )
 
 
 def require_filled(labels: np.ndarray, classes: Sequence[str], *, at: str, way_out: str) -> None:

@@ -15,6 +15,7 @@ from m2mkd_jax.data.files.folders import (
     find_folder,
     label_rows,
     require_path,
+    warn_of_numbers,
 )
 from m2mkd_jax.data.files.listing import DirectoryFiles, is_hidden, is_image, listed
 
@@ -173,5 +174,6 @@ def _depends_on_order(images: Sequence[str]) -> bool:
 def _labelled(root: Path, rows: Sequence[tuple[str, str]], *, at: str) -> SplitFiles:
     require_distinct((_place(root, name) for name, _ in rows), at=at)
     classes = sorted({label for _, label in rows})
+    warn_of_numbers(classes, at=at)
     labels = label_rows(rows, classes, at=at)
     return SplitFiles(DirectoryFiles(root, tuple(name for name, _ in rows)), labels, tuple(classes))
