@@ -71,6 +71,14 @@ def test_valid_image_set_is_described(tmp_path, capsys):
     assert "sizes of 5 images" in check(capsys, *flags, "--sample", "5")[1]
 
 
+def test_training_split_to_test_on_is_no_problem_but_warned_of(tmp_path, capsys):
+    flags = image_flags(image_set(tmp_path), **{"data.test_split": "train"})
+    with pytest.raises(SystemExit) as end:
+        check_data.main(["check_data.py", *flags])
+    warned = "config.data.test_split='train' is also the training split"
+    assert end.value.code == 0 and warned in capsys.readouterr().err
+
+
 def test_stopped_check_does_not_exit_as_one_without_problems(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(program, "choose", lambda *_: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(SystemExit) as end:

@@ -13,7 +13,7 @@ from m2mkd_jax.data.augment import SMALL_SIDE
 from m2mkd_jax.data.files.listing import listed
 from m2mkd_jax.data.ood import load_ood
 from m2mkd_jax.data.source import Source
-from m2mkd_jax.data.sources import DataConfig, load_source, open_source
+from m2mkd_jax.data.sources import DataConfig, load_source, open_source, warn_of_one_split
 from m2mkd_jax.data.subsets import with_labels_of
 from m2mkd_jax.phases import PHASES
 from m2mkd_jax.phases.pipeline import plan
@@ -23,6 +23,7 @@ def check_m2mkd(config: Config, findings: Findings) -> None:
     """Checks the image sets: training, test and OOD."""
     data = _undecoded(config.data)
     findings.say(f"m2mkd, phase {config.phase}: config.data.source={data.source!r} {data.path}")
+    warn_of_one_split(data)
     train = _check_images(data, "train_split", load_source, findings)
     test = _check_images(data, "test_split", open_source, findings)
     if data.source == "table" and not data.test_share:

@@ -147,6 +147,7 @@ def load_test_source(config: DataConfig, label_names: Sequence[str]) -> Source:
       FileNotFoundError, ImportError: like `load_source`.
       ValueError: like `load_source`, and for a class that the training set lacks.
     """
+    warn_of_one_split(config)
     source = open_source(config, config.test_split)
     place = "".join(
         f", config.data.{key}={value!r}"
@@ -155,6 +156,16 @@ def load_test_source(config: DataConfig, label_names: Sequence[str]) -> Source:
     )
     at = f"config.data.source={config.source!r}{place}, split {config.test_split!r}"
     return with_labels_of(source, label_names, at=at)
+
+
+def warn_of_one_split(config: DataConfig) -> None:
+    """Warns if the test split is the training split, as it may be on purpose."""
+    if config.test_split == config.train_split:
+        logging.warning(
+            "config.data.test_split=%r is also the training split: its accuracy is of images that "
+            "the run has trained on",
+            config.test_split,
+        )
 
 
 def open_source(config: DataConfig, split: str) -> Source:

@@ -11,7 +11,7 @@ from PIL import Image
 from common_jax.inputs import BadExample, eval_batches, train_batches
 from m2mkd_jax.data import transforms
 from m2mkd_jax.data.augment import AugmentConfig
-from m2mkd_jax.data.sources import DataConfig, load_source
+from m2mkd_jax.data.sources import DataConfig, load_source, load_test_source
 from m2mkd_jax.data.subsets import Subset
 
 CLASSES = ("cat", "dog", "owl")
@@ -329,6 +329,16 @@ def test_small_images_are_not_resized(tmp_path):
         with pytest.raises(ValueError, match=r"config\.data\.image_size=24"):
             transform = transforms.train_transform(wrong, augment)
             next(train_batches(source, transform=transform, seed=0, batch=1))
+
+
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_training_split_to_test_on_gives_a_warning(split, caplog):
+    config = DataConfig(test_split=split)
+    names = load_source(config, "train").label_names
+    assert not caplog.text
+    assert len(load_test_source(config, names)) == (360 if split == "test" else 1437)
+    warned = "config.data.test_split='train' is also the training split: its accuracy is of images"
+    assert (warned in caplog.text) == bool(caplog.text) == (split == "train")
 
 
 @pytest.mark.parametrize("odd", [0, 5, 11])
