@@ -179,6 +179,7 @@ def test_flat_split_with_a_class_list(tmp_path, text):
     ("text", "message"),
     [
         ("ant\nbee\n", r"val\.txt has 2 classes, one per line, but .*val has 1 images; write FILE"),
+        ("x ant\ny bee\n", r"has 2 classes, .*: no line begins with a file there \(a0\.png\)"),
         (
             "x.png ant\n",
             r"val\.txt, line 1 must have a file of .*val and its class, separated by ' '",
@@ -209,6 +210,15 @@ def test_classes_alone_need_one_order_of_the_images(tmp_path, prefix):
     for number in (1, 2):
         (tmp_path / f"val/{prefix}{number}.png").rename(tmp_path / f"val/{prefix}0{number}.png")
     assert values(load_source(config, "val")) == {"ant": [1], "bee": [2], "cat": [10]}
+
+
+@pytest.mark.parametrize("text", ["red fox\npolar bear\n", "fox, red\nbear, polar\n"])
+def test_all_classes_alone_may_have_several_words(tmp_path, text):
+    for number, name in enumerate(("a0", "b0")):
+        draw(tmp_path / f"val/{name}.png", number)
+    (tmp_path / "val.txt").write_text(text)
+    fox, bear = text.splitlines()
+    assert values(open_source(data_of(tmp_path, "folder"), "val")) == {fox: [0], bear: [1]}
 
 
 @pytest.mark.parametrize("text", ["cat\ngreat dane\n", "great dane\ncat\n"])

@@ -121,7 +121,8 @@ def find_flat(root: Path, split: str, list_file: Path) -> SplitFiles:
         if len(lines) != len(images):
             raise ValueError(
                 f"{list_file} has {len(lines)} classes, one per line, but {root / split} has "
-                f"{len(images)} images; write FILE and CLASS in each line, or correct the list"
+                f"{len(images)} images; write FILE and CLASS in each line, or correct the list: no "
+                f"line begins with a file there ({listed(images[:2]) or 'it has no image'})"
             )
         if _depends_on_order(images):
             raise ValueError(
@@ -151,17 +152,23 @@ def find_flat(root: Path, split: str, list_file: Path) -> SplitFiles:
 
 
 def _separator(lines: Sequence[str], known: Mapping[str, str]) -> str | None:
-    """Returns what separates files from classes; None if the lines are classes, of which some may
-    be several words."""
+    """Returns what separates files from classes; None if the lines are classes, of one or several
+    words."""
     marks = "\t, "
     with_file = (mark for mark in marks if any(_file_of(line, mark, known) for line in lines))
-    in_all = (mark for mark in marks if lines and all(mark in line for line in lines))
-    return next(with_file, next(in_all, None))
+    # Files that are missing, so that the list is wrong.
+    like_file = (mark for mark in marks if any(is_image(_first(line, mark)) for line in lines))
+    return next(with_file, next(like_file, None))
 
 
 def _file_of(line: str, mark: str, known: Mapping[str, str]) -> str | None:
+    return known.get(_first(line, mark))
+
+
+def _first(line: str, mark: str) -> str:
+    """Returns the name of the file that a line may begin with; "" if it lacks the mark."""
     file, found, _ = line.partition(mark)
-    return known.get(file.strip().rpartition("/")[2]) if found else None
+    return file.strip().rpartition("/")[2] if found else ""
 
 
 def _depends_on_order(images: Sequence[str]) -> bool:
