@@ -159,6 +159,21 @@ def test_classes_that_share_a_folder_are_refused(tmp_path):
         load_source(data_of(root, 2), "train")
 
 
+def test_links_to_missing_folders_give_a_warning(tmp_path, caplog):
+    root = make(tmp_path / "set", train={"ant": 1, "bee": 1})
+    assert load_source(data_of(root, 2), "train").label_names == ("ant", "bee")
+    assert not caplog.text
+    for link in ("cat", "bee/more", "bee/.hidden", ".hidden"):
+        (root / "train" / link).symlink_to("nowhere", target_is_directory=True)
+    (root / "train/ant/same").symlink_to("same")
+    assert load_source(data_of(root, 2), "train").label_names == ("ant", "bee")
+    links = ", ".join(str(root / "train" / link) for link in ("ant/same", "bee/more", "cat"))
+    assert (
+        f"left out 3 links whose targets are missing, and which may be folders of images: {links}"
+        in (caplog.text)
+    )
+
+
 def test_folder_symlinked_twice_within_its_class_counts_once(tmp_path):
     root = make(tmp_path / "set", train={"ant": 1})
     draw(tmp_path / "elsewhere/a.png")

@@ -81,7 +81,8 @@ def find_in_directory(root: Path, split: str) -> tuple[DirectoryFiles, list[str]
 
     Links to files and folders are followed. A folder that can be reached twice within its class is
     read only once, and one that contains the split itself is not read at all; both cause a warning.
-    Hidden files and folders are left out; a broken link counts as an image that cannot be read.
+    Hidden files and folders are left out. A broken link that is named like an image counts as one
+    that cannot be read; others, which may have been folders, cause a warning.
 
     Raises:
       FileNotFoundError: no such split.
@@ -92,7 +93,7 @@ def find_in_directory(root: Path, split: str) -> tuple[DirectoryFiles, list[str]
     if not top.is_dir() or Path(split).is_absolute():
         raise missing_split(root, split, (p.name for p in root.iterdir() if p.is_dir()))
     at = f"config.data.path={str(root)!r}, split {split!r}"
-    classes, loose, hidden = [], [], []
+    classes, loose, hidden, broken = [], [], [], []
     with os.scandir(top) as entries:
         for entry in entries:
             if is_hidden(entry.name):
@@ -101,6 +102,8 @@ def find_in_directory(root: Path, split: str) -> tuple[DirectoryFiles, list[str]
                 classes.append(entry.name)
             elif is_image(entry.name):
                 loose.append(entry.name)
+            elif _is_broken(entry):
+                broken.append(entry.path)
     if hidden:
         logging.info("%s: left out hidden folders: %s", at, listed(hidden))
     classes.sort()
@@ -118,6 +121,12 @@ def find_in_directory(root: Path, split: str) -> tuple[DirectoryFiles, list[str]
         f"{prefix}{name}/{file}" for name in classes for file in walk.images(str(top / name), name)
     ]
     warn_of_other_files(walk.others, at=at)
+    if broken := broken + walk.broken:
+        logging.warning(
+            "%s: left out %d links whose targets are missing, and which may be folders of images: "
+            "%s; restore the targets or remove the links",
+            *(at, len(broken), listed(broken)),
+        )
     if walk.left_out:
         logging.warning(
             "%s: left out %d links to folders that were already read: %s",
@@ -139,6 +148,7 @@ class _Walk:
     def __init__(self, top: str, at: str):
         self.left_out: list[str] = []
         self.others: list[str] = []  # files without an image suffix
+        self.broken: list[str] = []  # links without one, whose targets are missing
         self._top = top
         self._at = at
         self._owner: dict[str, str] = {}  # class by the real path of a folder
@@ -183,6 +193,8 @@ class _Walk:
                         queue.append((entry.path, target, f"{below}{entry.name}/"))
                     elif is_image(entry.name):
                         yield below + entry.name
+                    elif _is_broken(entry):
+                        self.broken.append(entry.path)
                     else:
                         self.others.append(entry.name)
 
@@ -198,6 +210,10 @@ def _is_folder(entry: os.DirEntry) -> bool:
         if error.errno == errno.ELOOP:
             return False
         raise
+
+
+def _is_broken(entry: os.DirEntry) -> bool:
+    return entry.is_symlink() and not os.path.exists(entry.path)
 
 
 def _is_utf8(name: str) -> bool:
