@@ -9,6 +9,7 @@ import numpy as np
 
 from common_jax.inputs import BadExample, Example, name_of
 from common_jax.log import progress
+from m2mkd_jax.data.files.listing import listed
 from m2mkd_jax.data.source import Source, require_side
 
 IN_MEMORY = ("auto", "always", "never")
@@ -62,12 +63,20 @@ def decode_into_memory(source: Source, when: str, *, at: str, side: int | None =
 
     Raises:
       ValueError: an image of another size than `side`, "always" with images of different sizes, or
-        none of the first can be read.
+        none can be read.
     """
     if source.arrays is not None or when == "never":
         return source
-    sample = (_read(source, index) for index in range(min(10, len(source))))
-    first = next((example for example in sample if not isinstance(example, BadExample)), None)
+    places = spaced(len(source))
+    if when == "always":  # then one that can be read must be found
+        places += sorted(set(range(len(source))).difference(places))
+    sample, unread = (_read(source, index) for index in places), []
+    for first in sample:
+        if not isinstance(first, BadExample):
+            break
+        unread.append(str(first))
+    else:
+        first = None
     shape = (0, 0, 0) if first is None else first["image"].shape
     if first is not None and side is not None:
         shape = (side, side, shape[2])
@@ -76,7 +85,10 @@ def decode_into_memory(source: Source, when: str, *, at: str, side: int | None =
     if when == "auto" and not fits:
         return source
     if first is None:
-        raise ValueError(f"{at}: none of the first images can be read; repair or remove them")
+        raise ValueError(
+            f"{at}: none of {len(unread)} images can be read: {listed(unread)}; repair or remove "
+            "them"
+        )
     images, bad = np.zeros((len(source), *shape), np.uint8), {}
 
     def decode(start: int) -> tuple[int, tuple[int, ...]] | None:

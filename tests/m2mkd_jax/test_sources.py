@@ -249,6 +249,30 @@ def test_in_memory_always_needs_images_of_one_size(tmp_path):
         config_of(root, in_memory="yes")
 
 
+@pytest.mark.parametrize("good", [0, 25, 27, 29])
+def test_in_memory_always_needs_one_image_that_can_be_read(tmp_path, good):
+    root = make_small(tmp_path, (20,) * 30)
+    config = config_of(root, labels=2, in_memory="always")
+    plain = load_source(config_of(root, labels=2, in_memory="never"), "train")
+    for index in set(range(30)) - {good}:
+        (root / plain.files.names[index]).write_bytes(b"")
+    source = load_source(config, "train")
+    assert set(source.bad) == set(range(30)) - {good}
+    (root / plain.files.names[good]).write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"none of 30 images can be read: .*cat/0\.png: OSError: th"
+    ):
+        load_source(config, "train")
+
+
+def test_set_whose_first_images_are_bad_is_decoded(tmp_path):
+    root = make_small(tmp_path, (20,) * 30)
+    plain = load_source(config_of(root, labels=2, in_memory="never"), "train")
+    for name in plain.files.names[:12]:
+        (root / name).write_bytes(b"")
+    assert set(load_source(config_of(root, labels=2), "train").bad) == set(range(12))
+
+
 def test_bad_image_in_a_decoded_set_is_counted(tmp_path):
     root, report = make_small(tmp_path / "set", (20,) * 6), tmp_path / "bad_examples.jsonl"
     (root / "train/cat/2.png").write_bytes(b"")
