@@ -1,6 +1,10 @@
 """Images outside class folders: tables, flat folders with a list; and sets split by fraction."""
 
+import errno
+import io
 import logging
+import os
+import re
 
 import numpy as np
 import pytest
@@ -280,6 +284,41 @@ def test_settings_are_detected(tmp_path):
     assert discover.settings_of(str(tmp_path / "t"), given) == {}
     with pytest.raises(ValueError, match="has images but no class folders; move them into"):
         discover.settings_of(str(tmp_path / "pictures"), given)
+
+
+@pytest.mark.parametrize(
+    ("source", "closed"),
+    [
+        ("folder", "train"),
+        ("folder", "train/bee"),
+        ("folder", "val.txt"),
+        ("folder", "val"),
+        ("folder", "test.zip"),
+        ("table", "train.csv"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, source, closed, monkeypatch):
+    folders(tmp_path / "train", dict.fromkeys(CLASSES, 1))
+    draw(tmp_path / "val/a0.png", 0)
+    (tmp_path / "val.txt").write_text("a0 ant\n")
+    write_csv(tmp_path / "train.csv", [("val/a0.png", "ant")])
+    (tmp_path / "test.zip").touch()
+
+    def closing(function):
+        def call(path=".", *args, **settings):
+            if str(path) == str(tmp_path / closed):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return function(path, *args, **settings)
+
+        return call
+
+    for module, name in ((os, "scandir"), (os, "listdir"), (io, "open")):
+        monkeypatch.setattr(module, name, closing(getattr(module, name)))
+    split = re.match(r"\w+", closed)[0]
+    with pytest.raises(OSError, match=re.escape(f"{closed}' cannot be read (Permission")) as error:
+        open_source(data_of(tmp_path, source), split)
+    assert str(error.value).startswith(f"config.data.path='{tmp_path}': '{tmp_path}/")
+    assert str(error.value).endswith("; make it readable, remove it or correct config.data.path")
 
 
 @pytest.mark.parametrize("kind", ["table", "list"])
