@@ -146,6 +146,20 @@ def test_pipeline_episodes_need_enough_classes(tmp_path, capsys):
     assert any("few_shot.optim.batch=20 is more than the 15 images of" in x for x in problems)
 
 
+def test_every_episode_needs_enough_images(tmp_path, capsys):
+    """With seed 1 the episode has the classes a and b, with seed 4 b and the smaller c."""
+    root = image_set(tmp_path, classes="ecdba", each=6)
+    for number in range(2, 7):
+        (root / f"train/c/{number}.png").unlink()
+    config = IMAGES.replace("end_to_end", "few_shot")
+    settings = {"ways": 2, "shots": 3, "test_shots": 2, "seed": 1}
+    flags = image_flags(root, **{"data.labels": 5, "optim.batch": 6})[1:]
+    flags += [f"--config.few_shot.{key}={value}" for key, value in settings.items()]
+    assert check(capsys, config, *flags)[0] == 0
+    (problem,) = check(capsys, config, *flags, "--config.few_shot.episodes=9")[2]
+    assert re.search(r"shots=3, but class c, which .*seed=4 draws, has 2 images in the tr", problem)
+
+
 def test_missing_splits_and_empty_classes_are_both_reported(tmp_path, capsys):
     root = image_set(tmp_path)
     (root / "train/fly").mkdir()

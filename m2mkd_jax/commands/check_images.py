@@ -16,6 +16,7 @@ from m2mkd_jax.data.source import Source
 from m2mkd_jax.data.sources import DataConfig, load_source, open_source, warn_of_one_split
 from m2mkd_jax.data.subsets import with_labels_of
 from m2mkd_jax.phases import PHASES
+from m2mkd_jax.phases.phase import Splits
 from m2mkd_jax.phases.pipeline import plan
 
 
@@ -42,7 +43,7 @@ def check_m2mkd(config: Config, findings: Findings) -> None:
             if draw is not None:
                 count = run.few_shot.ways * run.few_shot.shots
                 if test is not None:
-                    findings.attempt(draw, run, (train, test))
+                    _check_episodes(run, draw, (train, test), findings)
             if run.optim.batch > count:
                 section = f"config.recipes.{run.phase}" if name else "config"
                 findings.problem(
@@ -51,6 +52,16 @@ def check_m2mkd(config: Config, findings: Findings) -> None:
                 )
     if config.ood.source and train is not None:
         _check_ood(config, train, findings)
+
+
+def _check_episodes(config: Config, draw: Callable, splits: Splits, findings: Findings) -> None:
+    """Draws all episodes up to the first that lacks images; others would repeat its problem."""
+    first, count = config.few_shot.seed, config.few_shot.episodes
+    for seed in range(first, first + count):
+        few_shot = dataclasses.replace(config.few_shot, seed=seed, episodes=1)
+        episode = dataclasses.replace(config, few_shot=few_shot)
+        if findings.attempt(draw, episode, splits) is None:
+            return
 
 
 def _undecoded(data: DataConfig) -> DataConfig:

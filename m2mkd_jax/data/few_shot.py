@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -30,6 +31,9 @@ def choose_episode(
     seed: int,
     labels_count: int,
     eligible: np.ndarray | None = None,
+    key: str = "shots",
+    split: str = "training",
+    names: Sequence[str] = (),
 ) -> Episode:
     """Chooses `shots` examples of each of `ways` classes out of `labels_count`.
 
@@ -46,6 +50,8 @@ def choose_episode(
       seed: seed of the draw.
       labels_count: number of classes to choose from.
       eligible: [n] bool, the examples that may be chosen (an official split); None for all.
+      key, split: field of config.few_shot that `shots` is, and what is drawn from, for messages.
+      names: names of the classes, for messages; () for their numbers.
 
     Raises:
       ValueError: more ways than classes, or a chosen class with fewer than `shots` examples.
@@ -60,12 +66,14 @@ def choose_episode(
     # above, a seed gives the original's choices.
     draw = np.random.RandomState(seed)
     picks = []
-    for name in classes:
-        places = np.flatnonzero((labels == name) & allowed)
+    for label in classes:
+        places = np.flatnonzero((labels == label) & allowed)
         if len(places) < shots:
+            name = names[label] if names else label
             raise ValueError(
-                f"class {name} has {len(places)} examples, but {shots} are needed; lower "
-                "config.few_shot.shots or config.few_shot.test_shots"
+                f"config.few_shot.{key}={shots}, but class {name}, which the episode with "
+                f"config.few_shot.seed={seed} draws, has {len(places)} images in the {split} "
+                f"split; lower config.few_shot.{key}, add images or choose another seed"
             )
         picks.append(draw.permutation(places)[:shots])
     indices = draw.permutation(np.concatenate(picks))
@@ -85,21 +93,22 @@ def choose_task(
     seed: int,
     labels_count: int,
     validate_on_train: bool = False,
+    names: Sequence[str] = (),
 ) -> tuple[Episode, Episode]:
     """Chooses training and validation episodes with the same classes.
 
     The validation examples come from the test split. `validate_on_train` takes them from the
     training split, as the original does for CIFAR-100: with the same seed they then include every
-    training example. This is only for comparison with published numbers.
+    training example. This is only for comparison with published numbers. `names` are those of the
+    classes, for messages.
     """
-    train = choose_episode(
-        train_labels, ways=ways, shots=shots, seed=seed, labels_count=labels_count
-    )
+    same = {"ways": ways, "seed": seed, "labels_count": labels_count, "names": names}
+    train = choose_episode(train_labels, shots=shots, **same)
     validation = choose_episode(
         train_labels if validate_on_train else test_labels,
-        ways=ways,
         shots=validation_shots,
-        seed=seed,
-        labels_count=labels_count,
+        key="test_shots",
+        split="training" if validate_on_train else "test",
+        **same,
     )
     return train, validation

@@ -214,6 +214,7 @@ def draw_images(config: Config, splits: Splits) -> tuple[Source, Source]:
         seed=few_shot.seed,
         labels_count=len(train.label_names),
         validate_on_train=few_shot.test_on_train,
+        names=train.label_names,
     )
     return _subset(train, chosen), _subset(train if few_shot.test_on_train else test, held_out)
 

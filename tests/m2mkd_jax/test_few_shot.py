@@ -98,7 +98,7 @@ def test_eligible_rows_keep_splits_apart():
     train, test = episode(eligible=split), episode(eligible=~split, shots=6)
     assert train.classes == test.classes
     assert split[train.indices].all() and not split[test.indices].any()
-    with pytest.raises(ValueError, match=r"has 9 examples, but 25 are needed"):
+    with pytest.raises(ValueError, match=r"shots=25, .* has 9 images in the training split; low"):
         episode(eligible=split, shots=25)
 
 
@@ -151,8 +151,33 @@ def test_episode_feed_has_requested_number_of_images(tmp_path, test_on_train):
 def test_impossible_episodes_name_the_key():
     with pytest.raises(ValueError, match=r"config\.few_shot\.ways=21 .* 20"):
         episode(ways=21)
-    with pytest.raises(ValueError, match=r"has 30 examples, but 31.*config\.few_shot\.shots"):
+    with pytest.raises(
+        ValueError, match=r"^config\.few_shot\.shots=31, .* has 30 images in the train"
+    ):
         episode(shots=31)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shots": 3}, r"\.shots=3, but class cat, .*seed=5 draws, has 2 images in the training s"),
+        (
+            {"validation_shots": 2},
+            r"\.test_shots=2, but class ant, .* has 1 images in the test spl",
+        ),
+        (
+            {"validation_shots": 3, "validate_on_train": True},
+            r"\.test_shots=3, but class cat, .* has 2 images in the training split; lower config\."
+            r"few_shot\.test_shots",
+        ),
+    ],
+)
+def test_class_and_split_with_too_few_images_are_named(settings, message):
+    train, test = np.array([0, 0, 0, 1, 1, 1, 2, 2]), np.array([0, 1, 1, 1, 2, 2, 2])
+    task = {"ways": 3, "shots": 2, "validation_shots": 1, "seed": 5, "labels_count": 3}
+    choose_task(train, test, **task, names=("ant", "bee", "cat"))
+    with pytest.raises(ValueError, match=message):
+        choose_task(train, test, **task | settings, names=("ant", "bee", "cat"))
 
 
 @pytest.mark.parametrize(("count", "world"), [(600, 4), (513, 3), (256, 1)])
