@@ -265,6 +265,18 @@ def test_corrupt_record_file_is_named(tmp_path):
         load_source(config_of(tmp_path), "train")
 
 
+@pytest.mark.parametrize("chunk", [3, 5, 10])
+def test_files_of_unreadable_records_are_named_without_the_others(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(records, "CHUNK", chunk)
+    folder = prepared(tmp_path)
+    next(folder.glob("*00001-of*")).write_bytes(b"")
+    start = {3: 3, 5: 5, 10: 0}[chunk]
+    with pytest.raises(ValueError, match=rf"records {start} to {start + chunk - 1}: ") as error:
+        load_source(config_of(tmp_path), "train")
+    message = str(error.value)
+    assert "00001-of-00002" in message and ("00000-of-00002" in message) == (chunk != 5)
+
+
 def test_truncated_image_is_a_bad_example(tmp_path, monkeypatch):
     cut = encoded(6)[:60]
     monkeypatch.setitem(globals(), "encoded", lambda i, plain=encoded: cut if i == 6 else plain(i))

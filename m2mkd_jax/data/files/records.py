@@ -337,10 +337,15 @@ def _read_labels(builder: Any, split: str) -> np.ndarray:
 
 
 def _unreadable(builder: Any, split: str, numbers: range, reason: str) -> str:
+    whole = builder.info.splits[split]
+    # Only the files of these records: a set may have a thousand.
+    first, last = np.searchsorted(
+        np.cumsum(whole.shard_lengths), (numbers.start, numbers.stop - 1), side="right"
+    )
     return (
         f"{builder.info.full_name}, split {split!r}, records {numbers.start} to "
         f"{numbers.stop - 1}: {reason}. Copy or prepare the files again: "
-        f"{listed(os.fspath(path) for path in builder.info.splits[split].filepaths)}"
+        f"{listed(os.fspath(path) for path in whole.filepaths[first : last + 1])}"
     )
 
 
