@@ -183,6 +183,10 @@ def test_flat_split_with_a_class_list(tmp_path, text):
     ("text", "message"),
     [
         ("ant\nbee\n", r"val\.txt has 2 classes, one per line, but .*val has 1 images; write FILE"),
+        (
+            "ant a0.png\n",
+            r"val\.txt, line 1 must have a file of .*val and its class, .* by ' '; it is 'ant a0",
+        ),
         ("x ant\ny bee\n", r"has 2 classes, .*: no line begins with a file there \(a0\.png\)"),
         (
             "x.png ant\n",

@@ -213,6 +213,20 @@ MISTAKES: tuple[Mistake, ...] = (
         tests=f"{TESTS}/test_sources.py::test_images_are_decoded_in_chunks",
     ),
     Mistake(
+        file=f"{DATA}/in_memory.py",
+        what="the first images stand for the set",
+        right="np.linspace(0, size - 1, min(SAMPLE, size))",
+        wrong="np.arange(min(SAMPLE, size))",
+        tests=f"{TESTS}/test_sources.py::test_set_whose_first_images_are_bad_is_decoded",
+    ),
+    Mistake(
+        file=f"{DATA}/few_shot.py",
+        what="images to test on are said to be missing from the training split",
+        right='split="training" if validate_on_train else "test"',
+        wrong='split="training"',
+        tests=f"{TESTS}/test_few_shot.py::test_class_and_split_with_too_few_images_are_named",
+    ),
+    Mistake(
         file=f"{INPUTS}/order.py",
         what="an example's draws are those of every epoch",
         right="path = (epoch, index, copy) if copy else (epoch, index)",

@@ -156,19 +156,18 @@ def _separator(lines: Sequence[str], known: Mapping[str, str]) -> str | None:
     words."""
     marks = "\t, "
     with_file = (mark for mark in marks if any(_file_of(line, mark, known) for line in lines))
-    # Files that are missing, so that the list is wrong.
-    like_file = (mark for mark in marks if any(is_image(_first(line, mark)) for line in lines))
-    return next(with_file, next(like_file, None))
+    # Images that are missing or come last: the list is wrong, and must not be taken for classes.
+    with_image = (mark for mark in marks if any(_has_image(line, mark) for line in lines))
+    return next(with_file, next(with_image, None))
 
 
 def _file_of(line: str, mark: str, known: Mapping[str, str]) -> str | None:
-    return known.get(_first(line, mark))
-
-
-def _first(line: str, mark: str) -> str:
-    """Returns the name of the file that a line may begin with; "" if it lacks the mark."""
     file, found, _ = line.partition(mark)
-    return file.strip().rpartition("/")[2] if found else ""
+    return known.get(file.strip().rpartition("/")[2]) if found else None
+
+
+def _has_image(line: str, mark: str) -> bool:
+    return mark in line and any(is_image(part.strip()) for part in line.split(mark))
 
 
 def _depends_on_order(images: Sequence[str]) -> bool:
