@@ -10,7 +10,7 @@ batch size; each host yields its own consecutive rows.
 """
 
 from common_jax.inputs.batches import EvalTransform, TrainTransform, eval_batches, train_batches
-from common_jax.inputs.examples import BadExample, Batch, Example, Source, name_of
+from common_jax.inputs.examples import BadExample, BadExamples, Batch, Example, Source, name_of
 from common_jax.inputs.order import (
     epoch_permutation,
     example_generator,

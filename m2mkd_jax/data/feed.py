@@ -92,11 +92,13 @@ def make_feed(
         **shared,
     )
     passes = functools.partial(inputs.eval_batches, batch=micro_batch, **shared)
+    _require_readable(test, data.bad_share)
     ood_pass, ood_classes = None, ()
     if ood is not None:
         ood_set = load_ood(data, ood, label_names=tuple(train.label_names))
         _require_same("the OOD set of config.ood", ood_set.source)
         check_sides(ood_set.source, ood_set.data)
+        _require_readable(ood_set.source, data.bad_share)
         ood_transform = eval_transform(ood_set.data, arrays=ood_set.source.arrays)
         ood_pass = functools.partial(passes, ood_set.source, transform=ood_transform)
         ood_classes = ood_set.classes
@@ -141,6 +143,16 @@ def prepare_training(
 def prepare_evaluation(batch: Mapping[str, jax.Array], data: DataConfig) -> Float[Array, "B I J X"]:
     """Returns the normalised images of an evaluation batch."""
     return normalise(batch["image"], mean=data.mean, std=data.std)
+
+
+def _require_readable(source: Source, bad_share: float) -> None:
+    """Raises ValueError, as a pass over all of `source` would, if too many of its images are known
+    to be bad; several hosts count their own."""
+    bad = getattr(source, "bad", {})
+    if hosts.shard()[1] == 1 and len(bad) > bad_share * len(source):
+        counted = inputs.BadExamples(len(source), bad_share, None)
+        for index, one in bad.items():
+            counted.add(index, one)
 
 
 def _require_same(what: str, source: Source) -> None:

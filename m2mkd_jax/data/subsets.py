@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from common_jax.inputs import Example, name_of
+from common_jax.inputs import BadExample, Example, name_of
 from m2mkd_jax.data.files.listing import listed
 from m2mkd_jax.data.source import Source
 
@@ -28,6 +28,13 @@ class Subset:
             return None
         arrays = {name: array[self.indices] for name, array in self.source.arrays.items()}
         return arrays | {"label": self.labels}
+
+    @functools.cached_property
+    def bad(self) -> dict[int, BadExample]:
+        """The images that are known to be bad, by their place."""
+        bad = getattr(self.source, "bad", {})
+        places = enumerate(self.indices.tolist() if bad else ())
+        return {place: bad[index] for place, index in places if index in bad}
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -21,6 +21,7 @@ from m2mkd_jax.data.in_memory import DecodedSource
 from m2mkd_jax.data.ood import OodConfig
 from m2mkd_jax.data.source import ArraySource
 from m2mkd_jax.data.sources import DataConfig
+from m2mkd_jax.data.subsets import Subset
 
 NAMES = tuple("0123456789")
 
@@ -115,9 +116,27 @@ def test_bad_images_are_reported_up_to_bad_share(tmp_path, kind):
 
     with pytest.raises(ValueError, match="1 bad examples of 10"):
         read(0.05)
-    (tmp_path / "bad_examples.jsonl").unlink()
+    (tmp_path / "bad_examples.jsonl").unlink(missing_ok=True)
     read(0.1)
     assert "number 3" in (tmp_path / "bad_examples.jsonl").read_text()
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_test_set_with_too_many_bad_images_is_refused_before_training(tmp_path, chosen):
+    """Of a set in memory, whose bad images are known."""
+    test = numbers(12, bad=(3, 7))
+    if chosen:
+        kept = np.array([7, 1, 2, 3, 0, 4, 5, 6, 8, 9])
+        test = Subset(test, kept, test.labels[kept], NAMES)
+    share = 2 / len(test)
+    feed_of(tmp_path, data=DataConfig(bad_share=share), test=test)
+    with pytest.raises(
+        ValueError, match=r"bad examples of 1\d, .*number (3|7).*or raise config\.da"
+    ):
+        feed_of(tmp_path, data=DataConfig(bad_share=share - 0.01), test=test)
+    none_left = Subset(test, np.array([1]), test.labels[[1]], NAMES)
+    feed_of(tmp_path, data=DataConfig(bad_share=0.0), test=none_left)
+    assert not list(tmp_path.iterdir())
 
 
 def test_batches_use_configured_workers_and_bad_share(tmp_path, monkeypatch):
