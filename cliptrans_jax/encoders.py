@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int32, Int64
 
-from cliptrans_jax.data.corpus import Corpus, Images
+from cliptrans_jax.data.corpus import EVERY_PICTURE, Corpus, Images
 from cliptrans_jax.data.examples import pad
 from cliptrans_jax.data.pictures import prepare_picture
 from cliptrans_jax.data.tokenizers.framing import Tokenizer
@@ -214,9 +214,9 @@ def image_features(
       workers: processes that load and preprocess pictures; 0 for this process.
 
     Raises:
-      ValueError: if the corpus has no pictures, or one cannot be read.
+      ValueError: if the corpus has no pictures, or one is missing or cannot be read.
     """
-    images = corpus.require_images()
+    images = corpus.require_all_images()
     place: dict[str, int] = {}  # name of a picture -> its row among the encoded ones
     rows = np.array([place.setdefault(images.name(row), len(place)) for row in range(len(images))])
     firsts = np.unique(rows, return_index=True)[1]  # the first example with each picture
@@ -228,6 +228,7 @@ def image_features(
             batch=whole_batch(min(len(firsts), IMAGE_BATCH), mesh),
             shard=hosts.shard(),
             workers=workers,
+            way_out=EVERY_PICTURE,
         )
         title = f"features of {corpus.name}, pictures"
         return encode_all(
@@ -305,4 +306,4 @@ def _samples(images: Images) -> list[np.ndarray]:
     try:
         return [images[index] for index in places]
     except BadExample as bad:
-        raise ValueError(f"a picture cannot be read: {bad}") from bad
+        raise ValueError(f"a picture cannot be read: {bad}; {EVERY_PICTURE}") from bad

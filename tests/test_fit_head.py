@@ -1,5 +1,6 @@
 """Fitting a classifier of digits to a ViT that has none, at the digits' image size."""
 
+import dataclasses
 import json
 import re
 
@@ -7,6 +8,7 @@ import fit_head
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from weight_files import deit
 
 from common_jax.config import freeze
@@ -15,7 +17,7 @@ from m2mkd_jax import pretrained
 from m2mkd_jax.config import Config
 from m2mkd_jax.data import digits
 from m2mkd_jax.data.augment import normalise
-from m2mkd_jax.data.sources import DataConfig
+from m2mkd_jax.data.sources import DataConfig, load_source
 from m2mkd_jax.models.vit import ViTConfig
 from m2mkd_jax.phases.networks import whole_network
 
@@ -83,6 +85,23 @@ def test_renormalise_compensates_for_new_mean_and_std():
     changed = fit_head.renormalise(tensors, old, new)
     np.testing.assert_allclose(embed(changed, new), embed(tensors, old), rtol=1e-5)
     assert not np.allclose(embed(tensors, new), embed(tensors, old), rtol=0.1)
+
+
+def test_unreadable_images_are_left_out_up_to_bad_share(folder, tmp_path):
+    for number in range(10):
+        path = tmp_path / "set/train" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (32, 32), number).save(path)
+    path.write_bytes(b"")
+    settings = {"source": "folder", "path": str(tmp_path / "set"), "image_size": 32, "labels": 2}
+    data = DataConfig(**settings, bad_share=0.1, mean=(0.4,), std=(0.3,))
+    head = {"head.weight": np.zeros((2, 192), np.float32), "head.bias": np.zeros(2, np.float32)}
+    weights = folder / "model.safetensors"
+    write_tensors(weights, read_tensors(weights) | head, replace=True)
+    assert len(fit_head.run(folder, data, load_source(data, "train"))[1]) == 9
+    data = dataclasses.replace(data, bad_share=0.0)
+    with pytest.raises(ValueError, match=r"1 bad examples of 10.* raise config\.data\.bad_share"):
+        fit_head.run(folder, data, load_source(data, "train"))
 
 
 def test_fit_holds_out_both_views_and_gives_two_classes_two_logits(monkeypatch):

@@ -171,7 +171,8 @@ def run(
 
     features, labels = [], []
     transform = eval_transform(data, arrays=images.arrays)
-    for batch in eval_batches(images, transform=transform, batch=BATCH, workers=data.workers):
+    settings = {"batch": BATCH, "workers": data.workers, "bad_share": data.bad_share}
+    for batch in eval_batches(images, transform=transform, **settings):
         real, pixels = batch["_mask"] > 0, batch["image"]
         views = (pixels, pixels[:, :, ::-1]) if mirrored else (pixels,)
         features.append(np.stack([np.asarray(compute(params, view))[real] for view in views]))

@@ -19,6 +19,8 @@ from common_jax.inputs.ragged import Lines, lengths_of
 from common_jax.inputs.texts import find_text, read_lines
 
 PICTURES = "pictures"  # suffix of a file with the names of pictures
+# What an error about pictures that features lack advises, with the reason.
+EVERY_PICTURE = "a stage with features needs every picture: repair it, or drop its row"
 TEXTS_ALONE = "only its texts were loaded; load it with with_images=True"
 
 
@@ -115,6 +117,17 @@ class Corpus:
             raise ValueError(f"{self.name} has no images: {self.no_images}")
         return self.images
 
+    def require_all_images(self) -> Images:
+        """Returns the pictures; raises ValueError if there are none, or if a file is missing."""
+        images = self.require_images()
+        if isinstance(images, FolderImages) and images.missing:
+            files = {images.path(name) for name in images.missing}
+            raise ValueError(
+                f"{self.name} lacks {len(files)} of {len(set(images.names))} pictures: "
+                f"{listed(files)}; {EVERY_PICTURE}"
+            )
+        return images
+
 
 @dataclasses.dataclass(frozen=True)
 class Numbered(Sequence):
@@ -135,16 +148,22 @@ class Numbered(Sequence):
 
 @dataclasses.dataclass(frozen=True)
 class FolderImages:
-    """Image files of a folder, decoded on access."""
+    """Image files of a folder, decoded on access; `missing` has the names of those that were not
+    there when it was listed."""
 
     root: Path
     names: Sequence[str]
+    missing: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.names)
 
     def name(self, index: int) -> str:
-        return os.path.join(self.root, self.names[index])  # a name may be an absolute path
+        return self.path(self.names[index])
+
+    def path(self, name: str) -> str:
+        """Returns the file with a name of `names`."""
+        return os.path.join(self.root, name)  # a name may be an absolute path
 
     def __getitem__(self, index: int) -> np.ndarray:
         try:
@@ -174,7 +193,7 @@ def open_folder(roots: Sequence[Path], names: Sequence[str]) -> tuple[FolderImag
         if len(missing) < len(names):
             if missing:
                 logging.warning("%s lacks %d images: %s", root, len(missing), listed(missing))
-            return FolderImages(root, names), ""
+            return FolderImages(root, names, tuple(missing)), ""
     where = " or ".join(map(str, roots))
     example = f", such as {names[0]}," if names else ""
     return None, f"none of the {len(names)} images{example} is in {where}"

@@ -206,7 +206,7 @@ class RunData:
                     "correct config.data.source_language or config.data.target_language"
                 )
         if pictures:
-            corpus.require_images()
+            corpus.require_all_images()
         return corpus
 
     def _inputs(self, corpus: Corpus, examples: Any) -> Inputs:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from common_jax.inputs.examples import (
+    REPAIR,
     BadExample,
     BadExamples,
     Batch,
@@ -172,7 +173,7 @@ def _next_good(
         if not isinstance(example, BadExample):
             return example
         bad.add(reader.place(step, other)[1], example)
-    raise bad.error(f"which leaves none for the batch of step {step}")
+    raise bad.error(f", which leaves none for the batch of step {step}", REPAIR)
 
 
 def _stack(examples: list[Example]) -> Batch:
@@ -188,13 +189,15 @@ def eval_batches(
     workers: int = 0,
     bad_share: float = 0.0,
     report_path: os.PathLike | str | None = None,
+    way_out: str = "",
 ) -> Iterator[Batch]:
     """Returns all examples in order, once, with a padded last batch.
 
     `_mask` [B] float32 is 1 for real rows and 0 for padding. Every host yields ceil(size / batch)
     batches of batch / hosts rows, even if it has no examples left. A bad example is counted,
     reported and masked out, as long as a host meets no more than `bad_share` of the source.
-    Arguments are as in `train_batches`, except that the transform takes no generator.
+    Arguments are as in `train_batches`, except that the transform takes no generator, and
+    `way_out` as in `BadExamples`.
 
     Raises:
       ValueError: if the source is empty, the batch does not divide among the hosts, or more than
@@ -206,7 +209,7 @@ def eval_batches(
     if source.arrays is not None and transform is None:
         return _gather_eval_batches(source.arrays, len(source), batch, rows)
     # Of the whole source: of a host's own part, a single example can be more than the share.
-    bad = BadExamples(len(source), bad_share, host_report_path(report_path, shard))
+    bad = BadExamples(len(source), bad_share, host_report_path(report_path, shard), way_out)
     return _read_eval_batches(source, transform, batch, rows, workers, bad)
 
 
@@ -290,5 +293,5 @@ def _blank(reader: _EvalReader) -> Example:
             return {name: np.zeros_like(value) for name, value in example.items()}
     raise ValueError(
         f"all {len(reader.source)} examples are bad, which leaves none to evaluate: {example}; "
-        "repair or remove them"
+        f"{REPAIR}"
     )

@@ -10,6 +10,7 @@ from etils import epath
 
 Example = dict[str, np.ndarray | np.generic]
 Batch = dict[str, np.ndarray]
+REPAIR = "repair or remove them"  # what an error about bad examples advises
 
 
 class BadExample(ValueError):
@@ -52,12 +53,23 @@ class BadExamples:
 
     The limit is on the share of distinct bad examples among all that may be read (`size`), so
     neither one bad file early in a run nor the same file in every epoch stops it.
+
+    Args:
+      way_out: what the error advises, with the reason, if the share is the caller's own; "" if it
+        is config.data.bad_share.
     """
 
-    def __init__(self, size: int, bad_share: float, report_path: os.PathLike | str | None):
+    def __init__(
+        self,
+        size: int,
+        bad_share: float,
+        report_path: os.PathLike | str | None,
+        way_out: str = "",
+    ):
         self.size = size
         self.bad_share = bad_share
         self.report_path = report_path
+        self.way_out = way_out
         self._by_index: dict[int, BadExample] = {}
 
     def add(self, index: int, bad: BadExample) -> None:
@@ -70,18 +82,19 @@ class BadExamples:
         if self.report_path is not None:
             _append_line(self.report_path, {"name": bad.name, "reason": bad.reason, "index": index})
         if len(self._by_index) > self.bad_share * self.size:
-            why = f"more than config.data.bad_share={self.bad_share:g} allows"
-            raise self.error(why, ", or raise config.data.bad_share")
+            if self.way_out:
+                raise self.error("", self.way_out)
+            why = f", more than config.data.bad_share={self.bad_share:g} allows"
+            raise self.error(why, f"{REPAIR}, or raise config.data.bad_share")
 
-    def error(self, why: str, else_do: str = "") -> ValueError:
+    def error(self, why: str, way_out: str) -> ValueError:
         """Returns the error, with the names and the number of the bad examples."""
         count = len(self._by_index)
         names = "; ".join(str(bad) for bad in list(self._by_index.values())[:10])
         more = f"; and {count - 10} more" if count > 10 else ""
         where = f" (all of them in {self.report_path})" if self.report_path is not None else ""
         return ValueError(
-            f"{count} bad examples of {self.size}, {why}: {names}{more}{where}; "
-            f"repair or remove them{else_do}"
+            f"{count} bad examples of {self.size}{why}: {names}{more}{where}; {way_out}"
         )
 
 

@@ -196,11 +196,20 @@ def test_unreadable_image_is_reported(refused, corpus, runs, tmp_path):
     (copied / "images" / "train" / name).write_bytes(b"no picture")
     refused(
         [f"--config.sources.clip={runs / 'clip'}"],
-        [f"images/train/{name}", "config.data.bad_share"],
+        [f"images/train/{name}", "a stage with features needs every picture: repair it, or drop"],
         stage="caption",
         corpus=copied,
         kept={"tokenizer.json"},
     )
+
+
+def test_missing_picture_is_reported_before_the_towers_train(refused, corpus, tmp_path):
+    copied = shutil.copytree(corpus, tmp_path / "copied")
+    name = (copied / "image_splits" / "train.txt").read_text().splitlines()[5]
+    (copied / "images" / "train" / name).unlink()
+    said = [f"multi30k train lacks 1 of 24 pictures: {copied}/images/train/{name}; a stage with"]
+    # Stage clip alone would allow it.
+    refused(["--config.data.bad_share=0.1"], said, stage="pipeline", corpus=copied)
 
 
 def test_tower_of_another_width_is_refused(refused, runs):

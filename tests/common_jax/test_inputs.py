@@ -274,8 +274,11 @@ def test_evaluation_masks_bad_examples_up_to_bad_share(tmp_path):
     np.testing.assert_array_equal(np.flatnonzero(mask == 0), [0, 6, 10, 11])
     lines = [json.loads(line) for line in report.read_text().splitlines()]
     assert [(line["name"], line["index"]) for line in lines] == [("number 0", 0), ("number 6", 6)]
-    with pytest.raises(ValueError, match="number 0"):
+    with pytest.raises(ValueError, match=r"number 0.*raise config\.data\.bad_share"):
         list(inputs.eval_batches(source, transform=None, batch=4))
+    settings = {"transform": None, "batch": 4, "way_out": "all of them are needed"}
+    with pytest.raises(ValueError, match=r"1 bad examples of 10: .*; all of them are needed$"):
+        list(inputs.eval_batches(source, **settings))
     with pytest.raises(ValueError, match="leaves none to evaluate"):
         list(
             inputs.eval_batches(OnDisk(size=2, bad=(0, 1)), transform=None, batch=2, bad_share=1.0)
