@@ -334,3 +334,54 @@ def test_only_lines_with_both_sentences_count_for_translation(tmp_path, capsys):
     assert len(problems) == 2, problems
     assert "a batch of 3 is more than the 2 examples of" in problems[0]
     assert "has no line with both en and de" in problems[1]
+
+
+def own_table(root, rows):
+    """Flags for a pipeline on a table; `rows` are (split, en, de, whether it has a picture)."""
+    lines = ["split\ten\tde\tpicture"]
+    for number, (split, english, german, pictured) in enumerate(rows):
+        name = f"{number}.png" if pictured else ""
+        if pictured:
+            draw(root / name, number)
+        lines.append(f"{split}\t{english}\t{german}\t{name}")
+    (root / "own.tsv").write_text("".join(f"{line}\n" for line in lines))
+    return [
+        f"--config={ROOT}/configs/cliptrans/emoji.py:stage=pipeline",
+        "--config.data.source=table",
+        f"--config.data.path={root / 'own.tsv'}",
+        "--config.languages=('en','de')",
+        "--config.data.train_split=train",
+        "--config.data.further_tests=()",
+        *(f"--config.recipes.{name}.optim.batch=4" for name in ("clip", "caption")),
+        "--config.recipes.translate.optim.batch=8",
+    ]
+
+
+TESTED = [("val", "a", "b", True), ("test", "a", "b", True)]
+
+
+def test_each_stage_is_judged_by_the_examples_that_it_reads(tmp_path, capsys):
+    rows = [("train", f"a {n}", f"b {n}", n < 4) for n in range(8)]
+    flags = own_table(tmp_path, [*rows, *TESTED])
+    status, printed, _ = check(capsys, *flags)
+    assert status == 0 and "  en: 8 lines, 0 of them empty" in printed
+    assert "  en: 4 lines with a picture, 0 of them empty" in printed
+    problems = check(capsys, *flags, "--config.recipes.clip.optim.batch=5")[2]
+    assert len(problems) == 1
+    assert "a batch of 5 is more than the 4 examples with a picture of table train" in problems[0]
+    problems = check(capsys, *flags, "--config.recipes.translate.optim.batch=9")[2]
+    assert len(problems) == 1 and "a batch of 9 is more than the 8 examples of" in problems[0]
+
+
+def test_language_that_only_lines_without_pictures_have_is_named_as_such(tmp_path, capsys):
+    rows = [("train", f"a {n}", "" if n < 4 else f"b {n}", n < 4) for n in range(12)]
+    flags = own_table(tmp_path, [*rows, *TESTED])
+    _, _, problems = check(capsys, *flags)
+    assert len(problems) == 1
+    assert "table train has no sentence in 'de' with a picture" in problems[0]
+    flags[0] = flags[0].replace("pipeline", "caption")
+    flags = [flag for flag in flags if ".recipes." not in flag]
+    english = ["--config.all_languages=False", "--config.optim.batch=4"]
+    assert check(capsys, *flags, *english)[0] == 0
+    problems = check(capsys, *flags, "--config.all_languages=True", "--config.optim.batch=4")[2]
+    assert len(problems) == 1 and "no sentence in 'de' with a picture" in problems[0]

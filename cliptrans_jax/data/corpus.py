@@ -101,10 +101,12 @@ class Corpus:
         for language in languages:
             if len(self) and self.empty[language] == len(self):
                 present = [code for code, count in self.empty.items() if count < len(self)]
+                pictured = self.sparse and self.images is not None
+                among = " among its examples with a picture" if pictured else ""
                 raise ValueError(
-                    f"{self.name} has no sentence in {language!r}, which {reader} needs, only in "
-                    f"{', '.join(present) or 'none'}; use another config.data or, for captions "
-                    "in one language, set config.caption_language"
+                    f"{self.name} has no sentence in {language!r}{among}, which {reader} needs, "
+                    f"only in {', '.join(present) or 'none'}; use another config.data or, for "
+                    "captions in one language, set config.caption_language"
                 )
 
     def require_images(self) -> Images:
