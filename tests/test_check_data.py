@@ -385,3 +385,11 @@ def test_language_that_only_lines_without_pictures_have_is_named_as_such(tmp_pat
     assert check(capsys, *flags, *english)[0] == 0
     problems = check(capsys, *flags, "--config.all_languages=True", "--config.optim.batch=4")[2]
     assert len(problems) == 1 and "no sentence in 'de' with a picture" in problems[0]
+
+
+def test_table_without_pictures_is_said_to_lack_these_alone(tmp_path, capsys):
+    rows = [("train", f"a {n}", f"b {n}", False) for n in range(8)]
+    flags = own_table(tmp_path, [*rows, *TESTED])
+    problems = check(capsys, *flags)[2]
+    assert len(problems) == 1
+    assert "no row of split 'train' has a picture (column 'picture' is empty" in problems[0]

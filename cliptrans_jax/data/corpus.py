@@ -98,8 +98,14 @@ class Corpus:
 
         `reader` names what needs them, such as "stage 'translate'".
         """
+        if not len(self):
+            raise ValueError(
+                f"{self.name} is empty: it has no sentence in "
+                f"{' or '.join(map(repr, self.texts))}, which {reader} needs; use another split or "
+                "another config.data"
+            )
         for language in languages:
-            if len(self) and self.empty[language] == len(self):
+            if self.empty[language] == len(self):
                 present = [code for code, count in self.empty.items() if count < len(self)]
                 pictured = self.sparse and self.images is not None
                 among = " among its examples with a picture" if pictured else ""

@@ -55,13 +55,15 @@ def load_text(root: Path, split: str, languages: Sequence[str], *, with_images: 
     path = find_text(root / f"{split}.{PICTURES}")
     names: Sequence[str] = ("",) * size
     keys, reason = Numbered(split, size), f"{root / split}.{PICTURES}, which names them, is missing"
+    unnamed = f"{path}: no line names a picture (all {size} are blank); fill them in"
     if path is not None:
         names, reason = read_lines(path), ""
         counts[str(path)] = len(names)
         keys = tuple(name or f"{split}:{line}" for line, name in enumerate(names, start=1))
     require_aligned(counts)
     roots = (root, root / "images") if with_images else ()
-    return _choose(f"text {split}", texts, names, keys, roots=roots, reason=reason)
+    name = f"text {split}"
+    return _choose(name, texts, names, keys, roots=roots, reason=reason, unnamed=unnamed)
 
 
 def load_table(path: Path, split: str, languages: Sequence[str], *, with_images: bool) -> Corpus:
@@ -101,7 +103,12 @@ def load_table(path: Path, split: str, languages: Sequence[str], *, with_images:
     keys = tuple(name or f"{file.name}:{line}" for name, line in zip(names, numbers, strict=True))
     reason = "" if PICTURE in table.columns else f"{file} has no column {PICTURE!r}"
     roots = (folder, folder / "images") if with_images else ()
-    return _choose(f"table {split}", texts, names, keys, roots=roots, reason=reason)
+    unnamed = (
+        f"{file}: no row of split {split!r} has a picture (column {PICTURE!r} is empty in all "
+        f"{len(rows)} rows); fill it in"
+    )
+    name = f"table {split}"
+    return _choose(name, texts, names, keys, roots=roots, reason=reason, unnamed=unnamed)
 
 
 def settings_of(path: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,8 +172,10 @@ def _choose(
     *,
     roots: Sequence[Path],
     reason: str,
+    unnamed: str,
 ) -> Corpus:
     """Returns a corpus of the examples that have a sentence and, if `roots` are given, a picture.
+    Without any, it is one of texts alone, which says why.
 
     Args:
       name: name of the corpus.
@@ -175,12 +184,18 @@ def _choose(
       keys: keys of the examples.
       roots: folders to look for the pictures in; the first that has any is used. () for texts only.
       reason: why there are no pictures; "" if there are.
+      unnamed: says that `names` are all blank, with the way out.
     """
-    needs_picture = bool(roots) and not reason
     # A sentence in any language is enough: which pairs are complete depends on the stage.
     kept = np.any([lengths_of(sentences) > 0 for sentences in texts.values()], axis=0)
+    named = lengths_of(names) > 0
+    if not reason and not np.any(kept & named):
+        languages = " or ".join(map(repr, texts))
+        without = f"no example with a picture has a sentence in {languages}; add some"
+        reason = f"{without if np.any(named) else unnamed}, or use a stage without pictures"
+    needs_picture = bool(roots) and not reason
     if needs_picture:
-        kept &= lengths_of(names) > 0
+        kept &= named
     rows = np.flatnonzero(kept)
     if left_out := len(keys) - len(rows):
         what = "a sentence or a picture" if needs_picture else "any sentence"

@@ -196,8 +196,6 @@ class RunData:
         # Stages that look at no pictures must run on data without any.
         pictures = config.has_prefix and side is Side.IMAGE
         corpus = load_corpus(config.data, split, config.data.pair, with_images=pictures)
-        if len(corpus) == 0:
-            raise ValueError(f"{corpus.name} is empty")
         corpus.require_sentences(used_languages(config), reader=f"stage {config.stage!r}")
         for pair in pairs_of(config):
             if not len(corpus.rows_with(pair)):

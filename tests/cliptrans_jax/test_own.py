@@ -125,6 +125,42 @@ def test_parallel_files_without_images_or_of_unequal_lengths(tmp_path):
         load_corpus(config, "train", PAIR)
 
 
+def test_pictures_that_no_example_has_are_explained(tmp_path):
+    """The texts stay, so that nothing else says that these are missing."""
+    write_table(tmp_path / "all.tsv", [row | {"picture": ""} for row in ROWS])
+    table = load_corpus(config_of(tmp_path / "all.tsv"), "train", PAIR, with_images=True)
+    table.require_sentences(PAIR, reader="it")
+    message = (
+        rf"^table train has no images: {tmp_path}/all\.tsv: no row of split 'train' has a picture "
+        r"\(column 'picture' is empty in all 4 rows\); fill it in, or use a stage without pictures$"
+    )
+    with pytest.raises(ValueError, match=message):
+        table.require_images()
+    for name, text in (("en", "a\n\n"), ("sv", "\n\n"), ("pictures", "\n\n")):
+        (tmp_path / f"train.{name}").write_text(text)
+    text = load_corpus(config_of(tmp_path, "text"), "train", PAIR, with_images=True)
+    with pytest.raises(
+        ValueError, match=r"train\.pictures: no line names .*all 2 are blank\); fill"
+    ):
+        text.require_images()
+    (tmp_path / "train.pictures").write_text("\ndog.png\n")
+    text = load_corpus(config_of(tmp_path, "text"), "train", PAIR, with_images=True)
+    with pytest.raises(
+        ValueError, match="no example with a picture has a sentence in 'en' or 'sv'"
+    ):
+        text.require_images()
+
+
+def test_language_that_only_examples_without_a_picture_have_is_named_as_such(tmp_path):
+    write_table(tmp_path / "all.tsv", ROWS[1:3])
+    draw(tmp_path)
+    config = config_of(tmp_path / "all.tsv")
+    load_corpus(config, "train", PAIR).require_sentences(PAIR, reader="it")
+    pictured = load_corpus(config, "train", PAIR, with_images=True)
+    with pytest.raises(ValueError, match="'sv' among its examples with a picture, which it needs"):
+        pictured.require_sentences(PAIR, reader="it")
+
+
 @pytest.mark.parametrize(
     ("stage", "several", "expected"),
     [

@@ -227,6 +227,9 @@ def test_missing_sentences_are_reported():
     whole.require_sentences(("en",), reader="it")
     with pytest.raises(ValueError, match=r"some has no sentence in 'de', which it needs, only in"):
         whole.require_sentences(("en", "de"), reader="it")
+    empty = Corpus("some", {"en": (), "de": ()}, None, ())
+    with pytest.raises(ValueError, match=r"some is empty: .* in 'en' or 'de', .*; use another"):
+        empty.require_sentences(("en",), reader="it")
 
 
 # A scored set.
