@@ -2,6 +2,7 @@
 --workdir=DIR."""
 
 import functools
+import logging
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 
 from cliptrans_jax.config import READS, SYSTEM, Config
 from cliptrans_jax.curves import CURVES
-from cliptrans_jax.runs.idle import idle, warn_of_random_parts
+from cliptrans_jax.runs.idle import idle, seen_in_training, warn_of_random_parts
 from cliptrans_jax.runs.initial_weights import check_weights
 from cliptrans_jax.runs.pipeline import plan, run_stage
 from cliptrans_jax.runs.scoring import galleries, scores_table
@@ -50,6 +51,8 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     frozen = freeze(Config, config)
     check_places(frozen, workdir)
     app.warn_of_idle(idle(frozen))
+    for warning in seen_in_training(frozen):
+        logging.warning(warning)
     mesh = make_mesh(frozen.mesh)
     with hold(workdir):
         runs = plan(frozen, workdir)

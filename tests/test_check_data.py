@@ -329,6 +329,7 @@ def test_only_lines_with_both_sentences_count_for_translation(tmp_path, capsys):
         "--config.optim.batch=3",
     ]
     status, printed, problems = check(capsys, *flags)
+    assert "note: config.data.test_split='train' is also the training split" in printed
     assert status == 1 and "en: 4 lines, 1 of them empty" in printed
     assert "en and de: 2 lines with both" in printed
     assert len(problems) == 2, problems

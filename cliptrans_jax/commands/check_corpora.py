@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from cliptrans_jax.config import SIDES, Config
 from cliptrans_jax.data.corpora import load_corpus
 from cliptrans_jax.data.corpus import Corpus, FolderImages
+from cliptrans_jax.runs.idle import seen_in_training
 from cliptrans_jax.runs.pipeline import plan
 from cliptrans_jax.runs.run_data import pairs_of, used_languages
 from cliptrans_jax.stages import SCORED_AS, TRANSLATION_STAGES, Side, Trains, trains
@@ -76,6 +77,8 @@ def check_cliptrans(config: Config, findings: Findings) -> None:
     """Checks the sentences and pictures of every split that the run reads."""
     data = config.data
     findings.say(f"cliptrans, stage {config.stage}: config.data.source={data.source!r} {data.path}")
+    for warning in seen_in_training(config):
+        findings.say(f"note: {warning}")
     planned = findings.attempt(plan, config, NOWHERE) or []
     runs = [run.apply_parity() for _, run in planned]
     for key, needs in needs_of(runs).items():

@@ -86,6 +86,18 @@ class DataConfig(Section):
         metrics."""
         return {f"test_{split}": split for split in self.further_tests}
 
+    @property
+    def trained_on(self) -> dict[str, str]:
+        """By field: warnings that it names the training split, to see whether a network fits it."""
+        scored = {"valid_split": (self.valid_split,), "test_split": (self.test_split,)}
+        scored["further_tests"] = self.further_tests
+        return {
+            field: f"config.data.{field}={getattr(self, field)!r} is also the training split: its "
+            "scores are of sentences that the run has trained on"
+            for field, splits in scored.items()
+            if self.train_split in splits
+        }
+
 
 def load_corpus(
     config: DataConfig, split: str, languages: Sequence[str], *, with_images: bool = False

@@ -7,7 +7,7 @@ from cliptrans_jax.config import READS, Config
 from cliptrans_jax.models.mapper import MAPPERS
 from cliptrans_jax.runs.initial_weights import is_run
 from cliptrans_jax.runs.run_data import feature_side
-from cliptrans_jax.stages import EVALUATE, FREEZES, PIPELINE, STAGES, Side, Trains
+from cliptrans_jax.stages import EVALUATE, FREEZES, PIPELINE, STAGES, Side, Trains, trains
 from cliptrans_jax.translators.table import TRANSLATORS
 from common_jax.command_line import unread
 from common_jax.config import is_set
@@ -37,6 +37,16 @@ def warn_of_random_parts(config: Config) -> None:
             config.stage,
             " and ".join(parts),
         )
+
+
+def seen_in_training(config: Config) -> list[str]:
+    """Returns a warning for each field of config.data whose scores are of the training split."""
+    if config.stage == EVALUATE:
+        return []  # what its model was trained on is not in its config
+    found = dict(config.data.trained_on)
+    if trains(config.stage) is Trains.TOWERS:
+        found.pop("test_split", None)  # it is for translators
+    return list(found.values())
 
 
 def _without_effect(config: Config) -> Iterator[tuple[str, str]]:

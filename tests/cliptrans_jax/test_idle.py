@@ -9,7 +9,7 @@ from tiny_cliptrans import tiny_config
 
 from cliptrans_jax.config import Recipe
 from cliptrans_jax.data.corpora import DataConfig
-from cliptrans_jax.runs.idle import idle, warn_of_random_parts
+from cliptrans_jax.runs.idle import idle, seen_in_training, warn_of_random_parts
 
 
 def set_all(stage, fields):
@@ -105,3 +105,21 @@ def test_parts_frozen_at_random_values_give_a_warning(stage, freeze, source, war
     config = changed(f"sources.{source or 'clip'}", "there", config)
     warn_of_random_parts(config)
     assert ("freezes the translator's embedding and encoder at random" in caplog.text) == warns
+
+
+def test_scores_of_the_training_split_are_warned_of():
+    def warned(stage, **fields):
+        config = tiny_config(stage, None)
+        return seen_in_training(changed("data", dataclasses.replace(config.data, **fields), config))
+
+    assert warned("translate") == []
+    (said,) = warned("translate", test_split="train")
+    assert said == (
+        "config.data.test_split='train' is also the training split: its scores are of sentences "
+        "that the run has trained on"
+    )
+    (said,) = warned("clip", valid_split="train", test_split="train")
+    assert said.startswith("config.data.valid_split='train' is also")
+    (said,) = warned("pipeline", further_tests=("val", "train"))
+    assert said.startswith("config.data.further_tests=('val', 'train') is also")
+    assert warned("evaluate", test_split="train") == []
