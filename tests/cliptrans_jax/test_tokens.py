@@ -401,3 +401,44 @@ def test_folder_of_another_tokenizer_is_refused(pieces, tmp_path):
     message = r"config\.tokenizer\.path=.*facebook/mbart-large-50.*tokenizer of kind 'xlmr'"
     with pytest.raises(ValueError, match=message):
         load_tokenizer(TokenizerConfig("mbart50", str(tmp_path)))
+
+
+@pytest.mark.parametrize("lower", [False, True])
+def test_long_words_are_left_out_of_training_alone(tmp_path, caplog, lower):
+    """The pieces are those of the same texts without them, and the word still has its ids."""
+    config = dataclasses.replace(CONFIG, lower=lower)
+    long, short = "Ü" * 501, "ß" * 499  # with its space, the second has 999 bytes
+    text = f"Größe!{long}? Ende,{long}! ein {short}"
+    # A word of one byte has nothing to merge, but keeps the marks beside it apart.
+    texts = {"with": text, "without": text.replace(long, "x")}
+    pieces = {}
+    for name, text in texts.items():
+        caplog.clear()
+        path = tmp_path / name
+        trained = load_or_train_tokenizer(config, [*SENTENCES, text], LANGUAGES, path)
+        pieces[name] = json.loads(path.read_text())["bpe"]
+        assert ("config.data has 2 of them" in caplog.text) == (name == "with")
+        (ids,) = trained.encode([text], "en")
+        start = trained.decode(ids)[:200]  # the rest is cut off
+        assert len(start) == 200 and (text.lower() if lower else text).startswith(start)
+    assert pieces["with"] == pieces["without"]
+
+
+def test_one_process_trains_on_the_same_sentences_once(tmp_path, caplog):
+    caplog.set_level("INFO")
+    texts = ["one text", "another"]
+    for number in range(3):
+        load_or_train_tokenizer(CONFIG, texts, LANGUAGES, tmp_path / f"{number}")
+    assert caplog.text.count("training the tokenizer on 2 sentences") == 1
+    assert len({(tmp_path / f"{number}").read_text() for number in range(3)}) == 1
+    for number, (config, sentences, languages) in enumerate(
+        (
+            (dataclasses.replace(CONFIG, lower=True), texts, LANGUAGES),
+            (dataclasses.replace(CONFIG, vocab=430), texts, LANGUAGES),
+            (CONFIG, texts[::-1], LANGUAGES),
+            (CONFIG, texts, LANGUAGES[::-1]),
+        ),
+        start=2,
+    ):
+        load_or_train_tokenizer(config, sentences, languages, tmp_path / f"other {number}")
+        assert caplog.text.count("training the tokenizer on 2 sentences") == number

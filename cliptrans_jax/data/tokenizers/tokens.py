@@ -9,10 +9,11 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any
 
 import jax
@@ -37,6 +38,13 @@ LARGE = 1 << 17
 LONGEST = 1024  # tokens per sentence of a tokenizer that is trained here, frame included
 # A byte-level vocabulary contains all bytes, so no character is unknown.
 BYTES = 256
+# Training takes time in the square of a word's length, so longer ones teach nothing.
+LONGEST_WORD = 1000  # bytes
+# Only texts with such a run can contain one: a character has at most 4 bytes, and a word at most
+# one space before it.
+LONG_RUN = re.compile(rf"\S{{{LONGEST_WORD // 4},}}|\s{{{LONGEST_WORD // 4},}}")
+# The tokenizer that this process trained last, by its origin: a pipeline trains one for all stages.
+_LAST: dict[str, str] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +245,12 @@ def load_or_train_tokenizer(
     if not path.exists():
         if sentences is None:
             raise FileNotFoundError(f"{path} is missing and there is nothing to train it on")
-        record = _train(config, sentences, languages)
+        origin = _origin(config, sentences, languages)
+        if (key := json.dumps(origin)) not in _LAST:
+            trained = _train(config, sentences, languages)
+            _LAST.clear()
+            _LAST[key] = trained
+        record = {"made_from": origin, "bpe": _LAST[key]}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, json.dumps(record, ensure_ascii=False).encode())
     made_from, tokenizer = _read(path)
@@ -295,7 +308,8 @@ def _origin(
     return origin
 
 
-def _train(config: TokenizerConfig, sentences: Sequence[str], languages: tuple[str, ...]) -> dict:
+def _train(config: TokenizerConfig, sentences: Sequence[str], languages: tuple[str, ...]) -> str:
+    """Returns the JSON of a tokenizer trained on the sentences, without words that are too long."""
     # Languages and a mask follow the pieces, see `_add_frame`.
     room = config.vocab - len(languages) - 1
     if room < BYTES + len(SPECIAL):
@@ -303,22 +317,53 @@ def _train(config: TokenizerConfig, sentences: Sequence[str], languages: tuple[s
             f"config.tokenizer.vocab={config.vocab} is too small for {BYTES} bytes, {len(SPECIAL)} "
             f"special tokens, {len(languages)} languages and a mask"
         )
-    tokenizer = byte_pairs.byte_level(models.BPE())
+    # Training locks its tokenizer, so another one looks for long words.
+    tokenizer, splitter = (byte_pairs.byte_level(models.BPE()) for _ in range(2))
     if config.lower:
-        tokenizer.normalizer = normalizers.Lowercase()
+        tokenizer.normalizer, splitter.normalizer = normalizers.Lowercase(), normalizers.Lowercase()
     trainer = trainers.BpeTrainer(
         vocab_size=room,
         show_progress=False,
         special_tokens=list(SPECIAL),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
-    tokenizer.train_from_iterator((_add_space(text) for text in sentences), trainer)
+    left_out = 0
+
+    def parts() -> Iterator[str]:
+        nonlocal left_out
+        for text in sentences:
+            kept = _without_long_words(splitter, _add_space(text))
+            left_out += len(kept) - 1
+            yield from kept
+
+    logging.info("training the tokenizer on %d sentences", len(sentences))
+    tokenizer.train_from_iterator(parts(), trainer)
+    if left_out:
+        logging.warning(
+            "the tokenizer was trained without words above %d bytes, such as lines without spaces; "
+            "config.data has %d of them",
+            *(LONGEST_WORD, left_out),
+        )
     logging.info(
         "trained a tokenizer of %d pieces on %d sentences",
         tokenizer.get_vocab_size(),
         len(sentences),
     )
-    return {"made_from": _origin(config, sentences, languages), "bpe": tokenizer.to_str()}
+    return tokenizer.to_str()
+
+
+def _without_long_words(tokenizer: tokenizers.Tokenizer, text: str) -> list[str]:
+    """Returns the parts of a text between words above LONGEST_WORD; [text] if there are none."""
+    if not LONG_RUN.search(text):
+        return [text]
+    if tokenizer.normalizer is not None:
+        text = tokenizer.normalizer.normalize_str(text)
+    parts, start = [], 0
+    for word, (first, end) in tokenizer.pre_tokenizer.pre_tokenize_str(text):
+        if len(word) > LONGEST_WORD:  # it has a character per byte
+            parts.append(text[start:first])
+            start = end
+    return [*parts, text[start:]]
 
 
 def _add_space(text: str) -> str:
