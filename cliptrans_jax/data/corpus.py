@@ -129,10 +129,9 @@ class Corpus:
         """Returns the pictures; raises ValueError if there are none, or if a file is missing."""
         images = self.require_images()
         if isinstance(images, FolderImages) and images.missing:
-            files = {images.path(name) for name in images.missing}
             raise ValueError(
-                f"{self.name} lacks {len(files)} of {len(set(images.names))} pictures: "
-                f"{listed(files)}; {EVERY_PICTURE}"
+                f"{self.name} lacks {len(images.missing)} of {len(set(images.names))} pictures: "
+                f"{listed(map(images.path, images.missing))}; {EVERY_PICTURE}"
             )
         return images
 
@@ -182,7 +181,7 @@ class FolderImages:
 
 
 def open_folder(roots: Sequence[Path], names: Sequence[str]) -> tuple[FolderImages | None, str]:
-    """Opens the images `names` in the first of the folders `roots` that has any of them.
+    """Opens the images `names`, each in the first of the folders `roots` that has it.
 
     Names may include subfolders. Missing files are counted in one log line, and raise BadExample on
     access.
@@ -191,17 +190,28 @@ def open_folder(roots: Sequence[Path], names: Sequence[str]) -> tuple[FolderImag
       (images, "") or (None, the reason why there are none).
     """
     # Each folder is listed once, instead of testing perhaps a hundred thousand files one by one.
-    folders = {name.rpartition("/")[0] for name in names}
+    main, missing, elsewhere = None, set(names), {}
     for root in roots:
+        if not missing:
+            break
         present = set()
+        folders = {name.rpartition("/")[0] for name in missing}
         for folder in filter(lambda folder: (root / folder).is_dir(), folders):
             prefix = f"{folder}/" if folder else ""
             present |= {f"{prefix}{entry.name}" for entry in os.scandir(root / folder)}
-        missing = [name for name in names if name not in present]
-        if len(missing) < len(names):
-            if missing:
-                logging.warning("%s lacks %d images: %s", root, len(missing), listed(missing))
-            return FolderImages(root, names, tuple(missing)), ""
+        if found := missing & present:
+            missing -= found
+            if main is None:
+                main = root
+            else:  # absolute paths need no folder
+                elsewhere |= {name: os.path.abspath(root / name) for name in found}
+    if main is not None:
+        if missing:
+            where = " or ".join(map(str, roots))
+            logging.warning("%s lacks %d images: %s", where, len(missing), listed(missing))
+        if elsewhere:
+            names = tuple(elsewhere.get(name, name) for name in names)
+        return FolderImages(main, names, sorted(missing)), ""
     where = " or ".join(map(str, roots))
     example = f", such as {names[0]}," if names else ""
     return None, f"none of the {len(names)} images{example} is in {where}"

@@ -182,7 +182,7 @@ def _choose(
       texts: sentences by language.
       names: file names of the pictures; "" for an example without one.
       keys: keys of the examples.
-      roots: folders to look for the pictures in; the first that has any is used. () for texts only.
+      roots: folders to look for each picture in, in this order; () for texts only.
       reason: why there are no pictures; "" if there are.
       unnamed: says that `names` are all blank, with the way out.
     """

@@ -125,6 +125,26 @@ def test_parallel_files_without_images_or_of_unequal_lengths(tmp_path):
         load_corpus(config, "train", PAIR)
 
 
+@pytest.mark.parametrize("relative", [False, True])
+def test_each_picture_is_found_in_either_folder(tmp_path, monkeypatch, relative):
+    names = ("pets/x.png", "y.png", "images/z.png", "both.png", "y.png", "none.png")
+    places = ("pets/x.png", "images/y.png", "images/z.png", "both.png", "images/both.png")
+    for value, place in enumerate(places):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 3), (value,) * 3).save(tmp_path / place)
+    (tmp_path / "images/pets").mkdir()
+    (tmp_path / "images/pets/x.png").write_bytes(b"passed over")
+    write_table(tmp_path / "all.tsv", [ROWS[0] | {"picture": name} for name in names])
+    monkeypatch.chdir(tmp_path)
+    config = config_of("all.tsv" if relative else tmp_path / "all.tsv")
+    corpus = load_corpus(config, "train", PAIR, with_images=True)
+    images = corpus.require_images()
+    assert [int(images[i][0, 0, 0]) for i in range(5)] == [0, 1, 2, 3, 1]
+    assert corpus.keys == names  # on which cached features depend
+    with pytest.raises(ValueError, match=r"lacks 1 of 5 pictures: .*none\.png; a stage"):
+        corpus.require_all_images()
+
+
 def test_pictures_that_no_example_has_are_explained(tmp_path):
     """The texts stay, so that nothing else says that these are missing."""
     write_table(tmp_path / "all.tsv", [row | {"picture": ""} for row in ROWS])

@@ -183,8 +183,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         f"{PACKAGE}/data/corpus.py",
         "a folder that lacks one picture is passed over",
-        "if len(missing) < len(names):",
-        "if not missing:",
+        "if found := missing & present:",
+        "if missing == (found := missing & present):",
         CORPORA,
     ),
     Mistake(
