@@ -245,8 +245,10 @@ def _missing_text(folder: Path, split: str, language: str) -> FileNotFoundError:
         hint = f"{split!r} has the languages {listed(present)}"
     else:
         splits = {stem for stem, _, code in stems if stem and code != "txt"}
-        there = listed(splits) or "nothing"
-        hint = f"there are the splits {there}{did_you_mean(split, sorted(splits))}"
+        hint = f"there are the splits {listed(splits)}{did_you_mean(split, sorted(splits))}"
+        if not splits:
+            files = listed(p.name for p in folder.iterdir() if p.is_file()) or "no files"
+            hint = f"files must be named SPLIT.LANGUAGE, plain or .gz, and there are {files}"
     return FileNotFoundError(
         f"no {folder / split}.{language} or .{language}.gz; {hint}; correct config.data.path, "
         "the split or the language, or add the file"

@@ -13,6 +13,13 @@ from common_jax.ranges import did_you_mean
 from common_jax.untrusted import RefusedError, brief, parse_json, plain
 
 SPLIT = "split"  # column of a table of several splits
+# What to do about a table whose cells are separated by something else than its suffix says.
+SEPARATORS = {
+    ";": "save it with commas or as TSV",
+    "|": "save it with commas or as TSV",
+    ",": "rename it to .csv",
+    "\t": "rename it to .tsv",
+}
 Rows = tuple[tuple[int, Mapping[str, str]], ...]
 
 
@@ -35,6 +42,8 @@ class Table:
         """Raises ValueError unless there is a column of this name; `what` says what it should
         hold."""
         if column not in self.columns:
+            if hint := _other_separator(self.path, self.columns):
+                raise ValueError(f"{self.path} has no column {column!r}: {hint}")
             raise ValueError(
                 f"{self.path} has no column {column!r}{did_you_mean(column, self.columns)}, which "
                 f"should hold {what}; its columns are {plain(', '.join(self.columns)) or 'none'}"
@@ -138,12 +147,22 @@ def _with_header(path: Path, lines: Iterator[tuple[int, list[str]]]) -> Table:
         if len(cells) != len(columns):
             missing = ", ".join(columns[len(cells) :])
             problem = f"nothing for {missing}" if missing else f"no name for {brief(cells[-1])}"
+            way_out = _other_separator(path, columns) or "correct the line"
             raise ValueError(
                 f"{path}, line {number} has {len(cells)} cells and line 1 names {len(columns)} "
-                f"columns: {problem}; correct the line"
+                f"columns: {problem}; {way_out}"
             )
         rows.append((number, dict(zip(columns, map(_one_line, cells), strict=True))))
     return Table(path, columns, tuple(rows))
+
+
+def _other_separator(path: Path, columns: Sequence[str]) -> str:
+    """Returns what to do about a table whose first line has a separator of another format; "" if it
+    is as its suffix says."""
+    if len(columns) != 1 or path.name.removesuffix(".gz").lower().endswith(".jsonl"):
+        return ""
+    found = [(mark, way_out) for mark, way_out in SEPARATORS.items() if mark in columns[0]]
+    return "; ".join(f"it seems to be separated by {mark!r}; {way}" for mark, way in found[:1])
 
 
 def _read_jsonl(path: Path, lines: Sequence[str]) -> Table:

@@ -115,6 +115,10 @@ def test_parallel_text_files(tmp_path, packed):
 
 
 def test_parallel_files_without_images_or_of_unequal_lengths(tmp_path):
+    (tmp_path / "train.en.txt").write_text("a\nb\n")
+    named = r"files must be named SPLIT\.LANGUAGE, plain or \.gz, and there are train\.en\.txt;"
+    with pytest.raises(FileNotFoundError, match=named):
+        load_corpus(config_of(tmp_path, "text"), "train", PAIR)
     (tmp_path / "train.en").write_text("a\nb\n")
     (tmp_path / "train.sv").write_text("c\nd\n")
     config = config_of(tmp_path, "text")

@@ -2,7 +2,9 @@
 column."""
 
 import gzip
+import json
 import logging
+import re
 
 import pytest
 
@@ -85,6 +87,28 @@ def test_missing_column_error_suggests_an_existing_one(tmp_path):
         ValueError, match=r"t\.csv has no column 'label' \(did you mean 'lable'\?\), which should "
     ):
         table.require("label", "the classes")
+
+
+@pytest.mark.parametrize(
+    ("name", "mark", "way_out"),
+    [
+        ("t.csv", ";", "save it with commas or as TSV"),
+        ("t.csv", "\t", r"rename it to \.tsv"),
+        ("t.tsv", ",", r"rename it to \.csv"),
+    ],
+)
+def test_other_separator_is_named(tmp_path, name, mark, way_out):
+    table = read_table(write(tmp_path / name, f"path{mark}label\nx{mark}y\n"))
+    hint = re.escape(f"it seems to be separated by {mark!r}; ") + f"{way_out}$"
+    with pytest.raises(ValueError, match=rf"has no column 'path': {hint}"):
+        table.require("path", "the paths")
+    odd = {".csv": "x,y", ".tsv": "x\ty"}[table.path.suffix]
+    write(tmp_path / name, f"path{mark}label\n{odd}\n")
+    with pytest.raises(ValueError, match=rf"line 2 has 2 cells .*: no name for 'y'; {hint}"):
+        read_table(tmp_path / name)
+    table = read_table(write(tmp_path / "t.jsonl", f'{{"a{json.dumps(mark)[1:-1]}b": "x"}}\n'))
+    with pytest.raises(ValueError, match="its columns are"):
+        table.require("path", "the paths")
 
 
 def test_rows_of_every_split_are_counted(tmp_path, caplog):
