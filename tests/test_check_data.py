@@ -1,11 +1,13 @@
 """tools/check_data.py: the command that says what is missing before a run starts."""
 
+import errno
 import itertools
 import pathlib
 import re
 import shlex
 import signal
 import zipfile
+from unittest import mock
 
 import check_data
 import numpy as np
@@ -394,3 +396,11 @@ def test_table_without_pictures_is_said_to_lack_these_alone(tmp_path, capsys):
     problems = check(capsys, *flags)[2]
     assert len(problems) == 1
     assert "no row of split 'train' has a picture (column 'picture' is empty" in problems[0]
+
+
+def test_table_that_cannot_be_read_is_one_problem(tmp_path, capsys, monkeypatch):
+    flags = own_table(tmp_path, TESTED)
+    closed = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "own.tsv"))
+    monkeypatch.setattr(pathlib.Path, "read_bytes", mock.Mock(side_effect=closed))
+    _, _, problems = check(capsys, *flags)
+    assert len(problems) == 1 and "own.tsv' cannot be read (Permission denied)" in problems[0]

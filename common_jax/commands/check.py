@@ -126,9 +126,13 @@ def say_bad(bad: Mapping[str, str], places: Sequence[int], findings: Findings) -
 
 
 def say_unread_rows(path: str, splits: Collection[str], findings: Findings) -> None:
-    """Prints which splits a table has besides `splits`, the fields' values."""
+    """Prints which splits a table has besides `splits`, the fields' values. Loading these has
+    already reported a table that cannot be read."""
     file = Path(path).expanduser()
-    table = findings.attempt(read_table, file) if file.is_file() and is_table(file) else None
+    try:
+        table = read_table(file) if file.is_file() and is_table(file) else None
+    except USER_ERRORS:
+        return
     others = table.split_sizes(without=splits) if table and SPLIT in table.columns else ()
     if others:
         findings.say(f"rows of splits that no field names: {listed(others)}")
