@@ -10,6 +10,7 @@ from common_jax.untrusted import brief
 from common_jax.weights.beside import read_beside as read_files
 from m2mkd_jax.config import Config
 from m2mkd_jax.phases.sources.weights import same_numbers
+from m2mkd_jax.pretrained.timm_names import TIMM_VITS, UNSUPPORTED
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 # Field of config.data -> its name in timm's pretrained_cfg, and in Hugging Face's preprocessor.
@@ -40,14 +41,18 @@ class Beside:
 
     Attributes:
       file: the file that states them; "" if none does.
-      fields: those of "data.mean" and "data.std", and of "heads", "activation", "pool" and
-        "positions" of the network's section of the config, that the folder states.
+      fields: those of "data.mean" and "data.std", and of "heads", "activation", "norm_eps", "pool"
+        and "positions" of the network's section of the config, that the folder states or that
+        follow from the architecture.
       architecture: timm's name of the network, or "".
+      width: token width of timm's network of this name; None if the name is unknown or the folder
+        has its own width.
     """
 
     file: str = ""
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     architecture: str = ""
+    width: int | None = None
 
 
 def paths(fields: Mapping[str, Any], section: str) -> dict[str, Any]:
@@ -75,12 +80,24 @@ def read_beside(path: Path) -> Beside:
     architecture = about.get("architecture") or ""
     if not isinstance(architecture, str):
         raise ValueError(f"{file}: architecture={brief(architecture)} must be a string")
+    architecture = architecture.partition(".")[0]  # of the name's tag
+    if odd := UNSUPPORTED.get(architecture):
+        raise ValueError(
+            f"{file} says architecture={architecture!r}, a network with {odd}, which m2mKD's ViT "
+            "does not support with any config: take another model, such as timm's "
+            "deit_base_patch16_224 or vit_base_patch16_224"
+        )
     fields = _network(about, file) if architecture else {}
+    # timm builds the network from model_args, so these take precedence over the name.
+    known = dict(TIMM_VITS.get(architecture, {}))
+    width = known.pop("width", None)
+    if "embed_dim" in (about.get("model_args") or {}):
+        width = None
     images = _images(timm, TIMM, file)
     if not images and PREPROCESSOR in files:
         file = folder / PREPROCESSOR
         images = _images(files[PREPROCESSOR], HUGGING_FACE, file)
-    return Beside(str(file), images | fields, architecture)
+    return Beside(str(file), images | known | fields, architecture, width)
 
 
 def require_same(

@@ -16,6 +16,7 @@ from m2mkd_jax.pretrained.hub import paths
 from m2mkd_jax.pretrained.kinds import KINDS, Kind, alias_depths, count_blocks
 from m2mkd_jax.pretrained.parts import PARTS, find, foreign_parts, read_parts
 from m2mkd_jax.pretrained.reading import File, Source
+from m2mkd_jax.pretrained.timm_names import TIMM_VITS
 
 # Mean and std of ImageNet's images, as in DeiT and m2mKD.
 IMAGENET = {"data.mean": (0.485, 0.456, 0.406), "data.std": (0.229, 0.224, 0.225)}
@@ -25,6 +26,7 @@ SIZES = ("width", "hidden", "qkv_bias")  # a published network must match in the
 NEAREST = ("patch", "data.image_size")  # distinguish networks that have the same parts
 # Fields that tensors do not reveal, or not exactly.
 UNSEEN = ("heads", "norm_eps", "activation", "layer_scale", "mlp_ratio")
+OF_NAME = ("heads", "activation")  # that an unknown architecture leaves open
 # Fields that distinguish CLIP's networks from others with the same tensors.
 OF_CLIP = ("activation", "norm_eps")
 
@@ -67,6 +69,7 @@ def infer_config(source: Source, given: Collection[str] = ()) -> Inferred:
     if foreign := foreign_parts(tensors):
         raise ValueError(f"{file.path}: {foreign}")
     width, hidden = _widths(tensors, file)
+    _require_known(kind, file, width, given)
     read, assumed = read_parts(tensors, width, stated, file.path)
     read["width"] = width
     if (kernel := tensors.get("patch_embed.proj.weight")) is not None and kernel.ndim == 4:
@@ -132,6 +135,31 @@ def _widths(tensors: Mapping[str, np.ndarray], file: File) -> tuple[int, int]:
     return norm[0], hidden[-1]
 
 
+def _require_known(kind: Kind, file: File, width: int, given: Collection[str]) -> None:
+    """Raises ValueError if a folder names an architecture that is not known, or that timm has with
+    another width, unless what the tensors do not reveal is given or, for the former, stated."""
+    beside, stated = file.beside, paths(file.beside.fields, kind.section)
+    said = f"{beside.file} says architecture={beside.architecture!r}"
+    if beside.width not in (None, width):
+        why, known = f"which is {beside.width} wide in timm, not {width} like the tensors", given
+    elif kind.family.files.timm and not _is_known(file, kind):
+        why, known = f"which is none of the {len(TIMM_VITS)} known ViTs of timm", {*given, *stated}
+    else:
+        return
+    needed = [f"{kind.section}.{name}" for name in OF_NAME]
+    if missing := [f"--config.{name}" for name in needed if name not in known]:
+        raise ValueError(
+            f"{said}, {why}; the tensors do not reveal all of the computation: give "
+            f"{', '.join(missing)} of the network that the file is from"
+        )
+
+
+def _is_known(file: File, kind: Kind) -> bool:
+    """True unless the folder names an architecture that is neither timm's nor published."""
+    name = file.beside.architecture
+    return not name or name in TIMM_VITS or name in kind.family.files.variants
+
+
 def _ratio(hidden: int, width: int) -> float:
     """The `mlp_ratio` that gives this hidden width, the integer part of ratio times width."""
     # width * (hidden / width) may round to just below `hidden`, which `int` would cut by one.
@@ -170,9 +198,11 @@ def _as_published(
 
 
 def _same_as(kind: Kind, seen: Mapping[str, Any], file: File) -> list[ViTConfig]:
-    """The published networks with the sizes of a file. If its name is known, only that one; among
-    them, those with the same parts, if any; among these, those with the same patch and image size,
-    if any."""
+    """The published networks with the sizes of a file. If its name is known, only that one, and
+    none for an unknown architecture; among them, those with the same parts, if any; among these,
+    those with the same patch and image size, if any."""
+    if kind.family.files.timm and not _is_known(file, kind):
+        return []
     variants, name = kind.family.files.variants, file.beside.architecture
     name = name or file.plain.get("model_name")
     if isinstance(name, str) and name in variants:

@@ -239,7 +239,9 @@ def test_clip_like_network_needs_explicit_settings(tmp_path):
 def timm_folder(folder, state, **about):
     folder.mkdir()
     write_tensors(folder / "model.safetensors", state)
-    (folder / "config.json").write_text(json.dumps({"architecture": "vit_x"} | about))
+    (folder / "config.json").write_text(
+        json.dumps({"architecture": "vit_tiny_patch16_224"} | about)
+    )
     return folder
 
 

@@ -1,0 +1,94 @@
+"""timm's folders: what an architecture's name says, and names that cannot be read."""
+
+import json
+
+import pytest
+from weight_files import deit
+
+from common_jax.weights import write_tensors
+from m2mkd_jax import pretrained
+from m2mkd_jax.pretrained.timm_names import TIMM_VITS
+
+
+def infer(folder, given=(), **about):
+    """The config that is inferred from a folder of DeiT-Ti's tensors with this config.json."""
+    folder.mkdir()
+    write_tensors(folder / "model.safetensors", deit())
+    (folder / "config.json").write_text(json.dumps(about))
+    return pretrained.infer_config(pretrained.find_source(pretrained.read_files(folder)), given)
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "activation", "norm_eps"),
+    [
+        ("vit_base_patch16_gap_224", 16, "gelu", 1e-6),
+        ("vit_base_patch16_siglip_gap_512", 12, "gelu", 1e-6),
+        ("vit_base_patch32_siglip_gap_256", 12, "gelu_tanh", 1e-6),
+        ("vit_large_patch16_siglip_gap_384", 16, "gelu", 1e-6),
+        ("vit_large_patch16_siglip_gap_512", 16, "gelu_tanh", 1e-6),
+        ("vit_base_patch16_clip_quickgelu_224.openai", 12, "quick_gelu", 1e-5),
+        ("vit_small_patch16_224.augreg_in1k", 6, "gelu", 1e-6),
+        ("vit_huge_patch14_224", 16, "gelu", 1e-6),
+    ],
+)
+def test_name_gives_what_tensors_do_not(tmp_path, name, heads, activation, norm_eps):
+    inferred = infer(tmp_path / "a", architecture=name, model_args={"embed_dim": 192})
+    teacher = inferred.config.teacher
+    assert (teacher.heads, teacher.activation) == (heads, activation)
+    assert teacher.norm_eps == norm_eps and "config.teacher.heads" in inferred.read
+    arguments = {"embed_dim": 192, "num_heads": 4, "act_layer": "quick_gelu"}
+    teacher = infer(tmp_path / "b", architecture=name, model_args=arguments).config.teacher
+    assert (teacher.heads, teacher.activation) == (4, "quick_gelu")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vit_base_patch16_rpn_224", "a network with norms after attention and MLP, which m2mKD's"),
+        ("test_vit3.r160_in1k", "architecture='test_vit3', a network with a pooling that also"),
+    ],
+)
+def test_network_that_only_its_name_reveals_is_refused(tmp_path, name, message):
+    with pytest.raises(ValueError, match=rf"config\.json says .*{message}.*take another model"):
+        infer(tmp_path / "a", architecture=name, model_args={"embed_dim": 192, "num_heads": 3})
+
+
+def test_unknown_name_needs_what_tensors_do_not_reveal(tmp_path):
+    about = {"architecture": "vit_of_tomorrow"}
+    with pytest.raises(
+        ValueError,
+        match=r"'vit_of_tomorrow', which is none of the \d+ known ViTs.*give "
+        r"--config\.teacher\.heads, --config\.teacher\.activation of the network",
+    ):
+        infer(tmp_path / "a", **about)
+    with pytest.raises(ValueError, match=r"give --config\.teacher\.activation of the network"):
+        infer(tmp_path / "b", **about, model_args={"num_heads": 4})
+    both = {"teacher.heads", "teacher.activation"}
+    assert infer(tmp_path / "c", both, **about).assumed["config.teacher.norm_eps"] == 1e-6
+    arguments = {"num_heads": 4, "act_layer": "gelu"}
+    assert infer(tmp_path / "d", **about, model_args=arguments).config.teacher.heads == 4
+
+
+def test_name_of_another_width_needs_what_tensors_do_not_reveal(tmp_path):
+    about = {"architecture": "vit_small_patch16_224"}
+    with pytest.raises(ValueError, match=r"which is 384 wide in timm, not 192 like the tensors; "):
+        infer(tmp_path / "a", **about)
+    assert infer(tmp_path / "b", {"teacher.heads", "teacher.activation"}, **about)
+
+
+@pytest.mark.parametrize("name", TIMM_VITS)
+def test_names_agree_with_timm(name):
+    torch, timm = pytest.importorskip("torch"), pytest.importorskip("timm")
+    from timm.models.vision_transformer import Block, VisionTransformer
+
+    with torch.device("meta"):
+        model = timm.create_model(name, depth=1)
+    block, facts = model.blocks[0], TIMM_VITS[name]
+    assert type(model) is VisionTransformer and type(block) is Block
+    act = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
+    assert facts == {
+        "width": model.embed_dim,
+        "heads": block.attn.num_heads,
+        "activation": act[type(block.mlp.act).__name__],
+        "norm_eps": block.norm1.eps,
+    }
