@@ -19,20 +19,13 @@ from typing import Any
 import huggingface_hub
 import jax
 import numpy as np
-from PIL import Image
 
 from cliptrans_jax.models.cliptrans import ModelConfig
-from cliptrans_jax.tensors import kinds, open_clip
-from cliptrans_jax.tensors.beside import (
-    PREPROCESSOR,
-    Beside,
-    open_clip_pictures,
-    picture_numbers,
-    read_beside,
-)
+from cliptrans_jax.tensors import kinds
+from cliptrans_jax.tensors.beside import Beside, read_beside
 from cliptrans_jax.tensors.config_json import CONFIG
 from cliptrans_jax.tensors.kinds import KINDS, Layout
-from cliptrans_jax.towers.tower import Pictures
+from cliptrans_jax.tensors.pictures import require_pictures
 from cliptrans_jax.translators.transformer import TransformerConfig
 from common_jax.config import did_you_mean
 from common_jax.untrusted import brief
@@ -45,6 +38,7 @@ from common_jax.weights import (
     write_tensors,
 )
 from common_jax.weights import format_account as format_account
+from common_jax.weights.beside import PROCESSORS
 from common_jax.weights.files import SUFFIXES, same_content
 from common_jax.weights.table import (
     Pretrained,
@@ -58,7 +52,7 @@ from common_jax.weights.table import (
 
 # Files to download: configs, tokenizer, and the weights in one of two formats.
 ABOUT = (
-    *("config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json"),
+    *("config.json", "generation_config.json", *PROCESSORS, "tokenizer.json"),
     *("tokenizer_config.json", "special_tokens_map.json", "sentencepiece.bpe.model"),
     *("vocab.json", "merges.txt", "vocab.txt"),
 )
@@ -125,7 +119,7 @@ def load(
             f"{layout.config_type.__name__}"
         )
     if layout.pictures:
-        _require_pictures(about, layout.pictures, file)
+        require_pictures(about, layout.pictures, config.image, file)
     params, account = read(
         layout.table(config),
         tensors,
@@ -213,49 +207,6 @@ def _activation(layout: Layout, path: Path, choice: str) -> tuple[str, tuple[str
         f"{layout.about} beside it, or set "
         "--config.sources.clip_activation=quick_gelu or gelu (`activation` of pretrained.load)"
     )
-
-
-def _require_pictures(about: Beside, pictures: Pictures, file: str) -> None:
-    """Raises ValueError if a file beside the weights has another mean, std, filter or crop."""
-    resample, ours = about.get(PREPROCESSOR, {}).get("resample"), pictures.resampling
-    if resample not in (None, Image.Resampling[ours]):
-        raise ValueError(
-            f"{file}: {PREPROCESSOR} says resample={brief(resample)}, but the tower's pictures are "
-            f"resized with {int(Image.Resampling[ours])}, {ours}; use a model with this filter"
-        )
-    crops = about.get(PREPROCESSOR, {}).get("do_center_crop", pictures.crops)
-    if bool(crops) != pictures.crops:
-        raise ValueError(
-            f"{file}: {PREPROCESSOR} says do_center_crop={brief(crops)}, but the tower's pictures "
-            f"are {_cut(pictures)}; use a model whose pictures are, too"
-        )
-    asked = open_clip_pictures(about)
-    wanted = {
-        "interpolation": ours.lower(),
-        "resize_mode": "shortest" if pictures.crops else "squash",
-    }
-    for key, value in wanted.items():
-        if asked.get(key, value) != value:
-            raise ValueError(
-                f"{file}: {open_clip.FILE} says {key}={brief(asked[key])}, but the tower's "
-                f"pictures are resized with {ours} and {_cut(pictures)}; use one with {value!r}"
-            )
-    name, *statistics = picture_numbers(about)
-    expected = {"mean": pictures.mean, "std": pictures.std}
-    for (key, ours), numbers in zip(expected.items(), statistics, strict=True):
-        try:
-            same = np.shape(numbers) == (3,) and np.allclose(numbers, ours, rtol=0, atol=1e-4)
-        except (TypeError, ValueError):
-            same = False
-        if numbers is not None and not same:
-            raise ValueError(
-                f"{file}: {name} says {key}={brief(numbers)}, but the tower's pictures are "
-                f"prepared with {[round(x, 6) for x in ours]}; use a model with these"
-            )
-
-
-def _cut(pictures: Pictures) -> str:
-    return "cropped to a square" if pictures.crops else "resized to a square without a crop"
 
 
 def save(

@@ -32,6 +32,18 @@ CONFIGS = {
     "clip_res": RESNET,
     "cliptrans": MODEL,
 }
+_SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+}
+CLIP = {
+    "model_type": "clip",
+    "projection_dim": 8,
+    "text_config": _SIZES | {"vocab_size": 40, "max_position_embeddings": 10},
+    "vision_config": _SIZES | {"image_size": 8, "patch_size": 4},
+}
 
 
 @functools.cache

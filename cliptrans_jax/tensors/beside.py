@@ -7,10 +7,10 @@ from typing import Any
 from cliptrans_jax.tensors import open_clip
 from cliptrans_jax.tensors.config_json import CONFIG
 from common_jax.weights import weights_file
+from common_jax.weights.beside import PROCESSORS
 from common_jax.weights.files import FOLDER_FILES
 from common_jax.workdir import read_json
 
-PREPROCESSOR = "preprocessor_config.json"
 Beside = Mapping[str, Mapping[str, Any]]  # name of a file -> its content
 
 
@@ -28,23 +28,7 @@ def read_beside(path: Path) -> Beside:
     if file is not None and file.name.startswith("open_clip"):
         names = (open_clip.FILE,)
     elif path.is_dir() or path.name in FOLDER_FILES:
-        names = (CONFIG, PREPROCESSOR, open_clip.FILE)
+        names = (CONFIG, *PROCESSORS, open_clip.FILE)
     else:
         names = (open_clip.FILE,)
     return {name: read_json(folder / name) for name in names if (folder / name).is_file()}
-
-
-def picture_numbers(beside: Beside) -> tuple[str, Any, Any]:
-    """(file, mean, std) of the normalisation of pictures; ("", None, None) if no file has them."""
-    if PREPROCESSOR in beside:
-        content, keys = beside[PREPROCESSOR], ("image_mean", "image_std")
-        return PREPROCESSOR, *(content.get(key) for key in keys)
-    if content := open_clip_pictures(beside):
-        return open_clip.FILE, content.get("mean"), content.get("std")
-    return "", None, None
-
-
-def open_clip_pictures(beside: Beside) -> Mapping[str, Any]:
-    """OpenCLIP's preprocessing settings; empty if there are none."""
-    content = beside.get(open_clip.FILE, {}).get("preprocess_cfg")
-    return content if isinstance(content, dict) else {}

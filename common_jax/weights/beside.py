@@ -1,11 +1,17 @@
 """The JSON files beside published weights."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from common_jax.untrusted import brief
 from common_jax.weights.files import FOLDER_FILES, weights_file
 from common_jax.workdir import read_json
+
+# Hugging Face's files with settings of images: its older library writes the first, newer ones the
+# second, with the settings under IMAGES.
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+IMAGES = "image_processor"
 
 
 def read_beside(path: Path, names: Collection[str]) -> dict[str, dict[str, Any]]:
@@ -22,3 +28,21 @@ def read_beside(path: Path, names: Collection[str]) -> dict[str, dict[str, Any]]
     else:
         return {}
     return {name: read_json(folder / name) for name in names if (folder / name).is_file()}
+
+
+def image_processors(files: Mapping[str, Mapping[str, Any]], where: str) -> dict[str, Any]:
+    """The settings of images in the `PROCESSORS` among the files of a folder, by file name.
+
+    Args:
+      files: content by file name.
+      where: the folder, for messages.
+
+    Raises:
+      ValueError: for settings that are not a dictionary.
+    """
+    flat, nested = PROCESSORS
+    found = {flat: files[flat]} if flat in files else {}
+    settings = files.get(nested, {}).get(IMAGES)
+    if not isinstance(settings, dict | None):
+        raise ValueError(f"{where}: {nested} says {IMAGES}={brief(settings)}, not a dictionary")
+    return found | ({nested: settings} if settings else {})

@@ -7,12 +7,13 @@ from typing import Any
 
 from common_jax.nn.mlp import ACTIVATIONS
 from common_jax.untrusted import brief
+from common_jax.weights.beside import PROCESSORS, image_processors
 from common_jax.weights.beside import read_beside as read_files
 from m2mkd_jax.config import Config
 from m2mkd_jax.phases.sources.weights import same_numbers
 from m2mkd_jax.pretrained.timm_names import TIMM_VITS, UNSUPPORTED
 
-CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+CONFIG = "config.json"
 # Field of config.data -> its name in timm's pretrained_cfg, and in Hugging Face's preprocessor.
 TIMM = {"mean": "mean", "std": "std"}
 HUGGING_FACE = {"mean": "image_mean", "std": "image_std"}
@@ -71,7 +72,7 @@ def read_beside(path: Path) -> Beside:
       ValueError: for a file that is not a JSON object, values that should be numbers but are not,
         and a network that has the tensors of a plain ViT but computes something else.
     """
-    files = read_files(path, (CONFIG, PREPROCESSOR))
+    files = read_files(path, (CONFIG, *PROCESSORS))
     folder = path if path.is_dir() else path.parent
     file, about = folder / CONFIG, files.get(CONFIG, {})
     timm = about.get("pretrained_cfg", about)
@@ -94,9 +95,8 @@ def read_beside(path: Path) -> Beside:
     if "embed_dim" in (about.get("model_args") or {}):
         width = None
     images = _images(timm, TIMM, file)
-    if not images and PREPROCESSOR in files:
-        file = folder / PREPROCESSOR
-        images = _images(files[PREPROCESSOR], HUGGING_FACE, file)
+    if not images:
+        file, images = _processed(files, folder, file)
     return Beside(str(file), images | known | fields, architecture, width)
 
 
@@ -151,6 +151,26 @@ def _network(about: Mapping[str, Any], file: Path) -> dict[str, Any]:
             raise ValueError(f"{file}: num_heads={brief(heads)} must be a whole number above 0")
         stated["heads"] = heads
     return stated
+
+
+def _processed(
+    files: Mapping[str, Mapping[str, Any]], folder: Path, file: Path
+) -> tuple[Path, dict[str, tuple[float, ...]]]:
+    """The file with Hugging Face's settings of images, or `file` if there is none, and its mean and
+    std. Raises ValueError if two files have others."""
+    found = {
+        name: _images(content, HUGGING_FACE, folder / name)
+        for name, content in image_processors(files, str(folder)).items()
+    }
+    found = {name: images for name, images in found.items() if images}
+    if len(found) > 1 and len(set(map(repr, found.values()))) > 1:
+        raise ValueError(
+            f"{folder}: {' and '.join(map(repr, found))} say different things, "
+            f"{' and '.join(map(repr, found.values()))}; remove the wrong one"
+        )
+    for name, images in found.items():
+        return folder / name, images
+    return file, {}
 
 
 def _images(

@@ -27,6 +27,7 @@ from cliptrans_jax.export.towers import write_tower
 from cliptrans_jax.runs import contrastive
 from cliptrans_jax.runs.run_data import RunData
 from cliptrans_jax.runs.run_towers import describe_text, text_tokenizer
+from cliptrans_jax.tensors.pictures import require_pictures
 from cliptrans_jax.tensors.siglip_json import text_config, vision_config
 from cliptrans_jax.towers import siglip, siglip_names
 from cliptrans_jax.towers.siglip import SiglipTextConfig, SiglipVisionConfig
@@ -221,12 +222,21 @@ def test_unsupported_siglip_is_reported(tmp_path, changes, message):
                 pretrained.load(folder, kind=kind)
 
 
+SQUARE = {"height": VISION.image, "width": VISION.image}
+
+
 def test_mismatched_preprocessing_is_refused(folder):
     good = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}
     for changes, message in (
         ({}, None),
         ({"resample": 3}, "resample=3, but the tower's pictures are resized with 2, BILINEAR"),
-        ({"image_mean": [0.4] * 3}, "says image_mean|says mean="),
+        ({"image_mean": [0.4] * 3}, "says image_mean="),
+        ({"size": SQUARE}, None),
+        (
+            {"size": SQUARE | {"width": 1}},
+            r"says size=\{.*'width': 1.*resized with size=\{'height'",
+        ),
+        ({"size": {"shortest_edge": VISION.image}}, r"says size=\{'shortest_edge': "),
     ):
         (folder / "preprocessor_config.json").write_text(json.dumps(good | changes))
         if message is None:
@@ -248,16 +258,21 @@ def test_centre_crop_is_refused(folder):
         ({}, None),
         ({"interpolation": "bicubic", "resize_mode": "shortest"}, None),
         ({"interpolation": "bilinear"}, "interpolation='bilinear', .* resized with BICUBIC"),
-        ({"resize_mode": "squash"}, r"resize_mode='squash', .* cropped to a square; use one with"),
+        (
+            {"resize_mode": "squash"},
+            r"resize_mode='squash', .* cropped to a square, 'shortest'; use",
+        ),
+        ({"size": [224, 224]}, None),
+        ({"size": 384}, "size=384, but the tower's pictures are 224 pixels on each side"),
     ],
 )
 def test_open_clip_preprocessing_config_is_read_too(changes, message):
     about = {"open_clip_config.json": {"preprocess_cfg": changes}}
     if message is None:
-        pretrained._require_pictures(about, CLIP_PICTURES, "file")
+        require_pictures(about, CLIP_PICTURES, 224, "file")
     else:
         with pytest.raises(ValueError, match=f"^file: open_clip_config.json says {message}"):
-            pretrained._require_pictures(about, CLIP_PICTURES, "file")
+            require_pictures(about, CLIP_PICTURES, 224, "file")
 
 
 def test_images_are_resized_to_a_square_without_a_crop():

@@ -75,6 +75,15 @@ def test_hugging_face_preprocessor_gives_normalisation(tmp_path):
     about = {"image_mean": [0.1, 0.2, 0.3], "image_std": HALF, "size": {"height": 224}}
     folder = timm_folder(tmp_path / "hub", about, file="preprocessor_config.json")
     assert read(folder)[1].config.data.mean == (0.1, 0.2, 0.3)
+    # Newer versions write another file.
+    newer = folder / "processor_config.json"
+    newer.write_text(json.dumps({"image_processor": about}))
+    assert read(folder)[1].config.data.mean == (0.1, 0.2, 0.3)
+    newer.write_text(json.dumps({"image_processor": about | {"image_mean": HALF}}))
+    with pytest.raises(ValueError, match=r"'processor_config\.json' say different things.* remove"):
+        read(folder)
+    (folder / "preprocessor_config.json").unlink()
+    assert read(folder)[1].config.data.mean == (0.5, 0.5, 0.5)
 
 
 def test_mean_differing_from_folder_needs_override(tmp_path):

@@ -328,11 +328,18 @@ MISTAKES: tuple[Mistake, ...] = (
         AVERAGED,
     ),
     Mistake(
-        f"{PACKAGE}/pretrained.py",
+        f"{PACKAGE}/tensors/pictures.py",
         "pictures of another deviation than CLIP's are let through",
-        'expected = {"mean": pictures.mean, "std": pictures.std}',
-        'expected = {"mean": pictures.mean, "std": statistics[1] or pictures.std}',
-        f"{TESTS}/test_beside.py::test_mismatched_image_normalisation_is_refused",
+        '{"mean": "image_mean", "std": "image_std"}',
+        '{"mean": "image_mean"}',
+        f"{TESTS}/test_picture_settings.py::test_mismatched_image_normalisation_is_refused",
+    ),
+    Mistake(
+        f"{PACKAGE}/tensors/pictures.py",
+        "pictures of another size than the tower's are let through",
+        'size = {"shortest_edge": side} if pictures.crops else square',
+        'size = given.get("size", side)',
+        f"{TESTS}/test_picture_settings.py::test_mismatched_preparation_of_images_is_refused",
     ),
     Mistake(
         f"{PACKAGE}/loading.py",
