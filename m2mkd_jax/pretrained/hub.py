@@ -1,6 +1,7 @@
 """Facts about a ViT that timm's and Hugging Face's folders state beside its weights."""
 
 import dataclasses
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,19 @@ from common_jax.untrusted import brief
 from common_jax.weights.beside import PROCESSORS, image_processors
 from common_jax.weights.beside import read_beside as read_files
 from m2mkd_jax.config import Config
+from m2mkd_jax.data.augment import SMALL_SIDE
 from m2mkd_jax.phases.sources.weights import same_numbers
 from m2mkd_jax.pretrained.timm_names import TIMM_VITS, UNSUPPORTED
 
 CONFIG = "config.json"
+CROP = 224 / 256  # share of the shorter side that evaluation keeps, see `resize_and_centre`
 # Field of config.data -> its name in timm's pretrained_cfg, and in Hugging Face's preprocessor.
 TIMM = {"mean": "mean", "std": "std"}
 HUGGING_FACE = {"mean": "image_mean", "std": "image_std"}
 # timm's global_pool -> `pool` of a ViT's section.
 POOLS = {"token": "class", "avg": "mean", "map": "attention"}
+# Keys of timm's pretrained_cfg -> the values that agree with evaluation here.
+PREPARED = {"interpolation": ["bicubic"], "crop_mode": ["center"], "crop_pct": [CROP]}
 # Arguments of timm's models that the tensors reveal, that are read here, or that have no effect in
 # evaluation. Any other may change the computation without a trace in the tensors.
 HARMLESS = (
@@ -42,18 +47,22 @@ class Beside:
 
     Attributes:
       file: the file that states them; "" if none does.
+      image_file: likewise, for mean and std.
       fields: those of "data.mean" and "data.std", and of "heads", "activation", "norm_eps", "pool"
         and "positions" of the network's section of the config, that the folder states or that
         follow from the architecture.
       architecture: timm's name of the network, or "".
+      notes: how the network's images were prepared, if otherwise than here.
       width: token width of timm's network of this name; None if the name is unknown or the folder
         has its own width.
     """
 
     file: str = ""
+    image_file: str = ""
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     architecture: str = ""
     width: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 def paths(fields: Mapping[str, Any], section: str) -> dict[str, Any]:
@@ -82,10 +91,10 @@ def read_beside(path: Path) -> Beside:
     if not isinstance(architecture, str):
         raise ValueError(f"{file}: architecture={brief(architecture)} must be a string")
     architecture = architecture.partition(".")[0]  # of the name's tag
-    if odd := UNSUPPORTED.get(architecture):
+    if odd := [what for name, what in UNSUPPORTED.items() if re.fullmatch(name, architecture)]:
         raise ValueError(
-            f"{file} says architecture={architecture!r}, a network with {odd}, which m2mKD's ViT "
-            "does not support with any config: take another model, such as timm's "
+            f"{file} says architecture={brief(architecture)}, a network with {odd[0]}, which "
+            "m2mKD's ViT does not support with any config: take another model, such as timm's "
             "deit_base_patch16_224 or vit_base_patch16_224"
         )
     fields = _network(about, file) if architecture else {}
@@ -94,10 +103,11 @@ def read_beside(path: Path) -> Beside:
     width = known.pop("width", None)
     if "embed_dim" in (about.get("model_args") or {}):
         width = None
-    images = _images(timm, TIMM, file)
+    images, image_file = _images(timm, TIMM, file), file
     if not images:
-        file, images = _processed(files, folder, file)
-    return Beside(str(file), images | known | fields, architecture, width)
+        image_file, images = _processed(files, folder, file)
+    fields = images | known | fields
+    return Beside(str(file), str(image_file), fields, architecture, width, _prepared(timm, file))
 
 
 def require_same(
@@ -110,11 +120,12 @@ def require_same(
         parent, name = path.split(".")
         ours = getattr(getattr(config, parent), name, value)
         numbers = isinstance(value, tuple)
+        file = beside.image_file if parent == "data" else beside.file
         same = same_numbers(value, ours) if numbers else value == ours
         if path not in overridden and not same:
             flag = ",".join(map(str, value)) if numbers else value
             raise ValueError(
-                f"{beside.file} says {name}={value!r}, but config.{path}={ours!r}: the network "
+                f"{file} says {name}={value!r}, but config.{path}={ours!r}: the network "
                 f"would compute something else. Give --config.{path}={flag}, here and in every run "
                 "that uses these weights"
             )
@@ -151,6 +162,20 @@ def _network(about: Mapping[str, Any], file: Path) -> dict[str, Any]:
             raise ValueError(f"{file}: num_heads={brief(heads)} must be a whole number above 0")
         stated["heads"] = heads
     return stated
+
+
+def _prepared(timm: Mapping[str, Any], file: Path) -> tuple[str, ...]:
+    """A note on how images were prepared for a network of timm's, if otherwise than here."""
+    said = {key: timm[key] for key in PREPARED if timm.get(key) is not None}
+    odd = {key: value for key, value in said.items() if value not in PREPARED[key]}
+    if not odd:
+        return ()
+    shown = ", ".join(f"{key}={brief(value)}" for key, value in odd.items())
+    return (
+        f"{file.name} says {shown} for evaluation, which is not read: here images are resized with "
+        f"bicubic, and images above {SMALL_SIDE} pixels keep the centre {CROP:.3f} of their "
+        "shorter side",
+    )
 
 
 def _processed(

@@ -209,8 +209,9 @@ def _read(path: Path, weights: str) -> File:
     prefix = choose_prefix(markers, stored.tensors, prefix, str(path))
     tensors, others = take_prefix(stored.tensors, prefix)
     plain = read_plain(path) if path.is_file() else {}
-    account = join(Account((), notes=stored.notes), others)
-    return File(path, tensors, plain, read_beside(path), account)
+    beside = read_beside(path)
+    account = join(Account((), notes=(*stored.notes, *beside.notes)), others)
+    return File(path, tensors, plain, beside, account)
 
 
 def _load_file(

@@ -6,12 +6,12 @@ from typing import Any
 from m2mkd_jax.config import Config
 from m2mkd_jax.data.augment import SMALL_SIDE
 from m2mkd_jax.models.vit import ViTConfig
-from m2mkd_jax.pretrained.hub import POOLS, TIMM
+from m2mkd_jax.pretrained.hub import CROP, POOLS, TIMM
+from m2mkd_jax.pretrained.parts import LAYER_SCALE
 
 # Any timm name will do, since model_args override its sizes.
 ARCHITECTURE = "vit_base_patch16_224"
 NORM_EPS = 1e-6  # of timm's ViTs; no argument in config.json can change it
-CROP = 224 / 256  # share of the shorter side that evaluation keeps, see `resize_and_centre`
 
 
 def timm_config(config: Config, sizes: ViTConfig, classes: Sequence[str]) -> dict[str, Any]:
@@ -39,7 +39,9 @@ def timm_config(config: Config, sizes: ViTConfig, classes: Sequence[str]) -> dic
         "num_heads": sizes.heads,
         "mlp_ratio": sizes.mlp_ratio,
         "qkv_bias": sizes.qkv_bias,
-        "init_values": sizes.layer_scale,
+        # timm leaves layer scale out for 0, too. Any other number will do, since the tensors have
+        # the learned values.
+        "init_values": LAYER_SCALE if sizes.layer_scale == 0 else sizes.layer_scale,
         "class_token": sizes.class_token,
         "reg_tokens": sizes.registers,
         "no_embed_class": sizes.positions == "patches",

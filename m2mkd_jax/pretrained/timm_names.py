@@ -133,11 +133,12 @@ _TANH = (
     *("patch32_siglip", "giantopt_patch16_siglip", "so400m_patch16_siglip"),
     *("large_patch16_siglip_512", "large_patch16_siglip_gap_512"),
 )
-# Names of networks with the tensors of a plain ViT or almost, and what they compute in another way.
+# Regex of the names of networks with the tensors of a plain ViT -> what they compute otherwise.
 UNSUPPORTED: Mapping[str, str] = types.MappingProxyType(
     {
-        "vit_base_patch16_rpn_224": "norms after attention and MLP",
-        "test_vit3": "a pooling that also reads its registers",
+        r".*_rpn_.*": "norms after attention and MLP",
+        r".*_rope_.*|vit_pe_.*": "rotary positions",
+        r"test_vit3": "a pooling that also reads its registers",
     }
 )
 

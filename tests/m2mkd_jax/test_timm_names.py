@@ -1,5 +1,6 @@
 """timm's folders: what an architecture's name says, and names that cannot be read."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,6 +8,8 @@ from weight_files import deit
 
 from common_jax.weights import write_tensors
 from m2mkd_jax import pretrained
+from m2mkd_jax.config import Config
+from m2mkd_jax.pretrained.timm_config import timm_config
 from m2mkd_jax.pretrained.timm_names import TIMM_VITS
 
 
@@ -45,6 +48,8 @@ def test_name_gives_what_tensors_do_not(tmp_path, name, heads, activation, norm_
     ("name", "message"),
     [
         ("vit_base_patch16_rpn_224", "a network with norms after attention and MLP, which m2mKD's"),
+        ("vit_base_patch16_rope_ape_224", "a network with rotary positions, which m2mKD's"),
+        ("vit_pe_core_base_patch16_224.fb", "a network with rotary positions, which m2mKD's"),
         ("test_vit3.r160_in1k", "architecture='test_vit3', a network with a pooling that also"),
     ],
 )
@@ -92,3 +97,30 @@ def test_names_agree_with_timm(name):
         "activation": act[type(block.mlp.act).__name__],
         "norm_eps": block.norm1.eps,
     }
+
+
+@pytest.mark.parametrize(
+    ("cfg", "said"),
+    [
+        ({}, None),
+        ({"interpolation": "bicubic", "crop_mode": "center", "crop_pct": 0.875}, None),
+        ({"interpolation": "bilinear"}, "says interpolation='bilinear' for"),
+        ({"crop_pct": 0.9, "crop_mode": "squash"}, "says crop_mode='squash', crop_pct=0.9 for"),
+    ],
+)
+def test_other_preparation_of_images_is_noted(tmp_path, cfg, said):
+    about = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": cfg}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    write_tensors(tmp_path / "model.safetensors", deit())
+    source = pretrained.find_source(pretrained.read_files(tmp_path))
+    notes = pretrained.load(source, pretrained.infer_config(source).config).account.notes
+    assert len(notes) == (said is not None)
+    for note in notes:
+        assert said in note and "resized with bicubic, and images above 32 pixels" in note
+
+
+@pytest.mark.parametrize(("ours", "written"), [(None, None), (0.0, 1e-5), (0.1, 0.1)])
+def test_exported_layer_scale_is_none_only_if_there_is_none(ours, written):
+    sizes = dataclasses.replace(Config().teacher, layer_scale=ours)
+    about = timm_config(Config(), sizes, ["a"])
+    assert about["model_args"]["init_values"] == written
