@@ -23,7 +23,7 @@ import numpy as np
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.tensors import kinds
 from cliptrans_jax.tensors.beside import Beside, read_beside
-from cliptrans_jax.tensors.config_json import CONFIG
+from cliptrans_jax.tensors.config_json import CONFIG, section_key
 from cliptrans_jax.tensors.kinds import KINDS, Layout
 from cliptrans_jax.tensors.pictures import require_pictures
 from cliptrans_jax.translators.transformer import TransformerConfig
@@ -182,9 +182,14 @@ def _config(
 
 def _unused(layout: Layout, content: Mapping[str, Any] | None) -> tuple[str, ...]:
     """Notes on dropout rates in a JSON file that have no effect here."""
-    rates = {key: (content or {}).get(key) for key in layout.about_unused}
+    content = content or {}
+    section = content.get(section_key(content, layout.side))
+    if isinstance(section, dict):
+        content = content | section
+    rates = {key: content.get(key) for key in layout.about_unused}
+    other = f"; {layout.dropout} sets the dropout" if layout.dropout else ""
     return tuple(
-        f"{key}={brief(rate)} in its {layout.about} has no effect here, not even in training"
+        f"{key}={brief(rate)} in its {layout.about} has no effect here, not even in training{other}"
         for key, rate in rates.items()
         if rate
     )

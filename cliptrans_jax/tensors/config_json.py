@@ -39,6 +39,8 @@ TRANSLATOR_FIELDS = types.MappingProxyType(
         "start": "decoder_start_token_id",
     }
 )
+QUANTISED = "quantization_config"
+DEQUANTISE = "read the dequantised model (transformers: model.dequantize(), model.save_pretrained)"
 MBART_FILE = "mBART's config.json"
 # Other keys that change an mBART, with the only supported value. The rest concern decoding,
 # initialisation, classifiers and versions, and are ignored: init_std, use_cache, num_beams,
@@ -48,10 +50,6 @@ MBART_FIXED: Mapping[str, Any] = types.MappingProxyType(
         "model_type": "mbart",
         "architectures": ["MBartForConditionalGeneration"],
         "activation_function": "gelu",
-        "attention_dropout": 0.0,
-        "activation_dropout": 0.0,
-        "encoder_layerdrop": 0.0,
-        "decoder_layerdrop": 0.0,
         "tie_word_embeddings": True,
         "is_encoder_decoder": True,
         "is_decoder": False,
@@ -67,7 +65,7 @@ MBART_FIXED_ONCE: Mapping[str, Any] = types.MappingProxyType(
         "static_position_embeddings": False,
         "extra_pos_embeddings": mbart.OFFSET,
         "pruned_heads": {},
-        "quantization_config": None,
+        QUANTISED: None,
     }
 )
 NLLB_FILE = "NLLB's config.json"
@@ -78,13 +76,16 @@ NLLB_FIXED: Mapping[str, Any] = types.MappingProxyType(
         "model_type": "m2m_100",
         "architectures": ["M2M100ForConditionalGeneration"],
         "activation_function": "relu",
-        "activation_dropout": 0.0,
         "tie_word_embeddings": True,
         "is_encoder_decoder": True,
     }
 )
 # Dropout rates in published files that networks here do not have; the account mentions them.
-NLLB_UNUSED = ("attention_dropout", "encoder_layerdrop", "decoder_layerdrop")
+TRANSLATOR_UNUSED = (
+    *("attention_dropout", "activation_dropout"),
+    *("encoder_layerdrop", "decoder_layerdrop"),
+)
+CLIP_UNUSED = ("dropout", "attention_dropout")
 MCLIP_BASES: Mapping[str, MClipConfig] = types.MappingProxyType(
     {
         "xlm-roberta-large": MClipConfig(),
@@ -128,11 +129,7 @@ CLIP_TEXT_FIELDS = _CLIP_FIELDS | {"vocab": "vocab_size", "positions": "max_posi
 CLIP_FEATURES = {"features": "projection_dim"}  # beside a tower's section
 _CLIP_FILE, _MCLIP_FILE = "CLIP's config.json", "M-CLIP's config.json"
 _BASE_FILE = "the base's config.json"
-_CLIP_ALLOWED = {
-    "hidden_act": clip.ACTIVATIONS,
-    "dropout": (0.0,),
-    "attention_dropout": (0.0,),
-}
+_CLIP_ALLOWED = {"hidden_act": clip.ACTIVATIONS}
 # Bounds that all published models satisfy. They are needed because shapes are built from these
 # numbers before tensors are checked.
 MOST, MOST_LAYERS = 10_000_000, 1000
@@ -162,13 +159,12 @@ def mbart_hf_config(config: MBartConfig) -> dict[str, Any]:
 
 def nllb_config(hf: Hf) -> NllbConfig:
     """The config of a dense NLLB-200 or M2M-100, like `mbart_config`; see `NLLB_FIXED`."""
-    return _read_translator(hf, NllbConfig, NLLB_FIXED | {"quantization_config": None}, NLLB_FILE)
+    return _read_translator(hf, NllbConfig, NLLB_FIXED | {QUANTISED: None}, NLLB_FILE)
 
 
 def nllb_hf_config(config: NllbConfig) -> dict[str, Any]:
     """The config.json of an NLLB; the inverse of `nllb_config`."""
-    # Otherwise `transformers` uses its defaults, with which nothing here was trained.
-    return _write_translator(config, NLLB_FIXED | dict.fromkeys(NLLB_UNUSED, 0.0))
+    return _write_translator(config, NLLB_FIXED)
 
 
 def mclip_config(hf: Hf, transformer_hf: Hf | None) -> MClipConfig:
@@ -300,10 +296,12 @@ def require_supported(hf: Hf, allowed: Mapping[str, tuple], where: str) -> None:
     """Raises ValueError for a key whose value is not `allowed`; `where` as in `checked`."""
     for key, values in allowed.items():
         if key in hf and hf[key] not in values:
-            expected = " or ".join(map(repr, values))
+            shown = [*(repr(value) for value in values if value is not None)]
+            expected = " or ".join(shown + ["left out"] * (None in values))
+            way_out = DEQUANTISE if key == QUANTISED else "use another model"
             raise ValueError(
-                f"{key}={brief(hf[key])} of {where} is not supported: it must be {expected}; use "
-                "another model"
+                f"{key}={brief(hf[key])} of {where} is not supported: it must be {expected}; "
+                f"{way_out}"
             )
 
 
@@ -322,7 +320,9 @@ def _read_translator(
 
 def _write_translator(config: TransformerConfig, fixed: Mapping[str, Any]) -> dict[str, Any]:
     ids = {"bos_token_id": 0, "forced_eos_token_id": config.eos}
-    return fixed | written(config, TRANSLATOR_FIELDS) | ids | {"dtype": "float32"}
+    # Otherwise `transformers` uses its defaults, with which nothing here was trained.
+    rates = dict.fromkeys(TRANSLATOR_UNUSED, 0.0)
+    return fixed | rates | written(config, TRANSLATOR_FIELDS) | ids | {"dtype": "float32"}
 
 
 def tower_section(hf: Hf, side: str, *, family: str, file: str) -> tuple[Hf, str]:
@@ -340,13 +340,18 @@ def tower_section(hf: Hf, side: str, *, family: str, file: str) -> tuple[Hf, str
     """
     _required(hf, "model_type", file)
     require_supported(hf, {"model_type": (family, f"{family}_{side}_model")}, file)
-    name, older = f"{side}_config", f"{side}_config_dict"
-    key = older if hf.get(older) is not None else name
+    key = section_key(hf, side)
     whole = hf["model_type"] == family or key in hf
     tower = hf.get(key) if whole else hf
     if not isinstance(tower, dict | None):
         raise ValueError(f"{key}={brief(tower)} of {file} must be a dictionary of sizes")
     return tower or {}, f"{key} in {file}" if whole else file
+
+
+def section_key(hf: Hf, side: str) -> str:
+    """The key of the section of one tower, "text" or "vision", in the file of a whole model."""
+    older = f"{side}_config_dict"
+    return older if hf.get(older) is not None else f"{side}_config"
 
 
 def _required(hf: Hf, key: str, where: str) -> Any:

@@ -68,6 +68,8 @@ class Layout:
       from_about: (content of that file, the weights' file) -> config; None if it has no config.
       to_about: config -> content of that file, for export; None if this layout is not written.
       about_unused: its keys for dropout rates that have no effect here; a note gives their values.
+      side: "text" or "vision" if that file may have a section for this tower.
+      dropout: the config field with the dropout rate of a network that is trained here.
       from_tensors: (tensors, their file) -> config, inferred from shapes; None for the defaults.
       unstated: config fields that shapes do not show; without the JSON file, the values of the
         published models are assumed.
@@ -86,6 +88,8 @@ class Layout:
     from_about: Callable[[Hf, str], Any] | None = None
     to_about: Callable[[Any], dict[str, Any]] | None = None
     about_unused: tuple[str, ...] = ()
+    side: str = ""
+    dropout: str = ""
     from_tensors: Callable[[Tensors, str], Any] | None = None
     unstated: tuple[str, ...] = ()
     varied: bool = False
@@ -103,9 +107,10 @@ class Layout:
 
 
 def require_supported_type(hf: Hf | None, file: str) -> None:
-    """Raises ValueError for a model type in UNSUPPORTED."""
+    """Raises ValueError for a model type in UNSUPPORTED, and for quantised weights."""
     if (name := (hf or {}).get("model_type")) in [*UNSUPPORTED]:
         raise ValueError(f"{file} is {UNSUPPORTED[name]}: its config.json says model_type={name!r}")
+    config_json.require_supported(hf or {}, {config_json.QUANTISED: (None,)}, f"{file}/{CONFIG}")
 
 
 def kind_of_config(hf: Hf | None, file: str) -> str | None:
@@ -231,6 +236,8 @@ MBART = Layout(
     from_tensors=sizes.mbart_config,
     from_about=lambda hf, file: config_json.mbart_config(hf),
     to_about=config_json.mbart_hf_config,
+    about_unused=config_json.TRANSLATOR_UNUSED,
+    dropout="config.model.mbart.dropout",
     unstated=MBART_UNSTATED,
 )
 # Its names are a subset of mBART's.
@@ -244,7 +251,8 @@ NLLB = Layout(
     from_tensors=sizes.nllb_config,
     from_about=lambda hf, file: config_json.nllb_config(hf),
     to_about=config_json.nllb_hf_config,
-    about_unused=config_json.NLLB_UNUSED,
+    about_unused=config_json.TRANSLATOR_UNUSED,
+    dropout="config.model.nllb.dropout",
     unstated=("positions", *MBART_UNSTATED),
 )
 CLIPTRANS = Layout(
@@ -276,6 +284,8 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
                 table=clip_names.vision_table,
                 names=("clip", "CLIPModel", "clip_vision_model"),
                 from_about=lambda hf, file: config_json.clip_vision_config(hf),
+                about_unused=config_json.CLIP_UNUSED,
+                side="vision",
             ),
             _open_clip(
                 marker=r"visual\.ln_pre\.weight",
@@ -300,6 +310,8 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
                 table=clip_names.text_table,
                 names=("clip_text_model",),
                 from_about=lambda hf, file: config_json.clip_text_config(hf),
+                about_unused=config_json.CLIP_UNUSED,
+                side="text",
             ),
             _open_clip(
                 marker=r"ln_final\.weight",
@@ -317,6 +329,8 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
                 # Reading NaFlex's config explains why it is refused.
                 names=("siglip", "SiglipModel", "siglip_vision_model", siglip_json.NAFLEX),
                 from_about=lambda hf, file: siglip_json.vision_config(hf),
+                about_unused=siglip_json.UNUSED,
+                side="vision",
                 unstated=("heads", "eps"),
             ),
         ),
@@ -327,6 +341,8 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
                 table=siglip_names.text_table,
                 names=("siglip_text_model",),
                 from_about=lambda hf, file: siglip_json.text_config(hf),
+                about_unused=siglip_json.UNUSED,
+                side="text",
                 unstated=("heads", "eps", "pad"),
             ),
         ),

@@ -21,10 +21,10 @@ TEXT_FIELDS = _FIELDS | {
 }
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("gelu_pytorch_tanh",),
-    "attention_dropout": (0.0,),
     "num_channels": (3,),
     "vision_use_head": (True,),
 }
+UNUSED = ("attention_dropout",)  # dropout rates; the account mentions them
 NAFLEX = "siglip2"  # the model type, and the beginning of its towers' model types
 
 

@@ -387,3 +387,31 @@ def test_fields_not_shown_by_shapes_are_listed(tmp_path):
         "eos": 2,
         "start": 2,
     }
+
+
+def test_dropout_rates_of_translators_and_towers_are_noted(tmp_path):
+    folder = write_folder(
+        tmp_path / "mbart", hf_mbart(activation_dropout=0.1), make_tensors("mbart")
+    )
+    assert pretrained.load(folder).account.notes == (
+        "activation_dropout=0.1 in its config.json has no effect here, not even in training; "
+        "config.model.mbart.dropout sets the dropout",
+    )
+    assert hf_mbart()["activation_dropout"] == hf_mbart()["decoder_layerdrop"] == 0.0
+    rates = {"attention_dropout": 0.2, "dropout": 0.0}
+    sections = {key: CLIP[key] | rates for key in ("text_config", "vision_config")}
+    for number, hf in enumerate((CLIP | sections, CLIP["text_config"] | rates)):
+        about = {"model_type": "clip_text_model", "projection_dim": 8} | hf
+        folder = write_folder(tmp_path / str(number), about, make_tensors("clip_text"))
+        found = pretrained.load(folder, kind="clip_text")
+        assert found.config == TEXT and found.account.notes == (
+            "attention_dropout=0.2 in its config.json has no effect here, not even in training",
+        )
+
+
+@pytest.mark.parametrize("kind", ["mbart", "clip_text"])
+def test_quantised_weights_are_refused_with_a_way_out(tmp_path, kind):
+    hf = {"mbart": hf_mbart(), "clip_text": CLIP}[kind] | {"quantization_config": {"bits": 8}}
+    folder = write_folder(tmp_path / "a", hf, make_tensors(kind))
+    with pytest.raises(ValueError, match=r"must be left out; read the dequantised model .*save_"):
+        pretrained.load(folder, kind=kind)
