@@ -39,7 +39,7 @@ from common_jax.weights import (
 )
 from common_jax.weights import format_account as format_account
 from common_jax.weights.beside import PROCESSORS
-from common_jax.weights.files import SUFFIXES, same_content
+from common_jax.weights.files import SUFFIXES, require_local, same_content
 from common_jax.weights.table import (
     Pretrained,
     as_float32,
@@ -312,8 +312,7 @@ def place(params: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict[str, Any
 def find(source: str | os.PathLike, *, fetch: bool) -> Path:
     """The local path of `load`'s source; raises as `load` does."""
     path, name = Path(source).expanduser(), str(source)
-    if "://" in name:
-        raise ValueError(f"{name} must be on a local disk; copy it to one first")
+    require_local(name)
     if path.exists() or path.name.endswith(SUFFIXES):
         return path
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):

@@ -16,7 +16,7 @@ from common_jax.untrusted import RefusedError, brief, parse_json, plain, refuse_
 from common_jax.weights import safetensors_file, torch_archive, torch_writer
 from common_jax.weights.naming import plain_names
 from common_jax.weights.torch_pickle import EXPORT
-from common_jax.workdir import replacing
+from common_jax.workdir import in_bucket, replacing
 
 # File names of the weights in a folder; the first one that exists is read.
 FOLDER_FILES = (
@@ -67,9 +67,10 @@ def read_weights(path: str | os.PathLike, *, weights: str = "") -> Weights:
 
     Raises:
       FileNotFoundError: if there is no such file, or shards are missing.
-      ValueError: for a file that is truncated, damaged or in another format, that has no dictionary
-        of only tensors, or that has several and `weights` chooses none.
+      ValueError: for a URL; for a file that is truncated, damaged or in another format, that has no
+        dictionary of only tensors, or that has several and `weights` chooses none.
     """
+    require_local(path)
     path = Path(path)
     if path.is_dir():
         file = weights_file(path)
@@ -89,6 +90,12 @@ def read_weights(path: str | os.PathLike, *, weights: str = "") -> Weights:
     except RefusedError as refused:
         raise ValueError(f"{path} {refused}") from None
     return Weights(tensors, (*read.notes, *notes))
+
+
+def require_local(path: str | os.PathLike) -> None:
+    """Raises ValueError for a URL."""
+    if in_bucket(path):
+        raise ValueError(f"{path} must be on a local disk; copy it to one first")
 
 
 def weights_file(folder: Path) -> Path | None:
@@ -208,7 +215,7 @@ def _merge(parts: Iterable[tuple[Path, Weights]]) -> Weights:
     merged, notes = {}, {}
     for path, part in parts:
         for name in set(merged) & set(part.tensors):
-            if not np.array_equal(merged[name], part.tensors[name]):
+            if not _same(merged[name], part.tensors[name]):
                 raise ValueError(
                     f"{path} holds {name} with other values than an earlier shard; the shards "
                     "do not belong to one model"
@@ -216,6 +223,12 @@ def _merge(parts: Iterable[tuple[Path, Weights]]) -> Weights:
         merged |= part.tensors
         notes |= dict.fromkeys(part.notes)
     return Weights(merged, tuple(notes))
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    """True for equal arrays, also if they have NaN, which is refused elsewhere."""
+    alike = a.dtype == b.dtype and a.shape == b.shape
+    return np.array_equal(a, b) or (alike and a.tobytes() == b.tobytes())
 
 
 def _read_indexed(path: Path, weights: str) -> Weights:

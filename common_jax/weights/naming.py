@@ -7,7 +7,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from common_jax.untrusted import RefusedError, brief, plain
-from common_jax.weights.torch_pickle import EXPORT, Opaque, Scripted, Tensor
+from common_jax.weights.torch_pickle import (
+    CONJUGATED,
+    EXPORT,
+    NEGATED,
+    Opaque,
+    Scripted,
+    Tensor,
+)
 
 # Prefix that data-parallel wrappers add to every name.
 PARALLEL = "module."
@@ -20,6 +27,22 @@ WRAPPERS = ("model", "state_dict", "block_state_dict", "module", "model_state_di
 # Keys of running averages: DeiT's "model_ema", timm's "state_dict_ema", "ema".
 AVERAGE = re.compile(r"(.*[._])?(ema|swa|averaged?|shadow)([._].*)?")
 EXPORT_HINT = f"with PyTorch: {EXPORT}"
+# Regex of what rebuilds a tensor in PyTorch -> what it is, and how to get a plain one.
+OTHER_TENSORS = {
+    r"torch\._utils\._rebuild_qtensor|torch\.Q.*Storage": ("a quantised tensor", "x.dequantize()"),
+    r"torch\._utils\._rebuild_sparse.*": ("a sparse tensor", "x.to_dense()"),
+    r"torch\._utils\._rebuild_nested.*": ("a nested tensor", "x.unbind()"),
+    r"torch\._utils\._rebuild_meta_tensor.*": (
+        "a meta tensor, which has no values",
+        "x of a model whose weights were loaded",
+    ),
+    r"torch\._tensor\._rebuild_from_type.*": (
+        "a tensor of a subclass",
+        "x.as_subclass(torch.Tensor), or x.dequantize() of a quantised one",
+    ),
+    CONJUGATED: ("a tensor that is marked as conjugate", "x.resolve_conj()"),
+    NEGATED: ("a tensor that is marked as negative", "x.resolve_neg()"),
+}
 # Limits on the nesting of dictionaries, and on the characters of a key and of a name.
 DEPTH, LONGEST_KEY, LONGEST_NAME = 3, 100, 1000
 
@@ -95,6 +118,16 @@ def choose(top: Any, key: str = "") -> Chosen:
     return Chosen(_pure(dictionaries[first]), (note,))
 
 
+def require_plain(name: Any, value: Any) -> None:
+    """Raises RefusedError, with the way to a plain tensor, for one in another form."""
+    stored = value.name if isinstance(value, Opaque) else ""
+    for regex, (kind, way_out) in OTHER_TENSORS.items():
+        if re.fullmatch(regex, stored):
+            raise RefusedError(
+                f"holds {brief(name)}, {kind}; save plain tensors instead, with PyTorch: {way_out}"
+            )
+
+
 def require_name(name: str) -> None:
     """Raises RefusedError if a tensor's name is too long."""
     if len(name) > LONGEST_NAME:
@@ -139,6 +172,7 @@ def _pure(tensors: Mapping[str, Any], others: Iterable[str] = ()) -> Mapping[str
         if not (isinstance(name, str) and isinstance(value, Tensor)):
             keys = ", ".join(map(plain, [*others][:5]))
             way_out = f"choose with weights=KEY, KEY one of {keys}" if keys else EXPORT_HINT
+            require_plain(name, value)
             raise RefusedError(
                 f"holds {brief(name)}, {_kind(value)}, where only tensors by name are expected, "
                 f"at the top or under one of {WRAPPERS}; {way_out}"

@@ -24,7 +24,7 @@ from common_jax.untrusted import (
     plain,
 )
 from common_jax.weights import torch_pickle
-from common_jax.weights.naming import Chosen, choose, require_name
+from common_jax.weights.naming import Chosen, choose, require_name, require_plain
 from common_jax.weights.torch_pickle import EXPORT, Scripted, Tensor
 
 LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")  # pickled magic number of the old format
@@ -167,6 +167,8 @@ def _walk(top: Any, declared: Mapping[str, set[str]]) -> Iterator[tuple[str, Ten
             yield path, value
             continue
         own = declared.get(value.name)
+        for name in own or ():
+            require_plain(f"{path}.{name}" if path else name, value.attributes.get(name))
         inner = [
             (f"{path}.{name}" if path else name, part, depth + 1)
             for name, part in value.attributes.items()

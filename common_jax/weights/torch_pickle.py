@@ -35,6 +35,9 @@ DTYPES = (
     *("float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64"),
 )
 EXPORT = "torch.save(model.state_dict(), NEW_FILE)"
+# What a tensor may be besides its values.
+CONJUGATED, NEGATED = "conjugated tensor", "negated tensor"
+VIEWS = {"{'conj': True}": CONJUGATED, "{'neg': True}": NEGATED}
 LARGEST = 512  # bits of an integer; PyTorch's own have 64, and those of numpy's generators 128
 LARGEST_KEY = 64  # bits of a key; many larger integers share a hash, which slows dictionaries down
 LONGEST_NAME = 400  # characters of module and class; a short pickle could copy longer ones often
@@ -120,10 +123,7 @@ def _rebuild(storage, offset, shape, strides, metadata=None, dtype=None):
     if not isinstance(storage, Storage):
         raise RefusedError("holds a tensor without a storage")
     if metadata:
-        raise RefusedError(
-            f"holds a tensor that is more than its values: {brief(metadata)}; with PyTorch: "
-            f"{EXPORT}"
-        )
+        return Opaque(VIEWS.get(brief(metadata), f"tensor with {brief(metadata)}"))
     if dtype is not None and not (isinstance(dtype, str) and dtype in DTYPES):
         raise RefusedError(f"holds a tensor of type {brief(dtype)}")
     return Tensor(storage, dtype or storage.dtype, offset, _axes(shape), _axes(strides))

@@ -12,7 +12,7 @@ from flax import traverse_util
 from common_jax.config import did_you_mean
 from common_jax.weights import Account, read_plain, read_weights, weights_file
 from common_jax.weights.account import join
-from common_jax.weights.files import TORCH_SUFFIXES
+from common_jax.weights.files import TORCH_SUFFIXES, require_local
 from common_jax.weights.table import Pretrained, as_float32, choose_prefix, read, take_prefix
 from m2mkd_jax.config import Config, InitConfig, SourcesConfig
 from m2mkd_jax.phases import PHASES
@@ -61,9 +61,10 @@ def read_files(path: str | os.PathLike, *, weights: str = "") -> tuple[File, ...
 
     Raises:
       FileNotFoundError: if there is nothing at `path`.
-      ValueError: for files that cannot be read, or that hold several networks if `weights` does not
-        choose one.
+      ValueError: for a URL, and files that cannot be read, or that hold several networks if
+        `weights` does not choose one.
     """
+    require_local(path)
     return tuple(_read(one, weights) for one in _files(Path(path)))
 
 

@@ -206,12 +206,15 @@ FLOATS = storage("FloatStorage", "0", 2)
         ({"a": tensor(FLOATS, (2,), (-1,), offset=1)}, r"gives a the shape \(2,\) with strides"),
         ({"a": tensor(FLOATS, (2,), (1, 1))}, "gives a the shape"),
         ({"a": tensor(3, (2,), (1,))}, "a tensor without a storage"),
-        ({"a": tensor(FLOATS, (2,), (1,), more=({"conj": True},))}, "more than its values"),
+        ({"a": tensor(FLOATS, (2,), (1,), more=({"x": 1},))}, r"'a', a tensor with \{'x': 1\}, wh"),
         ({"a": tensor(storage("FloatStorage", "7", 2), (2,), (1,))}, "lacks weights/data/7"),
         ({"a": tensor(storage("FloatStorage", "0", 3), (2,), (1,))}, "8 bytes .* should be 12"),
         ({"a": tensor(storage("FloatStorage", "0", -2), (2,), (1,))}, "a storage '0' of -2"),
         ({"a": tensor(storage("Size", "0", 2), (2,), (1,))}, "a storage '0' of 2 values of"),
-        ({"a": tensor(storage("QInt8Storage", "0", 2), (2,), (1,))}, r"'a', a torch\.QInt8Storage"),
+        (
+            {"a": tensor(storage("QInt8Storage", "0", 2), (2,), (1,))},
+            r"'a', a quantised tensor; save",
+        ),
         ({"a": Persistent("module")}, "refers to 'module', which is not a storage"),
         ({"a": Raw(b"\x8a")}, "has a damaged data.pkl .*download it again"),
         ({"a": Raw(b"h\x07")}, "has a damaged data.pkl"),
@@ -220,6 +223,26 @@ FLOATS = storage("FloatStorage", "0", 2)
 def test_files_without_a_tensor_dictionary_are_reported(tmp_path, value, message):
     with pytest.raises(ValueError, match=rf"weights\.pth .*{message}"):
         read_tensors(archive(tmp_path, value))
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "way_out"),
+    [
+        (tensor(FLOATS, (2,), (1,), more=({"conj": True},)), "conjugate", r"x\.resolve_conj\(\)"),
+        (tensor(FLOATS, (2,), (1,), more=({"neg": True},)), "negative", r"x\.resolve_neg\(\)"),
+        (Call(Global("torch._utils", "_rebuild_qtensor"), (1,)), "quantised", r"x\.dequantize"),
+        (Call(Global("torch._utils", "_rebuild_sparse_tensor"), (1,)), "sparse", r"x\.to_dense"),
+        (Call(Global("torch._utils", "_rebuild_nested_tensor"), (1,)), "nested", r"x\.unbind"),
+        (Call(Global("torch._utils", "_rebuild_meta_tensor_no_storage"), (1,)), "meta", "loaded"),
+        (Call(Global("torch._tensor", "_rebuild_from_type_v2"), (1,)), "subclass", "x.as_subcl"),
+    ],
+)
+def test_tensor_in_another_form_is_named_with_the_way_to_a_plain_one(
+    tmp_path, value, kind, way_out
+):
+    for content in ({"ok": ONES, "a.weight": value}, {"model": {"ok": ONES, "a.weight": value}}):
+        with pytest.raises(ValueError, match=rf"holds 'a\.weight', a .*{kind}.*: .*{way_out}"):
+            read_tensors(archive(tmp_path, content))
 
 
 def test_incomplete_archive_error_says_what_to_do(tmp_path):
@@ -351,6 +374,12 @@ def test_numbered_shards_replace_a_missing_file(tmp_path):
     torch_files.save(tmp_path / "model_best_test_10.pth", {"module.single": np.zeros((2, 3))})
     with pytest.raises(ValueError, match=r"test_10\.pth holds module\.single with other values"):
         read_tensors(path)
+    for number in (1, 10):  # NaN is equal to itself here; it is refused with its name elsewhere
+        nan = {"module.single": np.full(2, np.nan, np.float32)}
+        torch_files.save(tmp_path / f"model_best_test_{number}.pth", nan)
+    for number in range(2, 10):
+        torch_files.save(tmp_path / f"model_best_test_{number}.pth", {"module.x": np.ones(2)})
+    assert np.isnan(read_tensors(path)["single"]).all()
     (tmp_path / "model_best_test_4.pth").unlink()
     with pytest.raises(FileNotFoundError, match=r"are missing: model_best_test_4\.pth"):
         read_tensors(path)
@@ -411,3 +440,8 @@ def test_written_safetensors_have_the_standard_layout(tmp_path):
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     assert header["__metadata__"] == {"format": "pt"}
     assert_same(load_file(tmp_path / "a.safetensors"), {"a": np.ones(2, np.float32)})
+
+
+def test_url_is_refused():
+    with pytest.raises(ValueError, match=r"^https://x/y\.safetensors must be on a local disk;"):
+        read_tensors("https://x/y.safetensors")

@@ -341,3 +341,8 @@ def test_the_command_names_a_file_that_needs_no_conversion(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "is of kind 'clip_text', which needs no conversion" in said
     assert "as --config.sources.clip_text" in said
+
+
+def test_url_of_weights_is_refused():
+    with pytest.raises(ValueError, match=r"^https://x/y\.pth must be on a local disk; copy it"):
+        pretrained.read_files("https://x/y.pth")
