@@ -52,7 +52,7 @@ from common_jax.weights.table import (
 
 # Files to download: configs, tokenizer, and the weights in one of two formats.
 ABOUT = (
-    *("config.json", "generation_config.json", *PROCESSORS, "tokenizer.json"),
+    *("config.json", *PROCESSORS, "tokenizer.json"),
     *("tokenizer_config.json", "special_tokens_map.json", "sentencepiece.bpe.model"),
     *("vocab.json", "merges.txt", "vocab.txt"),
 )

@@ -165,6 +165,8 @@ def test_hub_model_is_fetched_only_on_request(tmp_path, monkeypatch, form):
     assert len(asked) == {"safetensors": 1, "bin": 2}[form]
     about = {"config.json", "preprocessor_config.json", "processor_config.json"}
     assert all(about <= {*patterns} for patterns in asked)
+    # The search is that of the run, whatever the model's makers used.
+    assert not any("generation_config.json" in patterns for patterns in asked)
     assert not any(pattern[0] == "*" for patterns in asked for pattern in patterns)
     pretrained.load(tmp_path / "there", fetch=True)  # already there
     assert len(fetched) == len(asked)
