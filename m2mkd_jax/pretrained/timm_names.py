@@ -133,12 +133,15 @@ _TANH = (
     *("patch32_siglip", "giantopt_patch16_siglip", "so400m_patch16_siglip"),
     *("large_patch16_siglip_512", "large_patch16_siglip_gap_512"),
 )
-# Regex of the names of networks with the tensors of a plain ViT -> what they compute otherwise.
+# Regex of names of networks with nearly the tensors of a plain ViT -> what they compute otherwise.
 UNSUPPORTED: Mapping[str, str] = types.MappingProxyType(
     {
         r".*_rpn_.*": "norms after attention and MLP",
         r".*_rope_.*|vit_pe_.*": "rotary positions",
         r"test_vit3": "a pooling that also reads its registers",
+        r"test_vit4": "RMS norms",
+        r".*_radio_.*|vit_intern.*": "no norm after its blocks",
+        r"vit_d(little|wee|pwee)_.*": "differential attention",
     }
 )
 

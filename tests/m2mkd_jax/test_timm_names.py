@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 from weight_files import deit
@@ -10,7 +11,7 @@ from common_jax.weights import write_tensors
 from m2mkd_jax import pretrained
 from m2mkd_jax.config import Config
 from m2mkd_jax.pretrained.timm_config import timm_config
-from m2mkd_jax.pretrained.timm_names import TIMM_VITS
+from m2mkd_jax.pretrained.timm_names import TIMM_VITS, UNSUPPORTED
 
 
 def infer(folder, given=(), **about):
@@ -50,10 +51,12 @@ def test_name_gives_what_tensors_do_not(tmp_path, name, heads, activation, norm_
         ("vit_base_patch16_rpn_224", "a network with norms after attention and MLP, which m2mKD's"),
         ("vit_base_patch16_rope_ape_224", "a network with rotary positions, which m2mKD's"),
         ("vit_pe_core_base_patch16_224.fb", "a network with rotary positions, which m2mKD's"),
+        ("vit_base_patch16_radio_v3", "a network with no norm after its blocks, which m2mKD's"),
+        ("vit_dwee_patch16_reg1_gap_256", "a network with differential attention, which m2mKD's"),
         ("test_vit3.r160_in1k", "architecture='test_vit3', a network with a pooling that also"),
     ],
 )
-def test_network_that_only_its_name_reveals_is_refused(tmp_path, name, message):
+def test_network_that_its_name_reveals_to_be_another_is_refused(tmp_path, name, message):
     with pytest.raises(ValueError, match=rf"config\.json says .*{message}.*take another model"):
         infer(tmp_path / "a", architecture=name, model_args={"embed_dim": 192, "num_heads": 3})
 
@@ -79,6 +82,10 @@ def test_name_of_another_width_needs_what_tensors_do_not_reveal(tmp_path):
     with pytest.raises(ValueError, match=r"which is 384 wide in timm, not 192 like the tensors; "):
         infer(tmp_path / "a", **about)
     assert infer(tmp_path / "b", {"teacher.heads", "teacher.activation"}, **about)
+
+
+def test_no_known_name_is_refused():
+    assert not [x for x in TIMM_VITS for regex in UNSUPPORTED if re.fullmatch(regex, x)]
 
 
 @pytest.mark.parametrize("name", TIMM_VITS)

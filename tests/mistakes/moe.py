@@ -55,6 +55,7 @@ PADDING = "tests/common_jax/test_attention.py::test_padding_to_even_length_chang
 DENSE = "tests/common_jax/test_dense.py::test_precision_argument_applies_to_gradients"
 CONVERT = "tests/m2mkd_jax/test_vit_names.py"
 LOADING = "tests/m2mkd_jax/test_loading.py"
+NAMES = "tests/m2mkd_jax/test_timm_names.py"
 
 MISTAKES: tuple[Mistake, ...] = (
     Mistake(
@@ -368,5 +369,19 @@ MISTAKES: tuple[Mistake, ...] = (
         right='"module": "teacher",',
         wrong='"module": "meta",',
         tests=LOADING,
+    ),
+    Mistake(
+        file="m2mkd_jax/pretrained/hub.py",
+        what="the architecture's name overrides the arguments of the network",
+        right="fields = images | known | fields",
+        wrong="fields = images | fields | known",
+        tests=NAMES,
+    ),
+    Mistake(
+        file="m2mkd_jax/pretrained/sizes.py",
+        what="an unknown architecture borrows from a network of the same size",
+        right="elif kind.family.files.timm and not _is_known(file, kind):",
+        wrong="elif False:",
+        tests=NAMES,
     ),
 )
