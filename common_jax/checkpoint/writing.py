@@ -1,10 +1,9 @@
 """A run's own checkpoints, written while it trains and read when it resumes."""
 
 import contextlib
-import dataclasses
 import errno
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -25,6 +24,7 @@ from common_jax.checkpoint.contents import (
     outline,
     read_mark,
 )
+from common_jax.checkpoint.manager import Best, Manager, These
 from common_jax.checkpoint.meeting import LONGEST, Meeting
 from common_jax.checkpoint.reading import AVERAGE, absolute, refuse_pattern
 from common_jax.mesh import move_to_devices
@@ -249,7 +249,7 @@ class Checkpoints:
         hosts.barrier("the checkpoint folder is cleaned up")  # the others must not list it before
         policies = [checkpoint_managers.LatestN(self._keep)]
         if self._best is not None:
-            policies.append(_Best(self._metric, self._also))
+            policies += [Best(self._metric), These(self._also)]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             enable_async_checkpointing=True,
@@ -259,7 +259,7 @@ class Checkpoints:
                 post_finalization_callback=self._look,
             ),
         )
-        return _Manager(
+        return Manager(
             self.folder, self._meeting, options=options, handler_registry=self._handlers()
         )
 
@@ -370,50 +370,6 @@ class Checkpoints:
     def _metric(self, checkpoint: Any) -> float:
         # Not orbax's own metrics, which are lost when a manager is replaced.
         return self._scores.get(checkpoint.step, float("-inf"))
-
-
-class _Manager(ocp.CheckpointManager):
-    """orbax's manager without its check for preemption, which the train loop does itself. All
-    processes learn of a save that failed in one of them."""
-
-    def __init__(self, folder: epath.Path, meeting: Meeting, **settings: Any):
-        self._meeting = meeting
-        super().__init__(folder, **settings)
-
-    def _wait_for_checkpointers(self) -> None:
-        # orbax calls this in the thread that ends a save, and only there.
-        try:
-            super()._wait_for_checkpointers()
-        except FAILURES as error:
-            self._meeting.fail(error)
-            raise
-
-    def reached_preemption(self, step: int) -> bool:
-        """Returns False."""
-        # jax agrees on where to stop by counting the calls in every process. Calls from orbax,
-        # which pass the run's step instead of that count, would make them miss the agreed point.
-        del step
-        return False
-
-
-@dataclasses.dataclass(frozen=True)
-class _Best(checkpoint_managers.PreservationPolicy):
-    """Keeps the checkpoint with the highest finite value, of equal ones the earliest, and the steps
-    in `also`."""
-
-    value: Callable[[Any], float]
-    also: Collection[int]
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Returns True for the checkpoint to keep."""
-        values = [self.value(checkpoint) for checkpoint in checkpoints]
-        # Filtered, since the `max` of a list with NaN depends on the order.
-        best = max(filter(np.isfinite, values), default=None)
-        first = None if best is None else values.index(best)
-        return [
-            place == first or checkpoint.step in self.also
-            for place, checkpoint in enumerate(checkpoints)
-        ]
 
 
 def write_params(

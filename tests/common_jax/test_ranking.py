@@ -5,7 +5,7 @@ import pytest
 from jax import lax
 from jax import numpy as jnp
 
-from common_jax.checkpoint.writing import _Best
+from common_jax.checkpoint.manager import Best
 from common_jax.ranking import rank_of
 
 NAN, INF = np.nan, np.inf
@@ -53,5 +53,5 @@ def test_ranks_have_the_shape_of_the_targets():
     ],
 )
 def test_non_finite_metric_is_never_the_best(values, kept):
-    found = _Best(lambda value: value).should_preserve(list(values), context=None)
+    found = Best(lambda value: value).should_preserve(list(values), context=None)
     assert found == [place == kept for place in range(len(values))]
