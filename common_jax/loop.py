@@ -257,13 +257,15 @@ def _train(
         compare_data(due, optim, workdir, past.last, start=start)
         if past.averaged:
             state = _reset_sums(state)
-        if start and due.evaluation(start) and start not in past.evaluations:
-            past.evaluations[start] = evaluation = _evaluate(task, state, log, due)
-        for step, values in past.evaluations.items():
+        evaluations = dict(past.evaluations)
+        if start and due.evaluation(start) and start not in evaluations:
+            evaluations[start] = evaluation = _evaluate(task, state, log, due)
+        for step, values in evaluations.items():
             if due.checkpoint(step):
                 checkpoints.score(step, values)
         if task.evaluators and run.best is not None:
-            checkpoints.keep_also(unscored(record, due, past, checkpoints.steps()))
+            lost = set(checkpoints.steps()) - evaluations.keys()
+            checkpoints.keep_also(unscored(record, due, lost))
 
         # ------------------------------------------------------------------------------------------
         # Steps. Each step is dispatched before the metrics of the previous one are read, while the

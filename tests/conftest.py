@@ -6,9 +6,11 @@ inherit it.
 
 import atexit
 import ctypes
+import errno
 import gc
 import importlib.metadata
 import importlib.util
+import io
 import logging
 import os
 import pathlib
@@ -93,6 +95,25 @@ def no_log_handler_outlives_its_test():
     for handler in list(root.handlers):
         if handler not in before and not type(handler).__module__.startswith("_pytest"):
             root.removeHandler(handler)
+
+
+@pytest.fixture
+def make_unreadable(monkeypatch):
+    """make_unreadable(path): from now on the system refuses to open or list it, even for root."""
+
+    def closing(function, closed):
+        def call(path=".", *args, **settings):
+            if str(path) == str(closed):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return function(path, *args, **settings)
+
+        return call
+
+    def make(closed):
+        for module, name in ((os, "scandir"), (os, "listdir"), (io, "open")):
+            monkeypatch.setattr(module, name, closing(getattr(module, name), closed))
+
+    return make
 
 
 @pytest.fixture(scope="module")

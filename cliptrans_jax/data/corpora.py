@@ -10,7 +10,7 @@ from typing import Annotated
 from cliptrans_jax.data import emoji_set, layouts, own
 from cliptrans_jax.data.corpus import Corpus
 from common_jax.config import FieldError, Section, did_you_mean
-from common_jax.inputs.names import printable
+from common_jax.inputs.names import naming_path
 from common_jax.ranges import BelowOne, Count, Name, Size, key_of, shown
 
 Languages = tuple[str, ...]
@@ -129,16 +129,8 @@ def load_corpus(
                 f"config.data.source={config.source!r}; leave it out of config.languages, or set "
                 "config.data.source_language or config.data.target_language to it"
             )
-    try:
+    with naming_path(config.path):
         return source.load(config, split, tuple(languages), with_images)
-    except OSError as error:
-        if error.errno is None or error.filename is None:
-            raise  # has a message of its own
-        place = printable(os.fsdecode(error.filename))
-        raise type(error)(
-            f"config.data.path={config.path!r}: {place!r} cannot be read ({error.strerror}); make "
-            "it readable, remove it or correct config.data.path"
-        ) from error
 
 
 def _language_problem(source: str, language: str) -> str | None:

@@ -22,18 +22,18 @@ def require_pictures(about: Beside, pictures: Pictures, side: int, file: str) ->
       side: the tower's image size.
       file: the weights' file, for messages.
     """
-    for name, content in image_processors(about, file).items():
-        for key, value, expected in _wrong(content, pictures, side):
+    wrong = {
+        name: _wrong(content, pictures, side)
+        for name, content in image_processors(about, file).items()
+    }
+    content = about.get(open_clip.FILE, {}).get("preprocess_cfg")
+    wrong[open_clip.FILE] = _wrong_open_clip(content, pictures, side)
+    for name, settings in wrong.items():
+        for key, value, expected in settings:
             raise ValueError(
                 f"{file}: {name} says {key}={brief(value)}, but the tower's pictures are "
                 f"{expected}; use a model whose pictures are, too"
             )
-    content = about.get(open_clip.FILE, {}).get("preprocess_cfg")
-    for key, value, expected in _wrong_open_clip(content, pictures, side):
-        raise ValueError(
-            f"{file}: {open_clip.FILE} says {key}={brief(value)}, but the tower's pictures are "
-            f"{expected}; use a model whose pictures are, too"
-        )
 
 
 def _wrong(

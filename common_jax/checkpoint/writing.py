@@ -189,7 +189,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps of the run's complete checkpoints, ascending, as process 0 sees them."""
-        return hosts.decide(lambda: sorted(set(finished_steps(self.folder)) - self._foreign))
+        return hosts.decide(self._seen)
 
     def restore_latest(self, abstract: TrainState) -> TrainState:
         """Restores the newest state that can be read, with the shardings of `abstract`.
@@ -201,7 +201,7 @@ class Checkpoints:
           ValueError: if none can be read.
         """
         # On shared storage, a process may still see a folder that process 0 has already renamed.
-        steps, damaged = sorted(set(finished_steps(self.folder)) - self._foreign), []
+        steps, damaged = self._seen(), []
         # The newest that any process sees: on shared storage some may see a new folder late.
         while (step := int(hosts.largest(max(set(steps) - set(damaged), default=-1))[0])) >= 0:
             state, failure = None, None
@@ -224,6 +224,10 @@ class Checkpoints:
             f"none of the checkpoints {steps} in {self.folder} can be read; the warnings above say "
             "why. Move the folder away to start from scratch"
         )
+
+    def _seen(self) -> list[int]:
+        """The steps of the run's complete checkpoints that this process sees, ascending."""
+        return sorted(set(finished_steps(self.folder)) - self._foreign)
 
     def wait(self) -> None:
         """Waits until all saves are on disk and checked; raises SaveError if the last one fails."""

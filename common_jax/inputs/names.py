@@ -1,7 +1,9 @@
 """Formats names of files and classes for messages, and checks that they are distinct."""
 
+import contextlib
+import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 LISTED = 700  # characters of names in a message
 
@@ -38,3 +40,19 @@ def _shortened(name: str) -> str:
 def printable(text: str) -> str:
     """Escapes unprintable characters, such as bytes of a file name that are not UTF-8."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+@contextlib.contextmanager
+def naming_path(path: str) -> Iterator[None]:
+    """Within the block, a file or folder that the system refuses to read is reported with the field
+    that leads to it, config.data.path, whose value is `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is None:
+            raise  # has a message of its own
+        place = printable(os.fsdecode(error.filename))
+        raise type(error)(
+            f"config.data.path={path!r}: {place!r} cannot be read ({error.strerror}); make it "
+            "readable, remove it or correct config.data.path"
+        ) from error

@@ -24,7 +24,7 @@ class Past:
 
     last: Mapping[str, Any] | None
     averaged: bool
-    evaluations: dict[int, Mapping[str, Any]]
+    evaluations: Mapping[int, Mapping[str, Any]]
 
 
 def read_past(
@@ -56,13 +56,10 @@ def read_past(
     return Past(next(iter(values["lines"]), None), values["averaged"], evaluations)
 
 
-def unscored(record: epath.Path, due: Due, past: Past, steps: Collection[int]) -> list[int]:
-    """Those of the checkpoints `steps` whose evaluation is missing from the log, with a warning."""
-    found = [
-        step
-        for step in sorted(steps)
-        if due.checkpoint(step) and due.evaluation(step) and step not in past.evaluations
-    ]
+def unscored(record: epath.Path, due: Due, steps: Collection[int]) -> list[int]:
+    """Those of the checkpoints `steps`, which have no evaluation in the log, that must have had
+    one; with a warning."""
+    found = [step for step in sorted(steps) if due.checkpoint(step) and due.evaluation(step)]
     if found:
         logging.warning(
             "%s lacks the evaluations of steps %s: lines of the log are lost. The checkpoints of "

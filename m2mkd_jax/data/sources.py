@@ -8,11 +8,11 @@ config.data.labels, since an OOD set has a different number; `load_source` does.
 import dataclasses
 import functools
 import logging
-import os
 from collections.abc import Callable, Collection, Sequence
 from typing import Annotated
 
 from common_jax.config import FieldError, Section
+from common_jax.inputs.names import naming_path
 from common_jax.inputs.pictures import MODES
 from common_jax.ranges import (
     BelowOne,
@@ -34,7 +34,7 @@ from m2mkd_jax.data.files.folders import (
     find_folder,
     find_tiny_imagenet,
 )
-from m2mkd_jax.data.files.listing import listed, printable
+from m2mkd_jax.data.files.listing import listed
 from m2mkd_jax.data.files.records import RecordSource, find_inaturalist, load_records
 from m2mkd_jax.data.in_memory import IN_MEMORY, decode_into_memory
 from m2mkd_jax.data.own.tables import find_images, find_listed
@@ -177,16 +177,8 @@ def open_source(config: DataConfig, split: str) -> Source:
       OSError: a file or folder that cannot be read.
     """
     # With a test share, the path is not split: both splits are drawn from all of it.
-    try:
+    with naming_path(config.path):
         source = SOURCES[config.source].load(config, "" if config.test_share else split)
-    except OSError as error:
-        if error.errno is None or error.filename is None:
-            raise  # has a message of its own
-        place = printable(os.fsdecode(error.filename))
-        raise type(error)(
-            f"config.data.path={config.path!r}: {place!r} cannot be read ({error.strerror}); make "
-            "it readable, remove it or correct config.data.path"
-        ) from error
     if config.test_share:
         source = share_of_each_class(
             source, config.test_share, seed=config.split_seed, test=split == config.test_split

@@ -193,9 +193,10 @@ def _processed(
             f"{folder}: {' and '.join(map(repr, found))} say different things, "
             f"{' and '.join(map(repr, found.values()))}; remove the wrong one"
         )
-    for name, images in found.items():
-        return folder / name, images
-    return file, {}
+    if not found:
+        return file, {}
+    name, images = next(iter(found.items()))
+    return folder / name, images
 
 
 def _images(

@@ -1,11 +1,8 @@
 """A user's own data: parallel files and tables, what they may omit, and their errors."""
 
 import dataclasses
-import errno
 import gzip
-import io
 import json
-import os
 
 import numpy as np
 import pytest
@@ -156,22 +153,12 @@ def test_each_picture_is_found_in_either_folder(tmp_path, monkeypatch, relative)
     ("source", "closed"),
     [("table", "all.tsv"), ("table", "images"), ("text", "train.en"), ("text", "")],
 )
-def test_what_cannot_be_read_is_named(tmp_path, source, closed, monkeypatch):
+def test_what_cannot_be_read_is_named(tmp_path, source, closed, make_unreadable):
     write_table(tmp_path / "all.tsv")
     (tmp_path / "images").mkdir()
     (tmp_path / "train.pictures").write_text("dog.png\n")
     (tmp_path / "train.en").write_text("a dog\n")
-
-    def closing(function):
-        def call(path=".", *args, **settings):
-            if str(path) == str(tmp_path / closed):
-                raise PermissionError(errno.EACCES, "Permission denied", str(path))
-            return function(path, *args, **settings)
-
-        return call
-
-    for module, name in ((os, "scandir"), (os, "listdir"), (io, "open")):
-        monkeypatch.setattr(module, name, closing(getattr(module, name)))
+    make_unreadable(tmp_path / closed)
     path = tmp_path / "all.tsv" if source == "table" else tmp_path
     with pytest.raises(OSError, match="cannot be read") as error:
         load_corpus(config_of(path, source), "train", ("en",), with_images=True)

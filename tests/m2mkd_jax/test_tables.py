@@ -1,9 +1,6 @@
 """Images outside class folders: tables, flat folders with a list; and sets split by fraction."""
 
-import errno
-import io
 import logging
-import os
 import re
 
 import numpy as np
@@ -301,23 +298,13 @@ def test_settings_are_detected(tmp_path):
         ("table", "train.csv"),
     ],
 )
-def test_what_cannot_be_read_is_named(tmp_path, source, closed, monkeypatch):
+def test_what_cannot_be_read_is_named(tmp_path, source, closed, make_unreadable):
     folders(tmp_path / "train", dict.fromkeys(CLASSES, 1))
     draw(tmp_path / "val/a0.png", 0)
     (tmp_path / "val.txt").write_text("a0 ant\n")
     write_csv(tmp_path / "train.csv", [("val/a0.png", "ant")])
     (tmp_path / "test.zip").touch()
-
-    def closing(function):
-        def call(path=".", *args, **settings):
-            if str(path) == str(tmp_path / closed):
-                raise PermissionError(errno.EACCES, "Permission denied", str(path))
-            return function(path, *args, **settings)
-
-        return call
-
-    for module, name in ((os, "scandir"), (os, "listdir"), (io, "open")):
-        monkeypatch.setattr(module, name, closing(getattr(module, name)))
+    make_unreadable(tmp_path / closed)
     split = re.match(r"\w+", closed)[0]
     with pytest.raises(OSError, match=re.escape(f"{closed}' cannot be read (Permission")) as error:
         open_source(data_of(tmp_path, source), split)

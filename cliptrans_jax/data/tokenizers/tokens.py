@@ -242,10 +242,10 @@ def load_or_train_tokenizer(
     path, languages = epath.Path(path), tuple(languages)
     if sentences is not None:
         sentences = sentences if isinstance(sentences, Chain) else list(sentences)
+    origin = _origin(config, sentences, languages)
     if not path.exists():
         if sentences is None:
             raise FileNotFoundError(f"{path} is missing and there is nothing to train it on")
-        origin = _origin(config, sentences, languages)
         if (key := json.dumps(origin)) not in _LAST:
             trained = _train(config, sentences, languages)
             _LAST.clear()
@@ -255,7 +255,7 @@ def load_or_train_tokenizer(
         write_bytes(path, json.dumps(record, ensure_ascii=False).encode())
     made_from, tokenizer = _read(path)
     made_from = {"lower": False} | made_from  # missing in files of earlier versions
-    expected = {"lower": config.lower} | _origin(config, sentences, languages)
+    expected = {"lower": config.lower} | origin
     if changed := [key for key in expected if expected[key] != made_from.get(key)]:
         changes = ", ".join(
             f"{key} {plain(repr(made_from.get(key)))} not {expected[key]!r}" for key in changed
