@@ -86,15 +86,19 @@ def resident() -> int:
 
 
 @pytest.fixture(autouse=True)
-def no_log_handler_outlives_its_test():
-    """Removes the handlers that a command adds to the root logger: they write to the test's
-    captured stream."""
+def logging_is_restored():
+    """Undoes what a command does to logging: its handler writes to the test's captured stream, and
+    its levels decide what a later test finds in `caplog`."""
     root = logging.getLogger()
-    before = list(root.handlers)
+    handlers = list(root.handlers)
+    loggers = [root, *map(logging.getLogger, ("absl", "jax", "orbax"))]
+    levels = [logger.level for logger in loggers]
     yield
     for handler in list(root.handlers):
-        if handler not in before and not type(handler).__module__.startswith("_pytest"):
+        if handler not in handlers and not type(handler).__module__.startswith("_pytest"):
             root.removeHandler(handler)
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture
