@@ -55,7 +55,7 @@ def run(
     )
     for library in ("absl", "jax", "orbax"):  # orbax logs every save, through absl
         logging.getLogger(library).setLevel(logging.WARNING)
-    with signals.listening():
+    with signals.listening(resumes=not lost):
         _run(main, description, argv, system, reads, lost)
 
 
@@ -93,7 +93,7 @@ def _run(
             end = f": {lost}" if lost else "; the same command resumes"
             print(f"stopped as requested{end}", file=sys.stderr)
         # Not hosts.leave: the other processes stop too, and this one waits for them.
-        if status := signals.status(resumes=not lost):
+        if status := signals.status():
             sys.exit(status)
     except hosts.Disagreement as error:
         if "debug" in values and values["debug"].value:

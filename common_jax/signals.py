@@ -31,6 +31,7 @@ STATUSES = {signal.SIGTERM: 0, signal.SIGINT: 130, signal.SIGHUP: 129}
 TOGETHER = 0.5  # seconds within which signals count as one request
 
 _received: list[int] = []  # signals that this process has received, without repeats
+_resumes = True  # whether the same command continues what a signal stopped
 _deferrals = 0
 _connecting = False
 
@@ -47,9 +48,11 @@ def heeded() -> list[signal.Signals]:
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[None]:
+def listening(*, resumes: bool = True) -> Iterator[None]:
     """Accepts requests to stop within the block. Does nothing outside the main thread. A signal
-    that was ignored before stays ignored."""
+    that was ignored before stays ignored. `resumes` tells whether the same command continues what
+    was stopped, see `status`."""
+    global _resumes
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -57,6 +60,7 @@ def listening() -> Iterator[None]:
     receive, send = os.pipe()
     os.set_blocking(send, False)
     _received.clear()
+    _resumes = resumes
     pipe = signal.set_wakeup_fd(send, warn_on_full_buffer=False)
     handlers = {number: signal.signal(number, _stop) for number in numbers}
     threading.Thread(target=_watch, args=(receive,), name="signals", daemon=True).start()
@@ -102,12 +106,14 @@ def requested() -> bool:
     return bool(_received)
 
 
-def status(*, resumes: bool = True) -> int:
-    """The exit status of a run that was stopped or, if not `resumes`, of a command whose work is
-    lost: 128 plus the number of the signal, as for a process that the signal itself ends."""
-    if not _received:
-        return 0
-    return STATUSES[_received[0]] if resumes else 128 + _received[0]
+def status() -> int:
+    """The exit status of a command that was stopped. If its work is lost (`listening` with
+    resumes=False), 128 plus the number of the signal, as for a process that the signal ends."""
+    return _status(_received[0]) if _received else 0
+
+
+def _status(number: int) -> int:
+    return STATUSES[number] if _resumes else 128 + number
 
 
 def ends_quietly(main: Callable[..., int | None]) -> Callable[..., int | None]:
@@ -164,7 +170,7 @@ def _watch(receive: int) -> None:
             if _connecting:  # the main thread, which would raise Stopped, waits outside Python
                 _say("stopped as requested, before all processes were connected\n")
                 logging.shutdown()
-                os._exit(STATUSES[number])
+                os._exit(_status(number))
             if _deferrals or jax.distributed.is_initialized():
                 _say("asked to stop: saving at the next step\n")
             if jax.distributed.is_initialized():

@@ -155,7 +155,9 @@ def test_runs_in_one_process_have_own_workdirs_and_stop_on_request(tmp_path, mon
         assert (main, system) == (m2mkd_jax.main.main, m2mkd_jax.main.SYSTEM)
     called.clear()
     monkeypatch.setattr(in_turn.signals, "requested", lambda: True)
-    in_turn.main(["cliptrans_jax.main", *lines])
+    with pytest.raises(SystemExit) as end:  # not 0, which would mean that all runs are finished
+        in_turn.main(["cliptrans_jax.main", *lines])
+    assert end.value.code == 143
     assert [main for main, _, _ in called] == [cliptrans_jax.main.main]
 
 

@@ -375,8 +375,23 @@ def test_demo_runs_wait_for_their_needs_and_end_at_a_failure(tmp_path, capsys, s
     give({"first": "fail"})
     with pytest.raises(SystemExit, match="1"):
         jobs.run_all(plan, tmp_path / "runs", at_a_time=2)
-    assert capsys.readouterr().err == f"first failed; see {tmp_path}/runs/first.log\n"
+    assert capsys.readouterr().err == f"first failed with status 3; see {tmp_path}/runs/first.log\n"
     assert take() == ["first"]
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (0, "done"),
+        (1, "failed with status 1"),
+        (143, "ended by SIGTERM"),
+        (-15, "ended by SIGTERM"),
+        (255, "failed with status 255"),
+        (None, "is being run by another process"),
+    ],
+)
+def test_end_of_a_run_in_words(status, said):
+    assert jobs.describe(status) == said
 
 
 def test_killed_run_resumes(tmp_path, monkeypatch, capsys):

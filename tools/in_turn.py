@@ -4,12 +4,14 @@
         'a --config=FILE.py --config.seed=0' 'b --config=FILE.py --config.seed=1'
 
 The workdirs are `a` and `b`, next to DIR. Small runs start sooner in a process that has already
-imported everything. A run that fails or is stopped ends the process.
+imported everything. A run that fails or is stopped ends the process, after SIGTERM with status 143:
+only 0 means that all are finished.
 """
 
 import importlib
 import pathlib
 import shlex
+import signal
 import sys
 
 from common_jax import app, signals
@@ -27,7 +29,7 @@ def main(argv: list[str]) -> None:
             flags = [name, *flags, f"--workdir={folder / run}"]
             app.run(module.main, module.DESCRIPTION, flags, system=module.SYSTEM)
             if signals.requested():  # SIGTERM, after which a run returns as if it had finished
-                break
+                sys.exit(128 + signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from common_jax import signals, start_up
 
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 start_up.WAIT = int(sys.argv[2])
-with signals.listening():
+with signals.listening(resumes=len(sys.argv) < 4):
     try:
         start_up.connect(coordinator=sys.argv[1], processes=2, process=0)
     except signals.Stopped:
@@ -49,10 +49,11 @@ def port():
 
 @pytest.fixture
 def alone(port):
-    """alone(wait): starts process 0 of two, without the other one."""
+    """alone(wait, *more): starts process 0 of two, without the other one. With a further argument
+    it is a command that does not resume."""
 
-    def start(wait: int) -> subprocess.Popen:
-        command = [sys.executable, "-c", ALONE, f"127.0.0.1:{port}", str(wait)]
+    def start(wait: int, *more: str) -> subprocess.Popen:
+        command = [sys.executable, "-c", ALONE, f"127.0.0.1:{port}", str(wait), *more]
         started.append(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True))
         return started[0]
 
@@ -63,15 +64,16 @@ def alone(port):
         process.wait()
 
 
-def test_signal_ends_a_process_that_waits_for_others(port, alone):
-    process = alone(300)
+@pytest.mark.parametrize(("more", "status"), [((), 0), (("lost",), 143)])
+def test_signal_ends_a_process_that_waits_for_others(port, alone, more, status):
+    process = alone(300, *more)
     with socket.socket() as probe:
         while probe.connect_ex(("127.0.0.1", port)) != 0:
             assert process.poll() is None
             time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=100)[1]  # jax waits for 300 s, and then aborts
-    assert process.returncode == 0, said
+    assert process.returncode == status, said
     assert f"process 0 of 2 waits for the others at 127.0.0.1:{port}, up to 5 minutes" in said
     assert "saving" not in said
 

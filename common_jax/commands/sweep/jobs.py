@@ -130,7 +130,8 @@ def run_all(
     try:
         for name, status in _ends(dict(jobs), running, begin, at_a_time=at_a_time):
             if status != 0:
-                print(f"{name} failed; see {workdir / name}.log", file=sys.stderr, flush=True)
+                end = f"{name} {describe(status)}; see {workdir / name}.log"
+                print(end, file=sys.stderr, flush=True)
                 sys.exit(1)
             print(f"{time.time() - start:5.0f} s  {name} done", flush=True)
             after_each(name)
@@ -186,8 +187,9 @@ def describe(status: int | None) -> str:
     """How a run ended, in words."""
     if status is None:
         return "is being run by another process"
-    if status < 0:
-        return f"ended by {signal.Signals(-status).name}"
+    number = -status if status < 0 else status - 128  # a shell's way, and that of our commands
+    if number in signal.valid_signals():
+        return f"ended by {signal.Signals(number).name}"
     return f"failed with status {status}" if status else "done"
 
 
