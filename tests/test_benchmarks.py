@@ -103,6 +103,14 @@ def test_other_ids_than_the_peers_fail(load, capsys):
             corpus.check_ids(other, ours, corpus.encode_parts(peer, words))
 
 
+def test_other_translations_end_the_beam_search_benchmark(load, capsys):
+    check = load("decode").check_equal
+    check({"torch": 20, "CTranslate2": 19, "CTranslate2, int8": 3}, 20)
+    assert "equal to CTranslate2: 19 of 20\n" in capsys.readouterr().out
+    with pytest.raises(AssertionError, match="translations differ"):
+        check({"torch": 20, "CTranslate2": 18}, 20)
+
+
 def test_mbart_training_step_has_a_positive_loss(load):
     mbart_step, decode = load("mbart_step"), load("decode")
     sizes = argparse.Namespace(batch=2, vocab=50, width=8, layers=1, heads=2)
