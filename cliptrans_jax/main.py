@@ -17,13 +17,13 @@ from cliptrans_jax.runs.idle import idle, seen_in_training, warn_of_random_parts
 from cliptrans_jax.runs.initial_weights import check_weights
 from cliptrans_jax.runs.pipeline import plan, run_stage
 from cliptrans_jax.runs.scoring import galleries, scores_table
-from cliptrans_jax.stages import EVALUATE, STAGES, Side, Trains, trains
+from cliptrans_jax.stages import EVALUATE, STAGES, Side, Trains, outcomes, trains
 from common_jax import app, checkpoint
 from common_jax.config import freeze
 from common_jax.log import conclude
 from common_jax.mesh import check_batch, make_mesh
 from common_jax.report import reporting, write_report
-from common_jax.workdir import check_output, hold, holds_results
+from common_jax.workdir import check_output, hold, holds_results, require_everywhere, unfinished
 
 DESCRIPTION = """CLIPTrans: features of M-CLIP become a prefix in a translator's decoder; captioning
 first, then translation.
@@ -56,7 +56,12 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     mesh = make_mesh(frozen.mesh)
     with hold(workdir):
         runs = plan(frozen, workdir)
-        for folder, one in runs:
+        # An evaluation is never finished: the same command scores again.
+        again = frozen.stage == EVALUATE
+        to_do = runs if again else unfinished(workdir, runs, lambda one: outcomes(one.stage))
+        if to_do:
+            require_everywhere(workdir)  # without a lock, nothing may be written
+        for folder, one in to_do:
             warn_of_random_parts(one)
             check_run(one, mesh, key=f"config.recipes.{one.stage}" if folder else "config")
         app.use_compilation_cache(frozen.run.compilation_cache)

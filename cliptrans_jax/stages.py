@@ -126,6 +126,19 @@ def trains(stage: Any) -> Trains | None:
     return None if known is None else known.trains
 
 
+# The files that mark a run as finished, by the network that it trains; None is an evaluation.
+_OUTCOMES = {
+    Trains.TOWERS: ("result.json",),
+    Trains.TRANSLATOR: ("result.json", "scores.json"),
+    None: ("scores.json",),
+}
+
+
+def outcomes(stage: Any) -> tuple[str, ...]:
+    """The files that mark a run of one stage as finished."""
+    return _OUTCOMES[trains(stage)]
+
+
 # What captioning stages freeze, as fields of the translator's `Architecture`. The original freezes
 # the encoder and the embedding, which encoder, decoder and output layer share.
 FREEZES = {"encoder": ("embedding", "encoder"), "encoder_layers": ("encoder",), "nothing": ()}

@@ -39,13 +39,12 @@ from common_jax.task import (
 from common_jax.weights import WarmStart
 from common_jax.weights.memory import give_back
 from common_jax.workdir import (
-    LockLost,
     claim,
     hold,
     keep_identity,
     plain,
     read_result,
-    require,
+    require_everywhere,
     write_json,
     write_result,
 )
@@ -354,7 +353,7 @@ class _Saver:
 
     def save(self, state: TrainState, step: int, metrics: Mapping[str, float] | None) -> None:
         self._log.flush()
-        _require_all(self._workdir)
+        require_everywhere(self._workdir)
         self.step = step
         if hosts.any_process(not self._log.complete()):
             logging.warning("step %d was not saved, since its log could not be written", step)
@@ -362,17 +361,6 @@ class _Saver:
         self._checkpoints.save(state, step=step, config=self._config, metrics=metrics)
         self._log.restart_clock(step)
         self._alarm.restart()
-
-
-def _require_all(workdir: epath.Path) -> None:
-    """Raises in all processes if process 0, which holds the lock for all, has lost it."""
-    lost = None
-    try:
-        require(workdir)
-    except OSError as error:
-        lost = error
-    elsewhere = LockLost(f"{workdir} no longer belongs to this run; process 0 says why")
-    hosts.raise_everywhere(lost, elsewhere)
 
 
 def _write_account(task: Task, workdir: epath.Path, warm: WarmStart | None) -> None:

@@ -14,7 +14,14 @@ from common_jax.config import freeze
 from common_jax.log import conclude
 from common_jax.mesh import check_batch, make_mesh
 from common_jax.report import Table, is_picture, reporting, write_report
-from common_jax.workdir import check_output, hold, holds_results, read_json
+from common_jax.workdir import (
+    check_output,
+    hold,
+    holds_results,
+    read_json,
+    require_everywhere,
+    unfinished,
+)
 from m2mkd_jax.config import SYSTEM, Config
 from m2mkd_jax.curves import CURVES
 from m2mkd_jax.evaluators import show
@@ -49,7 +56,9 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
         pipeline = frozen.phase == "pipeline"
         runs = plan(frozen, workdir) if pipeline else [("", frozen)]
         # All runs before the first starts: a pipeline would otherwise fail after hours.
-        for _, run in runs:
+        if to_do := unfinished(workdir, runs):
+            require_everywhere(workdir)  # without a lock, nothing may be written
+        for _, run in to_do:
             key = f"config.recipes.{run.phase}" if pipeline else "config"
             check_run(run, mesh, key=key)
         app.use_compilation_cache(frozen.run.compilation_cache)

@@ -26,16 +26,11 @@ def program() -> "Program":
 def results(config: Any) -> "tuple[str | None, Files]":
     """The folder of the run whose results a cell reports, and the files that it must have."""
     from cliptrans_jax.runs.pipeline import plan
-    from cliptrans_jax.stages import Trains, trains
+    from cliptrans_jax.stages import outcomes
     from common_jax.commands.sweep.cells import NOWHERE
 
-    files = {
-        Trains.TOWERS: ("result.json",),
-        Trains.TRANSLATOR: ("result.json", "scores.json"),
-        None: ("scores.json",),  # an evaluation
-    }
-    runs = {folder: trains(one.stage) for folder, one in plan(config, NOWHERE)}
-    return list(runs)[-1], {folder: files[trained] for folder, trained in runs.items()}
+    runs = {folder: outcomes(one.stage) for folder, one in plan(config, NOWHERE)}
+    return list(runs)[-1], runs
 
 
 COMMAND = sweep_command("cliptrans", "stage", program, EXAMPLE)

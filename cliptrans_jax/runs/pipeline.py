@@ -13,10 +13,9 @@ from cliptrans_jax.config import Config, Recipe
 from cliptrans_jax.runs import contrastive, translation
 from cliptrans_jax.runs.evaluate import evaluate
 from cliptrans_jax.stages import EVALUATE, PIPELINE, STAGES, Trains
-from common_jax import hosts
 from common_jax.config import in_recipe, under
 from common_jax.nn.dense import matmul_precision
-from common_jax.workdir import claim, refuse_other_config
+from common_jax.workdir import claim, refuse_other_config, unfinished
 
 Run = Callable[[Config, epath.Path, Mesh], dict[str, Any]]
 # The module whose `run` and `check` a stage uses, by the network that it trains.
@@ -55,11 +54,7 @@ def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
     Raises:
       FileNotFoundError, ValueError: as the runs.
     """
-    runs = plan(config, workdir)
-    finished = hosts.decide(lambda: [(workdir / name / "result.json").exists() for name, _ in runs])
-    for (folder, one), done in zip(runs, finished, strict=True):
-        if done:
-            continue
+    for folder, one in unfinished(workdir, plan(config, workdir)):
         check = MODULES[STAGES[one.stage].trains].check
         with in_recipe(Recipe, one.stage):
             check(one, workdir / folder, mesh, key=f"config.recipes.{one.stage}")

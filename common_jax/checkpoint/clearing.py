@@ -5,20 +5,24 @@ import time
 
 from etils import epath
 
-from common_jax.checkpoint.belonging import step_of, unfinished_steps
+from common_jax.checkpoint.belonging import finished_steps, step_of, unfinished_steps
 from common_jax.workdir import in_bucket
 
 
 def clear_unfinished(folder: epath.Path) -> None:
-    """Removes what would block the next save of its step: deletes what a killed save left behind,
-    and renames a step of a disk, which only a partial copy leaves without its markers."""
+    """Removes what would block the next save of its step: deletes what a killed save or a killed
+    deletion left behind. Without a newer intact checkpoint, a step of a disk that lacks markers may
+    be a partial copy, and is only renamed."""
     if not folder.exists():
         return
-    unfinished = unfinished_steps(folder)
+    unfinished, newest = unfinished_steps(folder), max(finished_steps(folder), default=-1)
     for path in [*folder.iterdir()]:
-        partial = step_of(path) in unfinished
+        partial = (step := step_of(path)) in unfinished
         if ".orbax-checkpoint-tmp" in path.name or (partial and in_bucket(folder)):
             logging.warning("removing the unfinished checkpoint %s", path)
+            _remove(path)
+        elif partial and step < newest:
+            logging.warning("removing the rest of checkpoint %s, which was being deleted", path)
             _remove(path)
         elif partial:
             logging.warning("checkpoint %s is not complete; it is renamed", path)

@@ -1,7 +1,6 @@
 """A run's own checkpoints, written while it trains and read when it resumes."""
 
 import contextlib
-import errno
 import logging
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -29,15 +28,8 @@ from common_jax.checkpoint.meeting import LONGEST, Meeting
 from common_jax.checkpoint.reading import AVERAGE, absolute, refuse_pattern
 from common_jax.mesh import move_to_devices
 from common_jax.state import TrainState
-from common_jax.workdir import in_bucket, keep_identity, read_identity
+from common_jax.workdir import in_bucket, keep_identity, read_identity, remedy
 
-# What the user has to do before another start can succeed, by errno or, since tensorstore's own
-# errors have none, by the text of the error.
-REMEDIES = (
-    (errno.ENOSPC, "No space left", "Make room"),
-    (errno.EDQUOT, "quota exceeded", "Make room"),
-    (errno.EFBIG, "File too large", "Raise the limit on the size of files (ulimit -f)"),
-)
 # Bytes. On CPU, steps wait until a state this large is written, so that no second copy is made.
 LARGE = 1 << 30
 # Bytes of a file of arrays on disk, unless one array is larger. orbax's default, 2 GiB, buffers up
@@ -339,9 +331,8 @@ class Checkpoints:
             )
         )
         if last or self._on_failed == "stop":
-            number = getattr(failure, "errno", None)
-            found = [does for key, text, does in REMEDIES if key == number or text in reason]
-            advice = f"{found[0]}, and start" if found else "Start"
+            does = remedy(getattr(failure, "errno", None), reason)
+            advice = f"{does}, and start" if does else "Start"
             where = "it resumes from there" if steps else "it starts from scratch"
             raise SaveError(f"{message}. {advice} the same command again: {where}") from failure
         logging.warning("%s; the run continues", message)

@@ -87,7 +87,9 @@ def _dispatch(program: str, commands: Mapping[str, Command], argv: Sequence[str]
     except USER_ERRORS as error:
         if args.debug or "--debug" in args.rest:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        from common_jax.workdir import describe  # not at the top: it imports jax
+
+        print(f"error: {describe(error)}", file=sys.stderr)
         return 2
 
 

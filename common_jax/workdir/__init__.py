@@ -11,16 +11,18 @@ from common_jax.workdir.claim import (
     refuse_other_config,
 )
 from common_jax.workdir.files import (
+    describe,
     in_bucket,
     list_folder,
     new_folder,
     read_json,
+    remedy,
     replacing,
     write_bytes,
     write_json,
 )
 from common_jax.workdir.identity import Identity, keep_identity, read_identity
-from common_jax.workdir.lock import Locked, LockLost, hold, require
+from common_jax.workdir.lock import Locked, LockLost, hold, require, require_everywhere
 from common_jax.workdir.places import check_input, check_output, check_output_file
-from common_jax.workdir.results import read_result, write_result
+from common_jax.workdir.results import read_result, unfinished, write_result
 from common_jax.workdir.versions import freeze_stored

@@ -1,9 +1,8 @@
 """Writes JSON files atomically, and reads them with the file's name in every error."""
 
 import contextlib
+import errno
 import json
-import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +12,27 @@ from typing import Any
 from etils import epath
 
 from common_jax.untrusted import RefusedError, brief, parse_json, refuse_pointer
+from common_jax.workdir.leftovers import remove_leftovers, temporary_beside
+
+# What the user has to do before a write can succeed, by errno or, since tensorstore's own errors
+# have none, by the text of the error.
+REMEDIES = (
+    (errno.ENOSPC, "No space left", "Make room"),
+    (errno.EDQUOT, "quota exceeded", "Make room"),
+    (errno.EFBIG, "File too large", "Raise the limit on the size of files (ulimit -f)"),
+)
+
+
+def remedy(number: int | None, reason: str = "") -> str:
+    """What the user has to do about a failed write, given its errno and text; "" if unknown."""
+    found = (does for key, text, does in REMEDIES if key == number or text in reason)
+    return next(found, "")
+
+
+def describe(error: Exception) -> str:
+    """The message for an error of the user or the disk, with the way out of a full disk."""
+    does = remedy(getattr(error, "errno", None))
+    return f"{error}. {does}, and start the same command again" if does else str(error)
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
@@ -29,18 +49,22 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
 @contextlib.contextmanager
 def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
     """Yields a new file's path; the file replaces `path` if the block succeeds, else is deleted.
+    Also deletes what killed writers have left in the folder.
 
     Raises:
-      OSError: as the block; an error without a file name, as of a full disk, gets `path`.
+      OSError: as the block; an error that names no file, or the new one, names `path` instead.
     """
     path = epath.Path(path)
     part = temporary_beside(path)
+    if not in_bucket(path):
+        remove_leftovers(path.parent)
     try:
         yield part
         part.replace(path)
     except BaseException as error:
         part.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and error.filename is None:
+        unnamed = isinstance(error, OSError) and error.filename in (None, str(part), part)
+        if unnamed and error.errno:
             raise type(error)(error.errno, error.strerror, str(path)) from error
         raise
 
@@ -48,8 +72,9 @@ def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yields a folder to fill; if the block succeeds, it becomes `path`, which must be free or an
-    empty folder, else it is deleted."""
+    empty folder, else it is deleted. Also deletes what killed writers have left beside it."""
     part = Path(temporary_beside(path))
+    remove_leftovers(part.parent)
     part.mkdir(parents=True)
     try:
         yield part
@@ -71,12 +96,6 @@ def list_folder(folder: epath.PathLike) -> list[epath.Path]:
         return [*folder.iterdir()] if folder.is_dir() else []
     except PermissionError:
         return []
-
-
-def temporary_beside(path: epath.PathLike) -> epath.Path:
-    """Returns a unique name in the folder of `path`, for what will be renamed to it."""
-    path = epath.Path(path)
-    return path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
 
 
 def read_json(

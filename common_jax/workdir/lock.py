@@ -24,7 +24,8 @@ import jax
 from etils import epath
 
 from common_jax import hosts, signals
-from common_jax.workdir.files import in_bucket, temporary_beside
+from common_jax.workdir.files import in_bucket
+from common_jax.workdir.leftovers import machine, temporary_beside
 
 NAME = "run.lock"
 BEAT = 10.0  # seconds between two touches
@@ -63,7 +64,7 @@ class Holder:
         """Describes this process, as a holder from now on."""
         return cls(
             host=socket.gethostname(),
-            machine=_machine(),
+            machine=machine(),
             pid=os.getpid(),
             started=_start_of(os.getpid()),
             since=datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
@@ -73,7 +74,7 @@ class Holder:
     @property
     def alive(self) -> bool | None:
         """True if the process still runs; None if it belongs to another machine or container."""
-        if self.machine != _machine():
+        if self.machine != machine():
             return None
         try:
             os.kill(self.pid, 0)  # signal 0 only asks whether the process exists
@@ -188,6 +189,18 @@ def require(workdir: epath.PathLike) -> None:
     """
     if (lock := _locks.get(_key(workdir))) is not None:
         lock.require()
+
+
+def require_everywhere(workdir: epath.PathLike) -> None:
+    """`require`, raising in all processes if process 0, which holds the lock for all, has lost it.
+    All processes must call this together."""
+    lost = None
+    try:
+        require(workdir)
+    except OSError as error:
+        lost = error
+    elsewhere = LockLost(f"{workdir} no longer belongs to this run; process 0 says why")
+    hosts.raise_everywhere(lost, elsewhere)
 
 
 class _Lock:
@@ -378,15 +391,6 @@ def _read(path: pathlib.Path) -> Holder | None:
 
 def _key(workdir: epath.PathLike) -> str:
     return str(workdir) if in_bucket(workdir) else os.path.realpath(os.path.expanduser(workdir))
-
-
-def _machine() -> str:
-    """Returns a name that is the same for two processes if they can look up each other's pids."""
-    parts = [socket.gethostname()]
-    with contextlib.suppress(OSError):
-        parts.append(pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-        parts.append(os.readlink("/proc/self/ns/pid"))
-    return " ".join(parts)
 
 
 def _start_of(pid: int) -> int | None:

@@ -1,7 +1,7 @@
 """The result of a run: written at its end, and read unless the files beside it contradict it."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 from etils import epath
@@ -11,6 +11,7 @@ from common_jax.workdir.claim import FILE, refuse_other_config
 from common_jax.workdir.files import read_json, write_json
 
 RESULT = "result.json"
+Run = TypeVar("Run")  # a run's config
 
 
 def write_result(
@@ -50,6 +51,27 @@ def read_result(
     """
     workdir = epath.Path(workdir)
     return hosts.decide(lambda: _read(workdir, config, phase, steps, apart))
+
+
+def unfinished(
+    workdir: epath.Path,
+    runs: Sequence[tuple[str, Run]],
+    outcomes: Callable[[Run], Sequence[str]] = lambda run: (RESULT,),
+) -> list[tuple[str, Run]]:
+    """The runs of a command, as pairs of a folder below `workdir` and a config, that lack one of
+    their `outcomes`, the files that mark a run as finished.
+
+    Decided by existence alone: configs are compared when a run starts. Process 0 looks for all
+    processes, which must call this together.
+    """
+
+    def look() -> list[bool]:
+        return [
+            all((workdir / folder / name).exists() for name in outcomes(run))
+            for folder, run in runs
+        ]
+
+    return [run for run, done in zip(runs, hosts.decide(look), strict=True) if not done]
 
 
 def _read(

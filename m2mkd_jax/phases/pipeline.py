@@ -9,10 +9,9 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from common_jax import hosts
 from common_jax.config import in_recipe, under
 from common_jax.nn.dense import matmul_precision
-from common_jax.workdir import claim, read_result, refuse_other_config
+from common_jax.workdir import claim, read_result, refuse_other_config, unfinished
 from m2mkd_jax.config import Config, Recipe
 from m2mkd_jax.phases import PHASES
 from m2mkd_jax.phases.few_shot import load_splits
@@ -140,21 +139,18 @@ def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> Splits | 
     Raises:
       FileNotFoundError, ValueError: like the runs themselves.
     """
-    runs = plan(config, workdir)
-    # By existence alone: configs are compared when `run_pipeline` gets there.
-    finished = hosts.decide(lambda: [(workdir / name / "result.json").exists() for name, _ in runs])
-    unfinished = [run for run, done in zip(runs, finished, strict=True) if not done]
-    if not unfinished:
+    runs = unfinished(workdir, plan(config, workdir))
+    if not runs:
         return None
     splits = load_splits(config)  # shared by all runs
     trainings = []
-    for folder, run in unfinished:
+    for folder, run in runs:
         phase = PHASES[run.phase]
         with in_recipe(Recipe, run.phase):
             training = phase.describe(run, mesh)
             trainings.append((training, phase.feed(training, workdir / folder, splits)))
     planned = {}
-    for (folder, run), (training, _) in zip(unfinished, trainings, strict=True):
+    for (folder, run), (training, _) in zip(runs, trainings, strict=True):
         with in_recipe(Recipe, run.phase):
             load_teachers(training.config, training.helpers, read=False)
             # A source that an earlier run has yet to make counts as made.

@@ -1,6 +1,8 @@
 """The command line: every error is a single message, before anything is written."""
 
+import contextlib
 import dataclasses
+import errno
 import logging
 import os
 import pathlib
@@ -19,6 +21,7 @@ from cliptrans_jax.runs.initial_weights import check_start
 from cliptrans_jax.runs.run_tokenizer import save_tokenizer, train_tokenizer
 from common_jax import app
 from common_jax.mesh import MeshConfig, make_mesh
+from common_jax.workdir import lock
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """
@@ -321,6 +324,33 @@ def test_errors_of_stage_clip(refused, flags, said):
 def test_pipeline_that_cannot_start_leaves_its_workdir_unused(refused):
     refused(["--config.model.mbart.vocab=280"], ["config.model.mbart.vocab=280"], stage="pipeline")
     refused(["--config.recipes={}"], ["config.recipes is empty"], stage="pipeline")
+
+
+def test_workdir_without_room_for_a_lock_is_reported_first(refused, monkeypatch):
+    """Not after all features were computed."""
+
+    def full_disk(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(lock._Lock, "_create", full_disk)
+    monkeypatch.setattr(command, "run_stage", None)
+    for stage in ("translate", "pipeline"):
+        refused([], ["no lock can be written: No space left on device", "Make room"], stage=stage)
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_finished_run_needs_no_fitting_mesh(scored, capsys, refused, corpus, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "result.json").write_text("{}")
+    flags = ["--config.decode.batch=12", "--config.run.compilation_cache=None"]
+    if not scored:
+        refused(flags, ["config.decode.batch=12", "8 devices"], kept={"result.json"})
+        return
+    (workdir / "scores.json").write_text("{}")
+    monkeypatch.setattr(command, "run_stage", lambda *_: {})
+    monkeypatch.setattr(command, "reporting", lambda *_: contextlib.nullcontext())
+    app.run(main, DESCRIPTION, argv(corpus, workdir, *flags, stage="translate"))
 
 
 def test_pipeline_is_checked_before_it_starts(refused):

@@ -276,6 +276,7 @@ def test_sources_of_a_moved_pipeline_are_found_in_its_new_folder(tmp_path):
 def test_unfinished_folders_are_ignored_and_moved_aside(workdir):
     folder = workdir / "checkpoints"
     (folder / "7" / "params").mkdir(parents=True)
+    (folder / "3" / "params").mkdir(parents=True)  # the rest of a deletion, since 5 is complete
     (folder / "8.orbax-checkpoint-tmp").mkdir()
     shutil.copytree(folder / "5", folder / "007")  # no name of a step, so not the run's to delete
     assert checkpoint.finished_steps(folder) == [2, 4, 5]

@@ -1,13 +1,27 @@
 """A run's own files after damage or an edit: errors name the file."""
 
+import errno
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import tiny
+from etils import epath
 
 from common_jax.config import unfreeze
 from common_jax.metrics import Recorder, read_metrics
-from common_jax.workdir import freeze_stored, new_folder, read_json, write_result
+from common_jax.workdir import (
+    describe,
+    freeze_stored,
+    leftovers,
+    new_folder,
+    read_json,
+    unfinished,
+    write_json,
+    write_result,
+)
 from m2mkd_jax.config import Config
 
 
@@ -96,6 +110,55 @@ def test_new_folder_appears_only_when_it_is_whole(tmp_path):
         (part / "README.md").write_text("whole")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "README.md").read_text() == "whole"
+
+
+@pytest.fixture
+def dead():
+    """The pid of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_files_of_killed_writers_are_removed_by_the_next_write(tmp_path, dead, monkeypatch):
+    monkeypatch.setattr(leftovers, "machine", lambda: "elsewhere")
+    old, fresh = (leftovers.temporary_beside(tmp_path / name) for name in "ab")
+    monkeypatch.undo()
+    own = leftovers.temporary_beside(tmp_path / "c")
+    killed = tmp_path / own.name.replace(f".{os.getpid()}.", f".{dead}.").replace(".c.", ".d.")
+    other = tmp_path / ".e.1.tmp"  # not one of these names
+    for path in (old, fresh, own, killed, other):
+        path.touch()
+    (folder := tmp_path / killed.name.replace(".d.", ".f.")).mkdir()
+    (folder / "weights").touch()
+    os.utime(old, (0, 0))
+    write_json(tmp_path / "result.json", {})
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {fresh.name, own.name, other.name, "result.json"}
+
+
+def test_full_disk_is_reported_with_the_file_and_a_way_out(tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+
+    def full(self, content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))  # the temporary name
+
+    monkeypatch.setattr(type(epath.Path(path)), "write_bytes", full)
+    with pytest.raises(OSError) as raised:
+        write_json(path, {})
+    assert describe(raised.value) == (
+        f"[Errno 28] No space left on device: '{path}'. Make room, and start the same command again"
+    )
+    assert describe(ValueError("config.seed=-1")) == "config.seed=-1"
+
+
+def test_runs_without_all_their_files_are_unfinished(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/result.json").touch()
+    runs = [("a", 1), ("b", 2)]
+    assert unfinished(tmp_path, runs) == [("b", 2)]
+    scored = {1: ("result.json", "scores.json"), 2: ()}
+    assert unfinished(tmp_path, runs, scored.get) == [("a", 1)]
 
 
 def test_result_holds_phase_steps_and_metrics(tmp_path):

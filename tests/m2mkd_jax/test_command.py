@@ -1,6 +1,8 @@
 """The command as a user sees it: one-line errors with nothing written; a folder of images; a
 trace."""
 
+import contextlib
+import errno
 import json
 import logging
 import os
@@ -17,6 +19,7 @@ from PIL import Image
 
 import m2mkd_jax
 from common_jax import app
+from common_jax.workdir import lock
 from m2mkd_jax import main as command
 from m2mkd_jax.main import DESCRIPTION, main
 from m2mkd_jax.phases import PHASES
@@ -91,6 +94,32 @@ def test_user_errors_are_reported_before_writing(capsys, tmp_path, flags, said):
     for text in said:
         assert text in message
     assert not (tmp_path / "run").exists()
+
+
+def test_workdir_without_room_for_a_lock_is_reported_first(capsys, tmp_path, monkeypatch):
+    """Not after the data were read and the networks traced."""
+    monkeypatch.setattr(lock._Lock, "_create", full_disk)
+    monkeypatch.setattr(command, "run_phase", None)
+    message = refusal(capsys, DIGITS, f"--workdir={tmp_path / 'run'}")
+    assert "no lock can be written: No space left on device" in message
+    assert "Make room, and start the same command again" in message
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_finished_run_needs_no_lock_and_no_fitting_mesh(capsys, tmp_path, monkeypatch):
+    (tmp_path / "result.json").write_text("{}")
+    monkeypatch.setattr(lock._Lock, "_create", full_disk)
+    monkeypatch.setattr(command, "run_phase", lambda *_: {})
+    monkeypatch.setattr(command, "reporting", lambda *_: contextlib.nullcontext())
+    # Otherwise refused: the batch does not divide over the devices.
+    run = (DIGITS, f"--workdir={tmp_path}", "--config.optim.batch=12")
+    app.run(main, DESCRIPTION, ["m2mkd", *run, "--config.run.compilation_cache=None"])
+    (tmp_path / "result.json").unlink()
+    monkeypatch.undo()
+    assert "12 must be a multiple" in refusal(capsys, *run)
 
 
 def test_missing_flags_and_files_are_named(capsys, tmp_path):
