@@ -6,6 +6,7 @@ same points, once per training step and once per evaluation batch, and get the s
 the run stops at a step that all of them agree on.
 """
 
+import collections
 import contextlib
 import json
 import logging
@@ -44,6 +45,19 @@ def check() -> None:
         _stopping = asked(_polls)
     if _stopping:
         raise signals.Stopped
+
+
+def require_same_devices() -> None:
+    """Raises Disagreement, in all processes, if they have different numbers of devices. Call this
+    before any exchange, which needs the same number everywhere; it exchanges nothing itself."""
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    for process, count in sorted(counts.items()):
+        if count != counts[0]:
+            raise Disagreement(
+                f"process 0 has {counts[0]} of all {counts.total()} devices, and process {process} "
+                f"has {count}; all must have the same number: look for a device that does not "
+                "start, or choose them with JAX_LOCAL_DEVICE_IDS or CUDA_VISIBLE_DEVICES"
+            )
 
 
 def largest(*values: float) -> np.ndarray:

@@ -12,6 +12,7 @@ acknowledges the request and counts further ones.
 """
 
 import contextlib
+import ctypes
 import functools
 import logging
 import os
@@ -34,6 +35,7 @@ _received: list[int] = []  # signals that this process has received, without rep
 _resumes = True  # whether the same command continues what a signal stopped
 _deferrals = 0
 _connecting = False
+_tell_jax: Callable[[int], None] | None = None  # jax's own handler of SIGTERM, once connected
 
 
 class Stopped(BaseException):
@@ -69,7 +71,7 @@ def listening(*, resumes: bool = True) -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(pipe)
         for number, handler in handlers.items():
-            # jax handles SIGTERM itself, outside Python: leave its handler in place.
+            # As in `_share_sigterm`: without this handler, SIGTERM would end the process at once.
             if number != signal.SIGTERM or not jax.distributed.is_initialized():
                 signal.signal(number, handler)
         os.close(send)  # ends the thread
@@ -94,11 +96,29 @@ def connecting() -> Iterator[None]:
     """A block in which jax connects this process to the others of its run, outside Python. The
     first request to stop ends the process at once: there is nothing to save."""
     global _connecting
-    _connecting = True
+    python, _connecting = _c_handler(), True
     try:
         yield
     finally:
         _connecting = False
+        _share_sigterm(python)
+
+
+def _share_sigterm(python: int | None) -> None:
+    """Once connected, jax handles SIGTERM in C, and neither `_stop` nor `_watch` would see one.
+    Reinstalls Python's handler, at address `python`, and keeps jax's for `_watch` to call."""
+    global _tell_jax
+    jaxs = _c_handler()
+    if jaxs is not None and jaxs != python and signal.getsignal(signal.SIGTERM) is _stop:
+        _tell_jax = ctypes.CFUNCTYPE(None, ctypes.c_int)(jaxs)
+        signal.signal(signal.SIGTERM, _stop)
+
+
+def _c_handler() -> int | None:
+    """The address of the C function that handles SIGTERM; None if it is the system's default."""
+    action = ctypes.create_string_buffer(1024)  # a struct sigaction, which begins with the handler
+    ctypes.CDLL(None).sigaction(int(signal.SIGTERM), None, action)
+    return ctypes.c_void_p.from_buffer(action).value
 
 
 def requested() -> bool:
@@ -173,9 +193,8 @@ def _watch(receive: int) -> None:
                 os._exit(_status(number))
             if _deferrals or jax.distributed.is_initialized():
                 _say("asked to stop: saving at the next step\n")
-            if jax.distributed.is_initialized():
-                # jax reacts to SIGTERM only; it agrees with the other processes where to stop.
-                os.kill(os.getpid(), signal.SIGTERM)
+            if _tell_jax is not None:  # it agrees with the other processes where to stop
+                _tell_jax(signal.SIGTERM)
 
 
 def _say(text: str) -> None:

@@ -31,8 +31,10 @@ def require_same_start(config: Mapping[str, Any], *, packages: Sequence[str]) ->
       packages: names of the packages whose source files are compared.
 
     Raises:
-      hosts.Disagreement: in all processes, with what differs between the first two that do.
+      hosts.Disagreement: in all processes, with what differs between the first two that do, or if
+        they have different numbers of devices.
     """
+    hosts.require_same_devices()
     mine = _describe(config, packages)
     first = hosts.send(mine)
     # As text, in which NaN is equal to itself.

@@ -1,6 +1,7 @@
 """Configs and code of the processes of a run are compared before it starts."""
 
 import math
+import types
 from functools import partial
 
 import jax
@@ -44,6 +45,14 @@ def test_fields_that_must_be_the_same_are_compared(system, path, value, line, mo
     assert [type(error) for error in found] == [Disagreement] * 3
     (text,) = {str(error) for error in found}
     assert f"(process 0 -> process 2):\n  {line}\ngive all processes" in text
+
+
+def test_processes_need_the_same_number_of_devices(monkeypatch):
+    devices = [types.SimpleNamespace(process_index=process) for process in (0, 1, 1, 1)]
+    monkeypatch.setattr(agreement.hosts.jax, "devices", lambda: devices)
+    monkeypatch.setattr(agreement.hosts, "send", None)  # could not be exchanged
+    with pytest.raises(Disagreement, match="0 has 1 of all 4 devices, and process 1 has 3;"):
+        compare(ml_collections.ConfigDict())
 
 
 def test_field_of_one_process_only_is_named(monkeypatch):

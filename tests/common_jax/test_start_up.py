@@ -27,6 +27,25 @@ with signals.listening(resumes=len(sys.argv) < 4):
         sys.exit(signals.status())
 """
 
+CONNECTED = """
+import os, signal, sys, time
+from common_jax import hosts, signals, start_up
+
+with signals.listening():
+    start_up.connect(coordinator=sys.argv[1], processes=1, process=0)
+    with signals.deferred():
+        try:
+            for step in range(1000):
+                hosts.check()
+                if step == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.02)
+        except signals.Stopped:
+            print("stops at a step", signals.requested(), signals.status(), flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+"""
+
 SPINS = """
 import pathlib, sys
 from common_jax import signals
@@ -62,6 +81,16 @@ def alone(port):
     for process in started:
         process.kill()
         process.wait()
+
+
+def test_signals_reach_a_connected_process(port):
+    """jax handles SIGTERM itself, outside Python; the second one must still end the process."""
+    command = [sys.executable, "-c", CONNECTED, f"127.0.0.1:{port}"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert process.stdout == "stops at a step True 0\n", process.stderr
+    assert process.returncode == 143
+    said = [line for line in process.stderr.splitlines() if "ask" in line or "again" in line]
+    assert said == ["asked to stop: saving at the next step", "SIGTERM again: ending at once"]
 
 
 @pytest.mark.parametrize(("more", "status"), [((), 0), (("lost",), 143)])
