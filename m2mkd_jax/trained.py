@@ -39,6 +39,7 @@ from m2mkd_jax.stages import module_name
 # Sections and fields that may be changed when a run is used; all others define the network.
 CHANGEABLE = (
     *("data", "ood", "evaluation", "precision", "mesh", "optim.batch", "sources"),
+    "run.compilation_cache",
     *("meta.attention", "teacher.attention", "model.attention"),
 )
 FIXED = ("data.labels", "data.channels")

@@ -26,7 +26,7 @@ from common_jax.workdir import freeze_stored, read_json
 # Sections and fields of a run's config that may be changed when its model is used.
 CHANGEABLE = (
     *("data", "decode", "noise", "test_side", "precision", "sources"),
-    *("tokenizer.path", "clip_tokenizer.path", "mesh"),
+    *("tokenizer.path", "clip_tokenizer.path", "mesh", "run.compilation_cache"),
     *(f"model.{translator}.attention" for translator in TRANSLATORS),
 )
 

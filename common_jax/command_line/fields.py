@@ -53,8 +53,8 @@ def change_config(
         if not inside or path in fixed:
             left_out = f", except {' and '.join(fixed)}" if fixed else ""
             raise ValueError(
-                f"--config.{path}={text} would make a different network from the trained one; only "
-                f"these can be changed: {', '.join(changeable)}{left_out}"
+                f"--config.{path}={text} is fixed by the run that trained the network; only these "
+                f"can be changed: {', '.join(changeable)}{left_out}"
             )
         set_field(changed, path, text)
     return freeze(type(config), changed)

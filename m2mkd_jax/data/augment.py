@@ -356,15 +356,15 @@ def mix(
     apply = jax.random.bernoulli(apply_key, config.mix_probability)
 
     def apply_mixup(images):
-        lam = beta(mixup_key, config.mixup)
-        lam = jnp.where(apply, lam, 1.0)
+        lam = jnp.where(apply, beta(mixup_key, config.mixup), 1.0).astype(images.dtype)
         return mixup(images, lam), lam
 
     def apply_cutmix(images):
         lam = beta(cutmix_key, config.cutmix)
         row = jax.random.randint(row_key, (), 0, height)
         column = jax.random.randint(column_key, (), 0, width)
-        return cutmix(images, jnp.where(apply, lam, 1.0), (row, column))
+        images, lam = cutmix(images, jnp.where(apply, lam, 1.0), (row, column))
+        return images, lam.astype(images.dtype)
 
     if config.mixup > 0 and config.cutmix > 0:
         use_cutmix = jax.random.bernoulli(switch_key, config.switch)

@@ -151,7 +151,7 @@ def test_input_errors_name_file_and_line(refusal, pipeline, loaded, corpus, tmp_
     assert "is for `cliptrans evaluate`" in refusal("translate", pipeline, "red", noise)
     assert "give one of them" in refusal("translate", pipeline, "red", "--file", file)
     assert "trains no translation model" in refusal("translate", pipeline / "clip", "red")
-    assert "--config.model.mapper.prefix=2 would make a different network" in refusal(
+    assert "--config.model.mapper.prefix=2 is fixed by the run that trained" in refusal(
         "translate", pipeline, "red", "--config.model.mapper.prefix=2"
     )
 

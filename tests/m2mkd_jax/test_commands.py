@@ -197,8 +197,8 @@ def test_predictions_of_pictures_with_odd_names_are_printed(form):
         (("meta", "/nowhere/x.png"), "/nowhere/x.png does not exist; beside it: there is no"),
         (("meta", "{pictures}/c.png"), "TIFF, WEBP; repair or remove them\n"),
         (("nowhere", "{pictures}"), "does not exist"),
-        (("meta", "{pictures}", "--config.meta.width=8"), "would make a different network"),
-        (("meta", "{pictures}", "--config.data.labels=8"), "would make a different network"),
+        (("meta", "{pictures}", "--config.meta.width=8"), "is fixed by the run that trained"),
+        (("meta", "{pictures}", "--config.data.labels=8"), "is fixed by the run that trained"),
         (("meta", "{pictures}", "--batch=3"), "--batch=3 must be a multiple of the mesh's 8"),
     ],
 )
@@ -215,6 +215,12 @@ def test_choose_batch_is_small_for_few_pictures(runs):
 
 
 # evaluate
+
+
+def test_own_batch_that_does_not_divide_over_the_devices_is_named(runs, capsys):
+    status, out, err = call(capsys, "evaluate", runs / "meta", "--config.optim.batch=12")
+    assert (status, out) == (2, "")
+    assert "12 images at a time" in err and "8 devices: give --batch=16" in err
 
 
 @pytest.mark.parametrize(

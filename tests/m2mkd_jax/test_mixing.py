@@ -122,6 +122,13 @@ def test_mix_uses_both_mixup_and_cutmix():
     assert 10 < sum(copied) < 30  # CutMix copies pixels, mixup blends them
 
 
+def test_images_keep_their_dtype_in_double_precision():
+    config = AugmentConfig(mixup=0.8, cutmix=1.0)
+    with jax.enable_x64(True):
+        images, _ = augment.mix(IMAGES, LABELS, KEY, config=config, labels_count=5)
+    assert images.dtype == IMAGES.dtype
+
+
 def drawn(monkeypatch, config, count=4000):
     """Whether CutMix, row, column and lambda, as drawn by `mix` for each of `count` keys."""
     monkeypatch.setattr(augment, "mixup", lambda images, lam: jnp.zeros(3))
