@@ -193,6 +193,7 @@ def _train(
             write_json(workdir / name, content)
     introduce(task, optim, abstract, mesh, workdir, config)
     due.warn_of_unscored()
+    optim.warn_of_average(task.steps_per_epoch)
 
     # ----------------------------------------------------------------------------------------------
     # State, restored from the newest checkpoint or initialised; warm-start parameters replace

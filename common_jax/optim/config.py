@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, TypeVar
@@ -24,6 +25,7 @@ from common_jax.ranges import (
 REPLACED_BY = {"epochs": "steps", "warmup_epochs": "warmup_steps"}
 LONGEST = 1_000_000  # epochs; per-epoch schedules are tables of this length
 LARGEST_COUNT = 2**31 - 1
+START_SHARE = 0.01  # of a running average, above which its result is not that of the training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +162,21 @@ class OptimConfig(Section):
             f"{key}.{name}={given} is a warm-up of {warmup} steps, and the run has only {total} "
             f"({key}.{self._length}, {steps_per_epoch} steps per epoch{lag}): give a shorter "
             f"warm-up, such as --{key}.{name}=0, or a longer run"
+        )
+
+    def warn_of_average(self, steps_per_epoch: int, *, key: str = "config.optim") -> None:
+        """Warns, naming fields of the section `key`, if at the end of the run the running average
+        still has more than START_SHARE of the weights that the run started from."""
+        total = self.total_steps(steps_per_epoch)
+        if (left := self.ema**total) <= START_SHARE:
+            return
+        precision = 10 ** (len(str(total)) + 1)
+        enough = math.floor(START_SHARE ** (1 / total) * precision) / precision
+        logging.warning(
+            "%s.ema=%s averages over more steps than the run has, %d: %.0f %% of the average, "
+            "which is what is evaluated, exported and loaded, will be the weights that the run "
+            "started from; with --%s.ema=%s, or a longer run, it is at most %.0f %%",
+            *(key, self.ema, total, 100 * left, key, enough, 100 * START_SHARE),
         )
 
     @property

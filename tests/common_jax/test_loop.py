@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 import types
 
 import jax
@@ -14,6 +15,7 @@ from meshes import one_device
 from common_jax import log, loop
 from common_jax.log import clocks
 from common_jax.loop import RunConfig
+from common_jax.optim import OptimConfig
 from common_jax.run_config import Due
 from common_jax.workdir import refuse_other_config
 
@@ -205,6 +207,29 @@ def test_best_checkpoint_of_few_candidates_gives_a_warning(evaluated, saved, bes
     run = RunConfig(eval_every=evaluated, checkpoint_every=saved, best=best)
     Due(run, steps_per_epoch=5, total=100).warn_of_unscored()
     assert ("'test/w' is chosen only among every 6 epochs and" in caplog.text) == warns
+
+
+@pytest.mark.parametrize("steps", [1, 7, 440, 99999])
+def test_average_over_more_steps_than_the_run_has_gives_a_warning(steps, caplog):
+    config = OptimConfig(steps=steps, ema=0.999999)
+    config.warn_of_average(11, key="config.recipes.distill.optim")
+    (said,) = caplog.messages
+    key = r"config\.recipes\.distill\.optim\.ema"
+    share = f"{100 * 0.999999**steps:.0f} % of the average"
+    assert re.match(rf"{key}=0\.999999 averages over .* has, {steps}: {share}", said)
+    # What it advises is enough, and no more than enough.
+    advised = float(re.search(rf"with --{key}=([\d.]+),", said)[1])
+    assert 0.005 < advised**steps <= 0.01
+    caplog.clear()
+    for ema in (advised, 0.0):
+        dataclasses.replace(config, ema=ema).warn_of_average(11)
+    assert not caplog.messages
+
+
+def test_a_run_warns_once_of_an_average_that_is_too_long(tmp_path, caplog):
+    descend(tmp_path / "run", optim=dataclasses.replace(OPTIM, ema=0.9))
+    (said,) = [line for line in caplog.messages if "averages over more steps" in line]
+    assert said.startswith("config.optim.ema=0.9 ") and "12: 28 % of the average" in said
 
 
 def test_valid_seeds_and_metrics_are_accepted():
