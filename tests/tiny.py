@@ -7,9 +7,12 @@ import numpy as np
 from jax import numpy as jnp
 from meshes import one_device
 
+from common_jax.checkpoint import Checkpoints
+from common_jax.config import unfreeze
 from common_jax.loop import RunConfig
 from common_jax.mesh import MeshConfig
 from common_jax.optim import OptimConfig
+from common_jax.state import TrainState
 from m2mkd_jax.config import Config, Recipe
 from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.data.feed import Feed
@@ -104,3 +107,14 @@ def count_parameters(build, config) -> int:
         sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (shapes, shapes["block_0"])
     )
     return one + (sum(config.depths) - 1) * block
+
+
+def write_averaged(workdir, params, config, *, more):
+    """Makes a workdir with these parameters and an average of them that is `more`, which it
+    returns."""
+    average, none = jax.tree.map(lambda x: x + more, params), np.zeros((), np.int32)
+    checkpoints = Checkpoints(workdir, keep=1, best=None)
+    state = TrainState(np.int32(1), params, {}, average, {}, none, none)
+    checkpoints.save(state, step=1, config=unfreeze(config).to_dict(), metrics=None)
+    checkpoints.close()
+    return jax.tree.map(np.asarray, average)

@@ -124,13 +124,16 @@ def text_tokenizer(config: Config) -> TokenizerConfig:
 def load_trained(config: Config, name: str) -> tuple[Any, Any]:
     """Sizes and parameters of a tower, "text" or "image", from a run of stage "clip".
 
-    Stages continue from the parameters that it trained. A config of stage "clip" itself asks for
-    its result, the average if there is one.
+    A tower that stays frozen is the run's result, the average of its parameters if there is one, as
+    in its own evaluation. One that keeps training starts from the parameters themselves.
     """
-    source, average = config.sources.clip, trains(config.stage) is Trains.TOWERS
+    source, average = config.sources.clip, not (name == "text" and config.unfreeze_clip)
     sizes = getattr(_clip_run(config).clip, name)
     checkpoint.warn_if_unfinished(source)
-    params = checkpoint.load(source, subtree=f"clip/{name}", average=average)
+    step = checkpoint.common_step(source)
+    if average and checkpoint.has_average(step):
+        logging.info("%s: the average of its %s tower is loaded, not the last one", step, name)
+    params = checkpoint.load(step, subtree=f"clip/{name}", average=average)
     # To the host, like published towers, which move to the devices when they are used.
     return sizes, jax.device_get(params)
 

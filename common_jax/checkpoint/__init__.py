@@ -13,11 +13,12 @@ from common_jax.checkpoint.reading import (
     common_step,
     find_moved,
     find_step,
+    has_average,
     load,
     load_config,
     load_shapes,
     naming_field,
-    read,
+    read_params,
     refuse_pattern,
     warn_if_unfinished,
 )

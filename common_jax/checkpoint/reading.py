@@ -71,22 +71,35 @@ def load(
         whole = first if mesh is None else replicated(mesh)
         shardings = jax.tree.map(lambda _: whole, abstract)
     abstract = with_shardings(abstract, shardings)
+    restored = read_params(step, abstract, average=average)
+    for key in filter(None, subtree.split("/")):
+        restored = restored[key]
+    return restored
+
+
+def read_params(
+    step: epath.Path, abstract: Mapping[str, Any], *, average: bool = False
+) -> dict[str, Any]:
+    """Reads the parameters in `abstract`, ShapeDtypeStructs with shardings, and nothing else; with
+    `average`, the averages of those that have one."""
     # The average has only the trained parameters; frozen ones come from `params`.
-    averages = _shapes(step, AVERAGE) if average and (step / AVERAGE).exists() else {}
+    averages = _shapes(step, AVERAGE) if average and has_average(step) else {}
     averaged = traverse_util.flatten_dict(averages).keys()
     items = {AVERAGE: {}, "params": {}}
     for path, leaf in traverse_util.flatten_dict(abstract).items():
         items[AVERAGE if path in averaged else "params"][path] = leaf
-    restored = merge(
+    return merge(
         *(
             read(step, traverse_util.unflatten_dict(leaves), item=item)
             for item, leaves in items.items()
             if leaves
         )
     )
-    for key in filter(None, subtree.split("/")):
-        restored = restored[key]
-    return restored
+
+
+def has_average(step: epath.Path) -> bool:
+    """Whether a step has the evaluated average of the trained parameters, and it is complete."""
+    return (step / AVERAGE).exists()
 
 
 def read(step: epath.Path, abstract: Mapping[str, Any], *, item: str = "params") -> dict[str, Any]:

@@ -38,7 +38,8 @@ class Origin:
 class WarmStart:
     """Parameters from other runs, on their devices, and an account of them.
 
-    The account is JSON: `taken` has one entry per origin with the size of what was taken from it;
+    The account is JSON: `taken` has one entry per origin with the size of what was taken from it,
+    and `average` if that is the average of the origin's parameters;
     `adapted`, the parameters whose shape was changed; `left`, parameters of the origins that are
     not used, and `fresh`, parameters that start from scratch, both with reasons.
     """
@@ -71,6 +72,7 @@ def take(
     leave: tuple[Allowance, ...] = (),
     fresh: tuple[Allowance, ...] = (),
     adapt: Mapping[str, Adapt] | None = None,
+    average: bool = False,
     read: bool = True,
     planned: Planned | None = None,
 ) -> WarmStart:
@@ -84,6 +86,7 @@ def take(
       fresh: parameters to leave out of the result, so that they are initialised, even if an origin
         has them.
       adapt: regex of paths -> conversion of parameters whose shape differs.
+      average: whether to load the evaluated averages of parameters, where checkpoints have them.
       read: whether to read parameters; if False, only checks that all fit, and returns none.
       planned: sources that need not exist yet; for `read=False`.
 
@@ -131,13 +134,18 @@ def take(
             "\ngive other config.sources, or regexes of what starts from scratch in "
             "config.sources.fresh and of what may be left out in config.sources.leave"
         )
-    params = {}
+    params, averaged = {}, set()
     for request in requests:
-        values, adapted = request.read(flat) if read else ({}, [])
+        values, adapted = request.read(flat, average=average) if read else ({}, [])
         params |= values
         source = {"source": str(request.step), "subtree": request.origin.subtree}
+        if read and average and checkpoint.has_average(request.step):
+            source |= {"average": True}
+            averaged.add(str(request.step))
         account["taken"].append(source | {"as": request.origin.target} | size_of(values))
         account["adapted"] += adapted
+    for step in sorted(averaged):
+        logging.info("%s: the average of its parameters is loaded, not the last ones", step)
     return WarmStart(traverse_util.unflatten_dict(params, sep="/"), account)
 
 
@@ -199,12 +207,15 @@ class _Request:
         self.shapes[name] = jax.ShapeDtypeStruct(found.shape, target.dtype, sharding=sharding)
         return True
 
-    def read(self, targets: Mapping[str, Any]) -> tuple[dict[str, jax.Array], list[dict[str, Any]]]:
+    def read(
+        self, targets: Mapping[str, Any], *, average: bool
+    ) -> tuple[dict[str, jax.Array], list[dict[str, Any]]]:
         """The parameters by path, in the shapes and shardings of `targets`, and an account of those
         that were adapted."""
         if not self.shapes:
             return {}, []
-        tree = checkpoint.read(self.step, traverse_util.unflatten_dict(self.shapes, sep="/"))
+        wanted = traverse_util.unflatten_dict(self.shapes, sep="/")
+        tree = checkpoint.read_params(self.step, wanted, average=average)
         values = traverse_util.flatten_dict(tree, sep="/")
         params = {path: values[name] for path, name in self.names.items()}
         account = []

@@ -188,7 +188,8 @@ def _take_network(
     reason = f"a head of config.few_shot.ways={config.few_shot.ways} labels"
     # What is trained is also what starts from scratch.
     fresh = (Allowance(training.trainable, reason),)
-    return take_weights(config, shapes, [origin], fresh=fresh, planned=planned)
+    # All that is loaded stays as it is.
+    return take_weights(config, shapes, [origin], fresh=fresh, average=True, planned=planned)
 
 
 def _fit(training: Training, planned: Planned) -> None:

@@ -135,7 +135,8 @@ def _join(
         Origin(found.source, f"{found.role}/{name}", f"module/{name}")
         for name in map(stage_name, config.modules())
     ]
-    return take_weights(config, shapes, origins, fresh=(stitches,), planned=planned)
+    # The average, since all but the head stays as it is, and the head fits it.
+    return take_weights(config, shapes, origins, fresh=(stitches,), average=True, planned=planned)
 
 
 PHASE = Phase(

@@ -8,7 +8,7 @@ import pytest
 from flax import traverse_util
 from jax.sharding import SingleDeviceSharding
 from same import assert_same
-from tiny import random_like
+from tiny import random_like, write_averaged
 from tiny_cliptrans import MBART, OPTIM, tiny_config
 
 from cliptrans_jax import pretrained
@@ -16,7 +16,6 @@ from cliptrans_jax.models.cliptrans import Translator
 from cliptrans_jax.runs.initial_weights import check_start, is_run, make_warm_start
 from common_jax import checkpoint
 from common_jax.config import unfreeze
-from common_jax.state import TrainState
 
 MODEL = tiny_config("translate", None).model
 
@@ -185,13 +184,8 @@ def test_fresh_must_not_match_what_a_stage_freezes(sources):
 
 def test_run_with_an_ema_passes_on_its_raw_parameters(tmp_path):
     """A stage continues from the run's parameters, not from their average."""
-    none = np.zeros((), np.int32)
-    average = jax.tree.map(lambda x: x + 1, OURS)
-    state = TrainState(np.int32(1), OURS, {}, average, {}, none, none)
-    checkpoints = checkpoint.Checkpoints(tmp_path / "run", keep=1, best=None)
     config = dataclasses.replace(config_of(), optim=dataclasses.replace(OPTIM, ema=0.9))
-    checkpoints.save(state, step=1, config=unfreeze(config).to_dict(), metrics=None)
-    checkpoints.close()
+    average = write_averaged(tmp_path / "run", OURS, config, more=1)
     found = start(config_of(model=tmp_path / "run"))
     assert_same(jax.tree.map(np.asarray, found.params), OURS)
     averaged = checkpoint.load(tmp_path / "run", average=True)

@@ -1,17 +1,23 @@
 """The towers that a run uses: published ones, and those that a run of stage "clip" trained."""
 
 import dataclasses
+import logging
 import types
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
 from meshes import one_device
+from same import assert_same
+from tiny import write_averaged
 from tiny_cliptrans import tiny_config
 
 from cliptrans_jax.config import SourcesConfig
 from cliptrans_jax.data.tokenizers.tokens import TokenizerConfig
-from cliptrans_jax.runs import run_towers, translation
+from cliptrans_jax.features import fingerprint
+from cliptrans_jax.runs import contrastive, run_towers, translation
+from cliptrans_jax.runs.finished import Finished, _with_own_towers
 from cliptrans_jax.runs.run_data import RunData
 from cliptrans_jax.runs.run_tokenizer import train_tokenizer
 from cliptrans_jax.runs.run_towers import describe_text
@@ -19,6 +25,7 @@ from cliptrans_jax.towers.clip import ClipTextConfig
 from cliptrans_jax.towers.labse import LabseConfig
 from cliptrans_jax.towers.mclip import MClipConfig
 from cliptrans_jax.towers.siglip import SiglipTextConfig
+from common_jax import checkpoint
 from common_jax.config import unfreeze
 
 
@@ -108,16 +115,39 @@ def test_towers_from_a_run_have_the_sizes_of_that_run(corpus, monkeypatch, tmp_p
     monkeypatch.setattr(
         run_towers.checkpoint,
         "load",
-        lambda source, subtree, average: {source: np.array(len(subtree)), "average": average},
+        lambda step, subtree, average: {step.name: np.array(len(subtree)), "average": average},
     )
+    monkeypatch.setattr(run_towers.checkpoint, "common_step", epath.Path)
     made = RunData(config, epath.Path(tmp_path), one_device(), known=tokenizer)
     text, image = made.text_tower, made.image_tower
     # Sentences are cut to what the tower reads, which may be less than what the translator reads.
     assert text.tokenizer == dataclasses.replace(tokenizer, limit=text.longest)
     assert text.longest < tokenizer.limit
     assert (text.config, image.config) == (trained.clip.text, trained.clip.image)
-    assert text.params == {"trained": len("clip/text"), "average": False}
-    assert image.params == {"trained": len("clip/image"), "average": False}
+    assert text.params == {"trained": len("clip/text"), "average": True}
+    assert image.params == {"trained": len("clip/image"), "average": True}
     asked = dataclasses.replace(config, stage="clip")  # of the run itself: its result
     made = RunData(asked, epath.Path(tmp_path), one_device(), known=tokenizer)
     assert made.text_tower.params["average"] and made.image_tower.params["average"]
+    # A text tower that keeps training starts from the parameters themselves.
+    asked = dataclasses.replace(config, unfreeze_clip=True)
+    made = RunData(asked, epath.Path(tmp_path), one_device(), known=tokenizer)
+    assert not made.text_tower.params["average"] and made.image_tower.params["average"]
+
+
+def test_features_are_of_the_average_that_the_towers_run_evaluated(corpus, tmp_path, caplog):
+    """The same for a translator that uses the run as for the run itself."""
+    caplog.set_level(logging.INFO)
+    config = config_of("clip", corpus)
+    params = contrastive.init(config, jax.random.key(0))
+    average = write_averaged(tmp_path / "run", params, config, more=1)
+    folder = epath.Path(tmp_path)
+    tokenizer, _ = train_tokenizer(config, folder)
+    used = config_of("translate", corpus, sources=SourcesConfig(clip=str(tmp_path / "run")))
+    own = _with_own_towers(Finished(checkpoint.find_step(tmp_path / "run"), config))
+    towers = [RunData(one, folder, one_device(), known=tokenizer) for one in (used, own)]
+    for name in ("text", "image"):
+        mine, theirs = (getattr(one, f"{name}_tower").params for one in towers)
+        assert_same(mine, average["clip"][name])
+        assert fingerprint(mine) == fingerprint(theirs) != fingerprint(params["clip"][name])
+        assert f"run/checkpoints/1: the average of its {name} tower is loaded" in caplog.text

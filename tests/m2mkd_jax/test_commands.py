@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from meshes import one_device
 from PIL import Image
-from tiny import feed_of, fill, tiny_config
+from same import assert_same
+from tiny import feed_of, fill, tiny_config, write_averaged
 
 import m2mkd_jax
 from common_jax import checkpoint
@@ -100,6 +101,14 @@ def test_modules_of_a_moved_pipeline_find_their_meta_model(runs, tmp_path):
     assert trained.config.sources.meta == str(tmp_path / "meta")
     with pytest.raises(FileNotFoundError, match=r"config\.sources\.meta='/given'"):
         open_run(tmp_path / "modules", {"sources.meta": "/given"})
+
+
+def test_modules_are_used_in_the_average_of_their_meta_model(runs, tmp_path):
+    """It is what trained them, and what the meta model's own evaluation uses."""
+    params, config = checkpoint.load(runs / "meta"), configs(runs)["meta"]
+    average = write_averaged(tmp_path / "meta", params, config, more=1)
+    trained = open_run(runs / "modules", {"sources.meta": str(tmp_path / "meta")})
+    assert_same(trained.helpers["meta"], average["meta"])
 
 
 def test_unfinished_run_gives_a_warning(runs, tmp_path, caplog):

@@ -3,6 +3,7 @@ numbers."""
 
 import dataclasses
 import json
+import logging
 import re
 import shutil
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from meshes import one_device
-from tiny import OPTIM, tiny_config
+from tiny import OPTIM, tiny_config, write_averaged
 
 from common_jax import checkpoint, loop
 from common_jax.config import unfreeze
@@ -184,6 +185,35 @@ def test_few_shot_takes_all_but_the_head(held, started):
     assert fresh == {"student/stage_2/head/kernel", "student/stage_2/head/bias"}
     assert "head" not in start.params["student"]["stage_2"]
     assert start.account["left"] == []
+
+
+def test_what_stays_frozen_is_the_average_that_was_evaluated(held, started, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    source, config = str(tmp_path / "a"), tiny_config("distill")
+    for name in ("a", "whole"):
+        write_averaged(tmp_path / name, checkpoint.load(held[name]), config, more=1000)
+    runs = {"a": source, "whole": str(tmp_path / "whole")}
+    for phase, roles in (("distill", ("meta", "teacher")), ("train_module", ("meta",))):
+        task, _, _ = started(config_of(phase, runs, **dict.fromkeys(roles, "a")))
+        want = {
+            f"{role}/stage_{i}": {1000 + number("a", role, i)} for role in roles for i in range(3)
+        }
+        assert values(task.helpers) == want
+    assert f"{source}/checkpoints/1: the average of its parameters is loaded" in caplog.text
+    # A trunk under a new head stays as it is as well.
+    task, _, _ = started(config_of("few_shot", runs, network="whole"))
+    assert values(taken(task).params) == {f"student/stage_{i}": {1007} for i in range(3)}
+    assert all(entry["average"] for entry in taken(task).account["taken"])
+    joins = config_of("train_module", runs, meta="a")
+    task, _, _ = started(dataclasses.replace(joins, init=InitConfig(teacher=source)))
+    want = {f"module/stage_{i}": {1000 + number("a", "teacher", i)} for i in range(3)}
+    assert values(taken(task).params) == want
+    # What keeps training starts from the parameters themselves.
+    task, _, _ = started(config_of("end_to_end", runs, students=("a",)))
+    start = taken(task)
+    want = {f"student/stage_{i}": {number("a", "student", i)} for i in range(3)}
+    assert values(start.params) == want
+    assert not any("average" in entry for entry in start.account["taken"])
 
 
 def test_loop_gets_the_settings_of_the_run(held, started, tmp_path):

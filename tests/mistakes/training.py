@@ -337,8 +337,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "common_jax/checkpoint/reading.py",
         "the average is not loaded",
-        "if average and (step / AVERAGE).exists()",
-        "if average and not (step / AVERAGE).exists()",
+        "if average and has_average(step)",
+        "if average and not has_average(step)",
         CHECKPOINT,
     ),
     Mistake(

@@ -35,6 +35,7 @@ def take_weights(
     fresh: tuple[Allowance, ...] = (),
     adapt: Mapping[str, Adapt] | None = None,
     frozen: bool = False,
+    average: bool = False,
     read: bool = True,
     planned: Planned | None = None,
 ) -> WarmStart:
@@ -49,6 +50,8 @@ def take_weights(
       planned: the same; if given, nothing is read.
       adapt: further functions for reshaping parameters.
       frozen: whether the parameters stay frozen.
+      average: whether to load the averages that were evaluated, if there are any, as for frozen
+        parameters: what keeps training otherwise starts from the parameters themselves.
 
     Raises:
       ValueError: like `common_jax.weights.take`, and if frozen parameters would start from scratch,
@@ -76,7 +79,16 @@ def take_weights(
         ways |= {f"{role}/{regex}": way for regex, way in family_of(section).adapt(section).items()}
     # Strict, unlike most loading in the original, which ignores missing and unknown names.
     read = read and planned is None
-    start = take(shapes, origins, leave=leave, fresh=fresh, adapt=ways, read=read, planned=planned)
+    start = take(
+        shapes,
+        origins,
+        leave=leave,
+        fresh=fresh,
+        adapt=ways,
+        average=average or frozen,
+        read=read,
+        planned=planned,
+    )
     compare_sections(config, existing, frozen=frozen)
     return start
 
