@@ -3,13 +3,17 @@
 import dataclasses
 import functools
 import itertools
+import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
+from flax import traverse_util
 from jax.sharding import Mesh
 
 from common_jax import checkpoint, loop
+from common_jax.inputs.names import printable
 from common_jax.step import Programs, make_evaluator
 from common_jax.task import Task
 from common_jax.weights import WarmStart
@@ -17,7 +21,7 @@ from common_jax.workdir import read_json
 from m2mkd_jax.config import Config
 from m2mkd_jax.data.feed import Feed
 from m2mkd_jax.evaluators import EVALUATORS
-from m2mkd_jax.phases.networks import family_of_role, whole_network
+from m2mkd_jax.phases.networks import SECTIONS, family_of_role, whole_network
 from m2mkd_jax.phases.objective import make_sums, whole_forward
 from m2mkd_jax.phases.phase import Phase, Training
 from m2mkd_jax.stages import module_name
@@ -71,6 +75,8 @@ def train_phase(
     """
     config = training.config
     refuse_other_classes(workdir, feed.label_names)
+    if warm_start is not None:
+        warm_start = functools.partial(_take, warm_start, training, feed.label_names)
     task = with_feed(training, feed, mesh, programs=programs)
     # Added after `with_feed`, which also serves checks that have no weights.
     task = dataclasses.replace(
@@ -88,6 +94,50 @@ def train_phase(
     )
 
 
+def _take(
+    warm_start: Callable[[Any], WarmStart], training: Training, names: Sequence[str], shapes: Any
+) -> WarmStart:
+    """`warm_start(shapes)`; warns of a loaded head whose run was trained on other classes."""
+    start, config, role = warm_start(shapes), training.config, training.phase.role
+    head = family_of_role(config, role).head(getattr(config, SECTIONS[role]))
+    head = head.replace(r"\w+", role, 1)
+    paths = [
+        path
+        for path in traverse_util.flatten_dict(start.params, sep="/")
+        if re.fullmatch(head, path)
+    ]
+    for entry in start.account["taken"]:
+        if any(path.startswith(f"{entry['as']}/") for path in paths):
+            _warn_of_other_classes(epath.Path(entry["source"]), names, head)
+    return start
+
+
+def _warn_of_other_classes(step: epath.Path, names: Sequence[str], head: str) -> None:
+    """Warns if a step's run has other classes than `names`; `head` is a regex of its head."""
+    path = find_classes(step)
+    before = names if path is None else read_json(path, {"names": list})["names"]
+    if other := _first_other(before, names):
+        label, old, new = other
+        logging.warning(
+            "%s was trained with class %d named %r (of %s), and config.data names it %r (of %s): "
+            "the head is loaded, and starts with the outputs of the other classes; for a head from "
+            "scratch give --config.sources.fresh='%s'",
+            *(step, label, old, _listed(before), new, _listed(names), head),
+        )
+
+
+def _first_other(before: Sequence[str], names: Sequence[str]) -> tuple[int, str, str] | None:
+    """The first label whose class names differ, with both; None if all are the same."""
+    pairs = enumerate(itertools.zip_longest(before, names))
+    return next(((label, old, new) for label, (old, new) in pairs if old != new), None)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first names by label, and the number of the others."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(printable(str(name))[:40] for name in names[:5]) + more
+
+
 def refuse_other_classes(workdir: epath.Path, names: Sequence[str]) -> None:
     """Raises ValueError if the run in `workdir` has trained on classes with other names, or in
     another order, than `names`: its labels would mean other classes."""
@@ -95,10 +145,8 @@ def refuse_other_classes(workdir: epath.Path, names: Sequence[str]) -> None:
     # A run that was stopped before its first checkpoint has learned nothing, and may start anew.
     if not path.exists() or not checkpoint.finished_steps(workdir / checkpoint.FOLDER):
         return
-    before = read_json(path, {"names": list})["names"]
-    if before != list(names):
-        pairs = enumerate(itertools.zip_longest(before, names))
-        label, (old, new) = next(item for item in pairs if item[1][0] != item[1][1])
+    if other := _first_other(read_json(path, {"names": list})["names"], names):
+        label, old, new = other
         raise ValueError(
             f"{path}: this run was trained with class {label} named {old!r}, but config.data now "
             f"names it {new!r}: restore the classes of the data, or start in another workdir"

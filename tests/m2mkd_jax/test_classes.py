@@ -6,15 +6,24 @@ import logging
 import os
 import zipfile
 
+import jax
 import numpy as np
 import pytest
+from meshes import one_device
 from PIL import Image
-from tiny import feed_of, tiny_config
+from tiny import feed_of, fill, tiny_config
 
+from common_jax import checkpoint, loop
+from common_jax.config import unfreeze
 from common_jax.inputs import BadExample
+from common_jax.mesh import match_rules, with_shardings
 from common_jax.optim import OptimConfig
+from common_jax.workdir import write_json
+from m2mkd_jax.config import InitConfig, SourcesConfig
 from m2mkd_jax.data.sources import DataConfig, load_source
 from m2mkd_jax.phases.few_shot import load_splits
+from m2mkd_jax.phases.networks import meta_network, whole_student
+from m2mkd_jax.phases.pipeline import run_phase
 
 RGB = {"channels": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}
 
@@ -232,3 +241,34 @@ def test_unreadable_folder_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", locked)
     with pytest.raises(PermissionError, match="train/bee"):
         load_source(data_of(root, 2), "train")
+
+
+@pytest.mark.parametrize("by", ["students", "upcycle"])
+def test_loaded_head_of_other_classes_gives_a_warning(by, tmp_path, monkeypatch, caplog):
+    def train(task, *arguments, **settings):
+        params = jax.eval_shape(task.init, jax.random.key(0))
+        task.warm_start(with_shardings(params, match_rules(task.rules, params, one_device())))
+        return {}
+
+    monkeypatch.setattr(loop, "train", train)
+    config, source = tiny_config("end_to_end"), tmp_path / "source"
+    network = whole_student(config) if by == "students" else meta_network(config)
+    role = "student" if by == "students" else "meta"
+    checkpoint.write_params(source, {role: fill(network.init)}, unfreeze(config).to_dict())
+    given = {"students": (str(source),)} if by == "students" else {}
+    init = InitConfig(upcycle=str(source) if by == "upcycle" else "")
+
+    def warned(names, **sources):
+        write_json(source / "classes.json", {"names": names})
+        caplog.clear()
+        told = dataclasses.replace(config, init=init, sources=SourcesConfig(**given, **sources))
+        run_phase(told, tmp_path / "run", one_device())
+        return [line for line in caplog.messages if "was trained with class" in line]
+
+    (said,) = warned([*"0123546789"])
+    assert "named '5' (of 0, 1, 2, 3, 5 and 5 more), and config.data names it '4'" in said
+    # What it advises gives a head from scratch.
+    advised = said.partition("--config.sources.fresh=")[2].strip("'")
+    assert advised == r"student/stage_\d+/head/.*"
+    assert not warned([*"0123546789"], fresh=advised) and "matches no" not in caplog.text
+    assert not warned([*"0123456789"])
