@@ -15,8 +15,9 @@ from common_jax.state import subtrees
 if TYPE_CHECKING:
     from common_jax.optim.config import OptimConfig
 
-# Includes biases with several axes, such as those of layers stacked over experts.
-NO_DECAY = r"(.*/)?(bias|up_bias|down_bias)"
+# Includes biases with several axes, such as those of layers stacked over experts. Decay would pull
+# a scale that is learned as its logarithm towards 1.
+NO_DECAY = r"(.*/)?(bias|up_bias|down_bias|log_scale)"
 
 
 def make_optimizer(
@@ -32,7 +33,8 @@ def make_optimizer(
         adamw:  u = m / (sqrt(v) + eps) + weight_decay p
         sgd:    g <- g + weight_decay p;  t <- momentum t + g;  u = g + momentum t
 
-    Vectors and biases do not decay, unless `config.decay_all`; see `decay_mask`.
+    Vectors, biases and logarithms of scales do not decay, unless `config.decay_all`; see
+    `decay_mask`.
     """
     mask = None if config.decay_all else lambda params: decay_mask(params, config.no_decay)
     decay = optax.add_decayed_weights(config.weight_decay, mask)
@@ -127,7 +129,8 @@ def clip_by_norm(largest: float, depth: int) -> optax.GradientTransformation:
 
 
 def decay_mask(params: Any, no_decay: str) -> Any:
-    """True where weight decay applies: everywhere but one-axis arrays and biases. Scalars decay.
+    """True where weight decay applies: everywhere but one-axis arrays, biases and logarithms of
+    scales. Other scalars decay.
 
     Args:
       params: nested dict.

@@ -16,6 +16,7 @@ from tiny import fill
 from tiny_cliptrans import TEST, read_split, tiny_config
 
 from cliptrans_jax.contrastive.objective import at_most
+from cliptrans_jax.contrastive.table import CONTRASTIVE
 from cliptrans_jax.data.pictures import prepare_picture
 from cliptrans_jax.evaluators import retrieval
 from cliptrans_jax.runs import contrastive, text_side
@@ -24,6 +25,7 @@ from cliptrans_jax.towers.table import tower_of
 from common_jax import hosts
 from common_jax.commands.plan.steps import lower_step
 from common_jax.mesh import MeshConfig, make_mesh
+from common_jax.optim import OptimConfig, decay_mask
 
 PAD, LENGTH = 1, 8
 MASK = np.array([1, 1, 1, 0], np.float32)
@@ -45,6 +47,13 @@ class Keyed(nn.Module):
     @nn.compact
     def __call__(self, *arrays):
         self.param("key", jax.random.key_data)
+
+
+@pytest.mark.parametrize("loss", CONTRASTIVE)
+def test_learned_scalars_do_not_decay(loss):
+    learned = CONTRASTIVE[loss].init(3.0)
+    decays = decay_mask({"clip": learned}, OptimConfig.no_decay)["clip"]
+    assert decays == dict.fromkeys(learned, False)
 
 
 def test_initial_scale_is_configured_and_towers_have_separate_keys(monkeypatch):

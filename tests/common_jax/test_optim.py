@@ -155,6 +155,7 @@ def test_decay_mask_matches_whole_names_of_biases_and_positions():
         "bias": leaf,  # at the top level, with no slash before it
         "bias_table": leaf,
         "down_bias": leaf,
+        "log_scale": jnp.ones(()),
         "a": {"pos_embed": leaf, "bias": {"kernel": leaf}, "my_bias": leaf},
         "b": {"pos_embed": {"kernel": leaf}, "my_pos_embed": leaf},
     }
@@ -162,6 +163,7 @@ def test_decay_mask_matches_whole_names_of_biases_and_positions():
         "bias": False,
         "bias_table": True,
         "down_bias": False,
+        "log_scale": False,
         "a": {"pos_embed": False, "bias": {"kernel": True}, "my_bias": True},
         "b": {"pos_embed": {"kernel": True}, "my_pos_embed": True},
     }
