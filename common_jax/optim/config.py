@@ -42,9 +42,10 @@ class OptimConfig(Section):
       lr_per: batch size that `lr` is stated for; the peak is lr * batch / lr_per. None: not scaled.
       schedule: "epoch_cosine", constant within an epoch and one epoch late;
         "epoch_cosine_unlagged", the same but not late; "warmup_cosine", per step; "inverse_sqrt",
-        per step, after the warm-up; "polynomial", with exponent `power` and no warm-up; or
-        "constant", the peak throughout.
-      warmup_epochs: length of the linear warm-up.
+        per step, at half the peak after four times the warm-up; "polynomial", with exponent `power`
+        and no warm-up; or "constant", the peak throughout.
+      warmup_epochs: length of the linear warm-up. 0 starts at the peak; "inverse_sqrt" then falls
+        as after a warm-up of one update, to half the peak at the fourth.
       warmup_steps: the same in updates, in place of `warmup_epochs`; not for epoch_cosine*.
       warmup_lr: learning rate at the start of the warm-up; never scaled.
       min_lr: learning rate at the end of the cosine or the polynomial; never scaled.
@@ -158,10 +159,12 @@ class OptimConfig(Section):
         if warmup + late < total or warmup == 0:
             return
         lag = f"; schedule={self.schedule!r} is {late} steps late" if late else ""
+        # A schedule that falls from the warm-up on would fall at once without one.
+        example = "" if kind.sets_fall else f", such as --{key}.{name}=0"
         raise ValueError(
             f"{key}.{name}={given} is a warm-up of {warmup} steps, and the run has only {total} "
             f"({key}.{self._length}, {steps_per_epoch} steps per epoch{lag}): give a shorter "
-            f"warm-up, such as --{key}.{name}=0, or a longer run"
+            f"warm-up{example}, or a longer run"
         )
 
     def warn_of_average(self, steps_per_epoch: int, *, key: str = "config.optim") -> None:

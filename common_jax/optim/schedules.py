@@ -44,7 +44,8 @@ def warmup_cosine(config: "OptimConfig", steps_per_epoch: int) -> Schedule:
 
 def inverse_sqrt(config: "OptimConfig", steps_per_epoch: int) -> Schedule:
     """Linear from 0 to the peak over W steps, then the peak times sqrt(W / s) (Vaswani et al. 2017,
-    section 5.3)."""
+    section 5.3). Without a warm-up, W is 1: the peak at the first step, half of it at the fourth.
+    """
     warmup, peak = max(config.total_warmup(steps_per_epoch), 1), config.peak_lr
 
     def rate(step: jax.Array) -> jax.Array:
@@ -75,11 +76,13 @@ class ScheduleKind:
       reads: the fields that it reads and some other kind does not. One that reads `warmup_epochs`
         but not `warmup_steps` has its warm-up in epochs.
       lag: epochs by which it is late.
+      sets_fall: whether the length of the warm-up also sets how fast the rate falls after it.
     """
 
     make: Callable[["OptimConfig", int], Schedule]
     reads: tuple[str, ...] = ()
     lag: int = 0
+    sets_fall: bool = False
 
 
 _BY_EPOCH = ("warmup_epochs", "warmup_lr", "min_lr")
@@ -87,7 +90,7 @@ SCHEDULES = {
     "epoch_cosine": ScheduleKind(epoch_cosine, _BY_EPOCH, lag=1),
     "epoch_cosine_unlagged": ScheduleKind(functools.partial(epoch_cosine, lag=0), _BY_EPOCH),
     "warmup_cosine": ScheduleKind(warmup_cosine, (*_BY_EPOCH, "warmup_steps")),
-    "inverse_sqrt": ScheduleKind(inverse_sqrt, ("warmup_epochs", "warmup_steps")),
+    "inverse_sqrt": ScheduleKind(inverse_sqrt, ("warmup_epochs", "warmup_steps"), sets_fall=True),
     "polynomial": ScheduleKind(polynomial, ("min_lr", "power")),
     "constant": ScheduleKind(constant),
 }
