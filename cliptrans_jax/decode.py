@@ -41,7 +41,8 @@ class DecodeConfig(Section):
 
     Attributes:
       beams: open hypotheses per example; 1 is greedy decoding.
-      max_new_tokens: longest output, including language code and `</s>`.
+      max_new_tokens: longest output, including language code and `</s>`; with only these two, every
+        beam would be the same empty sentence.
       length_penalty: a hypothesis's log-probability is divided by its length to this power.
       early_stopping: ends an example's search once `beams` hypotheses are finished; otherwise it
         continues as long as the best open one, at its current length, beats the worst of these.
@@ -54,7 +55,7 @@ class DecodeConfig(Section):
     """
 
     beams: Size = 5
-    max_new_tokens: Annotated[int, at_least(2)] = 60
+    max_new_tokens: Annotated[int, at_least(3)] = 60
     length_penalty: Annotated[float, within(-10, 10)] = 1.0
     early_stopping: bool = True
     batch: Size = 64
