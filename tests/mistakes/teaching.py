@@ -347,4 +347,18 @@ MISTAKES: tuple[Mistake, ...] = (
         'given = getattr(config.sources, "teachers")\n        several',
         f"{FOREIGN}::test_frozen_network_must_have_the_classes_of_the_run",
     ),
+    Mistake(
+        "m2mkd_jax/phases/sources/weights.py",
+        "frozen networks are the last parameters",
+        "average=average or frozen,",
+        "average=average,",
+        f"{FOREIGN}::test_what_stays_frozen_is_the_average_that_was_evaluated",
+    ),
+    Mistake(
+        "m2mkd_jax/phases/training.py",
+        "a head from scratch is warned of as a loaded one",
+        "if re.fullmatch(head, path)",
+        'if re.match(r".*/stage_", path)',
+        f"{TESTS}/test_classes.py::test_loaded_head_of_other_classes_gives_a_warning",
+    ),
 )

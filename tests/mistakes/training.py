@@ -432,4 +432,11 @@ MISTAKES: tuple[Mistake, ...] = (
         "if steps and not in_bucket(folder)",
         "tests/common_jax/test_checkpoint.py",
     ),
+    Mistake(
+        "common_jax/optim/config.py",
+        "the value that is advised for the average is rounded up",
+        "math.floor(START_SHARE ** (1 / total) * precision)",
+        "math.ceil(START_SHARE ** (1 / total) * precision)",
+        "tests/common_jax/test_loop.py",
+    ),
 )
