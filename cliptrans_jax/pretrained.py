@@ -70,6 +70,7 @@ def load(
     weights: str = "",
     activation: str = "",
     base: str = "",
+    given: Mapping[str, Any] | None = None,
 ) -> Pretrained:
     """Reads published weights.
 
@@ -88,6 +89,8 @@ def load(
       activation: activation of a CLIP tower's MLPs, "quick_gelu" or "gelu", if no file says:
         tensors of OpenAI and OpenCLIP have the same names.
       base: base model of an M-CLIP, overrides `modelBase` in its config.json.
+      given: without JSON files beside the weights: values of config fields by path, such as
+        "mbart.encoder_heads", which override those from the tensors' shapes.
 
     Raises:
       FileNotFoundError: if the source does not exist or cannot be downloaded.
@@ -111,7 +114,7 @@ def load(
     tensors, others = take_prefix(tensors, prefix)
     notes, assumed = (*stored.notes, *others.notes), ()
     if config is None:
-        config, assumed, more = _config(layout, tensors, about, path, activation, base)
+        config, assumed, more = _config(layout, tensors, about, path, activation, base, given or {})
         notes += more
     elif not isinstance(config, layout.config_type):
         raise ValueError(
@@ -148,6 +151,7 @@ def _config(
     path: Path,
     activation: str,
     base: str,
+    given: Mapping[str, Any],
 ) -> tuple[Any, tuple[tuple[str, str], ...], tuple[str, ...]]:
     """The config of a layout's tensors, its assumed fields, and notes on where other fields are
     from."""
@@ -162,7 +166,7 @@ def _config(
             "modelBase": str(Path(base).absolute()) if Path(base).exists() else base
         }
     try:
-        config = layout.config(tensors, content, file)
+        config = layout.config(tensors, content, file, given)
     except ValueError as error:
         raise ValueError(error if file in str(error) else f"{file}: {error}") from None
     assumed, notes = list(layout.unstated) if content is None else [], _unused(layout, content)
@@ -176,7 +180,7 @@ def _config(
             f"{file}: its {layout.about} says activation={config.activation!r}, but "
             f"config.sources.clip_activation={activation!r} is set; leave the latter out"
         )
-    fields = {name: operator.attrgetter(name)(config) for name in assumed}
+    fields = {name: operator.attrgetter(name)(config) for name in assumed if name not in given}
     return config, tuple((name, repr(value)) for name, value in fields.items()), notes
 
 

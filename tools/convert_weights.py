@@ -16,6 +16,7 @@ that are assumed. Override them with --config.x=y, for example --config.teacher.
 
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
@@ -30,11 +31,16 @@ from etils import epath
 
 from cliptrans_jax import config as cliptrans_config
 from cliptrans_jax import pretrained as cliptrans
+from cliptrans_jax.data.tokenizers.published import PUBLISHED
+from cliptrans_jax.data.tokenizers.tokens import TokenizerConfig
+from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.tensors.kinds import kind_of_tensors
+from cliptrans_jax.towers import mclip
+from cliptrans_jax.translators.table import TRANSLATORS
 from common_jax import checkpoint
 from common_jax.app import USER_ERRORS
 from common_jax.command_line import read_config_file, set_field
-from common_jax.config import freeze, unfreeze
+from common_jax.config import flatten, freeze, unfreeze
 from common_jax.mesh import start_backend
 from common_jax.signals import ends_quietly
 from common_jax.weights import Account, format_account, write_tensors, write_torch
@@ -264,10 +270,25 @@ def _show_sizes(title: str, fields: Mapping[str, Any], command: Command) -> None
 def _take_cliptrans(command: Command) -> Pretrained:
     """The parameters, and the config, as JSON, of a run that could have produced them."""
     cls = cliptrans_config.Config
-    given = command.config is not None or command.settings
-    config = read_config(command, cls)
-    model = config.model if given else None
-    found = cliptrans.load(command.source, kind=CLIPTRANS, config=model, weights=command.weights)
+    load = functools.partial(
+        cliptrans.load, command.source, kind=CLIPTRANS, weights=command.weights
+    )
+    if command.config is not None:
+        config = read_config(command, cls)
+        found = load(config=config.model)
+    else:
+        settings = unfreeze(_released_config(command.settings))
+        for path, text in command.settings.items():
+            set_field(settings, path, text)
+        given = {
+            path: value
+            for path, value in flatten(settings.model)
+            if any(f"model.{path}.".startswith(f"{setting}.") for setting in command.settings)
+        }
+        found = load(given=given)
+        # Frozen only now, since it may be valid only with the sizes of the file.
+        settings.model = unfreeze(found.config)
+        config = freeze(cls, settings)
     config = dataclasses.replace(
         config,
         stage="translate",
@@ -276,7 +297,28 @@ def _take_cliptrans(command: Command) -> Pretrained:
         recipes={},
         run=dataclasses.replace(config.run, best=None),
     )
+    for name in ("tokenizer", "clip_tokenizer"):
+        section = getattr(config, name)
+        path = section.path
+        folder = f", from {path}: --config.{name}.path=DIR changes it" if path else ""
+        print(f"config.{name}.kind={section.kind!r}{folder}")
     return dataclasses.replace(found, config=unfreeze(config).to_dict())
+
+
+def _released_config(settings: Mapping[str, str]) -> cliptrans_config.Config:
+    """The default config, but with the tokenizers of the published networks that a released
+    checkpoint was made from, or with those of the kinds in `settings`."""
+    tokenizers = {
+        "tokenizer": TRANSLATORS[ModelConfig.translator].tokenizer,
+        "clip_tokenizer": mclip.TOWER.sentences.tokenizer,
+    }
+    sections = {}
+    for name, usual in tokenizers.items():
+        # Another kind is set later, like every setting; "trained" has no folder.
+        if (kind := settings.get(f"{name}.kind", usual)) in PUBLISHED:
+            # Unless a folder is given, the error for this one says where to fetch the files.
+            sections[name] = TokenizerConfig(kind, PUBLISHED[kind].repository)
+    return dataclasses.replace(cliptrans_config.Config(), **sections)
 
 
 def _export_cliptrans(

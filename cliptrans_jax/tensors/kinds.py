@@ -70,7 +70,8 @@ class Layout:
       about_unused: its keys for dropout rates that have no effect here; a note gives their values.
       side: "text" or "vision" if that file may have a section for this tower.
       dropout: the config field with the dropout rate of a network that is trained here.
-      from_tensors: (tensors, their file) -> config, inferred from shapes; None for the defaults.
+      from_tensors: (tensors, their file, given fields) -> config, inferred from shapes; None for
+        the defaults.
       unstated: config fields that shapes do not show; without the JSON file, the values of the
         published models are assumed.
       varied: whether models with equal tensors differ in the activation, which must then be given.
@@ -90,20 +91,39 @@ class Layout:
     about_unused: tuple[str, ...] = ()
     side: str = ""
     dropout: str = ""
-    from_tensors: Callable[[Tensors, str], Any] | None = None
+    from_tensors: Callable[[Tensors, str, Mapping[str, Any]], Any] | None = None
     unstated: tuple[str, ...] = ()
     varied: bool = False
     quick: tuple[str, ...] = ()
 
-    def config(self, tensors: Tensors, about: Hf | None, file: str) -> Any:
-        """The config from the JSON file beside the weights or, without it, from the tensors.
+    def config(
+        self,
+        tensors: Tensors,
+        about: Hf | None,
+        file: str,
+        given: Mapping[str, Any] = types.MappingProxyType({}),
+    ) -> Any:
+        """The config from the JSON file beside the weights or, without it, from the tensors and the
+        given fields.
 
         Raises:
           ValueError: naming a key or tensor that is missing or does not fit.
         """
         if about is not None and self.from_about:
             return self.from_about(about, file)
-        return self.from_tensors(tensors, file) if self.from_tensors else self.config_type()
+        inferred = self.from_tensors
+        config = inferred(tensors, file, given) if inferred else self.config_type()
+        for path, value in given.items():
+            config = _with_field(config, path, value)
+        return config
+
+
+def _with_field(config: Any, path: str, value: Any) -> Any:
+    """The config with another value at a path such as "mbart.start"."""
+    name, _, below = path.partition(".")
+    if below:
+        value = _with_field(getattr(config, name), below, value)
+    return dataclasses.replace(config, **{name: value})
 
 
 def require_supported_type(hf: Hf | None, file: str) -> None:
@@ -233,7 +253,7 @@ MBART = Layout(
     shapes=mbart.ARCHITECTURE.shapes,
     table=mbart_names.table,
     names=("mbart", "MBartForConditionalGeneration"),
-    from_tensors=sizes.mbart_config,
+    from_tensors=lambda tensors, file, _: sizes.mbart_config(tensors, file),
     from_about=lambda hf, file: config_json.mbart_config(hf),
     to_about=config_json.mbart_hf_config,
     about_unused=config_json.TRANSLATOR_UNUSED,
@@ -248,7 +268,7 @@ NLLB = Layout(
     shapes=nllb.ARCHITECTURE.shapes,
     table=nllb_names.table,
     names=("m2m_100", "M2M100ForConditionalGeneration"),
-    from_tensors=sizes.nllb_config,
+    from_tensors=lambda tensors, file, _: sizes.nllb_config(tensors, file),
     from_about=lambda hf, file: config_json.nllb_config(hf),
     to_about=config_json.nllb_hf_config,
     about_unused=config_json.TRANSLATOR_UNUSED,
@@ -291,7 +311,7 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
                 marker=r"visual\.ln_pre\.weight",
                 **_facts(clip.VISION),
                 table=clip_names.openai_vision_table,
-                from_tensors=sizes.openai_vision_config,
+                from_tensors=lambda tensors, file, _: sizes.openai_vision_config(tensors, file),
                 from_about=lambda content, file: open_clip.vision_config(content),
             ),
         ),
@@ -300,7 +320,7 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
                 marker=r"visual\.attnpool\.positional_embedding",
                 **_facts(resnet.TOWER),
                 table=resnet_names.table,
-                from_tensors=sizes.resnet_config,
+                from_tensors=lambda tensors, file, _: sizes.resnet_config(tensors, file),
             ),
         ),
         clip.TEXT.kind: (
@@ -317,7 +337,7 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
                 marker=r"ln_final\.weight",
                 **_facts(clip.TEXT),
                 table=clip_names.openai_text_table,
-                from_tensors=sizes.openai_text_config,
+                from_tensors=lambda tensors, file, _: sizes.openai_text_config(tensors, file),
                 from_about=lambda content, file: open_clip.text_config(content),
             ),
         ),

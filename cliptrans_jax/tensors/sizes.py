@@ -5,6 +5,7 @@ Shapes do not show heads, ids, epsilons and activations: those of the published 
 
 import dataclasses
 import re
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,8 @@ from cliptrans_jax.translators.transformer import TransformerConfig
 
 Tensors = Mapping[str, np.ndarray]
 
+HEADS = ("encoder_heads", "decoder_heads")
+NO_HEADS: Mapping[str, int] = types.MappingProxyType({})
 # Output and input layer of each kind of mapping network; the first whose output exists is taken.
 MAPPER_OUT = {
     "transformer": "projector.weight",
@@ -31,16 +34,20 @@ MAPPER_OUT = {
 MAPPER_IN = MAPPER_OUT | {"hidden_mlp": "hidden.0.weight"}
 
 
-def cliptrans_config(tensors: Tensors, file: str) -> ModelConfig:
-    """The config of a CLIPTrans checkpoint; raises ValueError if a tensor is missing or
-    misshapen."""
-    sizes = mbart_config(tensors, file, "mbart.")
+def cliptrans_config(tensors: Tensors, file: str, given: Mapping[str, Any]) -> ModelConfig:
+    """The config of a CLIPTrans checkpoint; raises ValueError if a tensor is missing or misshapen,
+    or if the heads of an mBART of an unpublished width are not `given`, by path such as
+    "mbart.encoder_heads"."""
+    heads = {name: given[f"mbart.{name}"] for name in HEADS if f"mbart.{name}" in given}
+    sizes = mbart_config(tensors, file, "mbart.", heads)
     return ModelConfig(sizes, _mapper_sizes(tensors, sizes.width, file))
 
 
-def mbart_config(tensors: Tensors, file: str, prefix: str = "") -> MBartConfig:
+def mbart_config(
+    tensors: Tensors, file: str, prefix: str = "", heads: Mapping[str, int] = NO_HEADS
+) -> MBartConfig:
     """The config of an mBART below a prefix; raises as `cliptrans_config`."""
-    config = _translator_config(MBartConfig(), (1024,), tensors, file, prefix)
+    config = _translator_config(MBartConfig(), (1024,), tensors, file, prefix, heads)
     rows = _shape(tensors, f"{prefix}model.encoder.embed_positions.weight", 2, file)[0]
     return dataclasses.replace(config, positions=rows - mbart.OFFSET)
 
@@ -56,20 +63,24 @@ def _translator_config(
     tensors: Tensors,
     file: str,
     prefix: str = "",
+    heads: Mapping[str, int] = NO_HEADS,
 ) -> Any:
-    """The published config with the tensors' sizes. The width must be a published one, since
-    tensors do not show the number of heads, which is the same in all published models."""
+    """The published config with the tensors' sizes and these heads. Tensors do not show the number
+    of heads, which is the same in all published models; for other widths it must be given."""
     names = (transformer_names.EMBEDDING, *transformer_names.ALIASES)
     names = [prefix + name for name in names]
     embedding = next((name for name in names if name in tensors), names[0])
     vocab, width = _shape(tensors, embedding, 2, file)
-    if width not in widths:
+    if width not in widths and (missing := [name for name in HEADS if name not in heads]):
+        # Only a translator without a prefix may have a config.json beside it.
+        flags = " and ".join(f"--config.model.{prefix}{name}=N" for name in missing)
+        give = f"give {flags}" if prefix else "put its config.json beside it"
         raise ValueError(
             f"{file} has a translator of width {width}, and its tensors do not show the number of "
-            f"heads; give its config (published ones, of width {' or '.join(map(str, widths))}, "
-            f"have {published.encoder_heads})"
+            f"heads: {give} (published ones, of width {' or '.join(map(str, widths))}, have "
+            f"{published.encoder_heads})"
         )
-    sizes = {}
+    sizes = dict(heads)
     for side in ("encoder", "decoder"):
         layers = f"{prefix}model.{side}.layers."
         sizes[f"{side}_layers"] = _count(tensors, layers)

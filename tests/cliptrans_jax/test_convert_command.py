@@ -12,19 +12,22 @@ import torch_files
 from flax import traverse_util
 from tiny import fill
 
-from cliptrans_jax.config import SourcesConfig
+from cliptrans_jax.config import Config, SourcesConfig
+from cliptrans_jax.data.tokenizers.tokens import TokenizerConfig
 from cliptrans_jax.models.cliptrans import Translator
+from cliptrans_jax.runs.finished import find
 from cliptrans_jax.runs.initial_weights import make_warm_start
+from cliptrans_jax.runs.run_tokenizer import require_same_tokenizer
 from cliptrans_jax.tensors.kinds import CLIPTRANS
 from common_jax import checkpoint
-from common_jax.config import unfreeze
+from common_jax.config import freeze, unfreeze
 from common_jax.weights import read_tensors
 from common_jax.weights import table as tables
 
 CONFIG = """
 from tiny_cliptrans import tiny_config
 
-from common_jax.config import unfreeze
+from common_jax.config import freeze, unfreeze
 
 
 def get_config(arg=None):
@@ -89,7 +92,7 @@ def test_mismatched_sizes_and_runs_without_a_model_are_refused(shards, tmp_path,
     folder, _, _ = shards
     source, config_file = folder / "model_best_test.pth", folder / "config.py"
     for flags, said in (
-        ([], "of width 16, and its tensors do not show the number of heads"),
+        ([], "heads: give --config.model.mbart.encoder_heads=N and --config.model.mbart.decoder"),
         ([f"--config={config_file}", "--config.model.mapper.prefix=5"], "adapter.hidden.0.weight"),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -101,3 +104,54 @@ def test_mismatched_sizes_and_runs_without_a_model_are_refused(shards, tmp_path,
     with pytest.raises(SystemExit):
         convert(tmp_path / "clip", tmp_path / "out.pth")
     assert "a run of stage 'clip', which trains no translation" in capsys.readouterr().err
+
+
+HEADS = [f"--config.model.mbart.{side}_heads=2" for side in ("encoder", "decoder")]
+# With fewer positions than the default search could write.
+SMALL = [*HEADS, "--config.decode.max_new_tokens=8"]
+
+
+def test_heads_complete_the_sizes_of_the_tensors(shards, tmp_path, capsys):
+    source = shards[0] / "model_best_test.pth"
+    convert(source, tmp_path / "run", *SMALL, "--config.model.mbart.start=7")
+    want = dataclasses.replace(tiny_cliptrans.MBART, start=7)
+    found = freeze(Config, checkpoint.load_config(tmp_path / "run"))
+    assert found.model.mbart == want and found.model.mapper.prefix == tiny_cliptrans.PREFIX
+    assumed = capsys.readouterr().out.partition("assumed: ")[2].partition("\n")[0]
+    assert "mbart.pad=1" in assumed and "heads" not in assumed and "start" not in assumed
+    with pytest.raises(SystemExit):
+        convert(source, tmp_path / "half", "--kind=cliptrans", HEADS[0])
+    said = capsys.readouterr().err
+    assert "heads: give --config.model.mbart.decoder_heads=N (" in said
+    with pytest.raises(SystemExit):
+        convert(source, tmp_path / "odd", "--kind=cliptrans", HEADS[0], HEADS[1][:-1] + "3")
+    assert "decoder_heads=3 must divide width=16" in capsys.readouterr().err
+
+
+def test_released_checkpoint_has_the_published_tokenizers(shards, tmp_path, refusal):
+    """A folder can be given in the conversion, or whenever the result is used."""
+    source, run = shards[0] / "model_best_test.pth", tmp_path / "run"
+    convert(source, run, *SMALL)
+    config = find(run).config
+    assert (config.tokenizer.kind, config.clip_tokenizer.kind) == ("mbart50", "xlmr")
+    assert find(run, settings={"tokenizer.path": "files"}).config.tokenizer.path == "files"
+    said = refusal("translate", run, "a", "--config.tokenizer.path=files")
+    assert "config.tokenizer.path='files' lacks tokenizer.json" in said
+    ours = dataclasses.replace(config, sources=SourcesConfig(model=str(run)))
+    require_same_tokenizer(ours, "model", "")
+    trained = dataclasses.replace(ours, tokenizer=TokenizerConfig())
+    with pytest.raises(ValueError, match=r"kind='mbart50', whose ids mean other words"):
+        require_same_tokenizer(trained, "model", "the file of a trained tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind", "path"),
+    [
+        (["--config.tokenizer.path=files"], "mbart50", "files"),
+        (["--config.tokenizer.kind=trained"], "trained", ""),  # a file made from a run here
+    ],
+)
+def test_tokenizer_is_chosen_in_the_conversion(shards, tmp_path, flags, kind, path):
+    convert(shards[0] / "model_best_test.pth", tmp_path / "run", *SMALL, *flags)
+    tokenizer = find(tmp_path / "run").config.tokenizer
+    assert (tokenizer.kind, tokenizer.path) == (kind, path)
