@@ -24,6 +24,7 @@ from cliptrans_jax.encoders import (
 from cliptrans_jax.runs.initial_weights import has_published_translator
 from cliptrans_jax.runs.run_tokenizer import (
     require_same_tokenizer,
+    require_tokenizer_of_weights,
     save_tokenizer,
     train_tokenizer,
 )
@@ -100,6 +101,7 @@ class RunData:
         require_fits(tokenizer, vocab=sizes.vocab, special=special, key=key, spare=spare)
         for name in ("model", "clip"):
             require_same_tokenizer(config, name, text)
+        require_tokenizer_of_weights(config, text)
         return tokenizer, text
 
     def save_tokenizer(self) -> None:
