@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from cliptrans_jax.config import Config
 from cliptrans_jax.runs.finished import Finished, find
-from cliptrans_jax.runs.initial_weights import is_run, make_warm_start
+from cliptrans_jax.runs.initial_weights import compare_models, is_run, make_warm_start
 from cliptrans_jax.runs.run_data import RunData
 from cliptrans_jax.runs.scoring import score_further, score_split
 from cliptrans_jax.runs.translation import Model
@@ -43,6 +43,7 @@ def evaluate(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, 
     if is_run(source):
         step = find(source, TRANSLATION_STAGES).step
         _require_same(shapes, step)
+        compare_models(config, step, fixed=lambda name: True)
         params = checkpoint.load(step, mesh=mesh, rules=model.rules, average=True)
         name = step.name
     else:  # a released file has no step

@@ -1,8 +1,9 @@
 """The initial weights of the stages that train a translator."""
 
 import functools
+import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -11,12 +12,18 @@ from flax import traverse_util
 from cliptrans_jax import pretrained
 from cliptrans_jax.config import Config
 from cliptrans_jax.encoders import TextTower
+from cliptrans_jax.models.prefix import ORIGINAL_KEYS
 from cliptrans_jax.stages import FREEZES, STAGES
 from common_jax import checkpoint
 from common_jax.state import merge
 from common_jax.weights import Allowance, Origin, WarmStart, size_of, take, warn_of_no_match
-from common_jax.workdir import check_input
+from common_jax.workdir import check_input, freeze_stored
 
+# Fields of a translator's sizes that shapes show or, for sinusoidal positions, only set a limit.
+SHOWN = (
+    *("vocab", "width", "encoder_layers", "decoder_layers", "encoder_hidden", "decoder_hidden"),
+    "positions",
+)
 PUBLISHED = "a folder or a file of weights, or config.sources.fetch=True for a name on the hub"
 Shapes = Mapping[str, Any]  # ShapeDtypeStructs with shardings, in a nested dict
 
@@ -96,7 +103,65 @@ def _take_run(config: Config, shapes: Shapes, *, read: bool = True) -> WarmStart
     leave = (Allowance(sources.leave, "config.sources.leave", True),) if sources.leave else ()
     subtrees = checkpoint.load_shapes(sources.model)
     origins = [Origin(sources.model, name, name) for name in subtrees]
-    return take(shapes, origins, fresh=fresh, leave=leave, read=read)
+    start = take(shapes, origins, fresh=fresh, leave=leave, read=read)
+    compare_models(config, sources.model, fixed=_frozen_fields(config), warn=read)
+    return start
+
+
+def compare_models(
+    config: Config, source: epath.PathLike, *, fixed: Callable[[str], bool], warn: bool = True
+) -> None:
+    """Compares the config.model of a run with this run's, for fields that no shape shows.
+
+    A network that keeps training adapts, so a difference is a warning. So is one of the prefix,
+    whose layout in decoding may be chosen anew.
+
+    Args:
+      config: this run's, after `Config.apply_parity`.
+      source: the other run.
+      fixed: field of the translator's sizes -> whether the network cannot adapt to another value.
+      warn: whether to log warnings.
+
+    Raises:
+      ValueError: if a fixed field differs.
+    """
+    ours, step = config.model, checkpoint.find_step(source)
+    made = freeze_stored(Config, checkpoint.load_config(step), step).apply_parity().model
+    if made.translator != ours.translator:
+        return
+    names = ours.architecture.differing_sizes(ours.sizes, made.sizes)
+    names = [name for name in names if name not in SHOWN]
+    pairs = {
+        f"{ours.key}.{name}": (getattr(made.sizes, name), getattr(ours.sizes, name))
+        for name in names
+    }
+    if wrong := [f"{ours.key}.{name}" for name in names if fixed(name)]:
+        flags = " ".join(f"--{key}={pairs[key][0]}" for key in wrong)
+        raise ValueError(
+            f"config.sources.model={config.sources.model!r} was trained with "
+            f"{_differences(pairs, wrong)}: with other values the same weights compute something "
+            f"else. Give {flags}, or another source"
+        )
+    # A conversion, at step 0, says nothing of the prefix.
+    if ours.mapper.prefix and made.mapper.prefix and step.name != "0":
+        # The two masks agree for this length.
+        fields = ("layout",) if ours.mapper.prefix == ORIGINAL_KEYS else ("layout", "mask")
+        both = {x: (getattr(made.prefix, x), getattr(ours.prefix, x)) for x in fields}
+        pairs |= {f"config.model.prefix.{x}": two for x, two in both.items() if two[0] != two[1]}
+    if pairs and warn:
+        said = _differences(pairs, pairs)
+        logging.warning("%s was trained with %s; this run uses its own values", source, said)
+
+
+def _differences(pairs: Mapping[str, tuple[Any, Any]], keys: Iterable[str]) -> str:
+    return ", ".join(f"{key}={pairs[key][0]!r} (here {pairs[key][1]!r})" for key in keys)
+
+
+def _frozen_fields(config: Config) -> Callable[[str], bool]:
+    """For `compare_models`: the fields that a frozen encoder depends on."""
+    frozen = STAGES[config.stage].captioning and FREEZES[config.freeze]
+    others = ("decoder_heads", "eos", "start")
+    return lambda name: bool(frozen) and name not in others
 
 
 def _take_released(config: Config, shapes: Shapes) -> WarmStart:

@@ -302,6 +302,11 @@ def test_scored_model_must_exist_and_match_the_config(refused, runs):
         ["mbart/decoder/embedding_norm/bias is (16,) and should be (32,)"],
         stage="evaluate",
     )
+    refused(
+        [*flags, "--config.model.mbart.scale_embedding=False"],
+        ["scale_embedding=True (here False)", "Give --config.model.mbart.scale_embedding=True"],
+        stage="evaluate",
+    )
     refused([NO_PREFIX, "--config.sources.model=/nowhere"], ["/nowhere"], stage="evaluate")
 
 

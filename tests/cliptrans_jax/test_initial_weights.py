@@ -1,6 +1,8 @@
 """The sources of a stage's initial weights, and the account of them."""
 
+import contextlib
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -13,7 +15,12 @@ from tiny_cliptrans import MBART, OPTIM, tiny_config
 
 from cliptrans_jax import pretrained
 from cliptrans_jax.models.cliptrans import Translator
-from cliptrans_jax.runs.initial_weights import check_start, is_run, make_warm_start
+from cliptrans_jax.runs.initial_weights import (
+    check_start,
+    compare_models,
+    is_run,
+    make_warm_start,
+)
 from common_jax import checkpoint
 from common_jax.config import unfreeze
 
@@ -84,6 +91,51 @@ def test_published_mbart_leaves_the_mapper_fresh(sources):
     assert (taken["as"], taken["arrays"], taken["parameters"]) == ("mbart", len(sizes), sum(sizes))
     mapper = traverse_util.flatten_dict(OURS["mapper"], sep="/")
     assert {entry["name"] for entry in found.account["fresh"]} == {f"mapper/{x}" for x in mapper}
+
+
+def changed(network, section, **change):
+    return dataclasses.replace(
+        network, **{section: dataclasses.replace(getattr(network, section), **change)}
+    )
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "frozen", "said"),
+    [
+        ("mbart", {"dropout": 0.3, "remat": True}, False, None),  # which does not affect weights
+        ("mbart", {"scale_embedding": False}, True, "scale_embedding=True (here False)"),
+        ("mbart", {"encoder_heads": 4}, True, "encoder_heads=2 (here 4)"),
+        ("mbart", {"decoder_heads": 4}, False, "decoder_heads=2 (here 4)"),
+        ("mbart", {"start": 7}, False, "start=2 (here 7)"),
+        ("prefix", {"layout": "original"}, False, "prefix.layout='training' (here 'original')"),
+        ("prefix", {"mask": "original"}, False, "prefix.mask='prefix' (here 'original')"),
+    ],
+)
+def test_run_whose_model_computes_something_else(tmp_path, caplog, section, change, frozen, said):
+    """A warning, since the network adapts; but a frozen encoder, and a model to score, cannot."""
+    settings = unfreeze(tiny_config("translate", None)).to_dict()
+    state = TrainState(np.int32(3), OURS, {}, None, {}, np.int32(0), np.int32(0))
+    checkpoints = checkpoint.Checkpoints(tmp_path / "run", keep=1, best=None)
+    checkpoints.save(state, step=3, config=settings, metrics=None)
+    checkpoints.close()
+    config = config_of(changed(MODEL, section, **change), model=tmp_path / "run")
+    start(config)
+    assert ("was trained with" in caplog.text) == (said is not None) and (said or "") in caplog.text
+    refused = rf"config\.sources\.model='.*{re.escape(said or '')}.*--config\.model\.{section}\."
+    caption = dataclasses.replace(config, stage="caption")
+    for check, refuses in (
+        (lambda: check_start(caption, None, wanted(OURS)), frozen),
+        (
+            lambda: check_start(dataclasses.replace(caption, freeze="nothing"), None, wanted(OURS)),
+            0,
+        ),
+        (
+            lambda: compare_models(config, tmp_path / "run", fixed=lambda name: True),
+            said is not None and section == "mbart",
+        ),
+    ):
+        with pytest.raises(ValueError, match=refused) if refuses else contextlib.nullcontext():
+            check()
 
 
 def test_published_mbart_of_other_sizes_is_refused(sources):
