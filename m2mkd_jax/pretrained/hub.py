@@ -166,8 +166,13 @@ def _network(about: Mapping[str, Any], file: Path) -> dict[str, Any]:
 
 def _prepared(timm: Mapping[str, Any], file: Path) -> tuple[str, ...]:
     """A note on how images were prepared for a network of timm's, if otherwise than here."""
-    said = {key: timm[key] for key in PREPARED if timm.get(key) is not None}
-    odd = {key: value for key, value in said.items() if value not in PREPARED[key]}
+    size = timm.get("input_size")
+    side = size[-1] if isinstance(size, list) and size and type(size[-1]) is int else None
+    # Small images are not cropped here.
+    small = side is not None and side <= SMALL_SIDE
+    agreeing = PREPARED | ({"crop_pct": [1]} if small else {})
+    said = {key: timm[key] for key in agreeing if timm.get(key) is not None}
+    odd = {key: value for key, value in said.items() if value not in agreeing[key]}
     if not odd:
         return ()
     shown = ", ".join(f"{key}={brief(value)}" for key, value in odd.items())

@@ -111,6 +111,10 @@ def test_names_agree_with_timm(name):
     [
         ({}, None),
         ({"interpolation": "bicubic", "crop_mode": "center", "crop_pct": 0.875}, None),
+        ({"input_size": [3, 32, 32], "crop_pct": 1.0}, None),  # such images are not cropped here
+        ({"input_size": [3, 32, 32], "crop_pct": 0.875}, "says crop_pct=0.875 for"),
+        ({"input_size": [3, 48, 48], "crop_pct": 1.0}, "says crop_pct=1.0 for"),
+        ({"input_size": "32", "crop_pct": 1.0}, "says crop_pct=1.0 for"),
         ({"interpolation": "bilinear"}, "says interpolation='bilinear' for"),
         ({"crop_pct": 0.9, "crop_mode": "squash"}, "says crop_mode='squash', crop_pct=0.9 for"),
     ],
