@@ -8,10 +8,11 @@ is converted to a file: .pth as the original writes it, .safetensors with the ba
 executes anything in a file. Every tensor must have a place: if any is missing, unknown or of the
 wrong shape, all such tensors are listed and nothing is written.
 
-IN may be a folder of files with one module each. --kind is optional if the tensor names identify
-the kind. Sizes come from --config, or else from the run_config.json that `m2mkd export` wrote
-beside the weights; without both they are inferred from the tensors, and printed along with those
-that are assumed. Override them with --config.x=y, for example --config.teacher.depths=6,6,6,6.
+IN may be a folder of files with one module each. --kind is optional if the tensor names, or the
+run_config.json that `m2mkd export` wrote beside the weights, identify the kind. Sizes come from
+--config, or else from that file; without both they are inferred from the tensors, and printed along
+with those that are assumed. Override them with --config.x=y, for example
+--config.teacher.depths=6,6,6,6.
 """
 
 import argparse
@@ -46,9 +47,10 @@ from common_jax.signals import ends_quietly
 from common_jax.weights import Account, format_account, write_tensors, write_torch
 from common_jax.weights.files import TORCH_SUFFIXES
 from common_jax.weights.table import Pretrained
-from common_jax.workdir import check_output, check_output_file, freeze_stored
+from common_jax.workdir import check_output, check_output_file, freeze_stored, write_json
 from m2mkd_jax import config as m2mkd_config
 from m2mkd_jax import pretrained as m2mkd
+from m2mkd_jax.phases.training import CLASSES
 from m2mkd_jax.pretrained.folder import RUN, read_run_config
 
 CLIPTRANS = "cliptrans"
@@ -166,7 +168,11 @@ def require_replaceable(command: Command) -> None:
 def take(command: Command) -> None:
     """Converts one or more files to a folder that runs can start from."""
     checkpoint.refuse_pattern(command.target, "OUT")
-    found = _take_cliptrans(command) if command.kind == CLIPTRANS else _take_m2mkd(command)
+    files: dict[str, Any] = {}  # to write beside the checkpoint
+    if command.kind == CLIPTRANS:
+        found = _take_cliptrans(command)
+    else:
+        found, files = _take_m2mkd(command)
     printed = found.kind != CLIPTRANS  # for m2mKD, `assumed` was printed before reading
     shown = dataclasses.replace(found.account, assumed=()) if printed else found.account
     print(format_account(shown))
@@ -177,6 +183,8 @@ def take(command: Command) -> None:
         checkpoint.write_params(part, found.params, found.config)
         account = json.dumps(source | dataclasses.asdict(found.account), indent=2)
         (part / ACCOUNT).write_text(account + "\n")
+        for name, content in files.items():
+            write_json(part / name, content)
         # The old folder goes last, so that a failed rename loses neither.
         old = target.parent / f"{part.name}.old"
         if target.exists():
@@ -224,23 +232,34 @@ def read_config(command: Command, cls: type, inferred: Any = None) -> Any:
     return freeze(cls, config)
 
 
-def _take_m2mkd(command: Command) -> Pretrained:
-    """The parameters, and the config, as JSON, of a run that could have produced them."""
+def _take_m2mkd(command: Command) -> tuple[Pretrained, dict[str, Any]]:
+    """The parameters, and the config, as JSON, of a run that could have produced them; and the
+    content of other files in its folder, by name."""
     files = m2mkd.read_files(command.source, weights=command.weights)
-    other = kind_of_tensors(files[0].tensors) if command.kind is None else None
+    exported = read_run_config(pathlib.Path(command.source))
+    kind = command.kind or (exported and exported.kind)
+    if exported and kind != exported.kind:
+        raise ValueError(
+            f"--kind={kind}: {command.source} is of kind {exported.kind!r}, as {RUN} beside the "
+            "weights says; leave it out"
+        )
+    other = kind_of_tensors(files[0].tensors) if kind is None else None
     if other == CLIPTRANS:
         print(f"kind {CLIPTRANS}, from the tensor names: {ABOUT[CLIPTRANS]}")
-        return _take_cliptrans(command)
+        return _take_cliptrans(command), {}
     if other is not None:
         raise ValueError(
             f"{command.source} is of kind {other!r}, which needs no conversion: pass it to "
             f"cliptrans_jax.main as --config.sources.{TAKEN_AS_IT_IS[other]}"
         )
-    source = m2mkd.find_source(files, command.kind)
+    source = m2mkd.find_source(files, kind)
     if source.guessed:
         print(f"kind {source.kind}, from the tensor names: {ABOUT[source.kind]}")
+    elif not command.kind:
+        print(f"kind {source.kind}, from {RUN} beside the weights: {ABOUT[source.kind]}")
     inferred, assumed = None, {}
-    if command.config is None and (inferred := read_run_config(pathlib.Path(command.source))):
+    if command.config is None and exported:
+        inferred = exported.config
         print(f"the config is that of the exported run, in {RUN} beside the weights")
     elif command.config is None:
         sizes = m2mkd.infer_config(source, command.settings)
@@ -257,7 +276,12 @@ def _take_m2mkd(command: Command) -> Pretrained:
             if path.removeprefix("config.") not in command.settings
         ),
     )
-    return dataclasses.replace(found, config=unfreeze(found.config).to_dict(), account=account)
+    names = list(exported.classes) if exported else []
+    # Names that are only numbers stand for unknown ones.
+    named = len(names) == found.config.data.labels and names != [*map(str, range(len(names)))]
+    content = unfreeze(found.config).to_dict()
+    found = dataclasses.replace(found, config=content, account=account)
+    return found, {CLASSES: {"names": names}} if named else {}
 
 
 def _show_sizes(title: str, fields: Mapping[str, Any], command: Command) -> None:

@@ -1,5 +1,6 @@
 """Exporting a run as a folder for other frameworks: weights, config.json and a model card."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -10,14 +11,17 @@ import jax
 from etils import epath
 
 from common_jax.config import flatten, unfreeze
+from common_jax.untrusted import brief
 from common_jax.weights import write_tensors
 from common_jax.weights.table import Pretrained
 from common_jax.workdir import freeze_stored, new_folder, read_json, write_json
 from common_jax.workdir.results import RESULT
 from m2mkd_jax.config import Config
+from m2mkd_jax.phases import PHASES
+from m2mkd_jax.phases.networks import SECTIONS
 from m2mkd_jax.pretrained.kinds import KINDS
 from m2mkd_jax.pretrained.timm_config import timm_config
-from m2mkd_jax.pretrained.writing import load_run, to_tensors
+from m2mkd_jax.pretrained.writing import kind_of_run, load_run, to_tensors
 
 WEIGHTS, CONFIG, RUN, CARD = "model.safetensors", "config.json", "run_config.json", "README.md"
 PAPER = "[m2mKD](https://arxiv.org/abs/2402.16918)"
@@ -71,20 +75,46 @@ def write_folder(
         write_tensors(part / WEIGHTS, to_tensors(found))
         if about:
             write_json(part / CONFIG, about)
-        write_json(part / RUN, unfreeze(found.config).to_dict() | {"classes": list(classes)})
+        more = {"kind": found.kind, "classes": list(classes)}
+        write_json(part / RUN, unfreeze(found.config).to_dict() | more)
         (part / CARD).write_text(write_card(found, source, classes, reason))
     return found
 
 
-def read_run_config(source: Path) -> Config | None:
-    """The config that `write_folder` wrote beside the weights in `source`, a folder or a file in
-    one; None if there is none. Raises ValueError if it is damaged."""
-    path = (source if source.is_dir() else source.parent) / RUN
-    if not path.exists():
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What a folder that `write_folder` wrote says of its weights.
+
+    Attributes:
+      config: config of the run.
+      kind: a key of KINDS.
+      classes: class names by label; () if the folder has none.
+    """
+
+    config: Config
+    kind: str
+    classes: tuple[str, ...]
+
+
+def read_run_config(source: Path) -> Exported | None:
+    """Reads what `write_folder` wrote beside the weights in `source`, a folder or the file of
+    weights in it; None if there is nothing. Raises ValueError if it is damaged."""
+    # The folder of a file with any other name may hold anything.
+    path = (source.parent if source.name == WEIGHTS else source) / RUN
+    if not path.is_file():
         return None
-    # The classes are beside the config in this file, not in it.
-    stored = {name: value for name, value in read_json(path).items() if name != "classes"}
-    return freeze_stored(Config, stored, path)
+    stored = read_json(path)
+    kind, names = stored.pop("kind", None), stored.pop("classes", [])
+    config = freeze_stored(Config, stored, path)
+    if kind is None:  # written by an earlier version
+        role = PHASES[config.phase].role
+        stages = getattr(config, SECTIONS[role]).depths
+        kind = kind_of_run(config, {role: dict(enumerate(stages))}, single=config.module.isdigit())
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"{path}: kind={brief(kind)} must be one of {sorted(KINDS)}")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: classes={brief(names)} must be a list of names")
+    return Exported(config, kind, tuple(names))
 
 
 def write_card(found: Pretrained, source: epath.Path, classes: tuple[str, ...], reason: str) -> str:

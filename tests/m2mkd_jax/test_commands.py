@@ -21,18 +21,19 @@ from tiny import feed_of, fill, tiny_config, write_averaged
 import m2mkd_jax
 from common_jax import checkpoint
 from common_jax.command_line import dispatch
-from common_jax.config import unfreeze
+from common_jax.config import freeze, unfreeze
 from common_jax.workdir import write_json
 from m2mkd_jax import pretrained
 from m2mkd_jax.commands import COMMANDS
 from m2mkd_jax.commands import evaluate as evaluation
 from m2mkd_jax.commands.predict import Prediction, show_csv, show_json, show_table
-from m2mkd_jax.config import SourcesConfig
+from m2mkd_jax.config import Config, SourcesConfig
 from m2mkd_jax.data import digits
 from m2mkd_jax.data.ood import OodConfig
 from m2mkd_jax.phases import PHASES
 from m2mkd_jax.phases.training import with_feed
-from m2mkd_jax.trained import choose_batch, open_run, read_run
+from m2mkd_jax.pretrained.folder import read_run_config, write_folder
+from m2mkd_jax.trained import choose_batch, open_run, read_classes, read_run
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -364,6 +365,50 @@ def test_exported_network_converts_back_with_its_run_config(runs, tmp_path, caps
         assert theirs[section] == ours[section]
     found = [checkpoint.load(x, subtree="student") for x in (runs / "student", tmp_path / "back")]
     jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+@pytest.mark.parametrize(
+    ("run", "flags", "kind"),
+    [("meta", [], "meta"), ("modules", ["--module=2"], "module"), ("student", [], "vmoe")],
+)
+def test_exported_network_keeps_its_kind_and_classes(runs, tmp_path, capsys, run, flags, kind):
+    """Tensor names alone do not tell a module from a student's, or a meta model from a teacher."""
+    out, names = tmp_path / "out", [f"digit {i}" for i in range(10)]
+    step = checkpoint.find_step(runs / run)
+    stage = int(flags[0][-1]) if flags else None
+    write_folder(step, out, stage=stage, classes=tuple(names))
+    convert_weights.main([str(out), str(tmp_path / "back")])
+    assert f"of kind {kind}" in capsys.readouterr().out
+    back = checkpoint.find_step(tmp_path / "back")
+    config = freeze(Config, checkpoint.load_config(back))
+    assert config.phase == pretrained.KINDS[kind].phase
+    assert list(read_classes(back, config)) == names
+    # An earlier version wrote no kind, and numbers for unknown classes.
+    stored = json.loads((out / "run_config.json").read_text())
+    del stored["kind"]
+    stored["classes"] = list("0123456789")
+    (out / "run_config.json").write_text(json.dumps(stored))
+    convert_weights.main([str(out / "model.safetensors"), str(tmp_path / "old")])
+    assert f"of kind {kind}" in capsys.readouterr().out
+    assert not (tmp_path / "old" / "classes.json").exists()
+    with pytest.raises(SystemExit):
+        convert_weights.main([str(out), str(tmp_path / "other"), "--kind=teacher"])
+    assert f"--kind=teacher: {out} is of kind {kind!r}" in capsys.readouterr().err
+    # A file that only lies in that folder has its own kind.
+    shutil.copyfile(out / "model.safetensors", out / "a.safetensors")
+    assert read_run_config(out / "a.safetensors") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"kind": "mta"}, "kind='mta' must be one of"), ({"classes": [1]}, "must be a list of names")],
+)
+def test_damaged_run_config_is_refused(runs, tmp_path, change, said):
+    write_folder(checkpoint.find_step(runs / "student"), tmp_path / "out", stage=None, classes=())
+    path = tmp_path / "out" / "run_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=said):
+        read_run_config(tmp_path / "out")
 
 
 def test_timm_loads_exported_folder(runs, tmp_path, capsys):
