@@ -23,6 +23,7 @@ from cliptrans_jax.runs.initial_weights import (
 )
 from common_jax import checkpoint
 from common_jax.config import unfreeze
+from common_jax.state import TrainState
 
 MODEL = tiny_config("translate", None).model
 
