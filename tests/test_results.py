@@ -29,7 +29,7 @@ DATA = {
     "Multi30k, English to German, from scratch": "multi30k_text_recon.json",
 }
 # Translations of a test set, and their number.
-TRANSLATIONS = {"multi30k_tiny_de_0.tsv": 1000, "multi30k_tiny_de_1.tsv": 1000}
+TRANSLATIONS = {f"multi30k_tiny_{run}.tsv": 1000 for run in ("de_0", "de_1", "fr_0")}
 # Tables whose runs are gone, which move to DATA once they are measured again, and those that
 # tools/parity.py prints.
 WITHOUT_DATA = (
