@@ -113,8 +113,8 @@ def compare_models(
 ) -> None:
     """Compares the config.model of a run with this run's, for fields that no shape shows.
 
-    A network that keeps training adapts, so a difference is a warning. So is one of the prefix,
-    whose layout in decoding may be chosen anew.
+    A network that keeps training adapts, so a difference only gives a warning. So does one of the
+    prefix, whose layout may be changed for decoding.
 
     Args:
       config: this run's, after `Config.apply_parity`.

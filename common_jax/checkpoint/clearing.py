@@ -11,8 +11,8 @@ from common_jax.workdir import in_bucket
 
 def clear_unfinished(folder: epath.Path) -> None:
     """Removes what would block the next save of its step: deletes what a killed save or a killed
-    deletion left behind. Without a newer intact checkpoint, a step of a disk that lacks markers may
-    be a partial copy, and is only renamed."""
+    deletion left behind. A step on disk that lacks markers is only renamed if no newer checkpoint
+    is intact, since it may be a partial copy."""
     if not folder.exists():
         return
     unfinished, newest = unfinished_steps(folder), max(finished_steps(folder), default=-1)

@@ -98,7 +98,7 @@ def read_params(
 
 
 def has_average(step: epath.Path) -> bool:
-    """Whether a step has the evaluated average of the trained parameters, and it is complete."""
+    """Whether a step holds the average of the trained parameters that is evaluated, complete."""
     return (step / AVERAGE).exists()
 
 

@@ -129,7 +129,7 @@ def clip_by_norm(largest: float, depth: int) -> optax.GradientTransformation:
 
 
 def decay_mask(params: Any, no_decay: str) -> Any:
-    """True where weight decay applies: everywhere but one-axis arrays, biases and logarithms of
+    """True for parameters that decay: all but arrays with one axis, biases and logarithms of
     scales. Other scalars decay.
 
     Args:

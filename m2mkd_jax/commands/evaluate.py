@@ -135,14 +135,15 @@ def evaluate(args: argparse.Namespace) -> list[Scores]:
     # The batch size of the run's own evaluation: where tokens of a batch compete for experts, or
     # where random numbers are drawn, another batch size changes the results.
     batch = args.batch or config.optim.micro_batch
-    if not args.batch and batch % (devices := trained.mesh.size):
+    if args.batch:
+        check_batch(trained.mesh, "--batch", batch)
+    elif batch % (devices := trained.mesh.size):
         raise ValueError(
             f"the run scored {batch} images at a time, which do not divide over the mesh's "
             f"{devices} devices: give --batch={-(-batch // devices) * devices}, or fewer devices "
             "with --config.mesh.data. In networks whose tokens compete for experts, another batch "
             "changes the scores slightly"
         )
-    check_batch(trained.mesh, "--batch", batch)
     sets = {"test": load_test_images(trained, own=not settings.keys() & ELSEWHERE)}
     if config.ood.source:
         sets["ood"] = load_ood(config.data, config.ood, label_names=trained.classes)

@@ -113,7 +113,7 @@ def _take(
 
 
 def _warn_of_other_classes(step: epath.Path, names: Sequence[str], head: str) -> None:
-    """Warns if a step's run has other classes than `names`; `head` is a regex of its head."""
+    """Warns if a step's run has other classes than `names`; `head` matches its head's paths."""
     path = find_classes(step)
     before = names if path is None else read_json(path, {"names": list})["names"]
     if other := _first_other(before, names):

@@ -287,7 +287,8 @@ def _compare_meta(found: StoredTeacher) -> None:
 
 def check_classes(config: Config, names: Sequence[str], roles: Sequence[str]) -> None:
     """Raises ValueError if a frozen network was trained on classes with other names, or in another
-    order, than `names`. Converted weights have no class names and are not checked.
+    order, than `names`. Weights without class names, such as most converted ones, are
+    not checked.
 
     Args:
       config: the run's config.
