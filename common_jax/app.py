@@ -12,7 +12,7 @@ from etils import epath
 
 from common_jax import command_line, hosts, signals, start_up
 from common_jax.optim import replaced_lengths
-from common_jax.workdir import check_output, describe, require_same_start
+from common_jax.workdir import check_output, describe_error, require_same_start
 
 Main = Callable[[ml_collections.ConfigDict, epath.Path], None]
 USER_ERRORS = command_line.USER_ERRORS
@@ -105,7 +105,7 @@ def _run(
     except USER_ERRORS as error:
         if "debug" in values and values["debug"].value:
             raise
-        print(f"error: {describe(error)}", file=sys.stderr)
+        print(f"error: {describe_error(error)}", file=sys.stderr)
         hosts.leave(2)
     except Exception:
         if not jax.distributed.is_initialized():

@@ -47,7 +47,13 @@ from common_jax.signals import ends_quietly
 from common_jax.weights import Account, format_account, write_tensors, write_torch
 from common_jax.weights.files import TORCH_SUFFIXES
 from common_jax.weights.table import Pretrained
-from common_jax.workdir import check_output, check_output_file, freeze_stored, write_json
+from common_jax.workdir import (
+    check_output,
+    check_output_file,
+    describe_error,
+    freeze_stored,
+    write_json,
+)
 from m2mkd_jax import config as m2mkd_config
 from m2mkd_jax import pretrained as m2mkd
 from m2mkd_jax.phases.training import CLASSES
@@ -111,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_output("OUT", command.target)
             take(command)
     except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {describe_error(error)}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -35,7 +35,7 @@ from common_jax.config import freeze
 from common_jax.inputs import eval_batches
 from common_jax.signals import ends_quietly
 from common_jax.weights import read_tensors, write_tensors
-from common_jax.workdir import check_output
+from common_jax.workdir import check_output, describe_error
 from m2mkd_jax import pretrained
 from m2mkd_jax.config import Config
 from m2mkd_jax.data.feed import prepare_evaluation
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             set_field(config, name, text)
         add_head(flags.source, flags.target, freeze(Config, config).data, flags.patch)
     except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {describe_error(error)}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from etils import epath
 
 from common_jax.signals import ends_quietly
+from common_jax.workdir import describe_error
 from m2mkd_jax.data.files.records import find_prepared, open_builder, stored_labels
 
 EXTRA = "pip install -e '.[prepare]' (TFDS, TensorFlow and TFDS's other dependencies)"
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except (ValueError, OSError, AssertionError) as error:
         # TFDS asserts that manually downloaded archives exist.
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {describe_error(error)}", file=sys.stderr)
         return 2
     return 0
 

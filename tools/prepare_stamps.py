@@ -36,7 +36,7 @@ from common_jax.commands.arguments import count
 from common_jax.inputs.grouping import Groups
 from common_jax.inputs.texts import read_lines
 from common_jax.signals import ends_quietly
-from common_jax.workdir import check_output
+from common_jax.workdir import check_output, describe_error
 
 # Last digit of a thing's hash -> split; all other digits are train.
 SPLITS = {7: "val", 8: "test", 9: "test"}
@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = stamps + [("train", one) for one in emoji if one.thing not in outside]
         print(write_corpus(rows, args.out))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {describe_error(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from common_jax.app import USER_ERRORS
 from common_jax.metrics import read_metrics
-from common_jax.workdir import read_json, write_bytes
+from common_jax.workdir import describe_error, read_json, write_bytes
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data["values"] = collect(data, flags.runs)
         write_bytes(flags.file, dump(data).encode())
     except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {describe_error(error)}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -29,7 +29,7 @@ import numpy as np
 from common_jax.app import USER_ERRORS
 from common_jax.signals import ends_quietly
 from common_jax.weights import write_tensors
-from common_jax.workdir import check_output, new_folder
+from common_jax.workdir import check_output, describe_error, new_folder
 
 Tensors = dict[str, np.ndarray]
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         write_all([args.only] if args.only else [*NETWORKS], args.out)
     except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {describe_error(error)}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -87,9 +87,9 @@ def _dispatch(program: str, commands: Mapping[str, Command], argv: Sequence[str]
     except USER_ERRORS as error:
         if args.debug or "--debug" in args.rest:
             raise
-        from common_jax.workdir import describe  # not at the top: it imports jax
+        from common_jax.workdir import describe_error  # not at the top: it imports jax
 
-        print(f"error: {describe(error)}", file=sys.stderr)
+        print(f"error: {describe_error(error)}", file=sys.stderr)
         return 2
 
 

@@ -11,7 +11,7 @@ from common_jax.workdir.claim import (
     refuse_other_config,
 )
 from common_jax.workdir.files import (
-    describe,
+    describe_error,
     in_bucket,
     list_folder,
     new_folder,

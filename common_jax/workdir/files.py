@@ -29,7 +29,7 @@ def remedy(number: int | None, reason: str = "") -> str:
     return next(found, "")
 
 
-def describe(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """The message for an error of the user or the disk, with the way out of a full disk."""
     does = remedy(getattr(error, "errno", None))
     return f"{error}. {does}, and start the same command again" if does else str(error)

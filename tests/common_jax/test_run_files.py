@@ -13,7 +13,7 @@ from etils import epath
 from common_jax.config import unfreeze
 from common_jax.metrics import Recorder, read_metrics
 from common_jax.workdir import (
-    describe,
+    describe_error,
     freeze_stored,
     leftovers,
     new_folder,
@@ -146,10 +146,10 @@ def test_full_disk_is_reported_with_the_file_and_a_way_out(tmp_path, monkeypatch
     monkeypatch.setattr(type(epath.Path(path)), "write_bytes", full)
     with pytest.raises(OSError) as raised:
         write_json(path, {})
-    assert describe(raised.value) == (
+    assert describe_error(raised.value) == (
         f"[Errno 28] No space left on device: '{path}'. Make room, and start the same command again"
     )
-    assert describe(ValueError("config.seed=-1")) == "config.seed=-1"
+    assert describe_error(ValueError("config.seed=-1")) == "config.seed=-1"
 
 
 def test_runs_without_all_their_files_are_unfinished(tmp_path):

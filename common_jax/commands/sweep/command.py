@@ -47,6 +47,7 @@ from common_jax.config import freeze
 from common_jax.signals import STATUSES, ends_quietly
 from common_jax.workdir import (
     check_output,
+    describe_error,
     hold,
     holds_results,
     in_bucket,
@@ -144,7 +145,7 @@ def main(
     except (ValueError, OSError) as error:
         if flags.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {describe_error(error)}", file=sys.stderr)
         return 2
 
 
